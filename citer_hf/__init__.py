@@ -1,0 +1,13 @@
+"""Two language models that decode as one: a small one for the easy tokens, a large one for the critical ones."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .cache_citer import CiterCache
+from .configuration_citer import CiterConfig
+from .modeling_citer import CiterForCausalLM
+
+__version__ = "0.1.0"
+__all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__"]
+
+AutoConfig.register("citer", CiterConfig)
+AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)

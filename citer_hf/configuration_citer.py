@@ -1,0 +1,242 @@
+"""CiterConfig: which SLM, which LLM, which router, which threshold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CONFIG_VERSION = 1
+
+
+class CiterConfig(PreTrainedConfig):
+    """Configuration of a pair of causal language models and the router that chooses between them token by token.
+
+    Args:
+        slm_config: Configuration (object or dict) of the small language model. Default: `LlamaConfig()`.
+        llm_config: Configuration (object or dict) of the large language model. Default: `LlamaConfig()`.
+        router: Kind and options of the router, for example `{"type": "mlp"}`; a bare string is the kind.
+        router_threshold: The SLM writes a token when the router's score reaches this number; at least 0.
+            0 is the SLM alone, anything above 1 the LLM alone (CITER, section 3: τ).
+        slm_reference: Where the SLM's weights are: `{"name_or_path", "revision", ...}`. `None` means that they
+            are in this repository's own `model.safetensors`.
+        llm_reference: The same for the LLM.
+        use_cache: Whether `forward` returns a cache when it is not told.
+        citer_version: Version of this format that wrote the configuration.
+
+    Raises:
+        ValueError: for a threshold that is not a number from 0 up, or a router that does not name its type.
+    """
+
+    model_type = "citer"
+    sub_configs = {"slm_config": AutoConfig, "llm_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        slm_config: PreTrainedConfig | dict[str, Any] | None = None,
+        llm_config: PreTrainedConfig | dict[str, Any] | None = None,
+        router: str | dict[str, Any] = "confidence",
+        router_threshold: float = 0.5,
+        slm_reference: dict[str, str] | None = None,
+        llm_reference: dict[str, str] | None = None,
+        use_cache: bool = True,
+        citer_version: int = CONFIG_VERSION,
+        **kwargs: Any,
+    ):
+        self.slm_config = _as_config(slm_config)
+        self.llm_config = _as_config(llm_config)
+        self.router = _router_spec(router)
+        self.router_threshold = check_threshold_value(router_threshold)
+        self.slm_reference = slm_reference
+        self.llm_reference = llm_reference
+        self.use_cache = use_cache
+        self.citer_version = min(citer_version, CONFIG_VERSION)
+        # The base class hands its own attention and experts implementation (`None` here) down to the
+        # sub-configurations. For models that are loaded already, this would silently change how they mask.
+        chosen = [_implementations(sub_config) for sub_config in (self.slm_config, self.llm_config)]
+        given = {key for key in ("attn_implementation", "experts_implementation") if kwargs.get(key) is not None}
+        super().__init__(**kwargs)
+        for sub_config, implementations in zip((self.slm_config, self.llm_config), chosen, strict=True):
+            for key, value in implementations.items():
+                if key.removeprefix("_") not in given:
+                    setattr(sub_config, key, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration from its JSON form; keys that only a newer version knows are dropped with a warning.
+
+        Args:
+            config_dict: The content of a `config.json`.
+            kwargs: Attributes to override, and `return_unused_kwargs`.
+
+        Raises:
+            ValueError: when the dictionary belongs to a model of another type.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
+                "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
+            )
+        if int(config_dict.get("citer_version", CONFIG_VERSION)) > CONFIG_VERSION:
+            known = set(cls().to_dict()) | _COMMON_KEYS
+            unknown = sorted(set(config_dict) - known)
+            config_dict = {key: value for key, value in config_dict.items() if key in known}
+            logger.warning(
+                f"This repository was written by a newer citer_hf; its settings {unknown} are unknown here and "
+                "ignored. Upgrade with `pip install -U citer-hf`."
+            )
+        return super().from_dict(dict(config_dict), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dictionary; the base models' quantization is left to the base models."""
+        output = super().to_dict()
+        # A repository refers to the base models as they are published; how this user loaded them is no part of it.
+        for key, reference in (("slm_config", self.slm_reference), ("llm_config", self.llm_reference)):
+            if reference is not None and isinstance(output.get(key), dict):
+                output[key].pop("quantization_config", None)
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what differs from the defaults, and always the two sub-configurations with their types."""
+        diff, full = super().to_diff_dict(), self.to_dict()
+        for key in ("slm_config", "llm_config", "router", "router_threshold", "citer_version"):
+            diff[key] = full[key]
+        self._remove_keys_not_serialized(diff)
+        return diff
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the shared vocabulary: the smaller of the two tables, the larger one's other rows are padding."""
+        return min(table_size(self.slm_config), table_size(self.llm_config))
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.slm_config.get_text_config().vocab_size = value
+        self.llm_config.get_text_config().vocab_size = value
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """Longest text both models can read, in tokens; `None` when neither states a limit."""
+        limits = [context_length(config) for config in (self.slm_config, self.llm_config)]
+        stated = [limit for limit in limits if limit is not None]
+        return min(stated) if stated else None
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, value: int) -> None:
+        self.slm_config.get_text_config().max_position_embeddings = value
+        self.llm_config.get_text_config().max_position_embeddings = value
+
+
+def _slm_attribute(name: str) -> property:
+    """A property that reads and writes an attribute of the SLM's configuration."""
+
+    def read(self: CiterConfig) -> Any:
+        return getattr(self.slm_config.get_text_config(), name)
+
+    def write(self: CiterConfig, value: Any) -> None:
+        setattr(self.slm_config.get_text_config(), name, value)
+
+    return property(read, write, doc=f"`{name}` of the SLM, whose hidden states and attentions `forward` returns.")
+
+
+# What `forward` returns as hidden states, attentions and `past_key_values.layers` is the SLM's, and code that reads
+# their shapes asks the top-level configuration.
+for _name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    setattr(CiterConfig, _name, _slm_attribute(_name))
+for _name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+    setattr(CiterConfig, _name, _slm_attribute(_name))
+
+_COMMON_KEYS = {
+    "model_type",
+    "auto_map",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "_name_or_path",
+    "name_or_path",
+}
+
+
+def check_threshold_value(threshold: float) -> float:
+    """Return `threshold` as a float.
+
+    Args:
+        threshold: A number from 0 up.
+
+    Raises:
+        ValueError: when it is negative, NaN or not a number.
+    """
+    try:
+        value = float(threshold)
+    except (TypeError, ValueError):
+        value = math.nan
+    if math.isnan(value) or value < 0:
+        raise ValueError(
+            "router_threshold: expected a number from 0 (the SLM alone) to above 1 (the LLM alone), got "
+            f"{threshold!r}."
+        )
+    return value
+
+
+def table_size(config: PreTrainedConfig) -> int:
+    """Number of rows of a model's vocabulary table.
+
+    Args:
+        config: Configuration of a causal language model.
+
+    Raises:
+        ValueError: when the configuration states none.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None:
+        raise ValueError(
+            f"{type(config).__name__} has no vocab_size: expected the configuration of a causal language model."
+        )
+    return int(size)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest text that a model states it can read, in tokens, or `None` when it states no limit.
+
+    Args:
+        config: Configuration of a causal language model.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    if config is None:
+        return LlamaConfig()
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config)
+    model_type = config.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(
+            "slm_config and llm_config: expected a configuration or a dictionary with a model_type, "
+            f"got a dictionary with the keys {sorted(config)}."
+        )
+    return AutoConfig.for_model(model_type, **config)
+
+
+def _router_spec(router: str | dict[str, Any]) -> dict[str, Any]:
+    spec = {"type": router} if isinstance(router, str) else dict(router)
+    if not isinstance(spec.get("type"), str):
+        raise ValueError(f"router: expected a kind or a dictionary with its 'type', got {router!r}.")
+    return spec
+
+
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    keys = ("_attn_implementation", "_experts_implementation")
+    return {key: getattr(config, key) for key in keys if hasattr(config, key)}

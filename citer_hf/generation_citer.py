@@ -1,0 +1,268 @@
+"""How `generate` drives two models: which cache it makes, which rows are finished, where the record starts."""
+
+from __future__ import annotations
+
+import copy
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, QuantizedCache
+from transformers.generation import StoppingCriteriaList
+
+from .cache_citer import CiterCache
+from .configuration_citer import check_threshold_value
+from .routing_citer import Routing
+
+# Keywords of `forward` that an assistant model does not know.
+OWN_KEYWORDS = ("router_threshold", "finished_rows")
+CACHE_IMPLEMENTATIONS = ("dynamic", "dynamic_full", "offloaded", "quantized")
+
+
+class FinishedRows(StoppingCriteriaList):
+    """The stopping criteria of one `generate` call, which also remember the rows that have stopped.
+
+    Attributes:
+        mask: bool `[batch]`, or `None` before the first token.
+    """
+
+    mask: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.mask = done if self.mask is None else self.mask | done
+        return done
+
+
+class FinishedBeams:
+    """The rows of a beam search whose result can no longer change.
+
+    Args:
+        num_beams: Beams per input.
+
+    Attributes:
+        mask: bool `[batch * num_beams]`, or `None` before the first token.
+    """
+
+    def __init__(self, num_beams: int):
+        self.num_beams = num_beams
+        self.mask: torch.Tensor | None = None
+
+
+_finished_beams: ContextVar[FinishedBeams | None] = ContextVar("finished_beams", default=None)
+
+
+class CiterGenerationMixin(GenerationMixin):
+    """The hooks of transformers' `generate` that a pair of models needs."""
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(INPUTS_EMBEDS_ERROR)
+        check_cache_implementation(kwargs.get("cache_implementation"))
+        return super().generate(inputs, *args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        threshold = model_kwargs.get("router_threshold")
+        if isinstance(threshold, torch.Tensor):
+            check_threshold_tensor(threshold)
+        elif threshold is not None:
+            check_threshold_value(threshold)
+        super()._validate_model_kwargs(model_kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            check_cache(given)
+        elif generation_config.use_cache is not False:
+            check_cache_implementation(generation_config.cache_implementation)
+            model_kwargs["past_key_values"] = self._make_cache(generation_config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+            return None
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _make_cache(self, generation_config: GenerationConfig) -> CiterCache:
+        def one(config: PreTrainedConfig) -> Any:
+            if generation_config.cache_implementation == "quantized":
+                options = copy.deepcopy(generation_config.cache_config) or {}
+                return QuantizedCache(**{"backend": "quanto", **options, "config": config})
+            return DynamicCache(config=config, offloading=generation_config.cache_implementation == "offloaded")
+
+        config: Any = self.config
+        return CiterCache(config, slm=one(config.slm_config), llm=one(config.llm_config))
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the inputs of one step; see transformers.
+
+        Args:
+            input_ids: The text so far, `[batch, tokens]`.
+            args: As in transformers.
+            kwargs: As in transformers.
+        """
+        finished = kwargs.pop("finished_rows", None)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if finished is not None and finished.mask is not None:
+            model_inputs["finished_rows"] = finished.mask
+        return model_inputs
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        finished = FinishedRows(stopping_criteria)
+        begin_record(input_ids, generation_config, kwargs)
+        return super()._sample(
+            input_ids, logits_processor, finished, generation_config, finished_rows=finished, **kwargs
+        )
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        begin_record(input_ids, generation_config, kwargs)
+        return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _beam_search(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        finished = FinishedBeams(generation_config.num_beams)
+        begin_record(input_ids, generation_config, kwargs, follows_beams=True)
+        token = _finished_beams.set(finished)
+        try:
+            output = super()._beam_search(
+                input_ids, logits_processor, stopping_criteria, generation_config, finished_rows=finished, **kwargs
+            )
+        finally:
+            _finished_beams.reset(token)
+        if getattr(output, "past_key_values", None) is not None:
+            output.past_key_values.routing.follow_beams(output.beam_indices)
+        return output
+
+    @staticmethod
+    def _beam_search_has_unfinished_sequences(
+        is_early_stop_heuristic_unsatisfied: torch.Tensor,
+        is_sent_finished: torch.Tensor,
+        next_token_hits_stopping_criteria: torch.Tensor,
+        early_stopping: bool | str,
+    ) -> Any:
+        finished = _finished_beams.get()
+        if finished is not None:
+            full = is_sent_finished.all(dim=1) & (early_stopping is True)
+            cannot_improve = ~is_early_stop_heuristic_unsatisfied.reshape(-1)
+            finished.mask = (full | cannot_improve).repeat_interleave(finished.num_beams)
+        return GenerationMixin._beam_search_has_unfinished_sequences(
+            is_early_stop_heuristic_unsatisfied, is_sent_finished, next_token_hits_stopping_criteria, early_stopping
+        )
+
+    def _get_candidate_generator(
+        self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit: a pair of models has no layers of its own to leave early. Pass "
+                "assistant_model=model.slm, or prompt_lookup_num_tokens=..., instead."
+            )
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OWN_KEYWORDS}
+        return super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+
+
+INPUTS_EMBEDS_ERROR = (
+    "inputs_embeds: the two models have an embedding space each, so that one tensor of embeddings cannot be read by "
+    "both. Pass input_ids."
+)
+
+
+def begin_record(
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    follows_beams: bool = False,
+) -> None:
+    """Begin a new record of routing in the cache, at the first token that this call generates.
+
+    Args:
+        input_ids: The prompt, or its new part where a cache holds the rest, `[batch, tokens]`.
+        generation_config: The settings of this call.
+        model_kwargs: The keywords of the model, with the cache.
+        follows_beams: Whether rows are the beams of a beam search.
+    """
+    cache = model_kwargs.get("past_key_values")
+    if cache is None:
+        return
+    mask = model_kwargs.get("attention_mask")
+    # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
+    length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
+    cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache that has no room for the LLM.
+
+    Args:
+        cache: What was passed as `past_key_values`.
+
+    Raises:
+        TypeError: when it is not a `CiterCache`.
+    """
+    # By name: a repository's own copy of this file has a class of its own.
+    if type(cache).__name__ != CiterCache.__name__:
+        raise TypeError(
+            f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no room for the LLM's "
+            "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
+        )
+
+
+def check_cache_implementation(name: str | None) -> None:
+    """Refuse a kind of cache that two models cannot share.
+
+    Args:
+        name: The `cache_implementation` of `generate`.
+
+    Raises:
+        ValueError: for the kinds that are not supported.
+    """
+    if name is not None and name not in CACHE_IMPLEMENTATIONS:
+        raise ValueError(
+            f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {name!r}, which a pair of "
+            "models does not support. Leave it out for a dynamic cache."
+        )
+
+
+def check_threshold_tensor(threshold: torch.Tensor) -> None:
+    """Refuse thresholds that mean nothing.
+
+    Args:
+        threshold: One threshold per row, `[batch]`.
+
+    Raises:
+        ValueError: when its shape is not `[batch]`, or a value is negative or NaN.
+    """
+    if threshold.dim() != 1 or not bool((threshold >= 0).all()):
+        raise ValueError(
+            "router_threshold: expected a number, or a tensor [batch] of numbers from 0 (the SLM alone) to above 1 "
+            f"(the LLM alone), got {threshold}."
+        )

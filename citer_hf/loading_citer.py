@@ -1,0 +1,412 @@
+"""Loading and saving: a pair from two models, a router repository from disk or the Hub, and back."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+from transformers.utils.hub import cached_file
+
+from .base_models_citer import (
+    HUB_KEYWORDS,
+    ROLES,
+    base_config,
+    check_keywords,
+    check_unchanged,
+    load_models,
+    locate_base_model,
+    reference_to,
+    shared_tokenizer,
+    split_keywords,
+)
+from .configuration_citer import CiterConfig, check_threshold_value
+from .pair_citer import load_tokenizer
+from .routing_citer import CUSTOM_ROUTER, ROUTERS, build_router
+from .saving_citer import save_atomically, save_router_repository
+
+ROUTER_WEIGHTS = "model.safetensors"
+# The router's own, which are never passed on to the base models.
+REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", "code_revision", "generation_config")
+
+
+class CiterLoadingMixin:
+    """`from_pair`, `from_pretrained` and `save_pretrained` of `CiterForCausalLM`."""
+
+    _tokenizer: Any = None
+    _repository: tuple[str, dict[str, Any]] | None = None
+
+    @classmethod
+    def from_pair(
+        cls,
+        slm: str | os.PathLike[str] | PreTrainedModel,
+        llm: str | os.PathLike[str] | PreTrainedModel,
+        router: str | dict[str, Any] | os.PathLike[str] | nn.Module = "confidence",
+        router_threshold: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make one model of a small and a large one.
+
+        Args:
+            slm: The small language model: repository id, path, or a loaded model.
+            llm: The large language model, likewise. It must share the SLM's tokenizer.
+            router: A kind (`mlp`, `linear`, `confidence`, `entropy`, `random`), a dictionary with a `type`, the path
+                or repository id of a saved router, or a module that maps (hidden, logits) to `p_slm`.
+            router_threshold: The SLM writes a token when its score reaches this. Default: that of the saved router,
+                otherwise 0.5.
+            kwargs: For `from_pretrained` of both models; with the prefix `slm_` or `llm_` for one of them.
+                `quantization_config` without a prefix is for the LLM alone.
+
+        Raises:
+            ValueError: when the models, the router, the threshold or a keyword do not fit.
+            OSError: when a model cannot be loaded.
+        """
+        sources: dict[str, Any] = {"slm": slm, "llm": llm}
+        keywords = split_keywords(kwargs)
+        configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
+        for role in ROLES:
+            check_keywords(role, keywords[role], kwargs, configs[role])
+        chosen = choose_router(router, router_threshold, {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs})
+        # Building it on the meta device costs nothing, and finds a wrong size before gigabytes are read.
+        if chosen.module is None:
+            with torch.device("meta"):
+                build_router(chosen.spec, configs["slm"].get_text_config().hidden_size)
+        tokenizer = shared_tokenizer(sources, keywords, configs)
+        models = load_models(sources, keywords)
+        config = CiterConfig(
+            slm_config=models["slm"].config,
+            llm_config=models["llm"].config,
+            router=chosen.spec,
+            router_threshold=chosen.threshold,
+            slm_reference=reference_to(slm, keywords["slm"]),
+            llm_reference=reference_to(llm, keywords["llm"]),
+        )
+        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=chosen.module)  # type: ignore[call-arg]
+        if chosen.weights is not None:
+            load_router_weights(model.router, chosen.weights, chosen.name)
+        model._tokenizer = tokenizer
+        return place(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a router repository and the two base models that it refers to or holds.
+
+        Args:
+            pretrained_model_name_or_path: Path or repository id of the router.
+            model_args: As in transformers.
+            config: A configuration to use instead of the repository's.
+            kwargs: As for any transformers model, for both base models; with the prefix `slm_` or `llm_` for one of
+                them, `slm_name_or_path` and `slm_revision` say where it is now. `quantization_config` without a
+                prefix is for the LLM alone, `revision`, `subfolder` and `trust_remote_code` for the router alone.
+                `router_threshold` replaces the saved one; `router` is an instance of a router class of one's own.
+
+        Raises:
+            OSError: when the router or a base model cannot be found or read.
+            ValueError: when what is found does not fit together, or a keyword is unknown.
+        """
+        path = pretrained_model_name_or_path
+        router = kwargs.pop("router", None)
+        if not isinstance(config, CiterConfig) and type(config).__name__ != CiterConfig.__name__:
+            config, kwargs = cls._load_config(config or path, kwargs)
+        else:
+            config = copy.deepcopy(config)
+        assert isinstance(config, PreTrainedConfig)
+        config.router_threshold = check_threshold_value(kwargs.pop("router_threshold", config.router_threshold))
+        if isinstance(config.router, nn.Module):
+            router, config.router = config.router, {"type": CUSTOM_ROUTER}
+        if config.slm_reference is None and config.llm_reference is None:
+            model = cls._load_whole(path, *model_args, config=config, router=router, **kwargs)
+        else:
+            model = cls._load_referred(str(path), config, router, kwargs)
+        if path is not None:
+            hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in kwargs}
+            (model[0] if isinstance(model, tuple) else model)._repository = (str(path), hub)
+        return model
+
+    @classmethod
+    def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        dtype: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+        config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        return config, {**kwargs, **dtype}
+
+    @classmethod
+    def _load_whole(cls, path: Any, *model_args: Any, config: Any, router: nn.Module | None, **kwargs: Any) -> Any:
+        """Load a repository whose `model.safetensors` holds all three parts, as every transformers model loads."""
+        own = sorted(key for key in kwargs if key.startswith(("slm_", "llm_")) or key == "quantization_config")
+        if own:
+            raise ValueError(
+                f"{own[0]}: this repository holds the router and both models in one file, which load together. To "
+                "load one of them with settings of its own, save the model with save_base_models=True first."
+            )
+        if router is not None:
+            model_args = (None, None, router)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        if kwargs.get("state_dict") is None and not kwargs.get("ignore_mismatched_sizes", False):
+            problems = [*info["missing_keys"], *info["unexpected_keys"]]
+            refuse_wrong_tensors([key for key in problems if key.startswith("router.")], str(path))
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_referred(cls, path: str, config: Any, router: nn.Module | None, kwargs: dict[str, Any]) -> Any:
+        """Load a repository that holds the router and refers to its base models, or holds them in folders."""
+        kwargs = dict(kwargs)
+        repository = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+        repository |= {key: kwargs.pop(key) for key in REPOSITORY_KEYWORDS if key in kwargs}
+        generation_config = repository.pop("generation_config", None)
+        wants_info = kwargs.pop("output_loading_info", False)
+        for key in [key for key in kwargs if key.startswith("_") or key in ("adapter_kwargs", "state_dict")]:
+            del kwargs[key]
+        for key in ("attn_implementation", "experts_implementation"):
+            if getattr(config, f"_{key}", None) is not None:
+                kwargs.setdefault(key, getattr(config, f"_{key}"))
+
+        keywords = split_keywords(kwargs)
+        sources: dict[str, Any] = {}
+        for role in ROLES:
+            sources[role] = locate_base_model(
+                role, path, getattr(config, f"{role}_reference"), keywords[role], repository
+            )
+        configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
+        for role in ROLES:
+            check_keywords(role, keywords[role], kwargs, configs[role])
+            check_unchanged(role, sources[role], configs[role], getattr(config, f"{role}_config"))
+        weights = None if has_no_weights(config.router) else router_state_dict(path, repository)
+        models = load_models(sources, keywords)
+
+        config.slm_config, config.llm_config = models["slm"].config, models["llm"].config
+        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=router)  # type: ignore[call-arg]
+        if weights is not None:
+            load_router_weights(model.router, weights, path)
+        files = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in repository}
+        model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
+        model.config.name_or_path = model.name_or_path = path
+        model.eval()
+        model = place(model)
+        info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return (model, info | {"error_msgs": []}) if wants_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        save_base_models: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the router, the configuration, the generation settings and the tokenizer, all or nothing.
+
+        The base models are referred to by name and revision. A base model that has no name (it was never saved or
+        loaded) is saved along with the router.
+
+        Args:
+            save_directory: Where to; made when it is not there.
+            save_base_models: Whether to save both models too, in the folders `slm` and `llm`, so that the directory
+                stands on its own and can be moved.
+            push_to_hub: Whether to upload the result; `repo_id` says where to.
+            kwargs: As in transformers.
+
+        Raises:
+            OSError: when the directory cannot be written; then nothing in it has changed.
+            ValueError: when a base model cannot be saved.
+        """
+        model: Any = self
+        references = (model.config.slm_reference, model.config.llm_reference)
+        if not save_base_models and references == (None, None):
+            save_atomically(save_directory, lambda folder: self._save_whole(folder, **kwargs))
+        else:
+            save_atomically(
+                save_directory, lambda folder: save_router_repository(model, folder, save_base_models, **kwargs)
+            )
+        if push_to_hub:
+            repo_id = kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory))
+            names = ("token", "private", "commit_message", "create_pr", "revision")
+            options = {key: kwargs[key] for key in names if key in kwargs}
+            model.push_to_hub(repo_id, save_base_models=save_base_models, **options)
+
+    def _save_whole(self, folder: str, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+        tokenizer = self.load_tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def load_tokenizer(self) -> Any:
+        """Return the pair's shared tokenizer, or `None` when neither model came with one."""
+        if self._tokenizer is None and self._repository is not None:
+            path, hub = self._repository
+            self._tokenizer = load_tokenizer(path, **hub)
+        return self._tokenizer
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        # Named with its anchor: mixtures of experts have routers too.
+        return {**super()._get_dtype_plan(dtype), r"^router\.": torch.float32}  # type: ignore[misc]
+
+
+class ChosenRouter:
+    """What the `router` argument of `from_pair` means.
+
+    Args:
+        spec: The configuration's `router` dictionary.
+        threshold: The threshold to start with.
+        module: The router itself, when an instance was given.
+        weights: Its weights, when it was saved.
+        name: Where from, for messages.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        threshold: float,
+        module: nn.Module | None = None,
+        weights: dict[str, torch.Tensor] | None = None,
+        name: str = "",
+    ):
+        self.spec, self.threshold, self.module, self.weights, self.name = spec, threshold, module, weights, name
+
+
+def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> ChosenRouter:
+    """Interpret the `router` argument of `from_pair`.
+
+    Args:
+        router: A kind, a dictionary, a path or repository id, or a module.
+        threshold: The threshold that was given, if any.
+        hub: Keywords for fetching files.
+
+    Raises:
+        ValueError: when it is none of these.
+        OSError: when a saved router cannot be read.
+    """
+    start = check_threshold_value(0.5 if threshold is None else threshold)
+    if isinstance(router, nn.Module):
+        return ChosenRouter({"type": CUSTOM_ROUTER}, start, module=router)
+    if isinstance(router, dict):
+        return ChosenRouter(dict(router), start)
+    name = os.fspath(router)
+    if name in ROUTERS:
+        return ChosenRouter({"type": name}, start)
+    if not os.path.isdir(name) and "/" not in name:
+        raise ValueError(
+            f"router: expected one of {sorted(ROUTERS)}, the path or repository id of a saved router, or a "
+            f"torch.nn.Module, got {router!r}."
+        )
+    saved = CiterConfig.from_pretrained(name, **hub)
+    weights = None if has_no_weights(saved.router) else router_state_dict(name, hub)
+    spec = {"hidden_size": saved.slm_config.get_text_config().hidden_size, **saved.router}
+    return ChosenRouter(spec, start if threshold is not None else saved.router_threshold, weights=weights, name=name)
+
+
+def place(model: Any) -> Any:
+    """Put the router where the SLM's head is, and note the devices of both models under `hf_device_map`.
+
+    Args:
+        model: The pair.
+    """
+    device = model.slm.get_output_embeddings().weight.device
+    if device.type != "meta":
+        model.router.to(device)
+    maps = {role: getattr(getattr(model, role), "hf_device_map", None) for role in ROLES}
+    if any(maps.values()):
+        model.hf_device_map = {"router": device}
+        for role, device_map in maps.items():
+            for name, where in (device_map or {"": getattr(model, role).device}).items():
+                model.hf_device_map[f"{role}.{name}".rstrip(".")] = where
+    return model
+
+
+def has_no_weights(spec: dict[str, Any]) -> bool:
+    """Whether a kind of router has nothing to save.
+
+    Args:
+        spec: The configuration's `router` dictionary.
+    """
+    return spec["type"] in ("confidence", "entropy", "random")
+
+
+def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Read the weights of a saved router.
+
+    Args:
+        path: Path or repository id.
+        repository: Keywords for fetching files.
+
+    Raises:
+        OSError: when the file is missing or damaged.
+    """
+    hub = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if repository.get(key)}
+    file = cached_file(path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    if file is None:
+        raise OSError(
+            f"{path} has no {ROUTER_WEIGHTS}: the weights of its router are missing. Save the router again, or "
+            "download the repository anew with force_download=True."
+        )
+    try:
+        tensors = load_state_dict(file)
+    except Exception as error:
+        raise OSError(
+            f"{file} cannot be read: {error}. The file is damaged or cut short; save the router again, or download "
+            "the repository anew with force_download=True."
+        ) from error
+    return {key.removeprefix("router."): value for key, value in tensors.items() if key.startswith("router.")}
+
+
+def load_router_weights(router: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Put saved weights into a router, all of them and nothing else.
+
+    Args:
+        router: The router.
+        weights: Its tensors.
+        name: Where they are from.
+
+    Raises:
+        ValueError: which names a tensor that is missing, unknown or of another shape.
+    """
+    expected = router.state_dict()
+    refuse_wrong_tensors([f"router.{key}" for key in expected.keys() ^ weights.keys()], name)
+    for key, tensor in weights.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{name}: the tensor router.{key} has the shape {list(tensor.shape)}, but this router needs "
+                f"{list(expected[key].shape)}. Was it trained with another SLM?"
+            )
+    router.load_state_dict(weights)
+
+
+def refuse_wrong_tensors(names: list[str], path: str) -> None:
+    """Refuse a weights file with missing or unknown router tensors.
+
+    Args:
+        names: The tensors that are in the file or in the router, but not in both.
+        path: Where the file is from.
+
+    Raises:
+        ValueError: which names them.
+    """
+    if names:
+        raise ValueError(
+            f"{path}: its weights file does not fit its router: {sorted(names)} are missing or not known. Save the "
+            "router again; nothing is initialised at random in their place."
+        )
+
+
+def saved_generation_config(path: str, hub: dict[str, Any]) -> GenerationConfig | None:
+    """Return a repository's generation settings, or `None` when it has none.
+
+    Args:
+        path: Path or repository id.
+        hub: Keywords for fetching files.
+    """
+    try:
+        return GenerationConfig.from_pretrained(path, **hub)
+    except OSError:
+        return None

@@ -1,0 +1,117 @@
+"""Writing a router repository, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from transformers.modeling_utils import safe_save_file, unwrap_model
+
+STALE_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def save_atomically(save_directory: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+    """Write files beside the directory's present ones, and put them in place only when all are complete.
+
+    Args:
+        save_directory: The directory; made when it is not there.
+        write: Writes the files into the folder it is given.
+
+    Raises:
+        OSError: when something cannot be written; then nothing in the directory has changed.
+    """
+    directory = os.path.abspath(save_directory)
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise NotADirectoryError(f"save_directory: expected a directory, got the file {directory}.")
+    made = not os.path.exists(directory)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
+            write(folder)
+            _move_into_place(folder, directory)
+    except BaseException as error:
+        if made:
+            shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno, f"save_directory: nothing was saved to {directory}: {error.strerror or error}. {ADVICE}"
+            ) from error
+        raise
+
+
+ADVICE = "Check that the directory can be written to and that the disk has room."
+
+
+def _move_into_place(folder: str, directory: str) -> None:
+    files = [
+        os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
+    ]
+    for file in files:
+        os.makedirs(os.path.dirname(os.path.join(directory, file)), exist_ok=True)
+    # The configuration comes last: until then, the directory is what it was.
+    for file in sorted(files, key=lambda name: name == "config.json"):
+        os.replace(os.path.join(folder, file), os.path.join(directory, file))
+    for name in os.listdir(directory):
+        if STALE_SHARDS.fullmatch(name) and name not in files:
+            os.remove(os.path.join(directory, name))
+
+
+def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:
+    """Write a router, its configuration, generation settings and tokenizer, and base models where they belong.
+
+    Args:
+        model: The pair.
+        folder: An empty folder.
+        save_base_models: Whether both base models are saved too; otherwise those without a name.
+        kwargs: `state_dict`, `is_main_process`, and what `save_pretrained` of the base models takes.
+
+    Raises:
+        ValueError: when a base model cannot be saved.
+    """
+    if not kwargs.pop("is_main_process", True):
+        return
+    model = unwrap_model(model)
+    state_dict = kwargs.pop("state_dict", None)
+    config = copy.deepcopy(model.config)
+    for role in ("slm", "llm"):
+        if save_base_models or getattr(config, f"{role}_reference") is None:
+            save_base_model(role, getattr(model, role), os.path.join(folder, role), **kwargs)
+            setattr(config, f"{role}_reference", {"subfolder": role})
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    weights = {key: tensor.contiguous() for key, tensor in state_dict.items() if key.startswith("router.")}
+    if weights:
+        safe_save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer = model.load_tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:
+    """Save one of the two base models.
+
+    Args:
+        role: `slm` or `llm`.
+        model: The model.
+        folder: Where to.
+        kwargs: What its `save_pretrained` takes.
+
+    Raises:
+        ValueError: when it refuses to be saved.
+    """
+    names = ("max_shard_size", "variant", "save_original_format")
+    try:
+        model.save_pretrained(folder, **{key: kwargs[key] for key in names if key in kwargs})
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{role}: {type(model).__name__} cannot be saved as it is loaded ({error}). Leave save_base_models "
+            "out, so that the router only refers to it."
+        ) from error
