@@ -143,6 +143,8 @@ class CiterCache(Cache):
         Raises:
             ValueError: for a positive number.
         """
+        # Assisted generation of older transformers passes a tensor.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop: expected a negative number (how many tokens to take back), got {tokens_to_remove}."

@@ -121,6 +121,16 @@ class CiterConfig(PreTrainedConfig):
         self.llm_config.get_text_config().vocab_size = value
 
     @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the SLM's input and output embeddings are one; set, it is set for both models."""
+        return bool(getattr(self.slm_config.get_text_config(), "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        self.slm_config.get_text_config().tie_word_embeddings = value
+        self.llm_config.get_text_config().tie_word_embeddings = value
+
+    @property
     def max_position_embeddings(self) -> int | None:
         """Longest text both models can read, in tokens; `None` when neither states a limit."""
         limits = [context_length(config) for config in (self.slm_config, self.llm_config)]
@@ -149,7 +159,7 @@ def _slm_attribute(name: str) -> property:
 # their shapes asks the top-level configuration.
 for _name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
     setattr(CiterConfig, _name, _slm_attribute(_name))
-for _name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+for _name in ("bos_token_id", "eos_token_id", "pad_token_id"):
     setattr(CiterConfig, _name, _slm_attribute(_name))
 
 _COMMON_KEYS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -177,6 +177,15 @@ class CiterGenerationMixin(GenerationMixin):
         return GenerationMixin._beam_search_has_unfinished_sequences(
             is_early_stop_heuristic_unsatisfied, is_sent_finished, next_token_hits_stopping_criteria, early_stopping
         )
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        threshold = (model_kwargs or {}).get("router_threshold")
+        for processor in processors:
+            # Classifier-free guidance runs the model a second time, and knows nothing of thresholds.
+            if getattr(processor, "model", None) is self and threshold is not None:
+                processor.model = partial(self.__call__, router_threshold=threshold)
+        return processors
 
     def _get_candidate_generator(
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any

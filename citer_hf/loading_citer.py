@@ -154,7 +154,9 @@ class CiterLoadingMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        if kwargs.get("state_dict") is None and not kwargs.get("ignore_mismatched_sizes", False):
+        # Who asks for the report of what was loaded is told there.
+        asked = wants_info or kwargs.get("state_dict") is not None or kwargs.get("ignore_mismatched_sizes", False)
+        if not asked:
             problems = [*info["missing_keys"], *info["unexpected_keys"]]
             refuse_wrong_tensors([key for key in problems if key.startswith("router.")], str(path))
         return (model, info) if wants_info else model

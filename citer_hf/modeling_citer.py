@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,10 @@ class CiterOutputWithPast(CausalLMOutputWithPast):
     router_scores: torch.FloatTensor | None = None
     routed_to_llm: torch.BoolTensor | None = None
 
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return what is there as the tuple of every causal language model, which has no place for routing."""
+        return tuple(self[key] for key in self.keys() if key not in ("router_scores", "routed_to_llm"))
+
 
 class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel):
     """Two causal language models and a router that decides, token by token, which of them writes (CITER, section 3).
@@ -59,7 +63,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    supports_gradient_checkpointing = True
+    # No gradient ever flows through the frozen base models, so that there is nothing to checkpoint.
+    supports_gradient_checkpointing = False
 
     slm: PreTrainedModel
     llm: PreTrainedModel
@@ -73,6 +78,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         router: nn.Module | None = None,
     ):
         super().__init__(config)
+        for given in (slm, llm, router):
+            if given is not None:
+                mark_initialized(given)
         slm = slm if slm is not None else AutoModelForCausalLM.from_config(config.slm_config)
         llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
         check_pair(slm, llm)
@@ -89,16 +97,24 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         }
         self.generation_config = GenerationConfig.from_dict(llm.generation_config.to_dict())
         self._freeze_base_models()
-        watch_output_embeddings(slm)
+        watch(slm)
         self.post_init()
 
     def _freeze_base_models(self) -> None:
         for model in (self.slm, self.llm):
             model.requires_grad_(False)
             model.eval()
-            # They are initialised, by whoever made them; `post_init` is for the router.
-            for module in model.modules():
-                module._is_hf_initialized = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The base models initialise themselves; what is left is the router. The 0.02 of a language model would make
+        # every fresh score 0.5 up to rounding.
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The SLM, which reads every token: what transformers asks of a base model is there."""
+        return self.slm
 
     def train(self, mode: bool = True) -> CiterForCausalLM:
         """Set the router to training or evaluation; the base models stay in evaluation.
@@ -145,7 +161,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         """
         self.llm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         embeddings = self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        watch_output_embeddings(self.slm)
+        watch(self.slm)
         self.vocab_size = self.config.vocab_size
         return embeddings
 
@@ -201,18 +217,19 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         slm_output, hidden = self._run_slm(input_ids, position_ids, past_key_values, logits_to_keep, inputs, kwargs)
         slm_logits = slm_output.logits[..., : self.vocab_size]
         scores = self.router(hidden, slm_logits)
-        prefers_llm = scores < threshold
-        unfinished = still_writing(prefers_llm, attention_mask, finished_rows, input_ids.shape[1], logits_to_keep)
-        to_llm = prefers_llm & unfinished
+        to_llm = scores < threshold
+        if finished_rows is not None:
+            to_llm &= ~finished_rows.to(to_llm.device)[:, None]
         if past_key_values is not None:
             past_key_values.add_tokens(input_ids, position_ids)
 
         logits, llm_logits = slm_logits, None
         if self.training or self._needs_llm(to_llm, past_key_values):
             llm_logits = self._run_llm(input_ids, position_ids, past_key_values, logits_to_keep, inputs, kwargs)
-            logits = torch.where(prefers_llm[..., None], llm_logits, slm_logits)
+            logits = torch.where(to_llm[..., None], llm_logits, slm_logits)
         if past_key_values is not None:
             first = past_key_values.get_seq_length() - scores.shape[1] + 1
+            unfinished = real_text(to_llm, attention_mask, finished_rows, input_ids.shape[1], logits_to_keep)
             past_key_values.routing.add(first, scores.detach(), to_llm, unfinished)
 
         loss = None
@@ -265,11 +282,12 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
     ) -> tuple[Any, torch.Tensor]:
         """Return the SLM's output with the kept logits, and its last hidden state there, `[batch, kept, H]`."""
         captured: list[torch.Tensor] = []
-        token = _captured.set(captured)
+        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        token = _watched.set(Watched(captured, bool(wants_states)))
         try:
             output = self._call("slm", input_ids, position_ids, cache and cache.slm, logits_to_keep, inputs, kwargs)
         finally:
-            _captured.reset(token)
+            _watched.reset(token)
         hidden = captured[-1]
         if "logits_to_keep" not in self._accepted["slm"]:
             output.logits = keep(output.logits, logits_to_keep)
@@ -327,10 +345,23 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
 
 MODELS = ("slm", "llm")
 
-_captured: ContextVar[list[torch.Tensor] | None] = ContextVar("captured_hidden_states", default=None)
+
+class Watched(NamedTuple):
+    """What one `forward` in one thread wants of the SLM.
+
+    Args:
+        head_inputs: Filled with what the output embeddings read, `[batch, kept, H]`.
+        wants_states: Whether the caller asked for hidden states, and so perhaps for their gradients.
+    """
+
+    head_inputs: list[torch.Tensor]
+    wants_states: bool
 
 
-def capture_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+_watched: ContextVar[Watched | None] = ContextVar("watched", default=None)
+
+
+def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
     """Keep what the output embeddings read, for the `forward` that asks for it in this thread.
 
     The logits themselves must be the model's own (soft caps and scales follow the head), and asking for
@@ -340,20 +371,45 @@ def capture_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         module: The output embeddings.
         args: Their input, the last hidden state after the final norm, `[batch, kept, H]`.
     """
-    captured = _captured.get()
-    if captured is not None:
-        captured.append(args[0])
+    watched = _watched.get()
+    if watched is not None:
+        watched.head_inputs.append(args[0])
 
 
-def watch_output_embeddings(model: PreTrainedModel) -> None:
-    """Let `capture_input` see what a model's output embeddings read.
+def track_states(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Let hidden states that are asked for have gradients, though the weights are frozen.
+
+    Args:
+        module: The input embeddings.
+        args: Their input.
+        output: What they give.
+    """
+    watched = _watched.get()
+    if watched is not None and watched.wants_states and torch.is_grad_enabled() and output.is_leaf:
+        output.requires_grad_()
+
+
+def watch(model: PreTrainedModel) -> None:
+    """Install the hooks above, once.
 
     Args:
         model: The SLM.
     """
-    head = model.get_output_embeddings()
-    if capture_input not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(capture_input)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if capture_head_input not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(capture_head_input)
+    if track_states not in embeddings._forward_hooks.values():
+        embeddings.register_forward_hook(track_states)
+
+
+def mark_initialized(model: nn.Module) -> None:
+    """Keep `post_init`, which initialises what is new, away from weights that somebody has made already.
+
+    Args:
+        model: A model or router that was given.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def hidden_size_of(model: PreTrainedModel) -> int:
@@ -378,7 +434,7 @@ def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tens
     return values[:, -logits_to_keep:] if logits_to_keep else values
 
 
-def still_writing(
+def real_text(
     like: torch.Tensor,
     attention_mask: torch.Tensor | None,
     finished_rows: torch.Tensor | None,
@@ -397,12 +453,12 @@ def still_writing(
     Returns:
         bool `[batch, kept]`.
     """
-    writing = torch.ones_like(like, dtype=torch.bool)
+    real = torch.ones_like(like, dtype=torch.bool)
     if attention_mask is not None and attention_mask.dim() == 2:
-        writing &= keep(attention_mask[:, -length:], logits_to_keep).to(like.device).bool()
+        real &= keep(attention_mask[:, -length:], logits_to_keep).to(like.device).bool()
     if finished_rows is not None:
-        writing &= ~finished_rows.to(like.device)[:, None]
-    return writing
+        real &= ~finished_rows.to(like.device)[:, None]
+    return real
 
 
 def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.Tensor) -> torch.Tensor:

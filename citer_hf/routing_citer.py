@@ -79,7 +79,7 @@ class MlpRouter(Router):
         return self.score(self.dropout(contracted)).squeeze(-1)
 
     def folded(self) -> MlpWeights:
-        """Return the evaluation form: weight `[2H, H]` and bias `[2H]`, then, after the ReLU, vector `[2H]` and offset.
+        """Return the evaluation form: weight `[2H, H]` and bias `[2H]`, and after the ReLU vector `[2H]` and offset.
 
         It is computed again when a weight has changed since the last call.
         """

@@ -1,0 +1,114 @@
+"""What all tests share: tiny pairs, scripted routers, and a watch for deprecation notices."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from citer_hf import CiterConfig, CiterForCausalLM
+
+from .families import PAD, VOCAB, tiny_model
+
+torch.set_num_threads(1)
+
+# transformers says this of its own assisted generation.
+NOT_OURS = ("Passing `generation_config` together with generation-related arguments",)
+
+
+class DeprecationNotices(logging.Handler):
+    """Collects what a library logs, rather than warns, about deprecated use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message and not message.startswith(NOT_OURS):
+            self.found.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_use() -> Iterator[None]:
+    """Fail a test during which transformers, torch or huggingface_hub log that something is deprecated."""
+    handler = DeprecationNotices()
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch", "huggingface_hub")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert not handler.found, handler.found
+
+
+class ScriptedRouter(nn.Module):
+    """Sends chosen tokens to the LLM: call number k decides column k of the script, again and again."""
+
+    def __init__(self, script: torch.Tensor):
+        super().__init__()
+        self.script = script.bool()
+        self.calls = 0
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        columns = hidden.shape[1]
+        index = torch.arange(self.calls, self.calls + columns) % self.script.shape[1]
+        self.calls += columns
+        return (~self.script[:, index]).float().expand(hidden.shape[0], columns)
+
+
+def make_pair(slm: str = "llama", llm: str = "llama", router: Any = "random", threshold: float = 0.5, **llm_options: Any):
+    """A pair of tiny random models; a router is a kind, a dictionary or a module."""
+    small = tiny_model(slm, seed=1)
+    large = tiny_model(llm, seed=2, **llm_options)
+    module = router if isinstance(router, nn.Module) else None
+    config = CiterConfig(
+        slm_config=small.config,
+        llm_config=large.config,
+        router="custom" if module is not None else router,
+        router_threshold=threshold,
+    )
+    return CiterForCausalLM(config, slm=small, llm=large, router=module).eval()
+
+
+@pytest.fixture(scope="session")
+def pair() -> CiterForCausalLM:
+    """A Llama pair of different widths whose router decides at random, half and half. Not to be changed."""
+    return make_pair(hidden_size=48, num_hidden_layers=3)
+
+
+@pytest.fixture
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
+    """Returns a list to which every forward pass of a model adds the number of tokens that it reads."""
+
+    def watch(model: Any) -> list[int]:
+        lengths: list[int] = []
+        forward = model.forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            lengths.append(kwargs["input_ids"].shape[1])
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", counted)
+        return lengths
+
+    return watch
+
+
+def random_prompts(lengths: tuple[int, ...] = (5, 9, 12), seed: int = 3) -> list[list[int]]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Token ids and attention mask of a batch, padded on the left."""
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[PAD] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }

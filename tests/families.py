@@ -1,0 +1,71 @@
+"""Tiny models of many architectures, with random weights, made on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 61
+PAD, BOS, EOS = 0, 1, 2
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # Wide enough for a random model to have opinions.
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+# Name of the family: its configuration class and what it adds to the shape.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2}),
+    "mistral_sliding": ("MistralConfig", {"sliding_window": 6}),
+    "phi3": ("Phi3Config", {}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.3}),
+    "granite": ("GraniteConfig", {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "head_dim": 8, **EXPERTS}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            "num_experts": 4,
+            "head_dim": 8,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            **EXPERTS,
+        },
+    ),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """Configuration of a tiny model of a family."""
+    name, extra = FAMILIES[family]
+    return getattr(transformers, name)(**{**SHAPE, **extra, **overrides})
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny model of a family in fp32, in evaluation mode."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32).eval()
