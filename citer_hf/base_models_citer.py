@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .pair_citer import check_config, check_table_sizes, check_tokenizers, load_tokenizer
+from .pair_citer import check_config, check_model, check_table_sizes, check_tokenizers, load_tokenizer
 
 ROLES = ("slm", "llm")
 # Where a repository is and how it is fetched: these concern the files, not the model.
@@ -116,6 +116,7 @@ def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedC
         OSError: when the repository cannot be found.
     """
     if isinstance(source, nn.Module):
+        check_model(role, source)
         config: PreTrainedConfig = source.config
         if keywords.get("quantization_config") is not None:
             raise ValueError(

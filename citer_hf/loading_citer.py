@@ -71,10 +71,7 @@ class CiterLoadingMixin:
         for role in ROLES:
             check_keywords(role, keywords[role], kwargs, configs[role])
         chosen = choose_router(router, router_threshold, {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs})
-        # Building it on the meta device costs nothing, and finds a wrong size before gigabytes are read.
-        if chosen.module is None:
-            with torch.device("meta"):
-                build_router(chosen.spec, configs["slm"].get_text_config().hidden_size)
+        check_router(chosen.spec, chosen.module, configs["slm"])
         tokenizer = shared_tokenizer(sources, keywords, configs)
         models = load_models(sources, keywords)
         config = CiterConfig(
@@ -89,7 +86,7 @@ class CiterLoadingMixin:
         if chosen.weights is not None:
             load_router_weights(model.router, chosen.weights, chosen.name)
         model._tokenizer = tokenizer
-        return place(model)
+        return place(model, keywords)
 
     @classmethod
     def from_pretrained(
@@ -185,7 +182,9 @@ class CiterLoadingMixin:
         for role in ROLES:
             check_keywords(role, keywords[role], kwargs, configs[role])
             check_unchanged(role, sources[role], configs[role], getattr(config, f"{role}_config"))
-        weights = None if has_no_weights(config.router) else router_state_dict(path, repository)
+        check_router(config.router, router, configs["slm"])
+        needs_weights = not has_no_weights(config.router) if router is None else bool(router.state_dict())
+        weights = router_state_dict(path, repository) if needs_weights else None
         models = load_models(sources, keywords)
 
         config.slm_config, config.llm_config = models["slm"].config, models["llm"].config
@@ -196,7 +195,7 @@ class CiterLoadingMixin:
         model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
         model.config.name_or_path = model.name_or_path = path
         model.eval()
-        model = place(model)
+        model = place(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, info | {"error_msgs": []}) if wants_info else model
 
@@ -308,22 +307,39 @@ def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> 
     return ChosenRouter(spec, start if threshold is not None else saved.router_threshold, weights=weights, name=name)
 
 
-def place(model: Any) -> Any:
+def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
     """Put the router where the SLM's head is, and note the devices of both models under `hf_device_map`.
 
     Args:
         model: The pair.
+        keywords: The keywords that its models were loaded with.
     """
     device = model.slm.get_output_embeddings().weight.device
     if device.type != "meta":
         model.router.to(device)
     maps = {role: getattr(getattr(model, role), "hf_device_map", None) for role in ROLES}
-    if any(maps.values()):
+    if any(maps.values()) or any(keywords[role].get("device_map") is not None for role in ROLES):
         model.hf_device_map = {"router": device}
         for role, device_map in maps.items():
             for name, where in (device_map or {"": getattr(model, role).device}).items():
                 model.hf_device_map[f"{role}.{name}".rstrip(".")] = where
     return model
+
+
+def check_router(spec: dict[str, Any], module: nn.Module | None, slm_config: PreTrainedConfig) -> None:
+    """Refuse a router that does not fit the SLM, before gigabytes are read.
+
+    Args:
+        spec: The configuration's `router` dictionary.
+        module: The router itself, when an instance was given; it is taken at its word.
+        slm_config: The SLM's configuration.
+
+    Raises:
+        ValueError: for an unknown kind or option, or a router made for another hidden size.
+    """
+    if module is None:
+        with torch.device("meta"):
+            build_router(spec, slm_config.get_text_config().hidden_size)
 
 
 def has_no_weights(spec: dict[str, Any]) -> bool:

@@ -37,6 +37,27 @@ def check_config(role: str, config: PreTrainedConfig) -> None:
         )
 
 
+def check_model(role: str, model: Any) -> None:
+    """Refuse what is not a causal language model of transformers.
+
+    Args:
+        role: `slm` or `llm`, for the message.
+        model: What was given.
+
+    Raises:
+        ValueError: when it does not generate text.
+        TypeError: when it is not a transformers model.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"{role}: expected a model id, a path or a transformers model, got {name}.")
+    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{role}: {name} is not a causal language model: expected a decoder with a language modelling head, such "
+            "as AutoModelForCausalLM.from_pretrained gives."
+        )
+
+
 def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
     """Refuse two models that cannot decode together.
 
@@ -49,16 +70,8 @@ def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
         TypeError: when one of them is not a transformers model.
     """
     for role, model in (("slm", slm), ("llm", llm)):
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"{role}: expected a model id, a path or a transformers model, got {type(model).__name__}."
-            )
+        check_model(role, model)
         name = f"{role}: {type(model).__name__}"
-        if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
-            raise ValueError(
-                f"{name} is not a causal language model: expected a decoder with a language modelling head, such as "
-                "AutoModelForCausalLM.from_pretrained gives."
-            )
         parameters = inspect.signature(model.forward).parameters
         if "past_key_values" not in parameters:
             raise ValueError(

@@ -99,7 +99,7 @@ class MlpRouter(Router):
             weight = scale[:, None] * weight
             bias = scale * (bias - self.norm.running_mean) + self.norm.bias
         vector = (self.score.weight @ self.contract.weight).squeeze(0)
-        offset = self.score.weight @ self.contract.bias + self.score.bias
+        offset = (self.score.weight @ self.contract.bias + self.score.bias).squeeze(0)
         return weight, bias, vector, offset
 
 

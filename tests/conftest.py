@@ -61,7 +61,9 @@ class ScriptedRouter(nn.Module):
         return (~self.script[:, index]).float().expand(hidden.shape[0], columns)
 
 
-def make_pair(slm: str = "llama", llm: str = "llama", router: Any = "random", threshold: float = 0.5, **llm_options: Any):
+def make_pair(
+    slm: str = "llama", llm: str = "llama", router: Any = "random", threshold: float = 0.5, **llm_options: Any
+):
     """A pair of tiny random models; a router is a kind, a dictionary or a module."""
     small = tiny_model(slm, seed=1)
     large = tiny_model(llm, seed=2, **llm_options)

@@ -88,9 +88,7 @@ def test_finished_beams_never_call_the_llm(count_calls):
     ends = model.generate(**prompts, do_sample=False, max_new_tokens=3)[0, 9:].tolist()
     rows: list[int] = []
     model.register_forward_hook(lambda _, args, output: rows.append(int(output.routed_to_llm.any(1).sum())))
-    model.generate(
-        **prompts, max_new_tokens=12, num_beams=2, eos_token_id=ends, early_stopping=True, do_sample=False
-    )
+    model.generate(**prompts, max_new_tokens=12, num_beams=2, eos_token_id=ends, early_stopping=True, do_sample=False)
     assert rows[0] == 4
     assert min(rows) < 4, "beams of an input whose result is final need no LLM"
 
