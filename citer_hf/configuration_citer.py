@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -227,7 +227,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
     if config is None:
-        return LlamaConfig()
+        return AutoConfig.for_model("llama")
     if isinstance(config, PreTrainedConfig):
         return config
     config = dict(config)

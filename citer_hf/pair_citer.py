@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from .configuration_citer import table_size
@@ -87,6 +87,9 @@ def load_tokenizer(source: str, **kwargs: Any) -> Any:
         source: Path or repository id.
         kwargs: For `AutoTokenizer.from_pretrained`.
     """
+    # Importing tokenizers takes as long as all of this package.
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(source, **kwargs)
     # What is raised for a repository without a tokenizer depends on what else it lacks.

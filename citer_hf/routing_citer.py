@@ -257,6 +257,22 @@ class Routing:
         real = int(self.unfinished.sum())
         return int(self.to_llm.sum()) / real if real else 0.0
 
+    def by_llm(self, index: int, row: int = 0) -> bool:
+        """Say whether the LLM wrote one token, without joining the record: for streams, which ask for the newest.
+
+        Args:
+            index: Its place among the generated tokens, from 0.
+            row: Its row in the batch.
+
+        Raises:
+            IndexError: when nothing was recorded about such a token.
+        """
+        place = self.start + index
+        for first, records in reversed(self._steps):
+            if first <= place < first + records[TO_LLM].shape[1]:
+                return bool(records[TO_LLM][row, place - first])
+        raise IndexError(f"index: no token number {index} has been decided yet.")
+
     def __len__(self) -> int:
         return sum(records[SCORES].shape[1] for _, records in self._steps)
 

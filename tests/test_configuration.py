@@ -86,7 +86,7 @@ def test_a_router_without_a_type_is_refused(router):
 def test_the_configuration_of_another_model_is_refused(tmp_path):
     tiny_config("llama").save_pretrained(tmp_path)
     for load in (CiterConfig.from_pretrained, CiterForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match="expected a CITER router repository .* got model_type 'llama'"):
+        with pytest.raises(ValueError, match=r"expected a CITER router repository .* got model_type 'llama'"):
             load(tmp_path)
 
 

@@ -1,0 +1,169 @@
+"""Arithmetic word problems with worked solutions, written from `phrases` and fixed by a seed.
+
+A problem is a chain of equations. Two texts are told from it, each in wording of its own: the prompt (a story and a
+question) and the response (the same steps, worked out).
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .phrases import ITEMS, NAMES, PHRASES, THINGS
+
+__all__ = ["Problem", "Split", "Step", "drill", "extract_answer", "is_correct", "problem", "problems"]
+
+Split = Literal["train", "validation", "test"]
+
+LARGEST = 99
+_OPERATION = {"+": "add", "-": "take", "*": "multiply"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One equation: `before symbol operand = after`."""
+
+    before: int
+    symbol: str
+    operand: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.before} {self.symbol} {self.operand} = {self.after}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem: `prompt + response` is the text a model learns, `answer` the number it is judged by."""
+
+    prompt: str
+    response: str
+    answer: str
+
+
+def problems(split: Split, seed: int, count: int) -> Iterator[Problem]:
+    """Yield the first `count` problems of a split.
+
+    Args:
+        split: `"train"`, `"validation"` or `"test"`. No chain of equations is in two of them.
+        seed: Another seed is another sequence of problems of the same split.
+        count: How many.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+    return (problem(split, seed, index) for index in range(count))
+
+
+def problem(split: Split, seed: int, index: int) -> Problem:
+    """Return problem number `index` of a split, without making those before it.
+
+    Args:
+        split: `"train"`, `"validation"` or `"test"`.
+        seed: Selects the sequence of problems.
+        index: Position in that sequence.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"no split named {split!r}: choose train, validation or test")
+    rng = random.Random(f"{split}/{seed}/{index}")
+    steps = _draw_steps(rng)
+    while _split_of(steps) != split:
+        steps = _draw_steps(rng)
+    return _tell(steps, rng)
+
+
+def drill(rng: random.Random) -> Problem:
+    """Return a bare calculation in the form of a problem: `What is 12 + 34?`.
+
+    Args:
+        rng: Where the numbers come from.
+    """
+    step = _draw_step(rng.randint(1, LARGEST), rng)
+    return Problem(f"What is {str(step).partition(' =')[0]}?\n", f"{step}.", str(step.after))
+
+
+def extract_answer(text: str) -> str | None:
+    """Return the last number of a response, or None where it has none.
+
+    Args:
+        text: The response alone, without its prompt.
+    """
+    numbers = re.findall(r"\d+", text)
+    return numbers[-1] if numbers else None
+
+
+def is_correct(response: str, problem: Problem) -> bool:
+    """Say whether a response ends with the right answer.
+
+    Args:
+        response: What a model wrote. Should the prompt stand before it, the prompt is not read.
+        problem: The problem it was asked.
+    """
+    return extract_answer(response.removeprefix(problem.prompt)) == problem.answer
+
+
+def _draw_steps(rng: random.Random) -> list[Step]:
+    value = rng.randint(1, LARGEST)
+    steps = []
+    for _ in range(rng.randint(2, 4)):
+        steps.append(_draw_step(value, rng))
+        value = steps[-1].after
+    return steps
+
+
+def _draw_step(value: int, rng: random.Random) -> Step:
+    """Draw one operation that keeps the value between 0 and 99."""
+    operands = {
+        "+": range(1, LARGEST - value + 1),
+        "-": range(1, value + 1),
+        "*": range(2, min(5, LARGEST // value) + 1) if value else range(0),
+    }
+    symbol = rng.choice([symbol for symbol, allowed in operands.items() if allowed])
+    operand = rng.choice(operands[symbol])
+    after = {"+": value + operand, "-": value - operand, "*": value * operand}[symbol]
+    return Step(value, symbol, operand, after)
+
+
+def _split_of(steps: list[Step]) -> Split:
+    # hashlib, because `hash` of a string differs from one process to the next.
+    tenth = int(hashlib.sha256("; ".join(map(str, steps)).encode()).hexdigest(), 16) % 10
+    return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
+
+
+def _tell(steps: list[Step], rng: random.Random) -> Problem:
+    """Write a chain of equations as a story and as a worked solution."""
+    name, friend = rng.sample(sorted(NAMES), 2)
+    facts = {"name": name, "he": NAMES[name], "friend": friend, "items": rng.choice(ITEMS)}
+
+    def write(phrase: str, **numbers: object) -> str:
+        return _expand(f"{{{phrase}}}", facts | {key: str(value) for key, value in numbers.items()}, rng)
+
+    start, answer = steps[0].before, steps[-1].after
+    story = [write("opening", start=start)]
+    story += [write(_OPERATION[step.symbol], n=step.operand) for step in steps]
+    if rng.random() < 1 / 3:
+        distraction = write("distraction", n=rng.randint(1, LARGEST), things=rng.choice(THINGS))
+        story.insert(rng.randint(1, len(story)), distraction)
+    story.append(write("question"))
+
+    solution = [write("solution opening", start=start)]
+    for step in steps:
+        phrase = f"solution {_OPERATION[step.symbol]}"
+        solution.append(write(phrase, n=step.operand, before=step.before, equation=step))
+    solution.append(write("solution end", answer=answer))
+    return Problem(" ".join(story) + "\n", " ".join(solution), str(answer))
+
+
+def _expand(text: str, facts: dict[str, str], rng: random.Random) -> str:
+    """Replace each `{field}` by the fact of that name, or by one of its phrases, expanded in turn."""
+
+    def value(match: re.Match[str]) -> str:
+        field = match[1]
+        return facts[field] if field in facts else _expand(rng.choice(PHRASES[field]), facts, rng)
+
+    return re.sub(r"\{([a-z ]+)\}", value, text)

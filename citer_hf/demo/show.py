@@ -1,0 +1,258 @@
+"""What `citer demo` does: problems solved before the reader's eyes, then a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from citer_hf import CiterCache, CiterForCausalLM
+from citer_hf.terminal import Paint, WriterStreamer, legend
+
+from .measuring import BATCH_SIZE, Measurement, measure, settings, spread_thresholds
+from .problems import Problem, is_correct, problems
+
+__all__ = ["export", "show"]
+
+STREAMED = 3
+
+
+def export(path: Path, seed: int, count: int) -> None:
+    """Write held-out problems as JSON lines with `prompt`, `response` and `answer`.
+
+    Args:
+        path: A file that does not exist yet.
+        seed: Selects the problems.
+        count: How many.
+
+    Raises:
+        FileExistsError: when there is such a file.
+        OSError: when it cannot be written; then nothing is left behind.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another name or remove it first.")
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(problem)) + "\n" for problem in problems("test", seed, count))
+        # mkstemp makes files for the owner alone; this one is as public as any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def show(path: str, seed: int, count: int, router_threshold: float | None = None, as_json: bool = False) -> int:
+    """Solve a few problems visibly, then measure the models alone and together.
+
+    Args:
+        path: Directory of the pair.
+        seed: Selects the held-out problems.
+        count: How many of them to measure on.
+        router_threshold: Measure the pair at this threshold alone, and stream with it.
+        as_json: Whether to print the measurements as JSON and nothing else.
+
+    Returns:
+        The exit status: 130 when it was interrupted, otherwise 0.
+    """
+    # Models this small gain nothing from a second thread, and lose everything when another program holds that core.
+    torch.set_num_threads(1)
+    model = CiterForCausalLM.from_pretrained(path)
+    tokenizer = model.load_tokenizer()
+    chosen = list(problems("test", seed, count))
+    shipped = model.config.router_threshold
+    thresholds = spread_thresholds(shipped) if router_threshold is None else [router_threshold]
+
+    done: list[Measurement] = []
+    interrupted = False
+    try:
+        if not as_json:
+            introduce(model)
+            for number, problem in enumerate(chosen[:STREAMED], 1):
+                stream(model, tokenizer, problem, number, shipped if router_threshold is None else router_threshold)
+        for measurement in measure_all(model, tokenizer, chosen, thresholds):
+            done.append(measurement)
+    except KeyboardInterrupt:
+        interrupted = True
+    if as_json:
+        print_json(done, seed, count, complete=not interrupted)
+    else:
+        print_table(done, seed, count, interrupted)
+    return 130 if interrupted else 0
+
+
+def introduce(model: CiterForCausalLM) -> None:
+    """Print what the two models are, and how to read the text that follows.
+
+    Args:
+        model: The pair.
+    """
+    slm, llm = (sum(weight.numel() for weight in part.parameters()) for part in (model.slm, model.llm))
+    print(f"Two models write word problems' solutions together: an SLM of {slm:,} parameters and an LLM of {llm:,}.")
+    print(f"{legend(sys.stdout)}\n")
+
+
+def stream(model: CiterForCausalLM, tokenizer: Any, problem: Problem, number: int, router_threshold: float) -> None:
+    """Solve one problem and paint the solution as it is written.
+
+    Args:
+        model: The pair.
+        tokenizer: Its tokenizer.
+        problem: What to solve.
+        number: Its number, for the reader.
+        router_threshold: The threshold.
+    """
+    paint = Paint(sys.stdout)
+    paint.dim(f"Problem {number}. {problem.prompt.strip()}")
+    cache = CiterCache(model.config)
+    streamer = WriterStreamer(tokenizer, cache, paint)
+    try:
+        model.generate(
+            **tokenizer(problem.prompt, return_tensors="pt").to(model.device),
+            generation_config=settings(model),
+            past_key_values=cache,
+            router_threshold=router_threshold,
+            streamer=streamer,
+        )
+    except KeyboardInterrupt:
+        paint.end()
+        raise
+    response = tokenizer.decode(streamer.tokens, skip_special_tokens=True)
+    verdict = "right" if is_correct(response, problem) else f"wrong, the answer is {problem.answer}"
+    by_llm = int(cache.routing.to_llm.sum())
+    paint.dim(f"({verdict}; {by_llm} of {len(streamer.tokens)} tokens from the LLM)\n")
+
+
+def measure_all(
+    model: CiterForCausalLM, tokenizer: Any, chosen: Sequence[Problem], thresholds: Sequence[float]
+) -> Iterator[Measurement]:
+    """Measure the SLM, the pair at each threshold, and the LLM, with a progress bar on a terminal's stderr.
+
+    Args:
+        model: The pair.
+        tokenizer: Its tokenizer.
+        chosen: The problems.
+        thresholds: The pair's.
+    """
+    runs: list[tuple[str, float | None]] = [("SLM alone", None), ("LLM alone", None)]
+    runs += [("pair", threshold) for threshold in thresholds]
+    warm_up(model, tokenizer, chosen[0])
+    with progress_bar(len(runs) * len(chosen)) as bar:
+        task = bar.task_ids[0]
+        for name, threshold in runs:
+            bar.update(task, description=row_label(name, threshold))
+            yield measure(model, tokenizer, chosen, name, threshold, lambda solved: bar.advance(task, solved))
+
+
+def warm_up(model: CiterForCausalLM, tokenizer: Any, problem: Problem) -> None:
+    """Let every model run once, so that the first measurement does not pay for what is done only once.
+
+    Args:
+        model: The pair.
+        tokenizer: Its tokenizer.
+        problem: Any.
+    """
+    inputs = tokenizer(problem.prompt, return_tensors="pt").to(model.device)
+    for part in (model.slm, model.llm, model):
+        part.generate(**inputs, generation_config=settings(model, max_new_tokens=2))
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Progress]:
+    """Show a bar with one task on stderr, and nothing where that is no terminal.
+
+    Args:
+        total: Number of problems to solve.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:16}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task("", total=total)
+        yield bar
+
+
+def row_label(name: str, threshold: float | None) -> str:
+    """Name a row of the table.
+
+    Args:
+        name: What decoded.
+        threshold: The pair's threshold.
+    """
+    return name if threshold is None else f"{name} at {threshold:g}"
+
+
+def print_json(done: Sequence[Measurement], seed: int, count: int, complete: bool) -> None:
+    """Print the measurements as one JSON object.
+
+    Args:
+        done: The measurements.
+        seed: Of the problems.
+        count: How many problems.
+        complete: Whether all that was asked for was measured.
+    """
+    rows = [measurement.as_dict() for measurement in done]
+    print(
+        json.dumps(
+            {"seed": seed, "problems": count, "batch_size": BATCH_SIZE, "complete": complete, "rows": rows}, indent=2
+        )
+    )
+
+
+def print_table(done: Sequence[Measurement], seed: int, count: int, interrupted: bool) -> None:
+    """Print the measurements as a table, and what they mean.
+
+    Args:
+        done: The measurements.
+        seed: Of the problems.
+        count: How many problems.
+        interrupted: Whether there was to be more.
+    """
+    if interrupted:
+        print("\nStopped." if done else "\nStopped before anything was measured.")
+    if not done:
+        return
+    title = f"{count} held-out problems (seed {seed}), solved in batches of {min(BATCH_SIZE, count)}"
+    table = Table(title=title, box=SIMPLE, title_justify="left")
+    table.add_column("")
+    for header in ("accuracy", "tokens from\nthe LLM", "LLM forward\npasses / token", "tokens / s"):
+        table.add_column(header, justify="right")
+    for row in done:
+        cells = (f"{row.accuracy:.1%}", f"{row.llm_share:.1%}", f"{row.llm_passes_per_token:.2f}")
+        table.add_row(row_label(row.name, row.router_threshold), *cells, f"{row.tokens_per_second:,.0f}")
+    Console().print(table)
+    if not interrupted:
+        Console().print(meaning(done), markup=False, highlight=False)
+
+
+def meaning(done: Sequence[Measurement]) -> str:
+    """Say in plain words what the measurements show.
+
+    Args:
+        done: The SLM, the LLM, and the pair at one or more thresholds.
+    """
+    slm, llm, *pairs = done
+    best = max(pairs, key=lambda row: (row.accuracy, -row.llm_share))
+    speed = best.tokens_per_second / llm.tokens_per_second
+    return (
+        f"At threshold {best.router_threshold:g} the pair solves {best.accuracy:.0%} of the problems with "
+        f"{best.llm_share:.0%} of the tokens from the LLM; the SLM alone solves {slm.accuracy:.0%}, the LLM alone "
+        f"{llm.accuracy:.0%}. It writes {speed:.2f} times as fast as the LLM alone here: the texts of a batch move in "
+        f"step, so the LLM runs for all of them whenever one needs it, {best.llm_passes_per_token:.2f} passes per "
+        f"token. A text decoded by itself takes {best.llm_share:.2f}, but with models this small Python takes most of "
+        "that time."
+    )
