@@ -264,6 +264,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         return threshold.to(self.slm.device)[:, None]
 
     def _needs_llm(self, to_llm: torch.Tensor, cache: CiterCache | None) -> bool:
+        # An exported graph cannot depend on what the router decides.
+        if torch.compiler.is_compiling():
+            return True
         if cache is not None:
             # Chunks of a prompt keep their last position too, but nobody asks for the token that follows it.
             undecided = cache.routing.start - (cache.get_seq_length() - to_llm.shape[1] + 1)
@@ -308,9 +311,10 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         if cache is not None:
             input_ids, position_ids = cache.unseen_tokens()
         # What is kept is counted within the new tokens, which are the last of those that the LLM reads now.
-        if isinstance(logits_to_keep, torch.Tensor):
-            logits_to_keep = logits_to_keep + (input_ids.shape[1] - length)
-        else:
+        earlier = input_ids.shape[1] - length
+        if earlier and isinstance(logits_to_keep, torch.Tensor):
+            logits_to_keep = logits_to_keep + earlier
+        elif earlier:
             logits_to_keep = logits_to_keep or length
         kwargs = {
             key: value for key, value in kwargs.items() if key not in ("output_hidden_states", "output_attentions")

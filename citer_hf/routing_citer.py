@@ -66,7 +66,7 @@ class MlpRouter(Router):
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         hidden = hidden.to(self.expand.weight)
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.sigmoid(self._layer_by_layer(hidden))
         weight, bias, vector, offset = self.folded()
         return torch.sigmoid(torch.relu(nn.functional.linear(hidden, weight, bias)) @ vector + offset)

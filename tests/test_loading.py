@@ -26,7 +26,7 @@ from citer_hf import CiterConfig, CiterForCausalLM
 from citer_hf.routing_citer import ROUTERS
 
 from .conftest import ScriptedRouter, random_prompts
-from .families import VOCAB, tiny_model
+from .families import VOCAB, tiny_config, tiny_model
 
 TEXT = torch.tensor(random_prompts((12,)))
 
@@ -83,6 +83,17 @@ def test_what_is_loaded_is_what_was_saved(bases, tmp_path, kind):
         assert same(weights(loaded), weights(model))
         assert torch.equal(logits(loaded), logits(model))
         assert loaded.config.router_threshold == 0.6
+
+
+@pytest.mark.parametrize("kind", ["mlp", "confidence"])
+def test_a_pair_built_from_its_configuration_loads_as_it_was_saved(tmp_path, kind):
+    config = CiterConfig(slm_config=tiny_config("qwen2"), llm_config=tiny_config("gemma2"), router=kind)
+    model = CiterForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = CiterForCausalLM.from_pretrained(tmp_path)
+    assert same(weights(loaded), weights(model))
+    for threshold in (0.0, 2.0):
+        assert torch.equal(logits(loaded, router_threshold=threshold), logits(model, router_threshold=threshold))
 
 
 def test_wrapping_saving_and_loading_leaves_the_base_models_bit_identical(bases, tmp_path):
