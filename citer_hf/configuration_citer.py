@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 CONFIG_VERSION = 1
 
@@ -83,15 +81,14 @@ class CiterConfig(PreTrainedConfig):
                 f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
                 "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
             )
-        if int(config_dict.get("citer_version", CONFIG_VERSION)) > CONFIG_VERSION:
-            known = set(cls().to_dict()) | _COMMON_KEYS
-            unknown = sorted(set(config_dict) - known)
-            config_dict = {key: value for key, value in config_dict.items() if key in known}
-            logger.warning(
-                f"This repository was written by a newer citer_hf; its settings {unknown} are unknown here and "
-                "ignored. Upgrade with `pip install -U citer-hf`."
+        unknown = sorted(set(config_dict) - _known_keys())
+        if unknown:
+            warnings.warn(
+                f"config: the settings {unknown} are unknown here and ignored. They are probably of a newer citer_hf; "
+                "upgrade with `pip install -U citer-hf`.",
+                stacklevel=2,
             )
-        return super().from_dict(dict(config_dict), **kwargs)
+        return super().from_dict({key: value for key, value in config_dict.items() if key not in unknown}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; the base models' quantization is left to the base models."""
@@ -162,19 +159,17 @@ for _name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_ke
 for _name in ("bos_token_id", "eos_token_id", "pad_token_id"):
     setattr(CiterConfig, _name, _slm_attribute(_name))
 
-_COMMON_KEYS = {
-    "model_type",
-    "auto_map",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "_name_or_path",
-    "name_or_path",
-}
+
+def _known_keys() -> set[str]:
+    """What a `config.json` of this version can hold, and what transformers reads from any."""
+    of_transformers = "auto_map torch_dtype name_or_path attn_implementation experts_implementation num_labels"
+    generation = GenerationConfig().to_dict()
+    return {
+        *CiterConfig().to_dict(),
+        *generation,
+        *of_transformers.split(),
+        *("_attn_implementation", "custom_pipelines"),
+    }
 
 
 def check_threshold_value(threshold: float) -> float:

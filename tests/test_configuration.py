@@ -6,7 +6,6 @@ import json
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
-from transformers.utils import logging
 
 from citer_hf import CiterConfig, CiterForCausalLM
 
@@ -43,19 +42,21 @@ def test_sub_configurations_may_be_dictionaries():
     assert config.vocab_size == 50
 
 
-def test_a_newer_version_is_read_with_one_warning(tmp_path):
-    CiterConfig().save_pretrained(tmp_path)
+@pytest.mark.parametrize("version", [1, 99])
+def test_settings_of_a_newer_version_are_ignored_with_one_warning(tmp_path, version):
+    CiterConfig(router_threshold=0.3).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**content, "citer_version": 99, "new_a": 1, "new_b": {}}))
-    messages: list[str] = []
-    logger = logging.get_logger("citer_hf.configuration_citer")
-    logger.warning, original = messages.append, logger.warning
-    try:
-        config = CiterConfig.from_pretrained(tmp_path)
-    finally:
-        logger.warning = original
-    assert len(messages) == 1 and "['new_a', 'new_b']" in messages[0]
-    assert not hasattr(config, "new_a") and config.router == {"type": "confidence"}
+    (tmp_path / "config.json").write_text(json.dumps({**content, "citer_version": version, "new_a": 1, "new_b": {}}))
+    with pytest.warns(UserWarning, match=r"\['new_a', 'new_b'\] are unknown here and ignored") as caught:
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert len(caught) == 1
+    assert not hasattr(config, "new_a") and config.router_threshold == 0.3
+
+
+def test_settings_that_are_known_bring_no_warning(tmp_path, recwarn):
+    CiterConfig().save_pretrained(tmp_path)
+    CiterConfig.from_pretrained(tmp_path)
+    assert not recwarn.list
 
 
 def test_building_one_leaves_loaded_configurations_as_they_are():
