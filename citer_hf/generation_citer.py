@@ -17,7 +17,7 @@ from .routing_citer import Routing
 
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
-CACHE_IMPLEMENTATIONS = ("dynamic", "dynamic_full", "offloaded", "quantized")
+CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized")
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -62,6 +62,21 @@ class CiterGenerationMixin(GenerationMixin):
             raise ValueError(INPUTS_EMBEDS_ERROR)
         check_cache_implementation(kwargs.get("cache_implementation"))
         return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: continuous batching (`generate_batch`) needs paged caches, which hold one model.
+
+        Args:
+            args: As in transformers.
+            kwargs: As in transformers.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch: continuous batching keeps one model's keys and values in pages, and a pair has two "
+            "models. Use generate() with a padded batch."
+        )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         threshold = model_kwargs.get("router_threshold")

@@ -204,12 +204,14 @@ def test_a_cache_implementation_gives_the_same_text(pair, kind):
 
 
 @pytest.mark.skipif(not is_optimum_quanto_available(), reason="the backend of the quantized cache is not installed")
-def test_a_quantized_cache_holds_both_models():
-    model = make_pair(hidden_size=128, num_attention_heads=2, num_key_value_heads=2)
-    settings = {**GREEDY, "return_dict_in_generate": True}
-    output = model.generate(**single(), **settings, cache_implementation="quantized", cache_config={"nbits": 4})
-    assert "Quantized" in type(output.past_key_values.slm).__name__
-    assert "Quantized" in type(output.past_key_values.llm).__name__
+def test_a_quantized_cache_is_that_of_each_model():
+    model = make_pair(hidden_size=48)
+    quantized = {**GREEDY, "cache_implementation": "quantized", "cache_config": {"nbits": 4, "q_group_size": 8}}
+    for threshold, alone in ((0.0, model.slm), (2.0, model.llm)):
+        output = model.generate(**single(8), **quantized, router_threshold=threshold, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, alone.generate(**single(8), **quantized))
+        cache = output.past_key_values
+        assert "Quantized" in type(cache.slm).__name__ and "Quantized" in type(cache.llm).__name__
 
 
 def test_max_time_ends_the_text(pair):
@@ -315,6 +317,11 @@ def test_a_custom_processor_sees_the_routed_logits(pair):
         output_logits=True,
     )
     assert all(torch.equal(ours, step) for ours, step in zip(seen, output.logits, strict=True))
+
+
+def test_continuous_batching_is_refused(pair):
+    with pytest.raises(ValueError, match="generate_batch: continuous batching"):
+        pair.generate_batch([[5, 6, 7]])
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.terminal import Paint, WriterStreamer, legend
 
-from .measuring import BATCH_SIZE, Measurement, measure, settings, spread_thresholds
+from .measuring import Measurement, measure, settings, spread_thresholds
 from .problems import Problem, is_correct, problems
+from .report import print_json, print_table, row_label
 
 __all__ = ["export", "show"]
 
@@ -43,6 +42,8 @@ def export(path: Path, seed: int, count: int) -> None:
     """
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name or remove it first.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no directory to write {path.name} in.")
     descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -184,75 +185,3 @@ def progress_bar(total: int) -> Iterator[Progress]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task("", total=total)
         yield bar
-
-
-def row_label(name: str, threshold: float | None) -> str:
-    """Name a row of the table.
-
-    Args:
-        name: What decoded.
-        threshold: The pair's threshold.
-    """
-    return name if threshold is None else f"{name} at {threshold:g}"
-
-
-def print_json(done: Sequence[Measurement], seed: int, count: int, complete: bool) -> None:
-    """Print the measurements as one JSON object.
-
-    Args:
-        done: The measurements.
-        seed: Of the problems.
-        count: How many problems.
-        complete: Whether all that was asked for was measured.
-    """
-    rows = [measurement.as_dict() for measurement in done]
-    print(
-        json.dumps(
-            {"seed": seed, "problems": count, "batch_size": BATCH_SIZE, "complete": complete, "rows": rows}, indent=2
-        )
-    )
-
-
-def print_table(done: Sequence[Measurement], seed: int, count: int, interrupted: bool) -> None:
-    """Print the measurements as a table, and what they mean.
-
-    Args:
-        done: The measurements.
-        seed: Of the problems.
-        count: How many problems.
-        interrupted: Whether there was to be more.
-    """
-    if interrupted:
-        print("\nStopped." if done else "\nStopped before anything was measured.")
-    if not done:
-        return
-    title = f"{count} held-out problems (seed {seed}), solved in batches of {min(BATCH_SIZE, count)}"
-    table = Table(title=title, box=SIMPLE, title_justify="left")
-    table.add_column("")
-    for header in ("accuracy", "tokens from\nthe LLM", "LLM forward\npasses / token", "tokens / s"):
-        table.add_column(header, justify="right")
-    for row in done:
-        cells = (f"{row.accuracy:.1%}", f"{row.llm_share:.1%}", f"{row.llm_passes_per_token:.2f}")
-        table.add_row(row_label(row.name, row.router_threshold), *cells, f"{row.tokens_per_second:,.0f}")
-    Console().print(table)
-    if not interrupted:
-        Console().print(meaning(done), markup=False, highlight=False)
-
-
-def meaning(done: Sequence[Measurement]) -> str:
-    """Say in plain words what the measurements show.
-
-    Args:
-        done: The SLM, the LLM, and the pair at one or more thresholds.
-    """
-    slm, llm, *pairs = done
-    best = max(pairs, key=lambda row: (row.accuracy, -row.llm_share))
-    speed = best.tokens_per_second / llm.tokens_per_second
-    return (
-        f"At threshold {best.router_threshold:g} the pair solves {best.accuracy:.0%} of the problems with "
-        f"{best.llm_share:.0%} of the tokens from the LLM; the SLM alone solves {slm.accuracy:.0%}, the LLM alone "
-        f"{llm.accuracy:.0%}. It writes {speed:.2f} times as fast as the LLM alone here: the texts of a batch move in "
-        f"step, so the LLM runs for all of them whenever one needs it, {best.llm_passes_per_token:.2f} passes per "
-        f"token. A text decoded by itself takes {best.llm_share:.2f}, but with models this small Python takes most of "
-        "that time."
-    )

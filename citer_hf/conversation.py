@@ -1,0 +1,225 @@
+"""A chat with a pair that keeps both caches from one turn to the next."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from .cache_citer import CiterCache
+from .modeling_citer import CiterForCausalLM
+from .terminal import Paint, WriterStreamer
+
+__all__ = ["Conversation", "Turn"]
+
+
+@dataclass
+class Turn:
+    """What an answer, or a whole chat, took.
+
+    Args:
+        tokens: Tokens written.
+        llm_tokens: How many of them the LLM wrote.
+        llm_calls: Forward passes of the LLM.
+        seconds: Time that `generate` took.
+        read: Tokens of the chat that were read for it.
+        kept: Tokens of the chat that the cache held already.
+        cut: Whether it ended at the limit of the models' context.
+    """
+
+    tokens: int = 0
+    llm_tokens: int = 0
+    llm_calls: int = 0
+    seconds: float = 0.0
+    read: int = 0
+    kept: int = 0
+    cut: bool = False
+
+    def add(self, other: Turn) -> None:
+        """Count another turn too.
+
+        Args:
+            other: The turn.
+        """
+        for name in ("tokens", "llm_tokens", "llm_calls", "seconds", "read", "kept"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def __str__(self) -> str:
+        share = self.llm_tokens / max(self.tokens, 1)
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.tokens} tokens: {self.tokens - self.llm_tokens} by the SLM, {self.llm_tokens} by the LLM "
+            f"({share:.1%}); {self.llm_calls} LLM forward passes; {speed:.1f} tokens/s; "
+            f"{self.read} tokens of text read, {self.kept} kept in the cache"
+        )
+
+
+class Conversation:
+    """The messages so far, and a cache that holds as much of their text as is still true.
+
+    Args:
+        model: The pair.
+        tokenizer: Its tokenizer. Without a chat template the chat is one text that the pair continues.
+        max_new_tokens: Longest answer.
+        system: What to tell the model first.
+        router_threshold: The SLM writes a token when its score reaches this. Default: the model's.
+
+    Attributes:
+        router_threshold: May be changed between turns.
+        last: What the last turn took.
+        total: What all turns took.
+    """
+
+    def __init__(
+        self,
+        model: CiterForCausalLM,
+        tokenizer: Any,
+        max_new_tokens: int = 512,
+        system: str | None = None,
+        router_threshold: float | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.system = max_new_tokens, system
+        self.router_threshold = model.config.router_threshold if router_threshold is None else router_threshold
+        self.context = model.config.max_position_embeddings
+        self._cached: list[int] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the settings."""
+        self.messages: list[dict[str, str]] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+        self.last, self.total = Turn(), Turn()
+        self._drop_cache()
+
+    def ask(self, text: str, paint: Paint, stop: StoppingCriteria | None = None) -> Turn:
+        """Answer a message, painting the answer as it is written.
+
+        Args:
+            text: The user's message.
+            paint: What writes the answer.
+            stop: What can end the answer early.
+
+        Returns:
+            What the answer took.
+
+        Raises:
+            ValueError: when the text of the chat leaves no room for an answer, or the chat template refuses the
+                messages; the new message is not kept.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._render(messages)
+        room = self.max_new_tokens if self.context is None else self.context - len(ids)
+        if room <= 0:
+            raise ValueError(
+                f"this chat with your message has {len(ids)} tokens, and the models read at most {self.context}. "
+                "/reset starts a new chat."
+            )
+        self._keep_prefix_of(ids)
+        kept = self.cache.get_seq_length()
+        streamer = WriterStreamer(self.tokenizer, self.cache, paint)
+        began = time.perf_counter()
+        try:
+            self._generate(ids, min(room, self.max_new_tokens), streamer, stop)
+            self._cached = (ids + streamer.tokens)[: self.cache.get_seq_length()]
+        except BaseException:
+            # A step that was left half-way has left the cache half-way.
+            self._drop_cache()
+            raise
+        finally:
+            if streamer.tokens:
+                answer = self.tokenizer.decode(streamer.tokens, skip_special_tokens=True)
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+        routing = self.cache.routing
+        self.last = Turn(
+            tokens=len(streamer.tokens),
+            llm_tokens=int(routing.to_llm.sum()),
+            llm_calls=routing.llm_calls,
+            seconds=time.perf_counter() - began,
+            read=len(ids) - kept,
+            kept=kept,
+            cut=len(streamer.tokens) == room,
+        )
+        self.total.add(self.last)
+        return self.last
+
+    def _generate(self, ids: list[int], max_new_tokens: int, streamer: WriterStreamer, stop: Any) -> None:
+        model: Any = self.model
+        input_ids = torch.tensor([ids], device=model.device)
+        settings = copy.deepcopy(model.generation_config)
+        # The cache is given, and only one text can be streamed.
+        settings.update(max_new_tokens=max_new_tokens, cache_implementation=None, num_beams=1, num_return_sequences=1)
+        model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=settings,
+            past_key_values=self.cache,
+            router_threshold=self.router_threshold,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
+            tokenizer=self.tokenizer,
+        )
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the tokens of the whole chat, up to where the answer begins."""
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(plain_text(messages)).input_ids)
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses this chat: {error}") from error
+        return list(rendered["input_ids"])
+
+    def _keep_prefix_of(self, ids: list[int]) -> None:
+        """Take back from the cache what the text does not begin with, or drop the cache where that cannot be done."""
+        # The last token is always read anew: the answer begins with what the models say about it.
+        common = common_prefix(self._cached, ids[:-1])
+        surplus = len(self._cached) - common
+        if surplus == 0:
+            return
+        if common == 0 or not self.cache.is_croppable:
+            self._drop_cache()
+            return
+        try:
+            self.cache.crop(-surplus)
+            self._cached = self._cached[:common]
+        except RuntimeError:
+            # Sliding windows have forgotten what would come back into view.
+            self._drop_cache()
+
+    def _drop_cache(self) -> None:
+        self.cache = CiterCache(self.model.config)
+        self._cached = []
+
+
+def plain_text(messages: list[dict[str, str]]) -> str:
+    """Write a chat as one text for models without a chat template: answers continue what the user wrote.
+
+    Args:
+        messages: With `role` and `content`.
+    """
+    text = ""
+    for message in messages:
+        line_break = "\n" if text and message["role"] == "user" else ""
+        text += line_break + message["content"]
+    return text
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two texts have in common at the beginning.
+
+    Args:
+        one: Token ids.
+        other: Token ids.
+    """
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))

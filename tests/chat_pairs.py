@@ -1,0 +1,85 @@
+"""Tiny random pairs with tokenizers, and what tests of the command line need."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from citer_hf import CiterForCausalLM
+from citer_hf.cli import app
+from citer_hf.demo.tokenizer import build_tokenizer
+
+from .conftest import make_pair
+from .families import EOS, PAD, VOCAB, tiny_model
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,?!:;'-+*=/()[]<>_&"
+TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' and message['content'] == 'refuse' -%}"
+    "{{ raise_exception('no system messages') }}{%- endif -%}"
+    "{{ message['role'][0] + ':' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'a:' }}{%- endif -%}"
+)
+
+
+def character_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token per character, so that encoding what was decoded gives the same tokens."""
+    entries = ["<pad>", "<bos>", "<eos>", *CHARACTERS]
+    assert len(entries) <= VOCAB
+    tokenizer = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        chat_template=template,
+    )
+
+
+def chat_pair(
+    slm: str = "llama", llm: str = "llama", template: str | None = TEMPLATE, **options: Any
+) -> CiterForCausalLM:
+    """A tiny pair with a tokenizer, half of whose tokens are the LLM's, and which never ends an answer by itself."""
+    model = make_pair(slm, llm, router="random", **options)
+    model._tokenizer = character_tokenizer(template)
+    silent = [PAD, 1, EOS, *range(len(CHARACTERS) + 3, VOCAB)]
+    model.generation_config.update(pad_token_id=PAD, eos_token_id=EOS, suppress_tokens=silent, max_length=None)
+    return model
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def save_demo_pair(folder: Path) -> Path:
+    """Save a tiny random pair with the demo's tokenizer, half of whose tokens are the LLM's."""
+    tokenizer = build_tokenizer()
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    for seed, role in enumerate(("slm", "llm")):
+        base = tiny_model("llama", seed, vocab_size=len(tokenizer), num_hidden_layers=1, hidden_size=16, **special)
+        base.generation_config = GenerationConfig(do_sample=False, **special)
+        base.save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    model = CiterForCausalLM.from_pair(folder / "slm", folder / "llm", router="random")
+    model.save_pretrained(folder / "pair", save_base_models=True)
+    return folder / "pair"
+
+
+def invoke(*arguments: Any, text: str = "") -> Any:
+    """Run `citer` in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result

@@ -1,0 +1,256 @@
+"""Chats: the caches live on, and what they hold is never another text than the chat's."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from citer_hf import CiterCache, CiterForCausalLM
+from citer_hf.chat import StopOnInterrupt, answer, obey
+from citer_hf.conversation import Conversation, Turn, common_prefix, plain_text
+from citer_hf.terminal import Paint
+
+from .chat_pairs import TEMPLATE, chat_pair
+
+MESSAGES = ["how are you?", "tell me more.", "and then?"]
+TRIMMING = TEMPLATE.replace("message['content'] }}", "(message['content'] | replace('e', '') ) }}")
+
+
+def converse(model: CiterForCausalLM, **options: Any) -> Conversation:
+    return Conversation(model, model.load_tokenizer(), **{"max_new_tokens": 12, **options})
+
+
+def ask(conversation: Conversation, text: str) -> str:
+    conversation.ask(text, Paint(io.StringIO()))
+    return conversation.messages[-1]["content"]
+
+
+def fresh_answer(
+    model: CiterForCausalLM, messages: list[dict[str, str]], template: str | None, threshold: float
+) -> str:
+    """The answer of a plain `generate` that reads the whole chat."""
+    tokenizer = model.load_tokenizer()
+    if template is None:
+        ids = torch.tensor([tokenizer(plain_text(messages)).input_ids])
+    else:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    output = model.generate(ids, max_new_tokens=12, router_threshold=threshold)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, TRIMMING, None], ids=["template", "template that rewrites", "no template"]
+)
+@pytest.mark.parametrize(
+    "families", [("llama", "llama"), ("mistral_sliding", "gemma3"), ("qwen3_next", "llama")], ids=str
+)
+def test_every_answer_is_that_of_the_whole_chat_read_afresh(families: tuple[str, str], template: str | None) -> None:
+    model = chat_pair(*families, template=template)
+    conversation = converse(model)
+    for text, threshold in zip(MESSAGES, (0.5, 0.0, 0.7), strict=True):
+        conversation.router_threshold = threshold
+        before = [*conversation.messages, {"role": "user", "content": text}]
+        assert ask(conversation, text) == fresh_answer(model, before, template, threshold)
+        assert conversation.messages[:-1] == before
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["template", "no template"])
+def test_what_the_caches_hold_is_not_read_again(template: str | None, count_calls: Callable[[Any], list[int]]) -> None:
+    model = chat_pair(template=template)
+    conversation = converse(model, router_threshold=2.0)
+    ask(conversation, MESSAGES[0])
+    length = conversation.cache.get_seq_length()
+    cache = conversation.cache
+    slm, llm = count_calls(model.slm), count_calls(model.llm)
+    turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
+    assert conversation.cache is cache
+    assert turn.kept == length and turn.read < 25
+    for lengths in (slm, llm):
+        assert lengths == [turn.read] + [1] * 11
+
+
+def test_text_that_was_rewritten_is_taken_back_from_the_caches() -> None:
+    model = chat_pair(template=TRIMMING)
+    conversation = converse(model, router_threshold=2.0)
+    ask(conversation, MESSAGES[0])
+    cache, rendered = conversation.cache, conversation._cached
+    conversation.messages[-1]["content"] = "something else"
+    turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
+    assert conversation.cache is cache
+    assert 0 < turn.kept < len(rendered)
+
+
+def test_a_cache_that_cannot_forget_is_dropped() -> None:
+    conversation = converse(chat_pair("mistral_sliding", "llama"), router_threshold=2.0)
+    ask(conversation, MESSAGES[0])
+    cache = conversation.cache
+    conversation.messages[-1]["content"] = "something else"
+    turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
+    assert conversation.cache is not cache
+    assert turn.kept == 0
+
+
+def test_the_same_message_cannot_leave_nothing_to_read() -> None:
+    conversation = converse(chat_pair(), max_new_tokens=1)
+    first = ask(conversation, "abc")
+    conversation.messages = []
+    assert ask(conversation, "abc") == first
+    assert conversation.last.read == 1
+
+
+def test_the_counts() -> None:
+    conversation = converse(chat_pair())
+    ask(conversation, MESSAGES[0])
+    first = conversation.last
+    assert first.tokens == 12 and 0 < first.llm_tokens == first.llm_calls < 12 and first.kept == 0
+    ask(conversation, MESSAGES[1])
+    assert conversation.total.tokens == 24
+    assert conversation.total.llm_tokens == first.llm_tokens + conversation.last.llm_tokens
+    assert conversation.last.kept == first.read + 11
+    conversation.reset()
+    assert conversation.total == Turn() and conversation.messages == []
+    assert conversation.cache.get_seq_length() == 0
+
+
+def test_an_empty_chat_has_counts() -> None:
+    assert str(Turn()).startswith("0 tokens: 0 by the SLM, 0 by the LLM (0.0%)")
+
+
+def test_the_threshold_decides_who_writes() -> None:
+    conversation = converse(chat_pair())
+    for threshold, by_llm in ((0.0, 0), (2.0, 12)):
+        conversation.router_threshold = threshold
+        ask(conversation, MESSAGES[0])
+        assert conversation.last.llm_tokens == by_llm
+
+
+def test_the_system_message_comes_first_and_survives_a_reset() -> None:
+    conversation = converse(chat_pair(), system="be kind")
+    for _ in range(2):
+        ask(conversation, "a")
+        assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
+        conversation.reset()
+
+
+def test_a_template_that_refuses_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = converse(chat_pair(), system="refuse")
+    answer(conversation, "a")
+    assert capsys.readouterr().err.count("\n") == 1
+    assert len(conversation.messages) == 1
+
+
+def test_the_end_of_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = converse(chat_pair(max_position_embeddings=40), max_new_tokens=30)
+    answer(conversation, "a" * 20)
+    assert "at most 40 tokens" in capsys.readouterr().out
+    assert conversation.last.tokens == 40 - len("u:\na:") - 20 and conversation.last.cut
+    messages = list(conversation.messages)
+    answer(conversation, "b")
+    assert "/reset" in capsys.readouterr().err
+    assert conversation.messages == messages
+    obey(conversation, "/reset")
+    answer(conversation, "b")
+    assert conversation.last.tokens == 30 and not conversation.last.cut
+
+
+class Press(Paint):
+    """Presses Ctrl-C when the first text is painted."""
+
+    def __init__(self, times: int):
+        super().__init__(io.StringIO())
+        self.times = times
+
+    def write(self, text: str, by_llm: bool) -> None:
+        super().write(text, by_llm)
+        while self.times:
+            self.times -= 1
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_an_answer_and_the_caches_stay() -> None:
+    model = chat_pair()
+    conversation = converse(model)
+    with StopOnInterrupt() as stop:
+        turn = conversation.ask(MESSAGES[0], Press(1), stop)
+    # Some versions of transformers look at the criteria before the token is streamed, some after.
+    assert stop.requested and turn.tokens <= 2
+    before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
+    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.5)
+    assert conversation.last.kept == turn.read + turn.tokens - 1
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    model = chat_pair()
+    conversation = converse(model)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopOnInterrupt() as stop:
+        conversation.ask(MESSAGES[0], Press(2), stop)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(conversation.messages[-1]["content"]) == 1
+    before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
+    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.5)
+    assert conversation.last.kept == 0
+
+
+def test_running_out_of_memory_is_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversation = converse(chat_pair())
+    ask(conversation, MESSAGES[0])
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(conversation.model), "generate", fail)
+        answer(conversation, MESSAGES[1])
+    assert "memory" in capsys.readouterr().err
+    assert len(conversation.messages) == 2
+    answer(conversation, MESSAGES[1])
+    assert len(conversation.messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "printed"),
+    [
+        ("/threshold", "threshold 0.5"),
+        ("/threshold 0.25", "threshold 0.25"),
+        ("/threshold  2 ", "threshold 2"),
+        ("/stats", "whole chat   0 tokens"),
+        ("/help", "/threshold X"),
+        ("/reset", "new chat"),
+    ],
+)
+def test_commands(line: str, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    obey(converse(chat_pair()), line)
+    assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["/threshold x", "/threshold -1", "/threshold nan", "/nothing", "/", "/treshold 2"])
+def test_commands_that_mean_nothing(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = converse(chat_pair())
+    obey(conversation, line)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert conversation.router_threshold == 0.5
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix([1, 2], [1, 2, 4]) == common_prefix([1, 2, 4], [1, 2]) == 2
+    assert common_prefix([], [1]) == 0
+
+
+def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
+    model = chat_pair("bloom", "bloom")
+    model.slm.config.max_position_embeddings = model.llm.config.max_position_embeddings = None
+    conversation = converse(model)
+    assert conversation.context is None
+    assert len(ask(conversation, MESSAGES[0])) == 12
+    assert isinstance(conversation.cache, CiterCache)

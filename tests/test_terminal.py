@@ -1,0 +1,137 @@
+"""The streamer: every character once, painted by its writer."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from citer_hf import CiterCache
+from citer_hf.routing_citer import Routing
+from citer_hf.terminal import DIM, LLM_COLOUR, PLAIN, Paint, WriterStreamer, legend, wants_colour
+
+from .chat_pairs import Screen, chat_pair
+
+
+@pytest.fixture(autouse=True)
+def colourful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+class Record:
+    """A cache's record of one row, all decided."""
+
+    def __init__(self, to_llm: list[bool]):
+        self.routing = Routing(start=7)
+        for index, by_llm in enumerate(to_llm):
+            one = torch.ones((1, 1))
+            self.routing.add(7 + index, one, torch.tensor([[by_llm]]), one.bool())
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def stream(tokenizer: Any, tokens: list[int], to_llm: list[bool], out: io.StringIO) -> list[str]:
+    """Stream tokens one by one; returns what each of them added, and what the end did."""
+    streamer = WriterStreamer(tokenizer, Record(to_llm), Paint(out))
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    pieces, length = [], 0
+    for token in tokens:
+        streamer.put(torch.tensor([token]))
+        pieces.append(out.getvalue()[length:])
+        length = len(out.getvalue())
+    streamer.end()
+    return [*pieces, out.getvalue()[length:]]
+
+
+def test_a_character_of_several_bytes_is_painted_when_it_is_whole() -> None:
+    tokenizer = byte_tokenizer()
+    text = "é漢🙂 a"
+    tokens = tokenizer(text).input_ids
+    assert len(tokens) == 2 + 3 + 4 + 2
+    pieces = stream(tokenizer, tokens, [False] * len(tokens), io.StringIO())
+    assert pieces == ["", "é", "", "", "漢", "", "", "", "🙂", " ", "a", "\n"]
+
+
+def test_bytes_that_are_no_character_do_not_hold_the_text_back_for_ever() -> None:
+    tokenizer = byte_tokenizer()
+    broken = tokenizer("é").input_ids[0]
+    out = io.StringIO()
+    pieces = stream(tokenizer, [broken] * 9 + tokenizer("ab").input_ids, [False] * 11, out)
+    assert any(pieces[:5])
+    assert out.getvalue() == "\ufffd" * 9 + "ab\n"
+
+
+def test_what_is_held_back_at_the_end_is_painted() -> None:
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("a é").input_ids[:-1]
+    assert stream(tokenizer, tokens, [False] * 3, io.StringIO()) == ["a", " ", "", "\ufffd\n"]
+
+
+def test_markers_stand_around_what_the_llm_wrote() -> None:
+    tokenizer = byte_tokenizer()
+    out = io.StringIO()
+    stream(tokenizer, tokenizer("abcde").input_ids, [True, True, False, False, True], out)
+    assert out.getvalue() == "[[ab]]cd[[e]]\n"
+
+
+def test_colours_on_a_terminal() -> None:
+    tokenizer = byte_tokenizer()
+    out = Screen()
+    stream(tokenizer, tokenizer("abc").input_ids, [False, True, True], out)
+    assert out.getvalue() == f"a{LLM_COLOUR}b{PLAIN}{LLM_COLOUR}c{PLAIN}\n"
+    assert LLM_COLOUR in legend(out)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_no_colours_for_who_wants_none(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    assert wants_colour(Screen())
+    monkeypatch.setenv(variable, value)
+    assert not wants_colour(Screen())
+    assert "[[" in legend(Screen())
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    out = Screen()
+    paint = Paint(out)
+    paint.write("a\x1b[2Jb\rc\x9b1m\td\n", by_llm=False)
+    paint.dim("aside")
+    assert out.getvalue() == f"a[2Jbc1m\td\n{DIM}aside{PLAIN}\n"
+
+
+def test_the_record_is_asked_for_the_newest_token_only() -> None:
+    routing = Record([True, False, True]).routing
+    assert [routing.by_llm(index) for index in range(3)] == [True, False, True]
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            routing.by_llm(index)
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}], ids=str)
+def test_the_stream_of_generate_says_what_the_record_says(options: dict[str, Any]) -> None:
+    model = chat_pair()
+    tokenizer = model.load_tokenizer()
+    cache, out = CiterCache(model.config), io.StringIO()
+    if "prompt_lookup_num_tokens" in options:
+        cache.activate_past_recording()
+    streamer = WriterStreamer(tokenizer, cache, Paint(out))
+    ids = tokenizer("abcabcabc", return_tensors="pt").input_ids
+    written = model.generate(ids, past_key_values=cache, streamer=streamer, max_new_tokens=30, **options)[0, 9:]
+    assert streamer.tokens == written.tolist()
+    expected = ""
+    for token, by_llm in zip(written.tolist(), cache.routing.to_llm[0].tolist(), strict=True):
+        expected += f"[[{tokenizer.decode([token])}]]" if by_llm else tokenizer.decode([token])
+    assert 0 < cache.routing.llm_share < 1
+    assert out.getvalue() == re.sub(r"\]\]\[\[", "", expected) + "\n"
