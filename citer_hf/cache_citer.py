@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from .routing_citer import Routing
 
@@ -128,6 +129,11 @@ class CiterCache(Cache):
         """Empty the cache and the record."""
         self.slm.reset()
         self.llm.reset()
+        # Older transformers fill a layer that grows with zeros, and keep its length.
+        for layer in (*self.slm.layers, *self.llm.layers):
+            if isinstance(layer, DynamicLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self._length = self.llm_length = 0
         self._batch_size = None
         self._unseen = []

@@ -81,7 +81,7 @@ class CiterConfig(PreTrainedConfig):
                 f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
                 "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
             )
-        unknown = sorted(set(config_dict) - _known_keys())
+        unknown = sorted(key for key in set(config_dict) - _known_keys() if not key.startswith("_"))
         if unknown:
             warnings.warn(
                 f"config: the settings {unknown} are unknown here and ignored. They are probably of a newer citer_hf; "

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_citer import CiterCache
 from .configuration_citer import CiterConfig, check_threshold_value
 from .generation_citer import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache, check_threshold_tensor
+from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, watch, watched
 from .loading_citer import CiterLoadingMixin
 from .pair_citer import check_pair
 from .routing_citer import CUSTOM_ROUTER, build_router
@@ -286,11 +286,11 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         """Return the SLM's output with the kept logits, and its last hidden state there, `[batch, kept, H]`."""
         captured: list[torch.Tensor] = []
         wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        token = _watched.set(Watched(captured, bool(wants_states)))
+        token = watched.set(Watched(captured, bool(wants_states)))
         try:
             output = self._call("slm", input_ids, position_ids, cache and cache.slm, logits_to_keep, inputs, kwargs)
         finally:
-            _watched.reset(token)
+            watched.reset(token)
         hidden = captured[-1]
         if "logits_to_keep" not in self._accepted["slm"]:
             output.logits = keep(output.logits, logits_to_keep)
@@ -348,82 +348,6 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
 
 
 MODELS = ("slm", "llm")
-
-
-class Watched(NamedTuple):
-    """What one `forward` in one thread wants of the SLM.
-
-    Args:
-        head_inputs: Filled with what the output embeddings read, `[batch, kept, H]`.
-        wants_states: Whether the caller asked for hidden states, and so perhaps for their gradients.
-    """
-
-    head_inputs: list[torch.Tensor]
-    wants_states: bool
-
-
-_watched: ContextVar[Watched | None] = ContextVar("watched", default=None)
-
-
-def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Keep what the output embeddings read, for the `forward` that asks for it in this thread.
-
-    The logits themselves must be the model's own (soft caps and scales follow the head), and asking for
-    `output_hidden_states` would keep every layer's states of a long prompt alive.
-
-    Args:
-        module: The output embeddings.
-        args: Their input, the last hidden state after the final norm, `[batch, kept, H]`.
-    """
-    watched = _watched.get()
-    if watched is not None:
-        watched.head_inputs.append(args[0])
-
-
-def track_states(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Let hidden states that are asked for have gradients, though the weights are frozen.
-
-    Args:
-        module: The input embeddings.
-        args: Their input.
-        output: What they give.
-    """
-    watched = _watched.get()
-    if watched is not None and watched.wants_states and torch.is_grad_enabled() and output.is_leaf:
-        output.requires_grad_()
-
-
-def watch(model: PreTrainedModel) -> None:
-    """Install the hooks above, once.
-
-    Args:
-        model: The SLM.
-    """
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if capture_head_input not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(capture_head_input)
-    if track_states not in embeddings._forward_hooks.values():
-        embeddings.register_forward_hook(track_states)
-
-
-def mark_initialized(model: nn.Module) -> None:
-    """Keep `post_init`, which initialises what is new, away from weights that somebody has made already.
-
-    Args:
-        model: A model or router that was given.
-    """
-    for module in model.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def hidden_size_of(model: PreTrainedModel) -> int:
-    """Width of what a model's output embeddings read, which is what a router sees.
-
-    Args:
-        model: The SLM.
-    """
-    head: Any = model.get_output_embeddings()
-    return int(getattr(head, "in_features", None) or model.config.get_text_config().hidden_size)
 
 
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""How `forward` sees the SLM's last hidden state: permanent hooks that act for the thread that asks."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Watched(NamedTuple):
+    """What one `forward` in one thread wants of the SLM.
+
+    Args:
+        head_inputs: Filled with what the output embeddings read, `[batch, kept, H]`.
+        wants_states: Whether the caller asked for hidden states, and so perhaps for their gradients.
+    """
+
+    head_inputs: list[torch.Tensor]
+    wants_states: bool
+
+
+watched: ContextVar[Watched | None] = ContextVar("watched", default=None)
+
+
+def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Keep what the output embeddings read, for the `forward` that asks for it in this thread.
+
+    The logits themselves must be the model's own (soft caps and scales follow the head), and asking for
+    `output_hidden_states` would keep every layer's states of a long prompt alive.
+
+    Args:
+        module: The output embeddings.
+        args: Their input, the last hidden state after the final norm, `[batch, kept, H]`.
+    """
+    wanted = watched.get()
+    if wanted is not None:
+        wanted.head_inputs.append(args[0])
+
+
+def track_states(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Let hidden states that are asked for have gradients, though the weights are frozen.
+
+    Args:
+        module: The input embeddings.
+        args: Their input.
+        output: What they give.
+    """
+    wanted = watched.get()
+    if wanted is not None and wanted.wants_states and torch.is_grad_enabled() and output.is_leaf:
+        output.requires_grad_()
+
+
+def watch(model: PreTrainedModel) -> None:
+    """Install the hooks above, once.
+
+    Args:
+        model: The SLM.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if capture_head_input not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(capture_head_input)
+    if track_states not in embeddings._forward_hooks.values():
+        embeddings.register_forward_hook(track_states)
+
+
+def mark_initialized(model: nn.Module) -> None:
+    """Keep `post_init`, which initialises what is new, away from weights that somebody has made already.
+
+    Args:
+        model: A model or router that was given.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """Width of what a model's output embeddings read, which is what a router sees.
+
+    Args:
+        model: The SLM.
+    """
+    head: Any = model.get_output_embeddings()
+    return int(getattr(head, "in_features", None) or model.config.get_text_config().hidden_size)
