@@ -86,7 +86,7 @@ class CiterLoadingMixin:
         if chosen.weights is not None:
             load_router_weights(model.router, chosen.weights, chosen.name)
         model._tokenizer = tokenizer
-        return place(model, keywords)
+        return place(model.eval(), keywords)
 
     @classmethod
     def from_pretrained(

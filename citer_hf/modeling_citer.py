@@ -285,10 +285,11 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
     ) -> tuple[Any, torch.Tensor]:
         """Return the SLM's output with the kept logits, and its last hidden state there, `[batch, kept, H]`."""
         captured: list[torch.Tensor] = []
-        wants_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        token = watched.set(Watched(captured, bool(wants_states)))
+        kwargs = {**{name: True for name in SLM_OUTPUTS if getattr(self.config, name)}, **kwargs}
+        own_cache = None if cache is None else cache.slm
+        token = watched.set(Watched(captured, bool(kwargs.get("output_hidden_states"))))
         try:
-            output = self._call("slm", input_ids, position_ids, cache and cache.slm, logits_to_keep, inputs, kwargs)
+            output = self._call("slm", input_ids, position_ids, own_cache, logits_to_keep, inputs, kwargs)
         finally:
             watched.reset(token)
         hidden = captured[-1]
@@ -316,10 +317,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
             logits_to_keep = logits_to_keep + earlier
         elif earlier:
             logits_to_keep = logits_to_keep or length
-        kwargs = {
-            key: value for key, value in kwargs.items() if key not in ("output_hidden_states", "output_attentions")
-        }
-        output = self._call("llm", input_ids, position_ids, cache and cache.llm, logits_to_keep, inputs, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in SLM_OUTPUTS}
+        own_cache = None if cache is None else cache.llm
+        output = self._call("llm", input_ids, position_ids, own_cache, logits_to_keep, inputs, kwargs)
         if cache is not None:
             cache.mark_seen()
             cache.routing.llm_calls += 1
@@ -348,6 +348,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
 
 
 MODELS = ("slm", "llm")
+SLM_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,14 @@ def test_a_copy_goes_its_own_way(pair):
     assert_continues(pair, cache, text)
 
 
+def test_a_cache_without_a_configuration_serves_plain_attention(pair):
+    text = torch.tensor(random_prompts((9,)))
+    cache = CiterCache()
+    read(pair, cache, text[:, :4], router_threshold=2.0)
+    read(pair, cache, text[:, 4:], router_threshold=0.0)
+    assert_continues(pair, cache, text)
+
+
 def test_a_reset_cache_is_empty(pair):
     cache = filled(pair, torch.tensor(random_prompts((9,))), 4)
     cache.reset()

@@ -116,6 +116,13 @@ def test_hidden_states_and_attentions_are_the_slms(text):
     assert all(torch.equal(a, b) for a, b in zip(ours.attentions, alone.attentions, strict=True))
 
 
+def test_hidden_states_can_be_asked_for_by_the_configuration(text):
+    model = make_pair(hidden_size=48)
+    model.config.output_hidden_states = True
+    with torch.no_grad():
+        assert len(model(input_ids=text).hidden_states) == 3
+
+
 def test_hidden_states_that_are_asked_for_have_gradients(text):
     model = make_pair(hidden_size=48)
     output = model(input_ids=text, output_hidden_states=True)

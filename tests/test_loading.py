@@ -108,6 +108,10 @@ def test_wrapping_saving_and_loading_leaves_the_base_models_bit_identical(bases,
         assert same(weights(pair.slm), before["slm"]) and same(weights(pair.llm), before["llm"])
 
 
+def test_a_new_pair_is_in_evaluation_mode(bases):
+    assert not any(module.training for module in from_pair(bases, router="mlp").modules())
+
+
 def test_models_that_are_loaded_already_are_wrapped_as_they_are(bases):
     slm, llm = (AutoModelForCausalLM.from_pretrained(bases / role) for role in ("slm", "llm"))
     before = weights(slm)
