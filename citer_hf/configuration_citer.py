@@ -97,6 +97,7 @@ class CiterConfig(PreTrainedConfig):
         for key, reference in (("slm_config", self.slm_reference), ("llm_config", self.llm_reference)):
             if reference is not None and isinstance(output.get(key), dict):
                 output[key].pop("quantization_config", None)
+                output[key].pop("_name_or_path", None)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

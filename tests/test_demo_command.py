@@ -185,7 +185,6 @@ def test_thresholds_lie_around_the_shipped_one(shipped: float) -> None:
     assert high <= 1
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the pair is still being trained")
 def test_the_shipped_pair() -> None:
     command = [sys.executable, "-m", "citer_hf.cli", "demo", "--problems", "8", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
