@@ -51,14 +51,22 @@ def _move_into_place(folder: str, directory: str) -> None:
     files = [
         os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
     ]
-    for file in files:
-        os.makedirs(os.path.dirname(os.path.join(directory, file)), exist_ok=True)
-    # The configuration comes last: until then, the directory is what it was.
-    for file in sorted(files, key=lambda name: name == "config.json"):
-        os.replace(os.path.join(folder, file), os.path.join(directory, file))
-    for name in os.listdir(directory):
-        if STALE_SHARDS.fullmatch(name) and name not in files:
-            os.remove(os.path.join(directory, name))
+    stale = [name for name in os.listdir(directory) if STALE_SHARDS.fullmatch(name) and name not in files]
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".replaced-") as replaced:
+        steps: list[tuple[str, str]] = []
+        try:
+            for file in [*files, *stale]:
+                new, present, kept = (os.path.join(place, file) for place in (folder, directory, replaced))
+                for place in (present, kept):
+                    os.makedirs(os.path.dirname(place), exist_ok=True)
+                moves = [(present, kept)] if os.path.exists(present) else []
+                for source, target in [*moves, *([(new, present)] if file in files else [])]:
+                    os.replace(source, target)
+                    steps.append((source, target))
+        except BaseException:
+            for source, target in reversed(steps):
+                os.replace(target, source)
+            raise
 
 
 def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:

@@ -482,6 +482,24 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_a_move_that_fails_half_way_is_taken_back(bases, router, monkeypatch):
+    before = snapshot(router)
+    model, replace, calls = from_pair(bases, router="confidence"), os.replace, []
+
+    def fails_once(source, target):
+        calls.append(target)
+        if len(calls) == 5:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr("citer_hf.saving_citer.os.replace", fails_once)
+    with pytest.raises(OSError, match="nothing was saved"):
+        model.save_pretrained(router)
+    assert len(calls) > 5 and snapshot(router) == before
+    model.save_pretrained(router)
+    assert CiterForCausalLM.from_pretrained(router).config.router == {"type": "confidence"}
+
+
 @pytest.mark.parametrize("fails_in", ["tokenizer", "weights", "move"])
 def test_a_disk_that_fills_while_saving_leaves_everything_as_it_was(bases, router, monkeypatch, fails_in):
     before = snapshot(router)
