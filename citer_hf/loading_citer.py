@@ -27,7 +27,7 @@ from .base_models_citer import (
 from .configuration_citer import CiterConfig, check_threshold_value
 from .pair_citer import load_tokenizer
 from .routing_citer import CUSTOM_ROUTER, ROUTERS, build_router
-from .saving_citer import save_atomically, save_router_repository
+from .saving_citer import save_atomically, save_router_repository, save_tokenizer
 
 ROUTER_WEIGHTS = "model.safetensors"
 # The router's own, which are never passed on to the base models.
@@ -71,7 +71,7 @@ class CiterLoadingMixin:
         for role in ROLES:
             check_keywords(role, keywords[role], kwargs, configs[role])
         chosen = choose_router(router, router_threshold, {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs})
-        check_router(chosen.spec, chosen.module, configs["slm"])
+        needs_weights(chosen.spec, chosen.module, configs["slm"])
         tokenizer = shared_tokenizer(sources, keywords, configs)
         models = load_models(sources, keywords)
         config = CiterConfig(
@@ -182,9 +182,8 @@ class CiterLoadingMixin:
         for role in ROLES:
             check_keywords(role, keywords[role], kwargs, configs[role])
             check_unchanged(role, sources[role], configs[role], getattr(config, f"{role}_config"))
-        check_router(config.router, router, configs["slm"])
-        needs_weights = not has_no_weights(config.router) if router is None else bool(router.state_dict())
-        weights = router_state_dict(path, repository) if needs_weights else None
+        has_weights = needs_weights(config.router, router, configs["slm"])
+        weights = router_state_dict(path, repository) if has_weights else None
         models = load_models(sources, keywords)
 
         config.slm_config, config.llm_config = models["slm"].config, models["llm"].config
@@ -238,9 +237,7 @@ class CiterLoadingMixin:
 
     def _save_whole(self, folder: str, **kwargs: Any) -> None:
         super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
-        tokenizer = self.load_tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        save_tokenizer(self, folder)
 
     def load_tokenizer(self) -> Any:
         """Return the pair's shared tokenizer, or `None` when neither model came with one."""
@@ -302,7 +299,7 @@ def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> 
             f"torch.nn.Module, got {router!r}."
         )
     saved = CiterConfig.from_pretrained(name, **hub)
-    weights = None if has_no_weights(saved.router) else router_state_dict(name, hub)
+    weights = router_state_dict(name, hub) if needs_weights(saved.router, None, saved.slm_config) else None
     spec = {"hidden_size": saved.slm_config.get_text_config().hidden_size, **saved.router}
     return ChosenRouter(spec, start if threshold is not None else saved.router_threshold, weights=weights, name=name)
 
@@ -326,8 +323,8 @@ def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
     return model
 
 
-def check_router(spec: dict[str, Any], module: nn.Module | None, slm_config: PreTrainedConfig) -> None:
-    """Refuse a router that does not fit the SLM, before gigabytes are read.
+def needs_weights(spec: dict[str, Any], module: nn.Module | None, slm_config: PreTrainedConfig) -> bool:
+    """Say whether a router has weights, and refuse one that does not fit the SLM, before gigabytes are read.
 
     Args:
         spec: The configuration's `router` dictionary.
@@ -339,16 +336,8 @@ def check_router(spec: dict[str, Any], module: nn.Module | None, slm_config: Pre
     """
     if module is None:
         with torch.device("meta"):
-            build_router(spec, slm_config.get_text_config().hidden_size)
-
-
-def has_no_weights(spec: dict[str, Any]) -> bool:
-    """Whether a kind of router has nothing to save.
-
-    Args:
-        spec: The configuration's `router` dictionary.
-    """
-    return spec["type"] in ("confidence", "entropy", "random")
+            module = build_router(spec, slm_config.get_text_config().hidden_size)
+    return bool(module.state_dict())
 
 
 def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -90,7 +90,7 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
         if save_base_models or getattr(config, f"{role}_reference") is None:
             save_base_model(role, getattr(model, role), os.path.join(folder, role), **kwargs)
             setattr(config, f"{role}_reference", {"subfolder": role})
-    state_dict = model.state_dict() if state_dict is None else state_dict
+    state_dict = model.router.state_dict(prefix="router.") if state_dict is None else state_dict
     weights = {key: tensor.contiguous() for key, tensor in state_dict.items() if key.startswith("router.")}
     if weights:
         safe_save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
@@ -98,6 +98,16 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    save_tokenizer(model, folder)
+
+
+def save_tokenizer(model: Any, folder: str) -> None:
+    """Save the tokenizer of a pair that has one.
+
+    Args:
+        model: The pair.
+        folder: Where to.
+    """
     tokenizer = model.load_tokenizer()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
