@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from .layers_citer import growing_cache
 from .routing_citer import Routing
 
 
@@ -22,16 +23,16 @@ class CiterCache(Cache):
 
     Args:
         config: The `CiterConfig` of the model.
-        slm: A cache for the SLM. Default: a `DynamicCache`.
-        llm: A cache for the LLM. Default: a `DynamicCache`.
+        slm: A cache for the SLM. Default: a `DynamicCache` whose layers append in place.
+        llm: A cache for the LLM. Default: the same.
 
     Attributes:
         routing: Who wrote each token since the last call of `generate` (or since the cache was made).
     """
 
     def __init__(self, config: PreTrainedConfig | None = None, slm: Cache | None = None, llm: Cache | None = None):
-        self.slm = slm if slm is not None else DynamicCache(config=getattr(config, "slm_config", None))
-        self.llm = llm if llm is not None else DynamicCache(config=getattr(config, "llm_config", None))
+        self.slm = slm if slm is not None else growing_cache(getattr(config, "slm_config", None))
+        self.llm = llm if llm is not None else growing_cache(getattr(config, "llm_config", None))
         self.llm_length = 0
         self.routing = Routing()
         self.layer_class_to_replicate = None
@@ -87,6 +88,19 @@ class CiterCache(Cache):
         """Note that the LLM has read everything."""
         self.llm_length = self._length
         self._unseen = []
+
+    def resume(self, length: int, llm_length: int, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
+        """Go on after rows have moved at their own pace, and all have read the same number of tokens again.
+
+        Args:
+            length: Tokens that the SLM has read.
+            llm_length: Tokens that the LLM has read.
+            input_ids: The last tokens, which the LLM has not seen, `[batch, tokens]`.
+            position_ids: Their positions, `[batch or 1, tokens]`.
+        """
+        self._length, self.llm_length = length, llm_length
+        if input_ids.shape[1]:
+            self._unseen.append((input_ids, position_ids))
 
     # ---- what transformers expects of a cache -------------------------------------------------------------------
 

@@ -13,10 +13,28 @@ from transformers.generation import StoppingCriteriaList
 
 from .cache_citer import CiterCache
 from .configuration_citer import check_threshold_value
+from .decoding_citer import Decoding, Stops
+from .layers_citer import growing_cache
+from .one_row_citer import decode_one_row
 from .routing_citer import Routing
+from .rows_citer import WaitingPolicy, decode_rows
+from .rows_support_citer import rows_can_part
 
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
+# Keywords of `_sample` and of `forward` that our own loops understand.
+KNOWN_KEYWORDS = frozenset(
+    {
+        "attention_mask",
+        "logits_to_keep",
+        "past_key_values",
+        "position_ids",
+        "router_threshold",
+        "streamer",
+        "synced_gpus",
+        "use_cache",
+    }
+)
 CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized")
 
 
@@ -84,7 +102,8 @@ class CiterGenerationMixin(GenerationMixin):
             check_threshold_tensor(threshold)
         elif threshold is not None:
             check_threshold_value(threshold)
-        super()._validate_model_kwargs(model_kwargs)
+        waiting_policy(model_kwargs.get("waiting_rows"))
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != "waiting_rows"})
 
     def _prepare_cache_for_generation(
         self,
@@ -112,7 +131,9 @@ class CiterGenerationMixin(GenerationMixin):
             if generation_config.cache_implementation == "quantized":
                 options = copy.deepcopy(generation_config.cache_config) or {}
                 return QuantizedCache(**{"backend": "quanto", **options, "config": config})
-            return DynamicCache(config=config, offloading=generation_config.cache_implementation == "offloaded")
+            if generation_config.cache_implementation == "offloaded":
+                return DynamicCache(config=config, offloading=True)
+            return growing_cache(config)
 
         config: Any = self.config
         return CiterCache(config, slm=one(config.slm_config), llm=one(config.llm_config))
@@ -139,11 +160,62 @@ class CiterGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         **kwargs: Any,
     ) -> Any:
-        finished = FinishedRows(stopping_criteria)
+        waiting_rows = kwargs.pop("waiting_rows", None)
         begin_record(input_ids, generation_config, kwargs)
+        decoding = self._plan(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+        together = input_ids.shape[0] > 1 and (
+            waiting_rows == 1 or decoding is None or not rows_can_part(self, decoding)
+        )
+        if decoding is not None and not together:
+            logits = self._prefill(input_ids, generation_config, kwargs).logits
+            with self._optimize_model_for_decode():
+                if input_ids.shape[0] == 1:
+                    return decode_one_row(self, decoding, logits)
+                return decode_rows(self, decoding, logits, waiting_policy(waiting_rows))
+        finished = FinishedRows(stopping_criteria)
         return super()._sample(
             input_ids, logits_processor, finished, generation_config, finished_rows=finished, **kwargs
         )
+
+    def _plan(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        kwargs: dict[str, Any],
+    ) -> Decoding | None:
+        """Return what our own loops need to know, or `None` where only transformers' loop does what is asked for."""
+        cache = kwargs.get("past_key_values")
+        wants_states = generation_config.output_attentions or generation_config.output_hidden_states
+        if cache is None or kwargs.get("use_cache") is False or kwargs.get("synced_gpus") or wants_states:
+            return None
+        if generation_config.is_assistant or stopping_criteria.max_length is None or self._forward_is_observed():
+            return None
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if any(one is not None and one.dim() != 2 for one in (mask, positions)) or set(kwargs) - KNOWN_KEYWORDS:
+            return None
+        return Decoding(
+            input_ids=input_ids,
+            processors=logits_processor,
+            stops=Stops(stopping_criteria),
+            settings=generation_config,
+            cache=cache,
+            threshold=self._threshold(kwargs.get("router_threshold"), input_ids.shape[0], None),
+            attention_mask=mask,
+            position_ids=positions,
+            streamer=kwargs.get("streamer"),
+        )
+
+    def _forward_is_observed(self) -> bool:
+        """Whether somebody has a stake in every call of `forward`: a hook, a compiled or a changed method."""
+        cls: Any = type(self)
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        changed = "forward" in vars(self) or getattr(self, "_compiled_call_impl", None) is not None
+        overridden = cls.forward is not cls.forward_of_the_pair or (
+            cls.prepare_inputs_for_generation is not CiterGenerationMixin.prepare_inputs_for_generation
+        )
+        return bool(hooks) or changed or overridden
 
     def _assisted_decoding(
         self,
@@ -153,6 +225,7 @@ class CiterGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         **kwargs: Any,
     ) -> Any:
+        kwargs.pop("waiting_rows", None)
         begin_record(input_ids, generation_config, kwargs)
         return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
@@ -164,6 +237,7 @@ class CiterGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         **kwargs: Any,
     ) -> Any:
+        kwargs.pop("waiting_rows", None)
         finished = FinishedBeams(generation_config.num_beams)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         token = _finished_beams.set(finished)
@@ -241,6 +315,26 @@ def begin_record(
     # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
     length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
     cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
+
+
+def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | None:
+    """Return the policy that a user means.
+
+    Args:
+        waiting_rows: How many waiting rows trigger a call of the LLM, or a function that says so.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if waiting_rows is None or callable(waiting_rows):
+        return waiting_rows
+    if isinstance(waiting_rows, bool) or not isinstance(waiting_rows, int) or waiting_rows < 1:
+        raise ValueError(
+            "waiting_rows: expected how many rows wait for the LLM before it is called, 1 (lock-step) or more, or a "
+            "function of (unfinished rows, LLM share, time of an SLM step over that of an LLM call), got "
+            f"{waiting_rows!r}. Leave it out for the measured default."
+        )
+    return lambda unfinished, llm_share, step_ratio: waiting_rows
 
 
 def check_cache(cache: Any) -> None:

@@ -214,7 +214,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         threshold = self._threshold(router_threshold, input_ids.shape[0], past_key_values)
         inputs = {"attention_mask": attention_mask, "use_cache": past_key_values is not None}
 
-        slm_output, hidden = self._run_slm(input_ids, position_ids, past_key_values, logits_to_keep, inputs, kwargs)
+        slm_cache = None if past_key_values is None else past_key_values.slm
+        slm_kwargs = {**{name: True for name in SLM_OUTPUTS if getattr(self.config, name)}, **kwargs}
+        slm_output, hidden = self._run_slm(input_ids, position_ids, slm_cache, logits_to_keep, inputs, slm_kwargs)
         slm_logits = slm_output.logits[..., : self.vocab_size]
         scores = self.router(hidden, slm_logits)
         to_llm = scores < threshold
@@ -225,7 +227,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
 
         logits, llm_logits = slm_logits, None
         if self.training or self._needs_llm(to_llm, past_key_values):
-            llm_logits = self._run_llm(input_ids, position_ids, past_key_values, logits_to_keep, inputs, kwargs)
+            llm_logits = self._catch_up(input_ids, position_ids, past_key_values, logits_to_keep, inputs, kwargs)
             logits = torch.where(to_llm[..., None], llm_logits, slm_logits)
         if past_key_values is not None:
             first = past_key_values.get_seq_length() - scores.shape[1] + 1
@@ -245,6 +247,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
             router_scores=scores,
             routed_to_llm=to_llm,
         )
+
+    # What a subclass that changes `forward` is told by: `generate` then calls it for every token.
+    forward_of_the_pair = forward
 
     def _threshold(
         self, threshold: float | torch.Tensor | None, batch_size: int, cache: CiterCache | None
@@ -278,18 +283,16 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
-        cache: CiterCache | None,
+        cache: Any,
         logits_to_keep: int | torch.Tensor,
         inputs: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> tuple[Any, torch.Tensor]:
         """Return the SLM's output with the kept logits, and its last hidden state there, `[batch, kept, H]`."""
         captured: list[torch.Tensor] = []
-        kwargs = {**{name: True for name in SLM_OUTPUTS if getattr(self.config, name)}, **kwargs}
-        own_cache = None if cache is None else cache.slm
         token = watched.set(Watched(captured, bool(kwargs.get("output_hidden_states"))))
         try:
-            output = self._call("slm", input_ids, position_ids, own_cache, logits_to_keep, inputs, kwargs)
+            output = self._call("slm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs)
         finally:
             watched.reset(token)
         hidden = captured[-1]
@@ -298,7 +301,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
             hidden = keep(hidden, logits_to_keep)
         return output, hidden
 
-    def _run_llm(
+    def _catch_up(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
@@ -319,11 +322,23 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
             logits_to_keep = logits_to_keep or length
         kwargs = {key: value for key, value in kwargs.items() if key not in SLM_OUTPUTS}
         own_cache = None if cache is None else cache.llm
-        output = self._call("llm", input_ids, position_ids, own_cache, logits_to_keep, inputs, kwargs)
+        logits = self._run_llm(input_ids, position_ids, own_cache, logits_to_keep, inputs, kwargs)
         if cache is not None:
             cache.mark_seen()
             cache.routing.llm_calls += 1
-        logits = output.logits
+        return logits
+
+    def _run_llm(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        logits_to_keep: int | torch.Tensor,
+        inputs: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return the LLM's logits at the kept positions, on the SLM's device."""
+        logits = self._call("llm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs).logits
         if "logits_to_keep" not in self._accepted["llm"]:
             logits = keep(logits, logits_to_keep)
         return logits[..., : self.vocab_size].to(self.slm.device)
@@ -339,16 +354,32 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         kwargs: dict[str, Any],
     ) -> Any:
         model, accepted = getattr(self, name), self._accepted[name]
-        optional = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        inputs = inputs | {key: value for key, value in optional.items() if key in accepted}
-        if model.device.type != "meta" and model.device != input_ids.device:
-            input_ids = input_ids.to(model.device)
-            inputs = {key: v.to(model.device) if isinstance(v, torch.Tensor) else v for key, v in inputs.items()}
+        inputs = dict(inputs)
+        if "position_ids" in accepted:
+            inputs["position_ids"] = position_ids
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = logits_to_keep
+        device = model.device
+        if device != input_ids.device and device.type != "meta":
+            input_ids = input_ids.to(device)
+            inputs = {key: to_device(value, device) for key, value in inputs.items()}
         return model(input_ids=input_ids, past_key_values=cache, return_dict=True, **inputs, **kwargs)
 
 
 MODELS = ("slm", "llm")
 SLM_OUTPUTS = ("output_hidden_states", "output_attentions")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor, or the tensors of a dictionary (masks by kind of layer); anything else stays as it is.
+
+    Args:
+        value: An input of a model.
+        device: Where that model is.
+    """
+    if isinstance(value, dict):
+        return {key: to_device(one, device) for key, one in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

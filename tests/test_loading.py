@@ -47,7 +47,9 @@ def bases(tmp_path_factory) -> Path:
     """A directory with a small and a large model and their tokenizer."""
     root = tmp_path_factory.mktemp("bases")
     for name, seed, width in (("slm", 1, 32), ("llm", 2, 64)):
-        model = tiny_model("llama", seed=seed, hidden_size=width, num_attention_heads=4, head_dim=width // 4)
+        # Multiples of 32, by which bitsandbytes packs 4-bit weights on processors with AVX-512.
+        shape = {"hidden_size": width, "intermediate_size": 64, "head_dim": width // 4}
+        model = tiny_model("llama", seed=seed, num_attention_heads=4, **shape)
         model.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=6 if name == "llm" else 3, eos_token_id=[2, 5], pad_token_id=0
         )

@@ -57,6 +57,8 @@ def test_a_batch_equals_its_rows_for_any_routing_padding_and_end(rows, grid, eos
         eos_token_id=eos or None,
         pad_token_id=0,
         use_cache=use_cache,
+        # Its router counts steps, which all rows must take together.
+        waiting_rows=1,
         return_dict_in_generate=True,
     )
     width = batch["input_ids"].shape[1]
@@ -76,11 +78,16 @@ def test_a_batch_equals_its_rows_for_any_routing_padding_and_end(rows, grid, eos
     rows=st.lists(st.lists(token, min_size=1, max_size=9), min_size=1, max_size=4),
     grid=grids,
 )
-def test_the_llm_runs_once_for_each_step_in_which_some_row_needs_it(rows, grid):
+def test_in_lock_step_the_llm_runs_once_for_each_step_in_which_some_row_needs_it(rows, grid):
     mask = torch.tensor(grid, dtype=torch.float32)[: len(rows)]
     MODEL.router.begin(mask)
     output = MODEL.generate(
-        **left_padded(rows), max_new_tokens=STEPS, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+        **left_padded(rows),
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=None,
+        waiting_rows=1,
+        return_dict_in_generate=True,
     )
     assert output.past_key_values.routing.llm_calls == int(mask.any(0).sum())
 

@@ -1,0 +1,205 @@
+"""Layers of keys and values that are written in place: for one length, and for rows of different lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` that appends in place, so that a step costs the same at any length of the text.
+
+    transformers' own concatenates, which copies all keys and values at every token. Here there is room to spare, at
+    most an eighth of the text and 64 tokens. `keys` and `values` are views of what is filled, so that everything else
+    that a dynamic layer can do works on them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._own_keys: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new keys and values, and return all.
+
+        Args:
+            key_states: `[batch, heads, tokens, width]`.
+            value_states: `[batch, heads, tokens, width]`.
+            args: Not used.
+            kwargs: Not used.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        # Whoever crops or reorders the layer leaves other tensors here, and perhaps still reads the old ones.
+        if self._room is None or self.keys is not self._own_keys or end > self._room[0].shape[-2]:
+            self._make_room(key_states, value_states, length, end)
+        assert self._room is not None
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room.narrow(-2, length, end - length).copy_(states)
+        self.keys, self.values = (room.narrow(-2, 0, end) for room in self._room)
+        self._own_keys = self.keys
+        return self.keys, self.values
+
+    def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor, length: int, end: int) -> None:
+        # A prompt is read at the peak of memory: it gets no room to spare until the first token needs it.
+        capacity = end + end // 8 + 64 if length else end
+        self._room = room_like(key_states, capacity), room_like(value_states, capacity)
+        if length and self.keys is not None and self.values is not None:
+            for room, filled in zip(self._room, (self.keys, self.values), strict=True):
+                room.narrow(-2, 0, length).copy_(filled)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+
+def room_like(states: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Return room for keys or values; it is filled with zeros, since masks do not hide a NaN.
+
+    Args:
+        states: New keys or values, `[batch, heads, tokens, width]`.
+        capacity: Tokens that it must hold.
+    """
+    return states.new_zeros((*states.shape[:-2], capacity, states.shape[-1]))
+
+
+def growing_cache(config: PreTrainedConfig | None) -> DynamicCache:
+    """Return transformers' dynamic cache, with layers that append in place where they keep the whole text.
+
+    Args:
+        config: Configuration of one model, which says what kind of layers it has.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class RowsLayer(DynamicLayer):
+    """Keys and values of rows that move at their own pace: every row is written where its own text ends.
+
+    Args:
+        layer: The layer that holds the prompts, which all end at one place.
+        rows: Where the rows are now, shared by all layers of a model.
+    """
+
+    def __init__(self, layer: Any, rows: RowsCache):
+        super().__init__()
+        self.layer = layer
+        self._rows = rows
+        self.window = getattr(layer, "sliding_window", None)
+        self._room = tuple(room_like(states, rows.capacity) for states in (layer.keys, layer.values))
+        held = layer.keys.shape[-2]
+        for room, states in zip(self._room, (layer.keys, layer.values), strict=True):
+            room.narrow(-2, rows.start - held, held).copy_(states)
+        # The prompts stay readable in their layer, and are held once.
+        layer.keys, layer.values = (room.narrow(-2, rows.start - held, held) for room in self._room)
+        self.keys, self.values = self._room
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write each row's new keys and values to its own places, and return all that any row may see.
+
+        Args:
+            key_states: `[batch, heads, tokens, width]`.
+            value_states: `[batch, heads, tokens, width]`.
+            args: Not used.
+            kwargs: Not used.
+        """
+        if self._room[0].shape[-2] < self._rows.capacity:
+            self._room = tuple(self._moved(room) for room in self._room)
+        places = self._rows.places[:, None, :, None]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room.scatter_(-2, places.to(room.device).expand_as(states), states)
+        self.keys, self.values = (room.narrow(-2, 0, self._rows.visible) for room in self._room)
+        return self.keys, self.values
+
+    def _moved(self, room: torch.Tensor) -> torch.Tensor:
+        larger = room_like(room, self._rows.capacity)
+        # The last place is for what nobody reads; it moves to the new end.
+        larger.narrow(-2, 0, room.shape[-2] - 1).copy_(room.narrow(-2, 0, room.shape[-2] - 1))
+        return larger
+
+    def get_seq_length(self) -> int:
+        """Return the number of places that the longest row fills."""
+        return self._rows.visible
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys that a query sees."""
+        return self._rows.visible, 0
+
+    def hand_back(self, length: int) -> None:
+        """Leave the first tokens of all rows in the layer that held the prompts, as it would hold them itself.
+
+        Args:
+            length: How many; all rows must have read them.
+        """
+        first = 0
+        if self.window is not None:
+            first = max(length - self.window + 1, 0)
+            self.layer.cumulative_length = length
+        self.layer.keys, self.layer.values = (room.narrow(-2, first, length - first) for room in self._room)
+
+
+class RowsCache(Cache):
+    """The cache of one model while rows move at their own pace.
+
+    Args:
+        cache: The model's cache, which holds the prompts, all ending at one place.
+        capacity: Places to make room for at first; more are made when they are needed.
+
+    Attributes:
+        start: Place of the first token after the prompts.
+        places: Where the next tokens are written, `[batch, tokens]`.
+        visible: Number of places that any row sees.
+        capacity: Number of places, the last of which is for what nobody reads.
+    """
+
+    def __init__(self, cache: Cache, capacity: int):
+        self.start = self.visible = cache.get_seq_length()
+        self.capacity = max(capacity, self.start + 1)
+        self.places = torch.empty(0)
+        super().__init__(layers=[RowsLayer(layer, self) for layer in cache.layers])
+
+    @property
+    def nowhere(self) -> int:
+        """The place for tokens that only fill up a rectangle."""
+        return self.capacity - 1
+
+    def make_room(self, visible: int) -> None:
+        """See to it that this many places can be read and written.
+
+        Args:
+            visible: Number of places.
+        """
+        self.visible = visible
+        if visible >= self.capacity:
+            self.capacity = visible + visible // 8 + 64
+
+    def hand_back(self, length: int) -> None:
+        """Leave the first tokens of all rows in the model's own cache.
+
+        Args:
+            length: How many; all rows must have read them.
+        """
+        for layer in self.layers:
+            layer.hand_back(length)
+
+
+def layers_can_part(cache: Cache) -> bool:
+    """Say whether every layer of a cache keeps tokens by their place, so that rows may move at their own pace.
+
+    Args:
+        cache: The cache of one model.
+    """
+    kinds = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
+    offloads = getattr(cache, "offloading", False)
+    return not offloads and bool(cache.layers) and all(type(layer) in kinds for layer in cache.layers)
