@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,8 @@ class Decoding:
         attention_mask: `[batch, cached + tokens]`, or `None` where nothing is padding.
         position_ids: `[batch or 1, tokens]` or longer, or `None` for those that count from 0.
         streamer: Gets every token of the only row.
+        runs_plain_models: Whether a forward pass of either model changes nothing but its cache, which holds for models
+            that are neither quantized nor moved between devices.
     """
 
     input_ids: torch.Tensor
@@ -84,6 +87,7 @@ class Decoding:
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     streamer: Any = None
+    runs_plain_models: bool = False
     logits: list[torch.Tensor] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
 
@@ -96,6 +100,14 @@ class Decoding:
     def keeps_scores(self) -> bool:
         """Whether the processed logits of every token are to be returned."""
         return bool(self.settings.return_dict_in_generate and self.settings.output_scores)
+
+    def reading(self) -> Any:
+        """Return the context in which the models read a token.
+
+        Inference mode takes a tenth to a quarter off the time that a small model's operations cost beside their
+        arithmetic. What it makes must not leave the loop: logits are copied before others see them.
+        """
+        return torch.inference_mode() if self.runs_plain_models else nullcontext()
 
     def next_positions(self) -> torch.Tensor:
         """Return the position of each row's first new token, `[batch or 1, 1]`."""

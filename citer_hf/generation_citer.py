@@ -8,13 +8,20 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, QuantizedCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    QuantizedCache,
+)
 from transformers.generation import StoppingCriteriaList
 
 from .cache_citer import CiterCache
 from .configuration_citer import check_threshold_value
 from .decoding_citer import Decoding, Stops
-from .layers_citer import growing_cache
+from .layers_citer import all_grow, growing_cache
 from .one_row_citer import decode_one_row
 from .routing_citer import Routing
 from .rows_citer import WaitingPolicy, decode_rows
@@ -205,6 +212,7 @@ class CiterGenerationMixin(GenerationMixin):
             attention_mask=mask,
             position_ids=positions,
             streamer=kwargs.get("streamer"),
+            runs_plain_models=all(map(is_plain, (self.slm, self.llm))) and all_grow(cache.slm) and all_grow(cache.llm),
         )
 
     def _forward_is_observed(self) -> bool:
@@ -315,6 +323,16 @@ def begin_record(
     # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
     length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
     cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Say whether a forward pass only computes: no weights are moved in, unpacked or gathered on the way.
+
+    Args:
+        model: One of the two models.
+    """
+    moved = any(hasattr(module, "_hf_hook") for module in (model, *model.children()))
+    return not (moved or getattr(model, "is_quantized", False) or getattr(model, "_tp_size", None))
 
 
 def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | None:

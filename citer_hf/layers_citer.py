@@ -67,7 +67,18 @@ def room_like(states: torch.Tensor, capacity: int) -> torch.Tensor:
         states: New keys or values, `[batch, heads, tokens, width]`.
         capacity: Tokens that it must hold.
     """
-    return states.new_zeros((*states.shape[:-2], capacity, states.shape[-1]))
+    # A cache outlives `generate`, and so must not be made of tensors that only inference mode may change.
+    with torch.inference_mode(False):
+        return states.new_zeros((*states.shape[:-2], capacity, states.shape[-1]))
+
+
+def all_grow(cache: Cache) -> bool:
+    """Say whether nothing in a cache is made by another layer than `GrowingLayer`.
+
+    Args:
+        cache: The cache of one model.
+    """
+    return bool(cache.layers) and all(type(layer) is GrowingLayer for layer in cache.layers)
 
 
 def growing_cache(config: PreTrainedConfig | None) -> DynamicCache:

@@ -108,7 +108,9 @@ def choose(decoding: Decoding, text: torch.Tensor, logits: torch.Tensor) -> torc
     Returns:
         `[1]`.
     """
-    raw = logits[:, -1].to(dtype=torch.float32, device=text.device)
+    # A copy where others see it: they may change it.
+    seen = bool(decoding.processors) or decoding.keeps_logits or decoding.keeps_scores
+    raw = logits[:, -1].to(dtype=torch.float32, device=text.device, copy=seen)
     scores = decoding.processors(text, raw) if decoding.processors else raw
     if decoding.keeps_logits:
         decoding.logits.append(raw)
@@ -136,12 +138,13 @@ def read_token(
     """
     cache = decoding.cache
     inputs = {"attention_mask": mask, "use_cache": True}
-    output, hidden = model._run_slm(token, position, cache.slm, 1, inputs, {})
-    logits = output.logits[..., : model.vocab_size]
-    scores = model.router(hidden, logits)
-    to_llm = scores < decoding.threshold
-    cache.add_tokens(token, position)
-    if to_llm.item():
-        logits = model._catch_up(token, position, cache, 1, inputs, {})
-    cache.routing.add(cache.get_seq_length(), scores, to_llm, torch.ones_like(to_llm))
+    with decoding.reading():
+        output, hidden = model._run_slm(token, position, cache.slm, 1, inputs, {})
+        logits = output.logits[..., : model.vocab_size]
+        scores = model.router(hidden, logits)
+        to_llm = scores < decoding.threshold
+        cache.add_tokens(token, position)
+        if to_llm.item():
+            logits = model._catch_up(token, position, cache, 1, inputs, {})
+        cache.routing.add(cache.get_seq_length(), scores, to_llm, torch.ones_like(to_llm))
     return logits

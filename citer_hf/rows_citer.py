@@ -187,16 +187,12 @@ class Rows:
         self.slm_cache.make_room(self.start + filled)
         self.slm_cache.places = self.start + columns
         mask = self._mask("slm", self.slm_cache, self.slm_cache.places)
-        output, hidden = self.model._run_slm(
-            self.text.gather(1, self.width + columns),
-            self.first_position + columns,
-            self.slm_cache,
-            columns.shape[1],
-            {"attention_mask": mask, "use_cache": True},
-            {},
-        )
-        logits = output.logits[..., : self.model.vocab_size]
-        return logits, self.model.router(hidden, logits)
+        ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
+        inputs = {"attention_mask": mask, "use_cache": True}
+        with self.decoding.reading():
+            output, hidden = self.model._run_slm(ids, positions, self.slm_cache, columns.shape[1], inputs, {})
+            logits = output.logits[..., : self.model.vocab_size]
+            return logits, self.model.router(hidden, logits)
 
     def read_with_llm(self) -> torch.Tensor:
         """Let the LLM read what it has not seen of every unfinished row.
@@ -222,7 +218,8 @@ class Rows:
         inputs = {"attention_mask": self._mask("llm", self.llm_cache, self.start + sees), "use_cache": True}
         columns = columns.clamp(min=0)
         ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
-        logits = self.model._run_llm(ids, positions, self.llm_cache, 1, inputs, {})[:, -1]
+        with self.decoding.reading():
+            logits = self.model._run_llm(ids, positions, self.llm_cache, 1, inputs, {})[:, -1]
         self._note_call()
         if logits.device.type != "cpu":
             torch.accelerator.synchronize(logits.device)
@@ -273,12 +270,12 @@ class Rows:
         readable = self.readable[:, None, None, : cache.visible]
         if last.shape[1] == 1 and windows == {None}:
             # A row has nothing readable after its last token.
-            return as_attention_mask(readable, config, part.dtype)
+            return as_attention_mask(readable, part.dtype)
         distance = last[:, None, :, None] - torch.arange(cache.visible, device=self.device)
         full = (distance >= 0) & readable
         masks = {
             "full_attention" if window is None else "sliding_attention": as_attention_mask(
-                full if window is None else full & (distance < window), config, part.dtype
+                full if window is None else full & (distance < window), part.dtype
             )
             for window in windows
         }
@@ -298,7 +295,7 @@ class Rows:
         if not writing:
             return
         chosen = list(writing)
-        raw = logits.to(dtype=torch.float32, device=self.device)
+        raw = logits.to(dtype=torch.float32, device=self.device, copy=bool(self.decoding.processors))
         processed = self._processed(chosen, raw)
         tokens = self._choose(chosen, processed)
         self._keep(chosen, raw, processed)
@@ -402,14 +399,11 @@ class Rows:
             self.cache.routing.add(self.start + 1, *(part.to(self.device) for part in record))
 
 
-def as_attention_mask(seen: torch.Tensor, config: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask in the form that an attention implementation reads.
+def as_attention_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask that is added to attention scores: made once per pass, where a bool would be at every layer.
 
     Args:
         seen: What each query sees, bool `[batch, 1, tokens, visible]`.
-        config: The model's configuration.
         dtype: The model's.
     """
-    if config._attn_implementation == "sdpa":
-        return seen
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
