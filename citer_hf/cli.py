@@ -101,6 +101,111 @@ def chat(
         run(resolve_model(model), router_threshold, max_new_tokens, system, options)
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A router's directory or repository id, or `demo`.")
+    ] = None,
+    slm: Annotated[str | None, typer.Option(metavar="X", help="Without MODEL: the SLM, a path or an id.")] = None,
+    llm: Annotated[str | None, typer.Option(metavar="Y", help="Without MODEL: the LLM, a path or an id.")] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(metavar="P,...", help="Send these shares of the tokens to the LLM. [default: 0,0.2,0.5,1]"),
+    ] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(metavar="X,...", help="Let the model's own router decide at these thresholds.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='One prompt a line, or JSON lines with a "prompt".')
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(metavar="N", help="Length of synthetic prompts, in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows that are decoded together.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that every row gets.")] = 64,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Timed repetitions.")] = 3,
+    warmup: Annotated[int, typer.Option(metavar="N", help="Repetitions before those.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, or auto for all there are. [default: the first accelerator, or the CPU]"
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of both models, such as bfloat16.")] = "auto",
+    cache_implementation: Annotated[str | None, typer.Option(metavar="NAME", help="As for `generate`.")] = None,
+    seed: Annotated[int, typer.Option(help="Of synthetic prompts and forced shares.")] = 0,
+    released_loop: Annotated[
+        bool, typer.Option("--released-loop", help="Also time the loop of the method's released code.")
+    ] = False,
+    assisted: Annotated[bool, typer.Option(help="Time transformers' assisted generation.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the speed-up against the LLM share: .png, .svg or .pdf.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the repositories bring.")] = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Run nothing: project the pair on a machine, from configurations alone.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="With --simulate: a100, h100, l40s, ...")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(metavar="GB/S", help="With --simulate: of the memory; overrides --gpu's.")
+    ] = None,
+    slm_bits: Annotated[float, typer.Option(metavar="N", help="With --simulate: bits per weight of the SLM.")] = 16,
+    llm_bits: Annotated[float, typer.Option(metavar="N", help="With --simulate: bits per weight of the LLM.")] = 16,
+    tensor_parallel: Annotated[int, typer.Option(metavar="N", help="With --simulate: devices of the LLM.")] = 1,
+    replicas: Annotated[int, typer.Option(metavar="N", help="With --simulate: copies of the pair.")] = 1,
+) -> None:
+    """Measure how fast a pair decodes, beside each model alone and the least that its decisions can cost."""
+    with plain_errors():
+        from citer_hf.bench import command, options
+
+        forced = options.parse_numbers("--shares", shares)
+        routed = options.parse_numbers("--thresholds", thresholds)
+        wanted = options.BenchOptions(
+            shares=forced or (() if routed else options.DEFAULT_SHARES),
+            thresholds=routed,
+            prompts=prompts,
+            prompt_length=prompt_length,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats,
+            warmup=warmup,
+            cache_implementation=cache_implementation,
+            seed=seed,
+            released_loop=released_loop,
+            assisted=assisted,
+        )
+        source = command.Source(
+            model=None if model is None else resolve_model(model),
+            slm=slm,
+            llm=llm,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            label=model,
+        )
+        if simulate:
+            from citer_hf.bench import projections
+
+            if gpu is None and bandwidth is None:
+                raise ValueError("--simulate: give the machine, as --gpu h100 or as --bandwidth 2039 (GB/s).")
+            found = projections.simulate_command(
+                source.model or str(slm),
+                None if source.model else llm,
+                device=gpu,
+                bandwidth_gb_s=bandwidth,
+                slm_bits=slm_bits,
+                llm_bits=llm_bits,
+                shares=wanted.shares,
+                batch_sizes=(batch_size,),
+                context=prompt_length + max_new_tokens,
+                tensor_parallel=tensor_parallel,
+                replicas=replicas,
+            )
+            typer.echo(projections.to_json(found) if json else projections.table(found))
+            return
+        status = command.bench_command(source, wanted, json, plot)
+    raise typer.Exit(status)
+
+
 def resolve_model(name: str) -> str:
     """Return the directory or repository id that a user means.
 

@@ -1,0 +1,166 @@
+"""What `citer bench` does: load a pair, compare, and tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoConfig
+
+from citer_hf import CiterConfig, CiterForCausalLM
+
+from .machine import available_memory
+from .memory import explain_out_of_memory, loading
+from .options import BenchOptions, check_device, check_dtype, check_plot
+from .report import print_json, print_report
+from .run import Bench
+
+__all__ = ["Source", "bench_command", "load"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pair comes from: a router repository, or two models.
+
+    Attributes:
+        model: Directory or repository id of a router.
+        slm: Path or repository id of the SLM.
+        llm: Path or repository id of the LLM.
+        device: Such as `cpu` or `cuda:0`; `None` for the machine's accelerator, or its CPU.
+        dtype: Such as `bfloat16`, or `auto`.
+        trust_remote_code: Whether to run code that the repositories bring.
+        label: What the report calls the pair. Default: what is given here.
+    """
+
+    model: str | None = None
+    slm: str | None = None
+    llm: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        bare = [name for name, value in (("--slm", self.slm), ("--llm", self.llm)) if value]
+        if self.model and bare:
+            raise ValueError(
+                f"MODEL, {', '.join(bare)}: expected a router or a bare pair, got both. Leave out MODEL "
+                f"({self.name}), or --slm and --llm."
+            )
+        if not self.model and len(bare) < 2:
+            got = f"{bare[0]} alone" if bare else "nothing"
+            raise ValueError(
+                f"MODEL, --slm, --llm: expected a router's directory or repository id, `demo`, or both --slm and "
+                f"--llm, got {got}. Try: citer bench demo"
+            )
+
+    @property
+    def name(self) -> str:
+        """What the report calls the pair."""
+        return self.label or self.model or f"{self.slm} + {self.llm}"
+
+
+def bench_command(source: Source, options: BenchOptions, as_json: bool = False, plot: Path | None = None) -> int:
+    """Compare a pair with everything else that decodes, and print or draw what comes out.
+
+    Args:
+        source: The pair.
+        options: What to measure.
+        as_json: Whether to print JSON and nothing else.
+        plot: Where to draw the speed-up against the LLM share.
+
+    Returns:
+        The exit status: 130 when it was interrupted, otherwise 0.
+
+    Raises:
+        ValueError: for a device, a precision, prompts or a plot that mean nothing.
+        OSError: when something cannot be found, read or written, or does not fit into memory.
+    """
+    device = check_device(source.device)
+    check_dtype(source.dtype)
+    check_plot(plot)
+    available = available_memory(torch.device(device if device != "auto" else check_device(None)))
+    try:
+        model = load(source, device, available)
+        bench = Bench(model, options, source.name, available)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted before anything was measured.")
+        return 130
+    with progress_bar(bench.steps) as progress:
+        report = bench.run(progress)
+    if as_json:
+        print_json(report)
+    else:
+        print_report(report)
+    if plot is not None:
+        from .plot import draw
+
+        draw(report, plot)
+    return 130 if report.interrupted else 0
+
+
+def load(source: Source, device: str, available: int) -> Any:
+    """Load a pair.
+
+    Args:
+        source: Where it comes from.
+        device: Where it goes.
+        available: Free memory there, in bytes.
+
+    Raises:
+        ValueError: when the parts do not fit together.
+        OSError: when something cannot be found or read, or does not fit into memory.
+    """
+    keywords: dict[str, Any] = {"dtype": source.dtype, "device_map": device}
+    if source.trust_remote_code:
+        keywords["trust_remote_code"] = True
+    with explain_out_of_memory(device, available, lambda: loading(*configs(source), source.dtype, available)):
+        if source.model is not None:
+            model = CiterForCausalLM.from_pretrained(source.model, **keywords)
+        else:
+            assert source.slm is not None and source.llm is not None
+            model = CiterForCausalLM.from_pair(source.slm, source.llm, router="confidence", **keywords)
+    return model.eval()
+
+
+def configs(source: Source) -> tuple[Any, Any]:
+    """Return the configurations of the SLM and the LLM."""
+    trust = source.trust_remote_code
+    if source.model is not None:
+        config = CiterConfig.from_pretrained(source.model)
+        return config.slm_config, config.llm_config
+    slm, llm = (AutoConfig.from_pretrained(name, trust_remote_code=trust) for name in (source.slm, source.llm))
+    return slm, llm
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar on stderr, and nothing where that is no terminal.
+
+    Args:
+        total: Number of steps.
+
+    Yields:
+        What to call before each step, with its name.
+    """
+    console = Console(stderr=True)
+    # Drawn between steps alone: a thread that draws all the time would take time from what is measured.
+    shown: dict[str, Any] = {"transient": True, "disable": not console.is_terminal, "auto_refresh": False}
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, **shown) as bar:
+        task = bar.add_task("", total=total)
+        # Called before a step, so that the first call has nothing done yet.
+        done = -1
+
+        def step(name: str) -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, description=name, completed=done, refresh=True)
+
+        yield step

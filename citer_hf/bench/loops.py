@@ -1,0 +1,125 @@
+"""Two hand-written loops to compare with: the least that the same decisions can cost, and the released code's way."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .prompts import Batch
+
+__all__ = ["floor_loop", "last_logits_only", "released_loop"]
+
+
+@torch.no_grad()
+def floor_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Decode greedily with the two bare models and decisions that are known: no router, no processors, no checks.
+
+    One step of the SLM per token; where a row's token is the LLM's, one forward pass of the LLM over all that it has
+    not seen. Rows move in step, so that the LLM runs when any row needs it.
+
+    Args:
+        model: The pair.
+        batch: The prompts, on the SLM's device.
+        to_llm: Who writes each token, bool `[rows, new_tokens]`.
+        new_tokens: How many tokens to write; fewer than there are decisions are allowed.
+
+    Returns:
+        The new tokens, `[rows, new_tokens]`.
+    """
+    length, vocab = batch.length, model.vocab_size
+    text = torch.cat([batch.input_ids, batch.input_ids.new_zeros(batch.rows, new_tokens)], dim=1)
+    by_llm = to_llm.to(text.device)
+    llm_writes, slm_writes = by_llm.any(0).tolist(), (~by_llm).any(0).tolist()
+    slm, llm = Reader(model.slm, batch, new_tokens, vocab), Reader(model.llm, batch, new_tokens, vocab)
+    for step in range(new_tokens):
+        end = length + step
+        tokens = slm.next_tokens(text, end)
+        if llm_writes[step]:
+            from_llm = llm.next_tokens(text, end)
+            tokens = torch.where(by_llm[:, step], from_llm, tokens) if slm_writes[step] else from_llm
+        text[:, end] = tokens
+    return text[:, length:]
+
+
+class Reader:
+    """One bare model and its cache.
+
+    Args:
+        model: A causal language model.
+        batch: The prompts.
+        new_tokens: How many tokens will follow.
+        vocab: Number of token ids that the pair shares.
+    """
+
+    def __init__(self, model: Any, batch: Batch, new_tokens: int, vocab: int):
+        self.model, self.vocab, self.device = model, vocab, model.device
+        self.cache, self.seen = DynamicCache(config=model.config), 0
+        accepted = inspect.signature(model.forward).parameters
+        self.options = {"past_key_values": self.cache, "use_cache": True, **last_logits_only(model)}
+        # Without padding the models count by themselves.
+        self.mask = self.positions = None
+        if batch.padded:
+            mask = torch.cat([batch.attention_mask, batch.attention_mask.new_ones(batch.rows, new_tokens)], dim=1)
+            self.mask = mask.to(self.device)
+            if "position_ids" in accepted:
+                self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+
+    def next_tokens(self, text: torch.Tensor, end: int) -> torch.Tensor:
+        """Read what is new, and return the most likely next token of each row, `[rows]`, on the text's device.
+
+        Args:
+            text: Token ids, `[rows, room]`.
+            end: Where the text ends now.
+        """
+        options: dict[str, Any] = dict(self.options)
+        if self.mask is not None:
+            options["attention_mask"] = self.mask[:, :end]
+        if self.positions is not None:
+            options["position_ids"] = self.positions[:, self.seen : end]
+        logits = self.model(input_ids=text[:, self.seen : end].to(self.device), **options).logits
+        self.seen = end
+        return logits[:, -1, : self.vocab].argmax(-1).to(text.device)
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """Return the keywords that spare a model the logits of all positions but the last, where it knows such a keyword.
+
+    Args:
+        model: A causal language model.
+    """
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def released_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Decode as the method's released code does, written from its description.
+
+    Per token one `generate(max_new_tokens=1)` of the SLM, whose cache is passed on; for rows that are the LLM's one
+    `generate(max_new_tokens=1)` of the LLM over their whole text, without a cache. Its router is left out.
+
+    Args:
+        model: The pair, whose models have greedy generation settings without an end token.
+        batch: The prompts, on the SLM's device.
+        to_llm: Who writes each token, bool `[rows, new_tokens]`.
+        new_tokens: How many tokens to write; fewer than there are decisions are allowed.
+
+    Returns:
+        The new tokens, `[rows, new_tokens]`.
+    """
+    text, mask = batch.input_ids, batch.attention_mask
+    cache = DynamicCache(config=model.slm.config)
+    for step in range(new_tokens):
+        output = model.slm.generate(
+            text, attention_mask=mask, past_key_values=cache, max_new_tokens=1, return_dict_in_generate=True
+        )
+        tokens = output.sequences[:, -1]
+        rows = to_llm[:, step].nonzero().squeeze(1).to(text.device)
+        if rows.numel():
+            device = model.llm.device
+            whole = {"inputs": text[rows].to(device), "attention_mask": mask[rows].to(device)}
+            tokens[rows] = model.llm.generate(**whole, max_new_tokens=1, use_cache=False)[:, -1].to(tokens.device)
+        text = torch.cat([text, tokens[:, None]], dim=1)
+        mask = torch.cat([mask, mask.new_ones(batch.rows, 1)], dim=1)
+    return text[:, batch.length :]

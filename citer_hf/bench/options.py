@@ -1,0 +1,218 @@
+"""What `citer bench` was asked for, and whether that can be done."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+__all__ = ["DEFAULT_SHARES", "BenchOptions", "Setting", "check_device", "check_dtype", "check_plot", "parse_numbers"]
+
+DEFAULT_SHARES = (0.0, 0.2, 0.5, 1.0)
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the pair decides who writes: by a forced share, or by its own router at a threshold.
+
+    Attributes:
+        share: Probability with which each token goes to the LLM, independently of all others; or `None`.
+        threshold: Threshold of the model's own router; or `None`.
+    """
+
+    share: float | None = None
+    threshold: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        return f"share {self.share:g}" if self.share is not None else f"threshold {self.threshold:g}"
+
+    @property
+    def router_threshold(self) -> float:
+        """The `router_threshold` to generate with; of a forced router it is the share itself."""
+        if self.share is None:
+            assert self.threshold is not None
+            return self.threshold
+        # Numbers drawn from [0, 1) can round to 1 in no dtype that a router has, but nothing should hang on that.
+        return 2.0 if self.share == 1 else self.share
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Everything that decides what is measured.
+
+    Attributes:
+        shares: Forced LLM shares, in [0, 1].
+        thresholds: Thresholds of the model's own router.
+        prompts: File with prompts; `None` for synthetic ones.
+        prompt_length: Length of synthetic prompts, in tokens.
+        batch_size: Rows per `generate`.
+        max_new_tokens: Tokens written in every row, by every contender.
+        repeats: Timed repetitions of every contender.
+        warmup: Repetitions before those, not counted.
+        cache_implementation: For `generate`.
+        seed: Of synthetic prompts and forced decisions.
+        released_loop: Whether to time the loop of the method's released code too.
+        assisted: Whether to time transformers' assisted generation.
+    """
+
+    shares: tuple[float, ...] = DEFAULT_SHARES
+    thresholds: tuple[float, ...] = ()
+    prompts: Path | None = None
+    prompt_length: int = 128
+    batch_size: int = 1
+    max_new_tokens: int = 64
+    repeats: int = 3
+    warmup: int = 1
+    cache_implementation: str | None = None
+    seed: int = 0
+    released_loop: bool = False
+    assisted: bool = True
+
+    def __post_init__(self) -> None:
+        for share in self.shares:
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"--shares: expected numbers from 0 (every token from the SLM) to 1 (every token from the LLM), "
+                    f"got {share:g}. Give shares such as 0,0.2,0.5,1."
+                )
+        for threshold in self.thresholds:
+            if not 0 <= threshold < math.inf:
+                raise ValueError(
+                    f"--thresholds: expected numbers from 0 (SLM alone) to above 1 (LLM alone), got {threshold:g}. "
+                    "Give thresholds such as 0.5,0.8."
+                )
+        for name, least in (("prompt_length", 1), ("batch_size", 1), ("max_new_tokens", 1), ("repeats", 1)):
+            if getattr(self, name) < least:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option}: expected a whole number from {least}, got {getattr(self, name)}.")
+        if self.warmup < 0:
+            raise ValueError(f"--warmup: expected a whole number from 0, got {self.warmup}.")
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The settings of the pair, each once, in the order given."""
+        wanted = [Setting(share=share) for share in self.shares]
+        wanted += [Setting(threshold=threshold) for threshold in self.thresholds]
+        return tuple(dict.fromkeys(wanted))
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Read numbers separated by commas.
+
+    Args:
+        option: Name of the option, for the message.
+        text: What was given; `None` and an empty text are no numbers.
+
+    Raises:
+        ValueError: for something that is no number.
+    """
+    if text is None or not text.strip():
+        return ()
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(float(part))
+        except ValueError:
+            raise ValueError(
+                f"{option}: expected numbers separated by commas, such as 0.2,0.5, got {part.strip()!r} in {text!r}."
+            ) from None
+    return tuple(numbers)
+
+
+def check_device(name: str | None) -> str:
+    """Return the device to run on: the one given, or the machine's first accelerator, or its CPU.
+
+    Args:
+        name: Such as `cpu`, `cuda` or `cuda:1`; `auto` lets accelerate spread the models over all there is.
+
+    Raises:
+        ValueError: when there is no such device; it lists those there are.
+    """
+    there = available_devices()
+    if name is None:
+        return there[1] if len(there) > 1 else there[0]
+    if name == "auto":
+        return name
+    # A name without a number is the first of its kind.
+    if name in there or f"{name}:0" in there:
+        return name
+    raise ValueError(
+        f"--device: expected a device of this machine, got {name!r}. There is: {', '.join(there)} "
+        "(or auto, which spreads the models over all of them)."
+    )
+
+
+def available_devices() -> list[str]:
+    """Return the names of the devices of this machine: `cpu`, then its accelerators."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return ["cpu", *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+
+
+def check_dtype(name: str) -> str:
+    """Return the name of a precision that models can be loaded in.
+
+    Args:
+        name: Such as `bfloat16`, or `auto` for that of the files.
+
+    Raises:
+        ValueError: when there is no such precision.
+    """
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {name!r}.")
+    return name
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse, before anything is measured, a plot that could not be drawn or written.
+
+    Args:
+        path: Where the plot goes.
+
+    Raises:
+        ValueError: for a kind of file that is not drawn.
+        FileNotFoundError: when there is no such directory.
+        ImportError: when matplotlib is not installed.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ValueError(f"--plot: expected a file name that ends in {', '.join(PLOT_SUFFIXES)}, got {path.name!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--plot: {path.parent} is no directory to write {path.name} in.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'citer-hf[plot]'")
+
+
+def check_context(limit: int | None, lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Refuse prompts that leave no room for the text.
+
+    Args:
+        limit: Context length of the pair, in tokens; `None` when it has no limit.
+        lengths: Lengths of the prompts, in tokens.
+        max_new_tokens: Tokens to write after each.
+
+    Raises:
+        ValueError: when the longest prompt and its text do not fit.
+    """
+    longest = max(lengths)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"--prompt-length, --max-new-tokens: a prompt of {longest} tokens and {max_new_tokens} new ones are "
+            f"{longest + max_new_tokens} tokens, but the pair's context (max_position_embeddings) is {limit}. "
+            f"Give shorter prompts or at most --max-new-tokens {max(limit - longest, 0)}."
+            if longest < limit
+            else f"--prompts, --prompt-length: a prompt of {longest} tokens leaves no room in the pair's context "
+            f"(max_position_embeddings) of {limit}. Give prompts of at most {limit - max_new_tokens} tokens for "
+            f"--max-new-tokens {max_new_tokens}."
+        )

@@ -1,0 +1,162 @@
+"""`citer bench --simulate`: projections of a pair for the machines and settings that a user names."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedConfig
+
+from citer_hf.configuration_citer import CiterConfig
+from citer_hf.waiting_citer import rows_to_wait_for
+
+from .costs import cost_of_config
+from .simulate import DEVICES, Projection, check_number, project
+
+__all__ = ["simulate_command", "table", "to_json"]
+
+
+def simulate_command(
+    slm: str,
+    llm: str | None = None,
+    *,
+    device: str | None = None,
+    bandwidth_gb_s: float | None = None,
+    tflops: float | None = None,
+    slm_bits: float = 16,
+    llm_bits: float = 16,
+    kv_bits: float = 16,
+    shares: Sequence[float] = (0.1, 0.2, 0.35),
+    batch_sizes: Sequence[int] = (1,),
+    waiting_rows: int | None = None,
+    **options: Any,
+) -> list[Projection]:
+    """Project a pair at shares and batch sizes: in lock-step, and for batches with waiting rows where that is chosen.
+
+    Args:
+        slm: Repository id, directory or `config.json` of the small model; without `llm`, of a router.
+        llm: The same of the large model.
+        device: Name of an entry of `DEVICES`, at its published peak.
+        bandwidth_gb_s: Bandwidth of the memory in GB/s, such as `citer bench` measures; overrides the device's.
+        tflops: Peak in 10¹² operations per second; overrides the device's.
+        slm_bits: Bits per weight of the SLM, see `cost_of_config`.
+        llm_bits: Bits per weight of the LLM.
+        kv_bits: Bits per element of both caches.
+        shares: Shares of LLM tokens.
+        batch_sizes: Rows per replica.
+        waiting_rows: Waiting rows that trigger a call of the LLM, 1 for lock-step alone; `None` leaves it to the
+            policy that `generate` follows.
+        options: What else `project` takes: `context`, `overhead`, `tensor_parallel`, `replicas`, ...
+
+    Raises:
+        ValueError: for an argument out of its range, an unknown device, or a router where a model is expected.
+        OSError: when a configuration cannot be found.
+    """
+    machine: dict[str, Any] = {**_machine(device, bandwidth_gb_s, tflops), **options}
+    for name, bits in (("slm_bits", slm_bits), ("llm_bits", llm_bits), ("kv_bits", kv_bits)):
+        check_number(name, bits, 1, 64, "bits per number from 1 to 64, such as 16, 8 or 4.5")
+    small, large = _pair(slm, llm)
+    costs = cost_of_config(small, slm_bits, kv_bits), cost_of_config(large, llm_bits, kv_bits)
+    projections = []
+    for batch_size in batch_sizes:
+        for share in shares:
+            lock_step = project(*costs, share=share, batch_size=batch_size, **machine)
+            projections.append(lock_step)
+            ratio = lock_step.slm_step_s / (lock_step.catch_up_s or lock_step.llm_step_s)
+            waiting = waiting_rows or rows_to_wait_for(batch_size, share, ratio)
+            if min(waiting, batch_size) > 1:
+                machine_and_rows = {**machine, "waiting_rows": min(waiting, batch_size)}
+                projections.append(project(*costs, share=share, batch_size=batch_size, **machine_and_rows))
+    return projections
+
+
+def table(projections: Sequence[Projection]) -> str:
+    """Lay projections out as text, a line each.
+
+    Args:
+        projections: What to show, of one pair.
+    """
+    headers = (
+        *("rows", "LLM\nshare", "rows that\nwait", "SLM step\nms", "LLM call\nms", "LLM calls\n/ position"),
+        *("SLM steps\n/ position", "ms /\nposition", "tokens\n/ s", "tokens / s\n/ device", "LLM\nalone"),
+        *("speed-up", "break-even\nshare"),
+    )
+    shown = Table(box=SIMPLE)
+    for header in headers:
+        shown.add_column(header, justify="right", no_wrap=True)
+    for one in projections:
+        shown.add_row(
+            str(one.batch_size),
+            f"{one.share:.0%}",
+            "-" if one.waiting_rows is None else str(one.waiting_rows),
+            *(f"{1e3 * seconds:.2f}" for seconds in (one.slm_step_s, one.catch_up_s)),
+            *(f"{count:.2f}" for count in (one.llm_passes_per_position, one.slm_steps_per_position)),
+            f"{1e3 * one.time_per_token_s:.2f}",
+            *(f"{rate:,.1f}" for rate in (one.tokens_per_s, one.tokens_per_s_per_gpu)),
+            f"{one.llm_alone.tokens_per_s_per_gpu:,.1f}",
+            f"{one.speedup:.2f}",
+            f"{one.break_even_share:.0%}",
+        )
+    text = io.StringIO()
+    Console(file=text, width=200).print(shown)
+    gigabytes = max((one.bytes_per_gpu for one in projections), default=0) / 1e9
+    lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+    return "\n".join([*lines, f"Projected, not measured. The fullest device holds {gigabytes:.3g} GB."])
+
+
+def to_json(projections: Sequence[Projection]) -> str:
+    """Write projections as a JSON list, times in seconds.
+
+    Args:
+        projections: What to write.
+    """
+    return json.dumps([asdict(one) for one in projections], indent=2)
+
+
+def _pair(slm: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    if llm is not None:
+        return _config("slm", slm), _config("llm", llm)
+    router = _config("slm", slm, router=True)
+    return router.slm_config, router.llm_config
+
+
+def _config(argument: str, name: str, router: bool = False) -> Any:
+    path = Path(name).expanduser()
+    if path.is_file():
+        content = PreTrainedConfig._dict_from_json_file(path)
+        if "model_type" not in content:
+            raise ValueError(f"{argument}: expected a model's config.json, got {name!r}. It has no model_type.")
+        config = AutoConfig.for_model(content.pop("model_type"), **content)
+    elif path.suffix == ".json":
+        raise FileNotFoundError(f"{argument}: expected a model's config.json, got {name!r}. There is no such file.")
+    else:
+        config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
+    if isinstance(config, CiterConfig) != router:
+        expected, remedy = ("a router", "Give llm too.") if router else ("one model", "Give the router alone.")
+        raise ValueError(f"{argument}: expected {expected}, got {name!r}, a {config.model_type}. {remedy}")
+    return config
+
+
+def _machine(device: str | None, bandwidth_gb_s: float | None, tflops: float | None) -> dict[str, float | None]:
+    machine: dict[str, float | None] = {}
+    if device is not None or bandwidth_gb_s is None:
+        if device not in DEVICES:
+            raise ValueError(
+                f"device: expected one of {', '.join(DEVICES)}, got {device!r}. Choose one, or give bandwidth_gb_s."
+            )
+        machine = {"bandwidth": DEVICES[device].bandwidth, "flops": DEVICES[device].flops}
+    if bandwidth_gb_s is not None:
+        check_number("bandwidth_gb_s", bandwidth_gb_s, 1e-9, math.inf, "GB per second above 0, such as 2039")
+        machine["bandwidth"] = bandwidth_gb_s * 1e9
+    if tflops is not None:
+        check_number("tflops", tflops, 1e-9, math.inf, "10¹² operations per second above 0, such as 312")
+        machine["flops"] = tflops * 1e12
+    return machine

@@ -1,0 +1,160 @@
+"""The prompts that every contender continues."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Batch", "file_batches", "make_batches", "read_prompts", "synthetic_batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are continued together.
+
+    Attributes:
+        input_ids: Padded on the left, `[rows, tokens]`.
+        attention_mask: 1 for tokens and 0 for padding, `[rows, tokens]`.
+        padded: Whether there is any padding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    padded: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of prompts."""
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Length of the longest prompt, in tokens."""
+        return self.input_ids.shape[1]
+
+
+def make_batches(
+    prompts: Path | None, tokenizer: Any, vocab_size: int, prompt_length: int, rows: int, seed: int
+) -> list[Batch]:
+    """Return the prompts of a file, or one batch of synthetic ones.
+
+    Args:
+        prompts: The file; `None` for synthetic prompts.
+        tokenizer: The pair's; only a file needs one.
+        vocab_size: Number of token ids.
+        prompt_length: Length of synthetic prompts, in tokens.
+        rows: Prompts per batch.
+        seed: Of synthetic prompts.
+
+    Raises:
+        ValueError: when the file holds no prompts, or there is no tokenizer to read them with.
+        OSError: when it cannot be read.
+    """
+    if prompts is None:
+        return [synthetic_batch(vocab_size, prompt_length, rows, seed)]
+    if tokenizer is None:
+        raise ValueError(
+            "--prompts: this pair comes without a tokenizer, so that text cannot be read. Leave the option out for "
+            "synthetic prompts of --prompt-length tokens."
+        )
+    return file_batches(read_prompts(prompts), tokenizer, rows, prompts)
+
+
+def synthetic_batch(vocab_size: int, length: int, rows: int, seed: int) -> Batch:
+    """Return random tokens, which take as long to read as any others.
+
+    Args:
+        vocab_size: Number of token ids.
+        length: Tokens per prompt.
+        rows: Number of prompts.
+        seed: Another seed gives other tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(0, vocab_size, (rows, length), generator=generator)
+    return Batch(input_ids, torch.ones_like(input_ids))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts: one a line, or JSON lines with a `prompt`. Empty lines are left out.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it holds no prompts, or a line of JSON has none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts: there is no file {path}. Give a text file with one prompt a line.")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts: {path} is no UTF-8 text. Give a text file with one prompt a line.") from None
+    if not lines:
+        raise ValueError(f"--prompts: {path} is empty. Give a file with one prompt a line.")
+    # A text that begins with a brace is a prompt like any other, unless the whole file looks like JSON lines.
+    if path.suffix == ".jsonl" or all(line.lstrip().startswith("{") for line in lines):
+        return [json_prompt(path, number, line) for number, line in enumerate(lines, 1)]
+    return lines
+
+
+def json_prompt(path: Path, number: int, line: str) -> str:
+    """Return the prompt of one line of JSON.
+
+    Args:
+        path: The file, for the message.
+        number: Of the line, from 1.
+        line: The line.
+
+    Raises:
+        ValueError: when it is no object with a text called `prompt`.
+    """
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(
+            f'--prompts: line {number} of {path} is no JSON object with a "prompt": expected {{"prompt": "text"}}, '
+            f"got {line[:60]!r}."
+        )
+    return prompt
+
+
+def file_batches(prompts: list[str], tokenizer: Any, rows: int, path: Path) -> list[Batch]:
+    """Return prompts as full batches; the last one is filled up with prompts from the beginning.
+
+    Args:
+        prompts: At least one.
+        tokenizer: The pair's.
+        rows: Prompts per batch.
+        path: Where they come from, for the message.
+
+    Raises:
+        ValueError: when a prompt has no tokens.
+    """
+    token_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for number, ids in enumerate(token_ids, 1):
+        if not ids:
+            raise ValueError(f"--prompts: prompt {number} of {path} has no tokens: {prompts[number - 1][:60]!r}.")
+    missing = -len(token_ids) % rows
+    token_ids += itertools.islice(itertools.cycle(token_ids[:]), missing)
+    return [pad(token_ids[start : start + rows]) for start in range(0, len(token_ids), rows)]
+
+
+def pad(token_ids: list[list[int]]) -> Batch:
+    """Pad prompts on the left.
+
+    Args:
+        token_ids: Token ids of each.
+    """
+    width = max(map(len, token_ids))
+    # Whatever stands in the padding, it is masked.
+    rows = [[ids[0]] * (width - len(ids)) + ids for ids in token_ids]
+    masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in token_ids]
+    return Batch(torch.tensor(rows), torch.tensor(masks), padded=any(len(ids) < width for ids in token_ids))

@@ -1,0 +1,169 @@
+"""What was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .contenders import ALONE, CITER, FLOOR, LOCK_STEP, RELEASED
+from .curve import BreakEven, CostCurve
+from .machine import Machine
+
+__all__ = ["BenchReport", "Measurement", "Spread", "compare"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some repetitions, between the smallest and the largest.
+
+    Attributes:
+        median: The median.
+        low: The smallest.
+        high: The largest.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of some values.
+
+        Args:
+            values: At least one.
+        """
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table. A position is a place in the text where every row of the batch gets a token.
+
+    Attributes:
+        name: What decoded, with its setting.
+        kind: What decoded.
+        share: Forced LLM share.
+        threshold: Threshold of the model's own router.
+        seconds: Time of each repetition, all batches together.
+        tokens: Tokens of a repetition, all rows together.
+        positions: Positions of a repetition.
+        first_token_seconds: Time until `generate` is stopped after its first step, measured by itself, mean of the
+            batches; it reads the prompt and writes the first token.
+        llm_share: Share of the tokens that the LLM wrote; `None` for assisted generation.
+        llm_passes_per_position: Forward passes of the LLM, the one that reads the prompt included.
+        slm_passes_per_position: Likewise of the SLM.
+        peak_memory_bytes: The most memory in use during the run, the weights of both models included.
+        memory_growth_bytes: By how much that is more than when the run began.
+        bytes_moved: Weights and keys and values read and written by all forward passes of a repetition.
+        bandwidth_fraction: `bytes_moved` per second of the median repetition, over the machine's memory bandwidth.
+        speedup: How many times as fast as the LLM alone, repetition by repetition.
+        relative_to_floor: How many times as long as the floor of the same setting, repetition by repetition. In a
+            batch the floor follows the decisions of the lock-step run; a share's are drawn anew for rows that wait.
+    """
+
+    name: str
+    kind: str
+    share: float | None
+    threshold: float | None
+    seconds: tuple[float, ...]
+    tokens: int
+    positions: int
+    first_token_seconds: Spread
+    llm_share: float | None
+    llm_passes_per_position: float
+    slm_passes_per_position: float
+    peak_memory_bytes: int
+    memory_growth_bytes: int
+    bytes_moved: int
+    bandwidth_fraction: float
+    speedup: Spread | None = None
+    relative_to_floor: Spread | None = None
+
+    @property
+    def tokens_per_second(self) -> Spread:
+        """Tokens of all rows, over the time that they took together."""
+        return Spread.of([self.tokens / seconds for seconds in self.seconds])
+
+    @property
+    def ms_per_token(self) -> Spread:
+        """Milliseconds per position."""
+        return Spread.of([seconds / self.positions * 1000 for seconds in self.seconds])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything above, for JSON."""
+        derived = ("tokens_per_second", "ms_per_token")
+        return asdict(self) | {name: asdict(getattr(self, name)) for name in derived}
+
+
+def compare(measured: Sequence[Measurement]) -> list[Measurement]:
+    """Add what one contender is to another: the speed-up over the LLM alone, and the time relative to the floor.
+
+    Args:
+        measured: One measurement per contender.
+    """
+    llm = next((one for one in measured if one.kind == ALONE), None)
+    floors = {(one.share, one.threshold): one for one in measured if one.kind == FLOOR}
+    compared = []
+    for one in measured:
+        floor = floors.get((one.share, one.threshold)) if one.kind in (CITER, LOCK_STEP, RELEASED) else None
+        compared.append(
+            replace(
+                one,
+                speedup=None if llm is None else ratios(llm.seconds, one.seconds),
+                relative_to_floor=None if floor is None else ratios(one.seconds, floor.seconds),
+            )
+        )
+    return compared
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Divide repetition by repetition: what slows the machine down for a while slows neighbours down alike.
+
+    Args:
+        above: Times of one contender.
+        below: Times of another; repetitions that one of the two lacks are left out.
+    """
+    return Spread.of([one / other for one, other in zip(above, below, strict=False)])
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Everything that one run of the bench has found out.
+
+    Attributes:
+        model: What was measured.
+        options: What was asked for, for the reader.
+        machine: What it ran on; `None` when it was interrupted before that was known.
+        rows: One measurement per contender.
+        curve: Cost of single forward passes.
+        break_even: The LLM share from which on the pair is slower than the LLM alone.
+        notes: What was not measured, and why.
+        interrupted: Whether there was to be more.
+    """
+
+    model: str
+    options: dict[str, Any]
+    machine: Machine | None
+    rows: tuple[Measurement, ...]
+    curve: CostCurve | None
+    break_even: BreakEven | None
+    notes: tuple[str, ...]
+    interrupted: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything above, for JSON."""
+        return {
+            "model": self.model,
+            "complete": not self.interrupted,
+            "interrupted": self.interrupted,
+            "options": self.options,
+            "machine": None if self.machine is None else self.machine.as_dict(),
+            "rows": [row.as_dict() for row in self.rows],
+            "cost_curve": None if self.curve is None else self.curve.as_dict(),
+            "break_even_llm_share": None if self.break_even is None else self.break_even.share,
+            "break_even_reason": None if self.break_even is None else self.break_even.reason or None,
+            "notes": list(self.notes),
+        }

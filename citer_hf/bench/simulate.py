@@ -1,0 +1,363 @@
+"""How fast a pair would decode on a machine that is not at hand, from its configurations alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .costs import ModelCost
+from .costs import flops as operations
+
+__all__ = [
+    "DEVICES",
+    "Alone",
+    "Device",
+    "Projection",
+    "asynchronous_passes",
+    "project",
+]
+
+# Seconds of a forward pass that are neither memory nor arithmetic, when it is replayed as a CUDA graph: the launch,
+# sampling and the host. Published: 5.4 ms for an SLM of 28 layers (TokenRouter). Eager, it is several times that.
+OVERHEAD = 1e-3
+# Of a link like NVLink 3: bytes per second in one direction, and seconds until a small all-reduce is through.
+INTERCONNECT = 300e9
+ALL_REDUCE_LATENCY = 15e-6
+# Activations that the GPUs of a model exchange have 16 bits.
+ACTIVATION_BYTES = 2
+# Length and number of the texts in which waiting rows are simulated.
+SIMULATED_TOKENS = 512
+SIMULATED_SEEDS = 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the maker publishes about one device; no program reaches quite as much.
+
+    Attributes:
+        bandwidth: Of its memory, bytes per second.
+        flops: Dense bf16 operations per second; `None` when no figure is published.
+    """
+
+    bandwidth: float
+    flops: float | None
+
+
+# Published peaks. The CPU: two channels of DDR5-5200.
+DEVICES = {
+    "h200": Device(4800e9, 989e12),
+    "h100": Device(3350e9, 989e12),
+    "a100-80gb": Device(2039e9, 312e12),
+    "a100-40gb": Device(1555e9, 312e12),
+    "l40s": Device(864e9, 362e12),
+    "rtx4090": Device(1008e9, 165e12),
+    "cpu-ddr5": Device(83e9, None),
+}
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One model decoding by itself, on the same devices.
+
+    Attributes:
+        time_per_token_s: Seconds per position: one forward pass gives a token to every row.
+        tokens_per_s: All rows and replicas together.
+        tokens_per_s_per_gpu: The same, per device.
+    """
+
+    time_per_token_s: float
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What `project` expects of a pair. Times in seconds.
+
+    Attributes:
+        share: Share of the tokens that the LLM writes.
+        batch_size: Rows that one replica decodes at a time.
+        context: Tokens in the cache.
+        tensor_parallel: Devices over which the LLM is divided.
+        replicas: Copies of the pair.
+        waiting_rows: Waiting rows that trigger a call of the LLM; `None` when the rows move in lock-step.
+        slm_step_s: One forward pass of the SLM over one token of every row that does not wait.
+        llm_step_s: One forward pass of the LLM over one token of every row.
+        catch_up_s: One call of the LLM inside the pair; 0 when there is none.
+        catch_up_tokens: Tokens that such a call reads per row.
+        llm_passes_per_position: Calls of the LLM, over the length of the text.
+        slm_steps_per_position: Forward passes of the SLM, over the length of the text.
+        time_per_token_s: Time of the whole batch over the length of its text.
+        tokens_per_s: All rows and replicas together.
+        tokens_per_s_per_gpu: The same, per device; the SLM lives on one of the LLM's.
+        llm_alone: The LLM by itself.
+        slm_alone: The SLM by itself.
+        speedup: Over the LLM alone.
+        break_even_share: Share of LLM tokens up to which the pair is faster than the LLM alone, same rows, same mode.
+        bytes_per_gpu: Weights of both models and their caches on the fullest device.
+    """
+
+    share: float
+    batch_size: int
+    context: int
+    tensor_parallel: int
+    replicas: int
+    waiting_rows: int | None
+    slm_step_s: float
+    llm_step_s: float
+    catch_up_s: float
+    catch_up_tokens: float
+    llm_passes_per_position: float
+    slm_steps_per_position: float
+    time_per_token_s: float
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    llm_alone: Alone
+    slm_alone: Alone
+    speedup: float
+    break_even_share: float
+    bytes_per_gpu: float
+
+
+@dataclass(frozen=True)
+class _Machine:
+    bandwidth: float
+    flops: float | None
+    overhead: float
+    interconnect: float
+    all_reduce_latency: float
+
+    def seconds(self, cost: ModelCost, rows: float, tokens: float, context: int, degree: int = 1) -> float:
+        """Time of a forward pass of `rows` rows over `tokens` tokens each: memory or arithmetic, the slower one."""
+        # One head of keys and values cannot be divided: every device keeps it whole.
+        kv_degree = degree if cost.num_kv_heads > 1 else 1
+        kv = rows * (cost.kv_bytes_read(context) + tokens * cost.kv_bytes_per_token) / kv_degree
+        memory = (cost.weight_bytes_read(rows * tokens) / degree + kv) / self.bandwidth
+        arithmetic = rows * operations(cost, tokens, context) / degree / self.flops if self.flops else 0.0
+        return max(memory, arithmetic) + self.overhead + self.exchange_seconds(cost, rows * tokens, degree)
+
+    def exchange_seconds(self, cost: ModelCost, tokens: float, degree: int) -> float:
+        """Time of the two all-reduces of every layer, in a ring."""
+        if degree == 1:
+            return 0.0
+        sent = 2 * (degree - 1) / degree * tokens * cost.hidden_size * ACTIVATION_BYTES
+        return 2 * cost.num_layers * (self.all_reduce_latency + sent / self.interconnect)
+
+
+def project(
+    slm: ModelCost,
+    llm: ModelCost,
+    *,
+    bandwidth: float,
+    flops: float | None = None,
+    share: float,
+    batch_size: int = 1,
+    context: int = 1024,
+    overhead: float = OVERHEAD,
+    tensor_parallel: int = 1,
+    interconnect: float = INTERCONNECT,
+    all_reduce_latency: float = ALL_REDUCE_LATENCY,
+    replicas: int = 1,
+    waiting_rows: int | None = None,
+) -> Projection:
+    """Project how fast a pair decodes, and each of its models alone.
+
+    A forward pass takes the longer of reading its weights and cache and of its arithmetic, plus a fixed overhead.
+    Every token takes one SLM step of its row. Each is left to the LLM independently, with probability `share`. In
+    lock-step the LLM is called when any row needs it, and all rows catch up; otherwise when `waiting_rows` rows wait,
+    and these catch up, on `1 / share` tokens on average. Tensor parallelism divides the LLM and adds two all-reduces
+    per layer; the SLM is not divided, and runs while the LLM's other devices idle. Replicas do not share anything.
+
+    Not modelled: reading the prompt, the router (a few SLM-wide vectors), padding of rows that catch up on different
+    lengths, deferrals that come in clusters, growth of the cache during the text, dequantization, and small matrix
+    products that reach less of the bandwidth than large ones (on CPUs passes over 2 to 4 tokens are the worst).
+
+    Args:
+        slm: Cost of the small model.
+        llm: Cost of the large model.
+        bandwidth: Of one device's memory, bytes per second. With the published peak, the times are lower bounds.
+        flops: Operations per second of one device; `None` leaves arithmetic out.
+        share: Share of the tokens that the LLM writes, 0 to 1. At 1 the SLM still runs, as its router decides.
+        batch_size: Rows per replica.
+        context: Tokens in the cache of every row.
+        overhead: Seconds of every forward pass beside memory and arithmetic.
+        tensor_parallel: Devices over which the LLM is divided.
+        interconnect: Bytes per second between them, in one direction.
+        all_reduce_latency: Seconds of an all-reduce of next to nothing.
+        replicas: Copies of the pair, each with its own devices and rows.
+        waiting_rows: Waiting rows that trigger a call of the LLM; `None` for lock-step.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+    check_whole("batch_size", batch_size, "rows")
+    check_whole("context", context, "tokens")
+    check_whole("replicas", replicas, "copies of the pair")
+    check_whole("tensor_parallel", tensor_parallel, "devices")
+    _check_heads(llm, tensor_parallel)
+    check_number("share", share, 0, 1, "a share of the tokens from 0 to 1 (20 % is 0.2)")
+    check_number("bandwidth", bandwidth, 1, math.inf, "bytes per second above 0, such as 2039e9")
+    check_number("interconnect", interconnect, 1, math.inf, "bytes per second above 0, such as 300e9")
+    check_number("overhead", overhead, 0, math.inf, "seconds per forward pass from 0 up, such as 0.001")
+    check_number("all_reduce_latency", all_reduce_latency, 0, math.inf, "seconds from 0 up, such as 15e-6")
+    if flops is not None:
+        check_number("flops", flops, 1, math.inf, "operations per second above 0, such as 312e12, or None")
+    if waiting_rows is not None:
+        check_whole("waiting_rows", waiting_rows, "rows, or None for lock-step", most=batch_size)
+    machine = _Machine(bandwidth, flops, overhead, interconnect, all_reduce_latency)
+    llm_step = machine.seconds(llm, batch_size, 1, context, tensor_parallel)
+    slm_alone = machine.seconds(slm, batch_size, 1, context)
+
+    def times(at_share: float) -> tuple[float, float, float, float, float]:
+        """SLM step and catch-up in seconds, tokens of a catch-up, LLM passes and SLM steps per position."""
+        llm_passes, slm_steps, rows, tokens = _passes(batch_size, at_share, waiting_rows)
+        slm_step = machine.seconds(slm, batch_size / slm_steps, 1, context)
+        catch_up = machine.seconds(llm, rows, tokens, context, tensor_parallel) if llm_passes else 0.0
+        return slm_step, catch_up, tokens, llm_passes, slm_steps
+
+    def per_position(at_share: float) -> float:
+        slm_step, catch_up, _, llm_passes, slm_steps = times(at_share)
+        return slm_steps * slm_step + llm_passes * catch_up
+
+    def alone(seconds: float) -> Alone:
+        rate = batch_size / seconds
+        return Alone(seconds, replicas * rate, rate / tensor_parallel)
+
+    slm_step, catch_up, tokens, llm_passes, slm_steps = times(share)
+    pair = alone(per_position(share))
+    caches = batch_size * (context * llm.kv_bytes_per_token / (tensor_parallel if llm.num_kv_heads > 1 else 1))
+    caches += batch_size * context * slm.kv_bytes_per_token
+    return Projection(
+        share=share,
+        batch_size=batch_size,
+        context=context,
+        tensor_parallel=tensor_parallel,
+        replicas=replicas,
+        waiting_rows=waiting_rows,
+        slm_step_s=slm_step,
+        llm_step_s=llm_step,
+        catch_up_s=catch_up,
+        catch_up_tokens=tokens,
+        llm_passes_per_position=llm_passes,
+        slm_steps_per_position=slm_steps,
+        time_per_token_s=pair.time_per_token_s,
+        tokens_per_s=pair.tokens_per_s,
+        tokens_per_s_per_gpu=pair.tokens_per_s_per_gpu,
+        llm_alone=alone(llm_step),
+        slm_alone=alone(slm_alone),
+        speedup=llm_step / pair.time_per_token_s,
+        break_even_share=_break_even(per_position, llm_step),
+        bytes_per_gpu=slm.resident_bytes + llm.resident_bytes / tensor_parallel + caches,
+    )
+
+
+def asynchronous_passes(
+    rows: int, share: float, waiting_rows: int, tokens: int = SIMULATED_TOKENS, seed: int = 0
+) -> tuple[float, float]:
+    """Play a batch whose rows wait for the LLM while the others go on; texts that drift apart and end are included.
+
+    Args:
+        rows: Rows of the batch.
+        share: Probability that a token is the LLM's, 0 to 1.
+        waiting_rows: Waiting rows that trigger a call, 1 to `rows`; in proportion fewer when rows have ended.
+        tokens: Tokens of every row.
+        seed: Of the draws.
+
+    Returns:
+        Calls of the LLM and forward passes of the SLM, each over `tokens`.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+    check_whole("rows", rows, "rows")
+    check_whole("waiting_rows", waiting_rows, "rows", most=rows)
+    check_whole("tokens", tokens, "tokens")
+    check_number("share", share, 0, 1, "a share of the tokens from 0 to 1 (20 % is 0.2)")
+    draw = random.Random(seed).random
+    left, waits = [tokens] * rows, [False] * rows
+    calls = steps = 0
+    while any(left):
+        steps += 1
+        for row in range(rows):
+            if left[row] and not waits[row]:
+                waits[row] = draw() < share
+                left[row] -= not waits[row]
+        unfinished = rows - left.count(0)
+        # With all rows waiting, the number of waiting rows cannot be below what triggers a call.
+        if any(waits) and sum(waits) >= math.ceil(waiting_rows * unfinished / rows):
+            calls += 1
+            left = [count - wait for count, wait in zip(left, waits, strict=True)]
+            waits = [False] * rows
+    return calls / tokens, steps / tokens
+
+
+@lru_cache(maxsize=1024)
+def _passes(rows: int, share: float, waiting_rows: int | None) -> tuple[float, float, float, float]:
+    """LLM passes and SLM steps per position; rows that an LLM pass reads and tokens of each."""
+    if share == 0:
+        return 0.0, 1.0, 0.0, 0.0
+    if waiting_rows is None:
+        any_row = 1 - (1 - share) ** rows
+        return any_row, 1.0, rows, 1 / any_row
+    played = [asynchronous_passes(rows, share, waiting_rows, seed=seed) for seed in range(SIMULATED_SEEDS)]
+    calls, steps = (sum(counts) / SIMULATED_SEEDS for counts in zip(*played, strict=True))
+    return calls, steps, rows * share / calls, 1 / share
+
+
+def _break_even(per_position: Callable[[float], float], llm_step: float) -> float:
+    """Share at which the pair takes as long as the LLM alone, found by halving."""
+    low, high = 0.0, 1.0
+    if per_position(high) < llm_step:
+        return high
+    if per_position(low) >= llm_step:
+        return low
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if per_position(middle) < llm_step else (low, middle)
+    return (low + high) / 2
+
+
+def check_whole(name: str, value: int, what: str, most: int | None = None) -> None:
+    """Refuse what is no count.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        what: What is counted.
+        most: The largest count, where there is one.
+
+    Raises:
+        ValueError: when it is no whole number from 1 up.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+        limits = "1 or more" if most is None else f"1 to {most}"
+        raise ValueError(f"{name}: expected a whole number of {what}, {limits}, got {value!r}. Correct {name}.")
+
+
+def check_number(name: str, value: float, least: float, most: float, what: str) -> None:
+    """Refuse a number outside its range.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        least: The smallest that means something.
+        most: The largest.
+        what: What was expected, in words.
+
+    Raises:
+        ValueError: when it is outside.
+    """
+    if not (least <= value <= most) or math.isinf(value):
+        raise ValueError(f"{name}: expected {what}, got {value!r}. Correct {name}.")
+
+
+def _check_heads(llm: ModelCost, degree: int) -> None:
+    if llm.num_kv_heads > 1 and llm.num_kv_heads % degree:
+        divisors = [str(count) for count in range(1, llm.num_kv_heads + 1) if llm.num_kv_heads % count == 0]
+        raise ValueError(
+            f"tensor_parallel: expected a divisor of the LLM's {llm.num_kv_heads} key-value heads, got {degree}. "
+            f"Give {', '.join(divisors[:-1])} or {divisors[-1]}."
+        )

@@ -1,0 +1,285 @@
+"""`citer bench`: what it compares, what it prints, what it keeps when it is interrupted, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import citer_hf.demo
+from citer_hf import CiterForCausalLM
+from citer_hf.bench import command, machine, plot
+from citer_hf.bench.run import Bench
+
+from .chat_pairs import invoke, save_demo_pair
+
+QUICK = ("--device", "cpu", "--max-new-tokens", 4, "--prompt-length", 6, "--repeats", 1, "--warmup", 0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_demo_pair(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(autouse=True)
+def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
+    monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
+
+
+def bench_json(*arguments: Any) -> dict[str, Any]:
+    result = invoke("bench", *QUICK, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_json_is_all_there_is_and_adds_up() -> None:
+    report = bench_json("demo", "--shares", "0,0.5,1", "--thresholds", "0.5", "--released-loop", "--repeats", 2)
+    assert report["model"] == "demo" and report["complete"] and not report["notes"]
+    settings = ["share 0", "share 0.5", "share 1", "threshold 0.5"]
+    names = [f"{kind}, {setting}" for setting in settings for kind in ("CITER", "floor", "released loop")]
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["LLM alone", "SLM alone", "assisted generation", *names]
+    for row in rows.values():
+        assert row["tokens"] == row["positions"] == 4 and len(row["seconds"]) == 2
+        for name in ("tokens_per_second", "ms_per_token", "first_token_seconds", "speedup"):
+            assert 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
+        assert row["peak_memory_bytes"] > 0 and row["bytes_moved"] > 0 and row["bandwidth_fraction"] > 0
+        assert (row["relative_to_floor"] is not None) == row["name"].startswith(("CITER", "released"))
+    passes = {name: (row["llm_passes_per_position"], row["slm_passes_per_position"]) for name, row in rows.items()}
+    assert passes["LLM alone"] == (passes["CITER, share 1"][0], 0) == (1, 0)
+    assert passes["SLM alone"] == passes["CITER, share 0"] == passes["floor, share 0"] == (0, 1)
+    for setting in settings:
+        citer, floor = rows[f"CITER, {setting}"], rows[f"floor, {setting}"]
+        assert citer["llm_share"] == floor["llm_share"] == citer["llm_passes_per_position"]
+        assert passes[f"CITER, {setting}"] == passes[f"floor, {setting}"]
+        assert citer["bytes_moved"] == floor["bytes_moved"]
+    assert report["machine"]["memory_bandwidth"] > 0
+    assert list(report["cost_curve"]["llm_ms"]) == ["1", "2", "3", "4", "8", "16", "32"]
+    assert (report["break_even_llm_share"] is None) == (report["break_even_reason"] is not None)
+
+
+def test_a_table_says_the_same_in_words() -> None:
+    result = invoke("bench", "demo", *QUICK, "--shares", "0.5")
+    assert result.exit_code == 0 and not result.stderr
+    for part in ("demo on cpu", "1 row,", "LLM alone", "CITER, share 0.5", "floor, share 0.5", "Break-even", "GB/s"):
+        assert part in result.stdout
+
+
+def test_a_bare_pair_is_measured_with_the_shares_of_the_default(saved: Path) -> None:
+    report = bench_json("--slm", saved / "slm", "--llm", saved / "llm", "--no-assisted")
+    shares = [row["share"] for row in report["rows"] if row["kind"] == "CITER"]
+    assert shares == [0, 0.2, 0.5, 1]
+    assert report["model"] == f"{saved / 'slm'} + {saved / 'llm'}"
+    assert "assisted generation" not in [row["name"] for row in report["rows"]]
+
+
+def test_a_batch_is_measured_in_lock_step_too_and_without_assistance() -> None:
+    report = bench_json("demo", "--shares", "0.5", "--batch-size", 3)
+    kinds = [row["kind"] for row in report["rows"]]
+    assert kinds == ["LLM alone", "SLM alone", "CITER", "CITER in lock-step", "floor"]
+    lock_step, floor = report["rows"][3:]
+    assert lock_step["llm_passes_per_position"] == floor["llm_passes_per_position"]
+    assert all(row["tokens"] == 3 * row["positions"] for row in report["rows"])
+    assert "assisted generation was not measured" in report["notes"][0]
+
+
+def test_the_same_seed_makes_the_same_decisions() -> None:
+    def decided(seed: int) -> list[Any]:
+        report = bench_json("demo", "--shares", "0.3,0.5", "--seed", seed, "--no-assisted", "--batch-size", 4)
+        # When rows wait for each other depends on what steps were measured to take, which is never quite the same.
+        rows = [row for row in report["rows"] if row["kind"] != "CITER"]
+        return [(row["llm_share"], row["llm_passes_per_position"]) for row in rows]
+
+    assert decided(1) == decided(1) != decided(2)
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_prompts_come_from_a_file_in_full_batches(tmp_path: Path, jsonl: bool) -> None:
+    prompts = ["Tom has 3 apples.", "Then he has 2 times as many apples.", "How many?"]
+    file = tmp_path / "prompts"
+    file.write_text("\n\n".join(json.dumps({"prompt": text}) if jsonl else text for text in prompts) + "\n")
+    report = bench_json("demo", "--prompts", file, "--batch-size", 2, "--shares", "0.5")
+    assert len(report["options"]["prompt_length"]) == 2
+    assert all(row["positions"] == 2 * 4 and row["tokens"] == 16 for row in report["rows"])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    time_one = Bench._time
+
+    def interrupted(bench: Bench, contender: Any) -> Any:
+        if contender.kind == "floor":
+            raise KeyboardInterrupt
+        return time_one(bench, contender)
+
+    monkeypatch.setattr(Bench, "_time", interrupted)
+    file = tmp_path / "plot.svg"
+    result = invoke("bench", "demo", *QUICK, "--shares", "0.5", "--plot", file, *["--json"] * as_json)
+    assert result.exit_code == 130 and file.exists()
+    if as_json:
+        report = json.loads(result.stdout)
+        assert report["interrupted"] and not report["complete"]
+        names = [row["name"] for row in report["rows"]]
+        assert names == ["LLM alone", "SLM alone", "assisted generation", "CITER, share 0.5"]
+        assert report["rows"][3]["relative_to_floor"] is None and len(report["rows"][3]["seconds"]) == 1
+    else:
+        assert "Interrupted" in result.stdout and "CITER, share 0.5" in result.stdout and "floor," not in result.stdout
+
+
+def test_ctrl_c_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    file = tmp_path / "plot.png"
+    monkeypatch.setattr(Bench, "_observe", interrupted)
+    result = invoke("bench", "demo", *QUICK, "--json", "--plot", file)
+    assert result.exit_code == 130 and json.loads(result.stdout)["rows"] == [] and not file.exists()
+    assert "Interrupted before" in invoke("bench", "demo", *QUICK).stdout
+    monkeypatch.setattr(command, "load", interrupted)
+    assert invoke("bench", "demo", *QUICK).exit_code == 130
+
+
+def test_the_model_is_left_as_it_was(saved: Path) -> None:
+    model = CiterForCausalLM.from_pretrained(saved)
+    before = (model.router, model.generation_config, model.slm.generation_config, model.llm.generation_config)
+    from citer_hf.bench.options import BenchOptions
+
+    Bench(model, BenchOptions(shares=(0.5,), prompt_length=4, max_new_tokens=2, repeats=1, warmup=0), "pair").run()
+    after = (model.router, model.generation_config, model.slm.generation_config, model.llm.generation_config)
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert not any(part._forward_pre_hooks for part in (model.slm, model.llm))
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_plot_writes_the_kind_of_file_that_its_name_says(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"speed.{kind}"
+    assert invoke("bench", "demo", *QUICK, "--shares", "0,1", "--thresholds", "0.5", "--plot", file).exit_code == 0
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind]
+    assert file.read_bytes().startswith(start) and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_plot_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot.os, "replace", full)
+    result = invoke("bench", "demo", *QUICK, "--shares", "1", "--plot", tmp_path / "speed.png")
+    assert result.exit_code == 1 and "No space left" in result.stderr and "CITER, share 1" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--shares", "0,1.5"], ("--shares", "0", "1.5")),
+        (["demo", "--shares", "-0.1"], ("--shares", "-0.1")),
+        (["demo", "--shares", "nan"], ("--shares", "nan")),
+        (["demo", "--shares", "half"], ("--shares", "'half'")),
+        (["demo", "--thresholds", "-1"], ("--thresholds", "-1")),
+        (["demo", "--device", "cuda:99"], ("--device", "cuda:99", "There is: cpu")),
+        (["demo", "--device", "toaster"], ("--device", "toaster", "There is: cpu")),
+        (["demo", "--dtype", "float17"], ("--dtype", "float17", "bfloat16")),
+        (["demo", "--prompt-length", "300"], ("--prompt-length", "300", "256")),
+        (["demo", "--prompt-length", "250", "--max-new-tokens", "20"], ("--max-new-tokens", "270", "256", "6")),
+        (["demo", "--batch-size", "0"], ("--batch-size", "0")),
+        (["demo", "--repeats", "0"], ("--repeats", "0")),
+        (["demo", "--warmup", "-1"], ("--warmup", "-1")),
+        (["demo", "--prompts", "/nowhere/at/all"], ("--prompts", "/nowhere/at/all")),
+        (["demo", "--plot", "speed.bmp"], ("--plot", "speed.bmp", ".png")),
+        (["demo", "--plot", "/nowhere/at/all.png"], ("--plot", "/nowhere/at")),
+        (["demo", "--cache-implementation", "paged"], ("cache_implementation", "paged")),
+        ([], ("MODEL", "--slm", "--llm")),
+        (["--slm", "x"], ("--llm", "--slm alone")),
+        (["demo", "--slm", "x", "--llm", "y"], ("MODEL", "both")),
+        (["./nowhere"], ("./nowhere",)),
+    ],
+    ids=str,
+)
+def test_bench_refuses_in_one_line_what_means_nothing(arguments: list[str], said: tuple[str, ...]) -> None:
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 1 and not result.stdout
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    for part in said:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n \n", ("is empty",)),
+        ('{"prompt": "a"}\n{"text": "b"}\n', ("line 2", '"prompt"')),
+        ('{"prompt": 3}\n', ("line 1", '"prompt"')),
+        (b"\xff\xfe\x00", ("no UTF-8",)),
+    ],
+    ids=["empty", "no prompt", "no text", "binary"],
+)
+def test_bench_refuses_prompts_it_cannot_read(tmp_path: Path, text: str | bytes, said: tuple[str, ...]) -> None:
+    file = tmp_path / "prompts"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = invoke("bench", "demo", "--prompts", file)
+    assert result.exit_code == 1 and "--prompts" in result.stderr and result.stderr.count("\n") == 1
+    for part in said:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize("part", ["slm", "llm", "both"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["accelerator", "cpu", "python"],
+)
+def test_out_of_memory_while_generating_names_the_model(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
+) -> None:
+    real_load = command.load
+
+    def load(*args: Any) -> Any:
+        model = real_load(*args)
+        failing = model if part == "both" else getattr(model, part)
+
+        def fail(*inputs: Any, **kwargs: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(failing, "generate", fail)
+        return model
+
+    monkeypatch.setattr(command, "load", load)
+    result = invoke("bench", "demo", *QUICK, "--no-assisted")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    which = {"slm": "the SLM while", "llm": "the LLM while", "both": "both models while"}[part]
+    for said in (
+        which,
+        "GB",
+        "of weights",
+        "--dtype bfloat16",
+        "--batch-size",
+        "--prompt-length",
+        "quantized",
+        "--device",
+    ):
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize(("free", "which"), [(10, "the SLM could not"), (1 << 40, "the LLM could not")])
+def test_out_of_memory_while_loading_names_the_model(
+    monkeypatch: pytest.MonkeyPatch, saved: Path, free: int, which: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(CiterForCausalLM, "from_pair", fail)
+    monkeypatch.setattr(command, "available_memory", lambda device: free)
+    for source in (["demo"], ["--slm", saved / "slm", "--llm", saved / "llm"]):
+        result = invoke("bench", *source, "--device", "cpu")
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1
+        for said in (which, "weights need about", "--dtype bfloat16", "--batch-size", "--device"):
+            assert said in result.stderr
