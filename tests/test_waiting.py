@@ -1,0 +1,57 @@
+"""How many rows wait before the LLM is called."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from citer_hf.waiting_citer import passes_per_position, pressure, rows_to_wait_for
+
+
+def play(rows: int, waiting: int, share: float, steps: int = 20_000) -> tuple[float, float]:
+    """LLM calls and SLM steps per position, played with dice."""
+    dice, waits, calls, moved = random.Random(0), 0, 0, 0
+    for _ in range(steps):
+        moving = rows - waits
+        moved += moving
+        waits += sum(dice.random() < share for _ in range(moving))
+        if waits >= waiting:
+            calls, waits = calls + 1, 0
+    return calls * rows / moved, steps * rows / moved
+
+
+@pytest.mark.parametrize(
+    ("rows", "waiting", "share"), [(1, 1, 0.3), (2, 2, 0.2), (8, 5, 0.2), (8, 1, 0.1), (16, 10, 0.2)]
+)
+def test_the_prediction_is_what_dice_give(rows, waiting, share):
+    assert passes_per_position(rows, waiting, share) == pytest.approx(play(rows, waiting, share), rel=0.04)
+
+
+def test_waiting_for_one_row_is_predicted_as_lock_step():
+    calls, steps = passes_per_position(8, 1, 0.2)
+    assert calls == pytest.approx(1 - 0.8**8, abs=1e-4) and steps == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("step_ratio", [0.02, 0.1, 0.3, 0.6])
+def test_a_fifth_of_the_tokens_waits_for_five_rows_of_eight_and_ten_of_sixteen(step_ratio):
+    assert rows_to_wait_for(8, 0.2, step_ratio) == 5
+    assert rows_to_wait_for(16, 0.2, step_ratio) == 10
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16, 40])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("step_ratio", [0.0, 0.1, 1.0, 10.0])
+def test_the_policy_stays_among_the_rows(rows, share, step_ratio):
+    assert 1 <= rows_to_wait_for(rows, share, step_ratio) <= rows
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_nothing_waits_where_an_slm_step_costs_more_than_the_calls_saved(rows):
+    assert rows_to_wait_for(rows, 0.2, 5.0) == 1
+
+
+def test_rows_that_lag_behind_press_more_than_rows_that_are_ahead():
+    unfinished = [10, 10, 50, 50]
+    assert pressure([10], unfinished) > 1 > pressure([50], unfinished)
+    assert pressure([30, 30], [30, 30, 30]) == 2
