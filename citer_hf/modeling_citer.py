@@ -19,6 +19,7 @@ from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, watc
 from .loading_citer import CiterLoadingMixin
 from .pair_citer import check_pair
 from .routing_citer import CUSTOM_ROUTER, build_router
+from .small_products_citer import weights_first
 
 
 @dataclass
@@ -363,7 +364,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         if device != input_ids.device and device.type != "meta":
             input_ids = input_ids.to(device)
             inputs = {key: to_device(value, device) for key, value in inputs.items()}
-        return model(input_ids=input_ids, past_key_values=cache, return_dict=True, **inputs, **kwargs)
+        with weights_first(model, input_ids.numel()):
+            return model(input_ids=input_ids, past_key_values=cache, return_dict=True, **inputs, **kwargs)
 
 
 MODELS = ("slm", "llm")
