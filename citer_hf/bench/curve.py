@@ -183,8 +183,6 @@ class PassTimer:
         self.length = prompt_length
         self.cache = DynamicCache(config=model.config)
         self.options = {"use_cache": True, **last_logits_only(model)}
-        # Lets layers that forget (sliding windows) be cropped.
-        self.cache.activate_past_recording()
         self.read(self.cache, self.tokens[:, :prompt_length])
 
     def seconds(self, size: int) -> float:
@@ -193,7 +191,8 @@ class PassTimer:
         Args:
             size: New tokens per row.
         """
-        croppable = self.cache.is_croppable
+        # Older transformers miscount sliding windows that are taken back.
+        croppable = self.cache.is_croppable and not any(self.cache.is_sliding)
         cache = self.cache if croppable else copy.deepcopy(self.cache)
         seconds = self.clock.seconds(lambda: self.read(cache, self.tokens[:, self.length : self.length + size]))
         if croppable:
