@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from citer_hf import CiterCache, CiterForCausalLM
+from citer_hf.waiting_citer import rows_to_wait_for
 
 from .problems import Problem, is_correct
 
@@ -30,7 +31,7 @@ class Measurement:
         correct: How many of them were answered correctly.
         tokens: Tokens written, padding after the end of a text not counted.
         llm_tokens: How many of them the LLM wrote.
-        llm_passes: Forward passes of the LLM, each counted once for every unfinished text in its batch.
+        llm_passes: Forward passes of the LLM per position of a batch, times the tokens of its texts.
         seconds: Time that `generate` took.
     """
 
@@ -96,6 +97,7 @@ def measure(
         options: dict[str, Any] = {"generation_config": settings(model)}
         if alone is None:
             options |= {"past_key_values": CiterCache(model.config), "router_threshold": router_threshold}
+            options |= {"waiting_rows": same_policy_everywhere}
         began = time.perf_counter()
         output = (alone or model).generate(**inputs, **options)
         seconds += time.perf_counter() - began
@@ -107,12 +109,23 @@ def measure(
             by_llm = options["past_key_values"].routing.to_llm & real
         tokens += int(real.sum())
         llm_tokens += int((by_llm & real).sum())
-        # Rows move in step: a pass of the LLM for one row is a pass for all that are not finished.
-        llm_passes += int((by_llm & real).any(dim=0).logical_and(real).sum())
+        calls = options["past_key_values"].routing.llm_calls if alone is None else int(by_llm.any()) * written.shape[1]
+        llm_passes += round(calls / written.shape[1] * int(real.sum()))
         responses = tokenizer.batch_decode(written, skip_special_tokens=True)
         correct += sum(map(is_correct, responses, batch))
         progress(len(batch))
     return Measurement(name, router_threshold, len(problems), correct, tokens, llm_tokens, llm_passes, seconds)
+
+
+def same_policy_everywhere(unfinished: int, llm_share: float, step_ratio: float) -> int:
+    """Choose how many rows wait as `generate` does, but not by measured times, so that counts are reproducible.
+
+    Args:
+        unfinished: Rows whose text has not ended.
+        llm_share: Share of the tokens that the LLM writes.
+        step_ratio: Not used: an SLM step of the shipped pair takes a third of an LLM step.
+    """
+    return rows_to_wait_for(unfinished, llm_share, 0.3)
 
 
 def settings(model: CiterForCausalLM, max_new_tokens: int = 160) -> Any:

@@ -79,8 +79,7 @@ def meaning(done: Sequence[Measurement]) -> str:
     return (
         f"At threshold {best.router_threshold:g} the pair solves {best.accuracy:.0%} of the problems with "
         f"{best.llm_share:.0%} of the tokens from the LLM; the SLM alone solves {slm.accuracy:.0%}, the LLM alone "
-        f"{llm.accuracy:.0%}. It writes {speed:.2f} times as fast as the LLM alone here: the texts of a batch move in "
-        f"step, so the LLM runs for all of them whenever one needs it, {best.llm_passes_per_token:.2f} passes per "
-        f"token. A text decoded by itself takes {best.llm_share:.2f}, but with models this small Python takes most of "
-        "that time."
+        f"{llm.accuracy:.0%}. It writes {speed:.2f} times as fast as the LLM alone here: texts that need the "
+        f"LLM wait for each other, so that it runs {best.llm_passes_per_token:.2f} times per token. With models this "
+        "small Python takes most of the time."
     )
