@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from citer_hf.files import written_beside
 
 from .contenders import ASSISTED, CITER, FLOOR, LOCK_STEP, RELEASED
 from .results import BenchReport, Measurement
@@ -146,15 +146,5 @@ def save(figure: Any, path: Path) -> None:
     Raises:
         OSError: when it cannot be written; then nothing is left behind.
     """
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "wb") as file:
-            figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
-        # mkstemp makes files for the owner alone; this one is as public as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    with written_beside(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from citer_hf import CiterCache, CiterForCausalLM
+from citer_hf.files import written_beside
 from citer_hf.terminal import Paint, WriterStreamer, legend
 
 from .measuring import Measurement, measure, settings, spread_thresholds
@@ -44,18 +43,9 @@ def export(path: Path, seed: int, count: int) -> None:
         raise FileExistsError(f"{path} exists already; choose another name or remove it first.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no directory to write {path.name} in.")
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(problem)) + "\n" for problem in problems("test", seed, count))
-        # mkstemp makes files for the owner alone; this one is as public as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    with written_beside(path) as file:
+        for problem in problems("test", seed, count):
+            file.write((json.dumps(asdict(problem)) + "\n").encode())
 
 
 def show(path: str, seed: int, count: int, router_threshold: float | None = None, as_json: bool = False) -> int:
