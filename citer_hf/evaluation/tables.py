@@ -1,0 +1,217 @@
+"""Rows of a task, from a file, a directory, the Hub or memory.
+
+JSON is read with the standard library: what `datasets` makes of it turns text that looks like a date into a date, and
+a number of more than 19 digits into a rounded one, and a broken line has no number. Everything else goes through
+`datasets`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..extras import import_extra
+
+__all__ = ["Data", "Table", "read_table"]
+
+Data = Any
+"""A path, a Hub dataset id, a `datasets.Dataset`, or a list of dicts."""
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that are not understood yet.
+
+    Attributes:
+        name: What errors call it.
+        columns: Names of the columns, in their order.
+        rows: Row numbers, from 1, and rows. In JSON lines the number is the line's.
+        untyped: Whether every value is text because the file knows nothing else (CSV).
+    """
+
+    name: str
+    columns: list[str]
+    rows: Iterable[tuple[int, Mapping[str, Any]]]
+    untyped: bool = False
+
+
+def read_table(data: Data, split: str | None = None) -> Table:
+    """Read rows from wherever they are.
+
+    Args:
+        data: Path of a .jsonl, .json, .csv or .parquet file, directory that `datasets` saved or can load, Hub dataset
+            id such as `user/name`, `datasets.Dataset`, or list of dicts.
+        split: Which split, where there are several.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        OSError: when a directory or a Hub dataset cannot be loaded.
+        ValueError: when the file is empty or broken, there are no rows, or the split is missing or senseless.
+        TypeError: when the data is none of these.
+        ImportError: when `datasets` is needed and not installed.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        return _from_name(os.fspath(data), split)
+    if isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data):
+        _refuse_split(split, "a list")
+        return _from_dicts("data", list(enumerate(data, start=1)))
+    if type(data).__module__.startswith("datasets."):
+        return _from_datasets("data", data, split)
+    raise TypeError(
+        "data: expected the path of a file, a Hub dataset id, a datasets.Dataset or a list of dicts, "
+        f"got {type(data).__name__}."
+    )
+
+
+def _from_name(name: str, split: str | None) -> Table:
+    """Read a file or a directory, or else a dataset of the Hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_directory(path, split)
+    if path.exists():
+        _refuse_split(split, "a file")
+        return _from_file(path)
+    if not HUB_ID.fullmatch(name) or path.suffix.lower() in SUFFIXES or name.startswith("."):
+        raise FileNotFoundError(
+            f"data: {name} does not exist. Give a file ({', '.join(SUFFIXES)}), a directory that `datasets` saved, "
+            "or a Hub dataset id such as user/name."
+        )
+    return _from_datasets(name, _load(name, split), None)
+
+
+def _from_file(path: Path) -> Table:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"data: {path} ends in {suffix or 'nothing'!r}; expected {', '.join(SUFFIXES)}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"data: {path} is empty.")
+    if suffix in (".jsonl", ".json"):
+        return _from_dicts(str(path), list(_read_json(path)))
+    datasets = import_extra("datasets", "train")
+    try:
+        with _no_progress_bars(datasets):
+            if suffix == ".parquet":
+                return _from_datasets(str(path), datasets.Dataset.from_parquet(str(path)), None)
+            # Read as text, the answers 007, NA and 1e5 stay what they are.
+            text = datasets.Features({column: datasets.Value("string") for column in _csv_header(path)})
+            rows = datasets.Dataset.from_csv(str(path), features=text, keep_default_na=False)
+    except Exception as error:
+        # What goes wrong comes as errors of datasets, pandas or pyarrow, most of them wrapped in another.
+        raise ValueError(f"data: {path} cannot be read: {_reason(error)}") from error
+    return _from_datasets(str(path), rows, None, untyped=True)
+
+
+def _csv_header(path: Path) -> list[str]:
+    """Name the columns of a CSV file."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file))
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """Read one array of objects, or one object a line; either may be in a file with either name."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} is not UTF-8: {error}") from error
+    if text.lstrip().startswith("["):
+        try:
+            yield from enumerate(json.loads(text), start=1)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data: {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+        return
+    # Not splitlines: it also ends a line at characters that JSON allows in a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"data: {path}, line {number}: broken JSON: {error.msg} at character {error.colno}. "
+                    "Expected one object a line, or one array of objects."
+                ) from error
+
+
+def _from_dicts(name: str, rows: list[tuple[int, Any]]) -> Table:
+    for number, row in rows:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{name}, row {number}: expected an object with named fields, got {type(row).__name__}.")
+    if not rows:
+        raise ValueError(f"{name}: there are no rows.")
+    return Table(name, list(dict.fromkeys(column for _, row in rows for column in row)), rows)
+
+
+def _from_directory(path: Path, split: str | None) -> Table:
+    """Read what `save_to_disk` wrote, or else a directory of data files."""
+    if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        return _from_datasets(str(path), _load(str(path), split), None)
+    datasets = import_extra("datasets", "train")
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise OSError(f"data: {path} cannot be loaded: {_reason(error)}") from error
+    return _from_datasets(str(path), saved, split)
+
+
+def _load(name: str, split: str | None) -> Any:
+    """Load a dataset by its name; a split may be any expression that `datasets` knows."""
+    datasets = import_extra("datasets", "train")
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:
+        # Missing repositories, bad connections, broken files: every layer below has errors of its own.
+        raise OSError(
+            f"data: {name} cannot be loaded as a dataset: {_reason(error)} "
+            "(What needs more than a name and a split: load it with `datasets` and give the Dataset.)"
+        ) from error
+
+
+def _from_datasets(name: str, data: Any, split: str | None, untyped: bool = False) -> Table:
+    """Take the rows of a `Dataset`, or of one split of a `DatasetDict`."""
+    if isinstance(data, Mapping):
+        known = ", ".join(data)
+        if split is None and len(data) != 1:
+            raise ValueError(f"split: {name} has the splits {known}; say which.")
+        if split is not None and split not in data:
+            raise ValueError(f"split: {name} has no split {split!r}; it has {known}.")
+        data = data[split or next(iter(data))]
+    elif type(data).__name__ != "Dataset":
+        raise TypeError(f"data: expected a datasets.Dataset, got {type(data).__name__}: load it without streaming.")
+    else:
+        _refuse_split(split, "a Dataset")
+    if not len(data):
+        raise ValueError(f"{name}: there are no rows.")
+    return Table(name, list(data.column_names), enumerate(data.with_format(None), start=1), untyped)
+
+
+def _refuse_split(split: str | None, what: str) -> None:
+    if split is not None:
+        raise ValueError(f"split: {what} has no splits, got {split!r}.")
+
+
+def _reason(error: BaseException) -> str:
+    """Say the cause of an error in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+@contextmanager
+def _no_progress_bars(datasets: Any) -> Iterator[None]:
+    """Read a local file without a bar that is full before one sees it."""
+    hidden = datasets.utils.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
