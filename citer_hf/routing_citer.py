@@ -52,12 +52,22 @@ class MlpRouter(Router):
         hidden_size: Width H of the SLM's last hidden state.
         batch_norm: Whether a batch norm follows the first layer, as in the released code.
         dropout: Dropout rate in training, after the first and the second layer.
+        top_logprobs: How many of the SLM's largest log-probabilities the first layer reads beside the hidden state,
+            largest first. Not in the paper; `citer-plus` trains with them.
     """
 
-    def __init__(self, hidden_size: int, batch_norm: bool = False, dropout: float = 0.1, **options: Any):
+    def __init__(
+        self,
+        hidden_size: int,
+        batch_norm: bool = False,
+        dropout: float = 0.1,
+        top_logprobs: int = 0,
+        **options: Any,
+    ):
         super().__init__(hidden_size, **options)
         fp32 = torch.float32
-        self.expand = nn.Linear(hidden_size, 2 * hidden_size, dtype=fp32)
+        self.top_logprobs = top_logprobs
+        self.expand = nn.Linear(hidden_size + top_logprobs, 2 * hidden_size, dtype=fp32)
         self.norm = nn.BatchNorm1d(2 * hidden_size, dtype=fp32) if batch_norm else None
         self.contract = nn.Linear(2 * hidden_size, hidden_size, dtype=fp32)
         self.score = nn.Linear(hidden_size, 1, dtype=fp32)
@@ -65,14 +75,21 @@ class MlpRouter(Router):
         self._folded: tuple[tuple[Any, ...], MlpWeights] | None = None
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.to(self.expand.weight)
+        inputs = hidden.to(self.expand.weight)
+        if self.top_logprobs:
+            inputs = torch.cat([inputs, top_logprobs(logits, self.top_logprobs).to(inputs)], dim=-1)
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.sigmoid(self._layer_by_layer(hidden))
+            return torch.sigmoid(self.log_odds(inputs))
         weight, bias, vector, offset = self.folded()
-        return torch.sigmoid(torch.relu(nn.functional.linear(hidden, weight, bias)) @ vector + offset)
+        return torch.sigmoid(torch.relu(nn.functional.linear(inputs, weight, bias)) @ vector + offset)
 
-    def _layer_by_layer(self, hidden: torch.Tensor) -> torch.Tensor:
-        expanded = self.expand(hidden)
+    def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logit of `p_slm`, layer by layer.
+
+        Args:
+            inputs: What the first layer reads, `[..., H + top_logprobs]`.
+        """
+        expanded = self.expand(inputs)
         if self.norm is not None:
             expanded = self.norm(expanded.flatten(0, -2)).view_as(expanded)
         contracted = self.contract(self.dropout(torch.relu(expanded)))
@@ -115,7 +132,35 @@ class LinearRouter(Router):
         self.score = nn.Linear(hidden_size, 1, dtype=torch.float32)
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.score(hidden.to(self.score.weight)).squeeze(-1))
+        return torch.sigmoid(self.log_odds(hidden.to(self.score.weight)))
+
+    def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logit of `p_slm`.
+
+        Args:
+            inputs: Hidden states, `[..., H]`.
+        """
+        return self.score(inputs).squeeze(-1)
+
+
+# A log-probability below this says no more than this does, and would drown the others.
+LEAST_LOGPROB = -15.0
+
+
+def top_logprobs(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the largest log-probabilities, largest first, none below `LEAST_LOGPROB`.
+
+    Args:
+        logits: `[..., V]`.
+        count: How many; where the vocabulary is smaller, the rest is `LEAST_LOGPROB`.
+
+    Returns:
+        fp32, `[..., count]`.
+    """
+    logits = logits.float()
+    largest = logits.topk(min(count, logits.shape[-1]), dim=-1).values - logits.logsumexp(-1, keepdim=True)
+    padded = nn.functional.pad(largest, (0, count - largest.shape[-1]), value=LEAST_LOGPROB)
+    return padded.clamp_min(LEAST_LOGPROB)
 
 
 class ConfidenceRouter(Router):

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.modeling_utils import safe_save_file, unwrap_model
 
+from .base_models_citer import commit_of
+
 STALE_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -87,9 +89,13 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
     state_dict = kwargs.pop("state_dict", None)
     config = copy.deepcopy(model.config)
     for role in ("slm", "llm"):
-        if save_base_models or getattr(config, f"{role}_reference") is None:
+        reference = getattr(config, f"{role}_reference")
+        if save_base_models or reference is None:
             save_base_model(role, getattr(model, role), os.path.join(folder, role), **kwargs)
-            setattr(config, f"{role}_reference", {"subfolder": role})
+            reference = {"subfolder": role}
+        elif "name_or_path" not in reference and model._repository is not None:
+            reference = reference_from_elsewhere(reference, *model._repository, os.path.dirname(folder))
+        setattr(config, f"{role}_reference", reference)
     state_dict = model.router.state_dict(prefix="router.") if state_dict is None else state_dict
     weights = {key: tensor.contiguous() for key, tensor in state_dict.items() if key.startswith("router.")}
     if weights:
@@ -99,6 +105,26 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     save_tokenizer(model, folder)
+
+
+def reference_from_elsewhere(
+    reference: dict[str, str], path: str, hub: dict[str, Any], save_directory: str
+) -> dict[str, str]:
+    """Say where a base model is that lies in a folder of the repository which the pair was loaded from.
+
+    Args:
+        reference: Its folder in that repository.
+        path: Path or repository id of that repository.
+        hub: The keywords it was fetched with.
+        save_directory: Where the pair is saved; the repository itself keeps its own folders.
+    """
+    folder = os.path.join(hub.get("subfolder", ""), reference.get("subfolder", ""))
+    if not os.path.isdir(path):
+        commit = commit_of(path, hub) or hub.get("revision")
+        return {"name_or_path": path, "subfolder": folder} | ({"revision": commit} if commit else {})
+    if os.path.realpath(path) == os.path.realpath(save_directory):
+        return reference
+    return {"name_or_path": os.path.abspath(os.path.join(path, folder))}
 
 
 def save_tokenizer(model: Any, folder: str) -> None:

@@ -1,0 +1,93 @@
+"""What a set of labels was made with, so that it is never used with anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from citer_hf.evaluation.tokens import Encoded, template_fingerprint, tokenizer_fingerprint
+from citer_hf.hidden_states_citer import hidden_size_of
+
+__all__ = ["check_made_with", "fingerprint", "fingerprint_of_questions", "made_with"]
+
+# Elements of every tensor that are looked at: enough to tell two trainings apart, quick for a model of any size.
+SAMPLED = 64
+NAMES = {
+    "slm": "SLM",
+    "llm": "LLM",
+    "layer": "layer whose hidden states the router reads",
+    "hidden_size": "hidden size of the SLM",
+    "tokenizer": "tokenizer",
+    "template": "chat template",
+}
+
+
+def made_with(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return what labels depend on, for `labels.json`.
+
+    Args:
+        model: The pair.
+        tokenizer: Its tokenizer.
+    """
+    return {
+        "slm": fingerprint(model.slm),
+        "llm": fingerprint(model.llm),
+        "layer": "last",
+        "hidden_size": hidden_size_of(model.slm),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": template_fingerprint(tokenizer),
+    }
+
+
+def check_made_with(found: dict[str, Any], expected: dict[str, Any], directory: Any) -> None:
+    """Refuse labels that were made with something else.
+
+    Args:
+        found: What `labels.json` says.
+        expected: What `made_with` says of the pair at hand.
+        directory: Of the labels, for the message.
+
+    Raises:
+        ValueError: which names everything that differs.
+    """
+    different = [name for name in NAMES if found.get(name) != expected[name]]
+    if different:
+        what = ", ".join(f"{NAMES[name]} ({found.get(name)!r} there, {expected[name]!r} here)" for name in different)
+        raise ValueError(
+            f"labels: {directory} was made with another {what}. Train with the pair that the labels were made with, or "
+            "make new labels with `citer label`."
+        )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a hash of a model's shape and of a sample of its weights; the dtype it is loaded in does not matter.
+
+    Args:
+        model: A base model. Of weights that are offloaded, only the shapes are looked at.
+    """
+    digest = hashlib.sha256(str(model.config.model_type).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":
+            flat = tensor.detach().reshape(-1)
+            places = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).long().to(flat.device)
+            digest.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of_questions(questions: Sequence[Encoded]) -> str:
+    """Return a hash of questions, their references and answers, in their order.
+
+    Args:
+        questions: All questions.
+    """
+    digest = hashlib.sha256()
+    for one in questions:
+        digest.update(json.dumps([asdict(one.example), one.prompt_ids, one.response_ids]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,150 @@
+"""The tokens of the reference answers as tables, as both models read them, and which of them to roll out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from citer_hf.evaluation.tokens import Encoded
+
+from .rollouts import RollOut
+from .teacher import SLM_RIGHT, ForcedText, read_references
+from .units import Workplace
+
+__all__ = ["ReadTokens", "choose_rollouts", "read_units", "write_shards"]
+
+
+class ReadTokens:
+    """What both models said along the reference answers, in files of a few questions each.
+
+    Args:
+        files: One per unit.
+        hidden_size: Width H of the SLM's last hidden state.
+
+    Attributes:
+        question: Index of the question of each token.
+        position: Place in its reference answer.
+        case: 1, 2 or 3.
+        slm_token: The SLM's most likely token.
+        llm_token: The LLM's most likely token.
+        score: `p_slm` of the pair's router.
+    """
+
+    def __init__(self, files: Sequence[Path], hidden_size: int):
+        self.files, self.hidden_size = files, hidden_size
+        columns = ["question", "position", "case", "slm_token", "llm_token", "score"]
+        table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+        self.question, self.position, self.case, self.slm_token, self.llm_token, self.score = (
+            table[name].to_numpy() for name in columns
+        )
+
+    def mismatches(self) -> list[int]:
+        """Return the tokens at which the SLM's differs from the reference."""
+        return np.flatnonzero(self.case != SLM_RIGHT).tolist()
+
+    def rollout(self, token: int, by: str = "slm") -> RollOut:
+        """Return the roll-out of a model's token.
+
+        Args:
+            token: Index of the place.
+            by: `slm` or `llm`.
+        """
+        action = self.slm_token if by == "slm" else self.llm_token
+        return RollOut(int(self.question[token]), int(self.position[token]), int(action[token]))
+
+
+def read_units(model: Any, questions: Sequence[Encoded], place: Workplace, batch_tokens: int) -> ReadTokens:
+    """Let both models read all reference answers, a batch of whole sequences at a time.
+
+    Args:
+        model: The pair.
+        questions: The shortest first.
+        place: Where units of work are kept.
+        batch_tokens: Tokens in a batch, padding included.
+    """
+    lengths = [len(one.prompt_ids) + len(one.response_ids) for one in questions]
+    units: list[list[int]] = []
+    for index, length in enumerate(lengths):
+        if not units or (len(units[-1]) + 1) * length > batch_tokens:
+            units.append([])
+        units[-1].append(index)
+
+    def compute(unit: list[int]) -> pa.Table:
+        forced = read_references(model, [questions[index] for index in unit])
+        return pa.concat_tables([as_table(index, text) for index, text in zip(unit, forced, strict=True)])
+
+    return ReadTokens(place.run("reading", units, compute), model.slm.get_output_embeddings().weight.shape[1])
+
+
+def as_table(question: int, text: ForcedText) -> pa.Table:
+    """Return what was read of one question as a table.
+
+    Args:
+        question: Its index.
+        text: What was read.
+    """
+    count = len(text.reference)
+    columns: dict[str, Any] = {
+        "question": pa.array([question] * count, pa.int32()),
+        "position": pa.array(range(count), pa.int32()),
+        "hidden": as_vectors(text.hidden),
+        "top_logprobs": as_vectors(text.top_logprobs),
+        "case": pa.array(text.case.numpy(), pa.int8()),
+        "score": pa.array(text.score.numpy(), pa.float32()),
+    }
+    for name, values in (
+        ("reference_token", text.reference),
+        ("slm_token", text.slm_token),
+        ("llm_token", text.llm_token),
+    ):
+        columns[name] = pa.array(values.numpy(), pa.int32())
+    for name in ("slm_logprob", "llm_logprob"):
+        columns[name] = pa.array(getattr(text, name).numpy(), pa.float32())
+    return pa.table(columns)
+
+
+def as_vectors(values: torch.Tensor) -> pa.Array:
+    """Return vectors as a column of lists of a fixed size.
+
+    Args:
+        values: fp16 `[rows, width]`.
+    """
+    flat = pa.array(values.contiguous().numpy().reshape(-1), pa.float16())
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def choose_rollouts(read: ReadTokens, budget: int | None, router_threshold: float, seed: int) -> list[int]:
+    """Choose the tokens at which the SLM's is rolled out.
+
+    Args:
+        read: What was read.
+        budget: How many at most, those at which the log-odds of the router's score are nearest to the threshold's.
+            `None` is all.
+        router_threshold: The threshold.
+        seed: Decides between equals.
+    """
+    tokens = read.mismatches()
+    if budget is not None and budget < len(tokens):
+        rng = random.Random(seed)
+        middle = log_odds(router_threshold)
+        unsure = {token: (abs(log_odds(float(read.score[token])) - middle), rng.random()) for token in tokens}
+        tokens = sorted(sorted(tokens, key=unsure.__getitem__)[:budget])
+    return tokens
+
+
+def log_odds(probability: float) -> float:
+    """Return log-odds, of 0 and 1 those of the smallest and largest number that differs from them.
+
+    Args:
+        probability: From 0 to 1.
+    """
+    probability = min(max(probability, 1e-7), 1 - 1e-7)
+    return math.log(probability / (1 - probability))

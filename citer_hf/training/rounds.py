@@ -1,0 +1,185 @@
+"""Rounds of policy optimisation: train on the labels, roll out again with the new router, train again (section 3.2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from citer_hf.evaluation.checkers import Checker
+from citer_hf.evaluation.decoding import BATCH_TOKENS, with_router
+from citer_hf.files import written_beside
+from citer_hf.routing_citer import build_router
+
+from .labels import Labels
+from .objectives import Objective
+from .outcomes import Policy, judge_rollouts
+from .rollouts import RollOut
+from .router_trainer import TrainedRouter, TrainingSettings, router_inputs, train_router
+from .teacher import SLM_RIGHT
+from .units import Workplace
+
+__all__ = ["Rounds", "train_in_rounds"]
+
+# A round's roll-outs send this share of the tokens to the LLM: a policy that cannot finish an answer says nothing about
+# the token it began with.
+POLICY_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often, and with what, the labels are made anew.
+
+    Attributes:
+        count: Rounds of training, at least 1.
+        rollouts: Roll-outs of a round at most, where its router is least sure; `None` is all.
+        checker: Decides which answer is right.
+    """
+
+    count: int
+    rollouts: int | None
+    checker: Checker | None
+
+
+def train_in_rounds(
+    model: Any,
+    tokenizer: Any,
+    labels: Labels,
+    objective: Objective,
+    settings: TrainingSettings,
+    rounds: Rounds,
+    place: Workplace,
+    **arguments: Any,
+) -> tuple[TrainedRouter, Labels]:
+    """Train, and before every further round replace the outcomes of roll-outs by those with the new router.
+
+    What does not change is used again: what both models said along the reference answers, and the cases that the
+    objective does not roll out.
+
+    Args:
+        model: The pair.
+        tokenizer: Its tokenizer.
+        labels: The labels of the first round.
+        objective: What the router is trained to do.
+        settings: How.
+        rounds: How often.
+        place: Where units of work are kept.
+        arguments: For `TrainingArguments`.
+
+    Returns:
+        The router of the last round, and the labels that it was trained on.
+    """
+    for number in range(1, rounds.count + 1):
+        file = place.folder / f"round-{number}.pt"
+        if not file.exists() and place.state.is_main_process:
+            place.report(f"training, round {number}", 0, 1)
+            save(train_router(labels, objective, place.folder / f"round-{number}", settings, **arguments), file)
+        place.state.wait_for_everyone()
+        trained = load(file, labels)
+        place.report(f"training, round {number}", 1, 1)
+        if number < rounds.count:
+            labels = relabel(model, tokenizer, labels, objective, trained, rounds, place, number)
+    return trained, labels
+
+
+def relabel(
+    model: Any,
+    tokenizer: Any,
+    labels: Labels,
+    objective: Objective,
+    trained: TrainedRouter,
+    rounds: Rounds,
+    place: Workplace,
+    number: int,
+) -> Labels:
+    """Roll out again with a new router.
+
+    Args:
+        model: The pair.
+        tokenizer: Its tokenizer.
+        labels: The labels so far.
+        objective: Says which cases are rolled out.
+        trained: The router of the policy.
+        rounds: Budget and checker.
+        place: Where units of work are kept.
+        number: Of the round that the router was trained in.
+    """
+    assert rounds.checker is not None
+    with torch.no_grad():
+        scores = trained.router.log_odds(router_inputs(labels, trained.spec, torch.arange(len(labels.case))))  # type: ignore[operator]
+    middle = scores.sort().values[int(POLICY_SHARE * len(scores))]
+    tokens = torch.isin(labels.case, torch.tensor(objective.relabelled)).nonzero()[:, 0]
+    if rounds.rollouts is not None and rounds.rollouts < len(tokens):
+        unsure = (scores[tokens] - middle).abs().argsort(stable=True)
+        tokens = tokens[unsure[: rounds.rollouts]].sort().values
+    policy = Policy(
+        threshold=float(torch.sigmoid(middle)),
+        max_new_tokens=labels.info["max_new_tokens"],
+        batch_tokens=labels.info["batch_tokens"],
+    )
+    pair = with_router(model, trained.router.to(model.slm.device))
+    rollout, llm_rollout = labels.rollout.clone(), labels.llm_rollout.clone()
+    for by, outcomes in (("slm", rollout), ("llm", llm_rollout)):
+        action = getattr(labels, f"{by}_token")
+        states = {
+            RollOut(int(labels.question[token]), int(labels.position[token]), int(action[token])): int(token)
+            for token in tokens
+        }
+        found = judge_rollouts(
+            pair,
+            tokenizer,
+            labels.questions,
+            list(states),
+            policy,
+            rounds.checker,
+            place,
+            f"roll-outs of the {by.upper()}, round {number + 1}",
+        )
+        for state, outcome in found.items():
+            outcomes[states[state]] = int(outcome.correct)
+        tokens = tokens[outcomes[tokens] == 0]
+    return replace(labels, rollout=rollout, llm_rollout=llm_rollout)
+
+
+def save(trained: TrainedRouter, file: Path) -> None:
+    """Keep the router of a round, complete or not at all.
+
+    Args:
+        trained: The router.
+        file: The place.
+    """
+    content = {
+        "router": trained.router.state_dict(),
+        "spec": json.dumps(trained.spec),
+        "validation": trained.validation,
+        "log_odds": trained.log_odds,
+        "label": trained.label,
+        "history": json.dumps(trained.history),
+    }
+    with written_beside(file) as beside:
+        torch.save(content, beside)
+
+
+def load(file: Path, labels: Labels) -> TrainedRouter:
+    """Return the router of a round.
+
+    Args:
+        file: Where it was kept.
+        labels: What it was trained on.
+    """
+    content = torch.load(file, weights_only=True)
+    spec = json.loads(content["spec"])
+    router = build_router(spec, labels.hidden.shape[1])
+    router.load_state_dict(content["router"])
+    return TrainedRouter(
+        router=router.eval(),
+        spec=spec,
+        validation=content["validation"],
+        log_odds=content["log_odds"],
+        label=content["label"],
+        history=json.loads(content["history"]),
+    )

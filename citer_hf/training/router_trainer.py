@@ -1,0 +1,296 @@
+"""A router learns from labels, with transformers' `Trainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from citer_hf.routing_citer import build_router
+
+from .labels import Labels
+from .objectives import Objective, Targets
+
+__all__ = ["TrainedRouter", "TrainingSettings", "split_by_question", "train_router"]
+
+# Beyond this, neighbouring scores of a sigmoid in fp32 are far apart or equal, and thresholds could not tell them apart.
+LARGEST_LOG_ODDS = 12.0
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a router is trained.
+
+    Attributes:
+        learning_rate: At its peak; it warms up for a twentieth of the steps and falls to 0 as a cosine.
+        epochs: At most; training stops after `patience` epochs without a better validation loss.
+        batch_size: Tokens in a batch.
+        weight_decay: Of AdamW.
+        patience: Epochs.
+        validation: Share of the questions that are held out.
+        seed: Of the split, the order of the tokens and the first weights.
+    """
+
+    learning_rate: float = 3e-3
+    epochs: int = 25
+    batch_size: int = 512
+    weight_decay: float = 1e-4
+    patience: int = 5
+    validation: float = 0.125
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainedRouter:
+    """A router and how it came about.
+
+    Attributes:
+        router: In evaluation mode, on the CPU.
+        spec: The configuration's `router` dictionary.
+        validation: Tokens of the held-out questions that counted, `[used]`.
+        log_odds: The router's at those tokens, `[used]`.
+        label: What was wanted of them, `[used]`.
+        history: What `Trainer` logged.
+    """
+
+    router: nn.Module
+    spec: dict[str, Any]
+    validation: torch.Tensor
+    log_odds: torch.Tensor
+    label: torch.Tensor
+    history: list[dict[str, Any]] = field(repr=False)
+
+
+class TokenDataset(Dataset[dict[str, torch.Tensor]]):
+    """Tokens as the router sees them; a batch is taken from the tensors at once.
+
+    Args:
+        columns: Tensors of one length.
+    """
+
+    def __init__(self, columns: dict[str, torch.Tensor]):
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: values[index] for name, values in self.columns.items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return {name: values[indices] for name, values in self.columns.items()}
+
+
+class RouterInTraining(nn.Module):
+    """The router with its loss, as `Trainer` wants it.
+
+    Args:
+        router: It gives `log_odds` of its inputs.
+        objective: What it is trained to do.
+    """
+
+    def __init__(self, router: Any, objective: Objective):
+        super().__init__()
+        self.router, self.objective = router, objective
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        slm_logprob: torch.Tensor,
+        llm_logprob: torch.Tensor,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Return the mean loss and the log-odds.
+
+        Args:
+            inputs: What the router's first layer reads, `[tokens, width]`.
+            labels: 1 where the SLM is preferred, `[tokens]`.
+            slm_logprob: `[tokens]`.
+            llm_logprob: `[tokens]`.
+            kwargs: What `Trainer` adds.
+        """
+        log_odds = self.router.log_odds(inputs)
+        loss = self.objective.loss(log_odds, labels, slm_logprob, llm_logprob)
+        return {"loss": loss.mean(), "logits": log_odds}
+
+
+def train_router(
+    labels: Labels,
+    objective: Objective,
+    folder: Path,
+    settings: TrainingSettings = TrainingSettings(),
+    router: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> TrainedRouter:
+    """Train a router on labels, and keep the weights with the best validation loss.
+
+    Args:
+        labels: The labels.
+        objective: What the router is trained to do.
+        folder: For checkpoints; training goes on from the last one there.
+        settings: How.
+        router: Kind and options of the router. Default: the objective's.
+        arguments: For `TrainingArguments`, such as `report_to`.
+
+    Raises:
+        ValueError: when all labels are equal, or too few questions are left to hold some out.
+    """
+    spec = dict(router or objective.router)
+    targets = objective.targets(labels)
+    training, validation = split_by_question(labels, targets, settings.validation, settings.seed)
+    check_labels(labels, targets, training)
+    set_seed(settings.seed)
+    built = build_router(spec, labels.hidden.shape[1])
+    inputs = router_inputs(labels, spec, targets.tokens)
+    mean, scale = inputs[training].mean(dim=0), inputs[training].std(dim=0).clamp_min(1e-4)
+    columns = {
+        "inputs": (inputs - mean) / scale,
+        "labels": targets.label,
+        "slm_logprob": labels.slm_logprob[targets.tokens],
+        "llm_logprob": labels.llm_logprob[targets.tokens],
+    }
+    parts = [TokenDataset({name: values[part] for name, values in columns.items()}) for part in (training, validation)]
+    trainer = Trainer(
+        model=RouterInTraining(built, objective),
+        args=training_arguments(folder, settings, **arguments),
+        train_dataset=parts[0],
+        eval_dataset=parts[1],
+        data_collator=lambda batch: batch,
+        callbacks=[EarlyStoppingCallback(settings.patience)],
+    )
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    built = built.cpu().eval()
+    with torch.no_grad():
+        log_odds = built.log_odds(columns["inputs"])  # type: ignore[operator]
+        shrink = min(1.0, LARGEST_LOG_ODDS / float(log_odds.abs().max()))
+        fold_into(built, mean, scale, shrink)
+    return TrainedRouter(
+        router=built,
+        spec=spec,
+        validation=targets.tokens[validation],
+        log_odds=log_odds[validation] * shrink,
+        label=targets.label[validation],
+        history=trainer.state.log_history,
+    )
+
+
+def training_arguments(folder: Path, settings: TrainingSettings, **arguments: Any) -> TrainingArguments:
+    """Return the settings as `Trainer` wants them.
+
+    Args:
+        folder: For checkpoints.
+        settings: How to train.
+        arguments: What else to set, or to set differently.
+    """
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "learning_rate": settings.learning_rate,
+            "num_train_epochs": settings.epochs,
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": 4096,
+            "weight_decay": settings.weight_decay,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "logging_strategy": "epoch",
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "label_names": ["labels"],
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": settings.seed,
+            **arguments,
+        }
+    )
+
+
+def router_inputs(labels: Labels, spec: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+    """Return what a router's first layer reads, fp32 `[used, width]`.
+
+    Args:
+        labels: The labels.
+        spec: Kind and options of the router.
+        tokens: Which tokens, `[used]`.
+    """
+    inputs = labels.hidden[tokens].float()
+    count = int(spec.get("top_logprobs", 0))
+    return torch.cat([inputs, labels.top_logprobs[tokens, :count].float()], dim=1) if count else inputs
+
+
+def split_by_question(labels: Labels, targets: Targets, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide the tokens that count into training and validation, no question in both.
+
+    Args:
+        labels: The labels.
+        targets: The tokens that count.
+        share: Of the questions, for validation.
+        seed: Another seed, another division.
+
+    Returns:
+        Indices into the targets, for training and for validation.
+
+    Raises:
+        ValueError: when there are too few questions.
+    """
+    count = len(labels.questions)
+    held_out = round(count * share)
+    if not 0 < held_out < count:
+        raise ValueError(
+            f"labels: {labels.directory} has {count} questions, too few to hold out {share:.1%} of them for validation; "
+            "label more examples."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    is_held_out = torch.zeros(count, dtype=torch.bool)
+    is_held_out[order[:held_out]] = True
+    of_validation = is_held_out[labels.question[targets.tokens]]
+    return (~of_validation).nonzero()[:, 0], of_validation.nonzero()[:, 0]
+
+
+def check_labels(labels: Labels, targets: Targets, training: torch.Tensor) -> None:
+    """Refuse labels from which nothing can be learned.
+
+    Args:
+        labels: The labels.
+        targets: The tokens that count.
+        training: Those of training.
+
+    Raises:
+        ValueError: when they are all equal.
+    """
+    values = targets.label[training].unique().tolist()
+    if len(values) < 2:
+        always = "none is known" if not values else f"all are {int(values[0])}"
+        raise ValueError(
+            f"labels: of the {len(training)} labels for training in {labels.directory} {always}, so that there is nothing "
+            "to learn. See its README.md: label more examples, or roll out with another policy (--router-threshold)."
+        )
+
+
+@torch.no_grad()
+def fold_into(router: Any, mean: torch.Tensor, scale: torch.Tensor, shrink: float) -> None:
+    """Let a router read plain inputs though it was trained on standardised ones, and scale its log-odds.
+
+    Args:
+        router: An `mlp` or a `linear` router.
+        mean: Of the inputs, `[width]`.
+        scale: Their standard deviation, `[width]`.
+        shrink: Factor of the log-odds.
+    """
+    first, last = getattr(router, "expand", router.score), router.score
+    first.weight.copy_(first.weight / scale)
+    first.bias.copy_(first.bias - first.weight @ mean)
+    last.weight.mul_(shrink)
+    last.bias.mul_(shrink)

@@ -1,0 +1,128 @@
+"""Both models read the reference answers once: cases 1 and 2 of the shortcut need nothing else (CITER, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from citer_hf.evaluation.tokens import Encoded
+from citer_hf.routing_citer import top_logprobs
+
+__all__ = ["BOTH_WRONG", "LLM_RIGHT", "SLM_RIGHT", "TOP_LOGPROBS", "ForcedText", "read_references"]
+
+SLM_RIGHT, LLM_RIGHT, BOTH_WRONG = 1, 2, 3
+TOP_LOGPROBS = 8
+# Positions whose log-probabilities over the whole vocabulary are in memory at once.
+SLICE = 2048
+
+
+@dataclass(frozen=True)
+class ForcedText:
+    """What the models say along one reference answer, before each of its tokens.
+
+    Attributes:
+        hidden: The SLM's last hidden state, fp16 `[tokens, H]`.
+        top_logprobs: The SLM's largest log-probabilities, fp16 `[tokens, 8]`.
+        reference: The token that follows, `[tokens]`.
+        slm_token: The SLM's most likely token, `[tokens]`.
+        llm_token: The LLM's most likely token, `[tokens]`.
+        slm_logprob: The SLM's log-probability of the reference token, fp32 `[tokens]`.
+        llm_logprob: The LLM's, fp32 `[tokens]`.
+        score: `p_slm` of the pair's router, fp32 `[tokens]`.
+    """
+
+    hidden: torch.Tensor
+    top_logprobs: torch.Tensor
+    reference: torch.Tensor
+    slm_token: torch.Tensor
+    llm_token: torch.Tensor
+    slm_logprob: torch.Tensor
+    llm_logprob: torch.Tensor
+    score: torch.Tensor
+
+    @property
+    def case(self) -> torch.Tensor:
+        """1 where the SLM's token is the reference, else 2 where the LLM's is, else 3; int `[tokens]`."""
+        case = torch.where(self.llm_token == self.reference, LLM_RIGHT, BOTH_WRONG)
+        return torch.where(self.slm_token == self.reference, SLM_RIGHT, case)
+
+
+@torch.inference_mode()
+def read_references(model: Any, batch: Sequence[Encoded]) -> list[ForcedText]:
+    """Let each model read prompts and reference answers in one forward pass.
+
+    Args:
+        model: The pair.
+        batch: Questions with their reference answers.
+
+    Raises:
+        ValueError: when a hidden state is not finite, which names the question.
+    """
+    texts = [one.prompt_ids + one.response_ids for one in batch]
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.slm.device)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=ids.device)
+    positions = torch.arange(width, device=ids.device)[None]
+    # The state before a token decides about it; nothing before the shortest prompt's last token decides anything.
+    first = min(len(one.prompt_ids) for one in batch) - 1
+    kept = width - first
+    rows = torch.tensor([row for row, one in enumerate(batch) for _ in one.response_ids], device=ids.device)
+    columns = torch.tensor(
+        [len(one.prompt_ids) - 1 + place for one in batch for place in range(len(one.response_ids))], device=ids.device
+    )
+    reference = ids[rows, columns + 1]
+    inputs = {"attention_mask": mask, "use_cache": False}
+    output, states = model._run_slm(ids, positions, None, kept, inputs, {})
+    hidden = states[rows, columns - first]
+    slm_logits = output.logits[..., : model.vocab_size][rows, columns - first]
+    slm_token, slm_logprob = follow(slm_logits, reference)
+    largest = top_logprobs(slm_logits, TOP_LOGPROBS)
+    score = model.router(hidden, slm_logits).float()
+    del output, states, slm_logits
+    llm_logits = model._run_llm(ids, positions, None, kept, inputs, {})
+    llm_token, llm_logprob = follow(llm_logits[rows, columns - first], reference)
+
+    hidden = hidden.to(torch.float16)
+    lengths = [len(one.response_ids) for one in batch]
+    columns_of = (hidden, largest.half(), reference, slm_token, llm_token, slm_logprob, llm_logprob, score)
+    parts = zip(*(values.cpu().split(lengths) for values in columns_of), strict=True)
+    forced = [ForcedText(*part) for part in parts]
+    for one, text in zip(batch, forced, strict=True):
+        check_finite(one, text)
+    return forced
+
+
+def follow(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the likeliest token at each position and the log-probability of the reference token.
+
+    Args:
+        logits: `[positions, vocabulary]`.
+        reference: `[positions]`.
+    """
+    tokens, logprobs = [], []
+    for part, wanted in zip(logits.split(SLICE), reference.split(SLICE), strict=True):
+        tokens.append(part.argmax(-1))
+        logprobs.append(part.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def check_finite(question: Encoded, text: ForcedText) -> None:
+    """Refuse hidden states and log-probabilities that are not numbers.
+
+    Args:
+        question: Where they were made.
+        text: The values.
+
+    Raises:
+        ValueError: which names the question.
+    """
+    for name, values in (("hidden states", text.hidden), ("log-probabilities", text.slm_logprob + text.llm_logprob)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"model: NaN or infinite {name} at the example {question.example.id!r} (row {question.example.row}). "
+                "Hidden states are kept in fp16, up to 65504. Load the pair in a precision that it was trained for, "
+                "such as dtype='bfloat16', and check its weights."
+            )

@@ -1,0 +1,156 @@
+"""`citer train`: from labels to a router repository."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from citer_hf.evaluation.checkers import Checker, get_checker
+from citer_hf.evaluation.decoding import with_router
+from citer_hf.evaluation.examples import read_examples
+from citer_hf.files import written_beside
+
+from .cards import versions
+from .fingerprint import check_made_with, made_with
+from .labelling import load_tokenizer
+from .labels import Labels
+from .objectives import OBJECTIVES
+from .report import draw_training, report_on
+from .rounds import Rounds, train_in_rounds
+from .router_trainer import TrainedRouter, TrainingSettings
+from .units import Workplace
+
+__all__ = ["train"]
+
+WORK = ".work"
+PROVENANCE = "provenance.json"
+
+
+def train(
+    model: Any,
+    labels: Labels | str | Path,
+    out: str | Path,
+    *,
+    objective: str = "citer-plus",
+    rounds: int = 1,
+    data: Any = None,
+    checker: str | Checker | None = None,
+    rollouts: int | None = None,
+    settings: TrainingSettings = TrainingSettings(),
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Train a router for a pair, and save it as a router repository with its provenance and training curve.
+
+    Args:
+        model: The pair that the labels were made with; its own router is not looked at.
+        labels: Made by `label_preferences`.
+        out: Directory for the router repository. An interrupted run with the same arguments goes on.
+        objective: `citer-plus`, `citer` (the paper's), `citer-s` or `co-llm`.
+        rounds: How often to train. Before every further round, roll-outs are made again with the new router.
+        data: The examples that the labels were made from, to be sure; the labels hold what further rounds need.
+        checker: Of further rounds. Default: the one that the labels were made with.
+        rollouts: Roll-outs of a further round at most, where its router is least sure. Default: all.
+        settings: Of the training.
+        report: Told what is being done: a description, units done, units in all.
+        arguments: For transformers' `TrainingArguments`, such as `report_to="tensorboard"`.
+
+    Returns:
+        The provenance that is saved beside the router, with the report on the held-out questions.
+
+    Raises:
+        ValueError: for an unknown objective, labels of another pair, or labels from which nothing can be learned.
+        FileExistsError: when the directory holds something else.
+    """
+    out = Path(out)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, got {objective!r}.")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}.")
+    if out.exists() and not (out / WORK).is_dir() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out: {out} exists already; choose another directory or remove it first.")
+    labels = labels if isinstance(labels, Labels) else Labels.load(labels)
+    tokenizer = load_tokenizer(model)
+    check_made_with(labels.info["made_with"], made_with(model, tokenizer), labels.directory)
+    if data is not None:
+        check_data(labels, data)
+    chosen = OBJECTIVES[objective]
+    if rounds > 1 and not chosen.relabelled:
+        raise ValueError(f"rounds: {objective!r} makes no roll-outs, so that further rounds change nothing.")
+    again = Rounds(rounds, rollouts, find_checker(checker, labels) if rounds > 1 else None)
+    what = {
+        "objective": objective,
+        "rounds": rounds,
+        "rollouts": rollouts,
+        "settings": asdict(settings),
+        "labels": {key: value for key, value in labels.info.items() if key not in ("versions", "counts")},
+    }
+    place = Workplace(out / WORK, what, report)
+    trained, last_labels = train_in_rounds(model, tokenizer, labels, chosen, settings, again, place, **arguments)
+    facts = report_on(trained, last_labels)
+    provenance = {**what, "validation": facts, "history": trained.history, "versions": versions()}
+    if place.state.is_main_process:
+        save(model, trained, facts["router_threshold"], out)
+        with written_beside(out / PROVENANCE) as file:
+            file.write((json.dumps(provenance, indent=2) + "\n").encode())
+        draw_training(trained, facts, objective, out / "training.png")
+        shutil.rmtree(out / WORK)
+    place.state.wait_for_everyone()
+    return provenance
+
+
+def check_data(labels: Labels, data: Any) -> None:
+    """Refuse examples other than those that were labelled.
+
+    Args:
+        labels: The labels.
+        data: As for `label_preferences`.
+
+    Raises:
+        ValueError: which names the first difference.
+    """
+    labelled = {one.example.id for one in labels.questions}
+    missing = labelled - {one.id for one in read_examples(data)}
+    if missing:
+        raise ValueError(
+            f"data: it has no example {min(missing)!r}, which was labelled ({len(missing)} of {len(labelled)} are missing). "
+            "Give the data that the labels were made from, or leave it out: the labels hold the examples."
+        )
+
+
+def find_checker(checker: str | Checker | None, labels: Labels) -> Checker:
+    """Return the checker of further rounds.
+
+    Args:
+        checker: What was given.
+        labels: They name the checker that they were made with.
+
+    Raises:
+        ValueError: when that was a function without a name to find it by.
+    """
+    if callable(checker):
+        return checker
+    try:
+        return get_checker(checker or labels.info["checker"])
+    except ValueError as error:
+        raise ValueError(f"{error} The labels were made with {labels.info['checker']!r}; pass checker=...") from error
+
+
+def save(model: Any, trained: TrainedRouter, router_threshold: float, out: Path) -> None:
+    """Save the pair with its new router.
+
+    Args:
+        model: The pair.
+        trained: The router.
+        router_threshold: The threshold to start with.
+        out: Directory of the router repository.
+    """
+    pair = with_router(model, trained.router)
+    pair.config = type(model.config).from_dict(model.config.to_dict())
+    pair.config.router = {**trained.spec, "hidden_size": trained.router.score.in_features}
+    pair.config.router_threshold = router_threshold
+    pair.save_pretrained(out)
