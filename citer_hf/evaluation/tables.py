@@ -123,7 +123,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, str]]:
                 )
             yield row
     except csv.Error as error:
-        raise ValueError(f"data: {path}, line {reader.line_num}: broken CSV: {error}.") from error
+        raise ValueError(f"data: {path}: broken CSV after line {reader.line_num}: {error}.") from error
     finally:
         csv.field_size_limit(limit)
 
