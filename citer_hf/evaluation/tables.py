@@ -1,13 +1,14 @@
 """Rows of a task, from a file, a directory, the Hub or memory.
 
-JSON is read with the standard library: what `datasets` makes of it turns text that looks like a date into a date, and
-a number of more than 19 digits into a rounded one, and a broken line has no number. Everything else goes through
-`datasets`.
+JSON lines, JSON and CSV are read with the standard library, everything else with `datasets`. What `datasets` makes of
+such files turns text that looks like a date into a date, 007 into 7, NA into nothing and long numbers into rounded
+ones, shifts the columns of a CSV row that has too many, and does not say which line is broken.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -97,32 +98,46 @@ def _from_file(path: Path) -> Table:
         raise ValueError(f"data: {path} is empty.")
     if suffix in (".jsonl", ".json"):
         return _from_dicts(str(path), list(_read_json(path)))
+    if suffix == ".csv":
+        return _from_dicts(str(path), list(enumerate(_read_csv(path), start=1)), untyped=True)
     datasets = import_extra("datasets", "train")
     try:
         with _no_progress_bars(datasets):
-            if suffix == ".parquet":
-                return _from_datasets(str(path), datasets.Dataset.from_parquet(str(path)), None)
-            # Read as text, the answers 007, NA and 1e5 stay what they are.
-            text = datasets.Features({column: datasets.Value("string") for column in _csv_header(path)})
-            rows = datasets.Dataset.from_csv(str(path), features=text, keep_default_na=False)
+            rows = datasets.Dataset.from_parquet(str(path))
     except Exception as error:
-        # What goes wrong comes as errors of datasets, pandas or pyarrow, most of them wrapped in another.
+        # What goes wrong comes as errors of datasets or pyarrow, most of them wrapped in another.
         raise ValueError(f"data: {path} cannot be read: {_reason(error)}") from error
-    return _from_datasets(str(path), rows, None, untyped=True)
+    return _from_datasets(str(path), rows, None)
 
 
-def _csv_header(path: Path) -> list[str]:
-    """Name the columns of a CSV file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file))
+def _read_csv(path: Path) -> Iterator[dict[str, str]]:
+    """Read rows under a line of column names."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"data: {path}, line {reader.line_num}: the row does not have as many values as there are columns "
+                    f"({', '.join(reader.fieldnames or ())}). Values with commas in them are put in quotes."
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"data: {path}: broken CSV after line {reader.line_num}: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} is not UTF-8: {error}") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     """Read one array of objects, or one object a line; either may be in a file with either name."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path} is not UTF-8: {error}") from error
+    text = _read_text(path)
     if text.lstrip().startswith("["):
         try:
             yield from enumerate(json.loads(text), start=1)
@@ -141,13 +156,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
                 ) from error
 
 
-def _from_dicts(name: str, rows: list[tuple[int, Any]]) -> Table:
+def _from_dicts(name: str, rows: list[tuple[int, Any]], untyped: bool = False) -> Table:
     for number, row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"{name}, row {number}: expected an object with named fields, got {type(row).__name__}.")
     if not rows:
         raise ValueError(f"{name}: there are no rows.")
-    return Table(name, list(dict.fromkeys(column for _, row in rows for column in row)), rows)
+    return Table(name, list(dict.fromkeys(column for _, row in rows for column in row)), rows, untyped)
 
 
 def _from_directory(path: Path, split: str | None) -> Table:
@@ -175,7 +190,7 @@ def _load(name: str, split: str | None) -> Any:
         ) from error
 
 
-def _from_datasets(name: str, data: Any, split: str | None, untyped: bool = False) -> Table:
+def _from_datasets(name: str, data: Any, split: str | None) -> Table:
     """Take the rows of a `Dataset`, or of one split of a `DatasetDict`."""
     if isinstance(data, Mapping):
         known = ", ".join(data)
@@ -190,7 +205,7 @@ def _from_datasets(name: str, data: Any, split: str | None, untyped: bool = Fals
         _refuse_split(split, "a Dataset")
     if not len(data):
         raise ValueError(f"{name}: there are no rows.")
-    return Table(name, list(data.column_names), enumerate(data.with_format(None), start=1), untyped)
+    return Table(name, list(data.column_names), enumerate(data.with_format(None), start=1))
 
 
 def _refuse_split(split: str | None, what: str) -> None:
