@@ -1,0 +1,1 @@
+"""Tasks, checkers, and what accuracy costs."""
