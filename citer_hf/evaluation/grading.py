@@ -1,0 +1,82 @@
+"""Which texts answer their problems rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .checkers import Checker, Verdict, get_checker
+from .examples import Example
+
+__all__ = ["Grader"]
+
+
+class Grader:
+    """Lets a checker judge new texts; it does not see the prompts as part of them. No text is judged twice.
+
+    Args:
+        checker: Says whether a text answers a problem, or the name of one that does.
+        examples: The problems, at least one, each with an answer.
+        tokenizer: The pair's.
+
+    Raises:
+        ValueError: for no problems, one without an answer, or an unknown name.
+
+    Attributes:
+        name: What the checker is called.
+    """
+
+    def __init__(self, checker: Checker | str, examples: Sequence[Example], tokenizer: Any):
+        _require_answers(examples)
+        self.name = checker if isinstance(checker, str) else _name_of(checker)
+        self.checker = get_checker(checker) if isinstance(checker, str) else checker
+        self.examples, self.tokenizer = examples, tokenizer
+        self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
+
+    def grade(self, texts: Sequence[Sequence[int]]) -> list[Verdict]:
+        """Judge a text for every problem.
+
+        Args:
+            texts: New tokens of each.
+
+        Raises:
+            RuntimeError: when the checker raises, with the row.
+            TypeError: when it returns no `Verdict`.
+        """
+        keys = [(row, tuple(text)) for row, text in enumerate(texts)]
+        new = [key for key in keys if key not in self._known]
+        for row, text in new:
+            response = self.tokenizer.decode(list(text), skip_special_tokens=True)
+            self._known[row, text] = self._verdict(response, self.examples[row])
+        return [self._known[key] for key in keys]
+
+    def _verdict(self, text: str, example: Example) -> Verdict:
+        try:
+            verdict = self.checker(text, example)
+        except Exception as error:
+            raise RuntimeError(
+                f"checker {self.name}: it raised {type(error).__name__} ({error}) at row {example.row} of the data, "
+                f"with a text of {len(text)} characters. A checker must judge any text, also one without an answer."
+            ) from error
+        if not isinstance(verdict, Verdict):
+            raise TypeError(
+                f"checker {self.name}: expected it to return a Verdict, got {type(verdict).__name__} at row "
+                f"{example.row} of the data."
+            )
+        return verdict
+
+
+def _name_of(checker: Checker) -> str:
+    named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _require_answers(examples: Sequence[Example]) -> None:
+    if not examples:
+        raise ValueError("examples: expected at least one, got none. Is the file empty?")
+    for example in examples:
+        if not example.answer:
+            raise ValueError(
+                f"row {example.row}: it has no answer for the checker to compare with. Add the field, or name the "
+                "column that holds it (columns={'answer': 'COLUMN'}, --map answer=COLUMN)."
+            )

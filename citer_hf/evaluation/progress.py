@@ -1,0 +1,70 @@
+"""How far a long run is, on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Steps", "progress_bar"]
+
+
+class Steps:
+    """A bar that counts texts.
+
+    Args:
+        bar: rich's, with one task.
+    """
+
+    def __init__(self, bar: Progress):
+        self._bar = bar
+        self._task = bar.task_ids[0]
+
+    def name(self, description: str) -> None:
+        """Say what is done now.
+
+        Args:
+            description: In a few words.
+        """
+        self._bar.update(self._task, description=description)
+
+    def advance(self, texts: int) -> None:
+        """Note that texts are done.
+
+        Args:
+            texts: How many.
+        """
+        self._bar.advance(self._task, texts)
+
+    def expect(self, total: int) -> None:
+        """Say how many texts there are.
+
+        Args:
+            total: All, those that are done included.
+        """
+        self._bar.update(self._task, total=total)
+
+
+@contextmanager
+def progress_bar(total: int | None) -> Iterator[Steps]:
+    """Show a bar with an estimate of the time left on stderr, and nothing where that is no terminal.
+
+    Args:
+        total: Texts to write, as far as is known.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("texts,"),
+        TimeElapsedColumn(),
+        TextColumn("passed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bar.add_task("", total=total)
+        yield Steps(bar)

@@ -1,0 +1,139 @@
+"""Router scores along given texts, from one pass of the SLM over each, and the thresholds that follow from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from citer_hf import CiterForCausalLM
+
+from .decoding import BATCH_TOKENS
+
+__all__ = ["Scored", "check_scores", "score_texts", "spread_thresholds", "threshold_for_share"]
+
+# Logits of a batch, in numbers: 1 GB in fp32.
+MOST_LOGITS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of routers along texts.
+
+    Args:
+        scores: For each router, `p_slm` of the new tokens of each text, in the order of the texts, fp32.
+        seconds: Time that it took.
+    """
+
+    scores: dict[str, list[np.ndarray]]
+    seconds: float
+
+
+@torch.no_grad()
+def score_texts(
+    model: CiterForCausalLM,
+    routers: Mapping[str, nn.Module],
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] = lambda texts: None,
+) -> Scored:
+    """Score every new token of given texts, with the SLM reading each text once.
+
+    Args:
+        model: The pair; its own router takes no part.
+        routers: Any number of routers by name.
+        prompts: Token ids of each prompt.
+        texts: New tokens of each text, at least one. The scores are those of the decisions who writes them.
+        batch_tokens: Tokens of a batch, padding included, at most, if that leaves one text.
+        progress: Called after each batch with the number of its texts.
+
+    Raises:
+        ValueError: when a router gives NaN.
+    """
+    began = time.perf_counter()
+    scores: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(texts) for name in routers}
+    most = min(batch_tokens, MOST_LOGITS // model.vocab_size)
+    read = [[*prompt, *text[:-1]] for prompt, text in zip(prompts, texts, strict=True)]
+    rows: list[int] = []
+    for row in [*sorted(range(len(texts)), key=lambda row: -len(read[row])), None]:
+        if rows and (row is None or (len(rows) + 1) * len(read[rows[0]]) > most):
+            for name, of_batch in _score_batch(model, routers, [read[one] for one in rows]).items():
+                for one, all_scores in zip(rows, of_batch, strict=True):
+                    scores[name][one] = all_scores[len(read[one]) - len(texts[one]) :]
+            progress(len(rows))
+            rows = []
+        if row is not None:
+            rows.append(row)
+    for name, of_router in scores.items():
+        check_scores(name, np.concatenate(of_router))
+    return Scored(scores, time.perf_counter() - began)
+
+
+def _score_batch(
+    model: CiterForCausalLM, routers: Mapping[str, nn.Module], texts: Sequence[Sequence[int]]
+) -> dict[str, list[np.ndarray]]:
+    """Score every position of texts, which are padded on the right where no token sees the padding."""
+    device, width = model.slm.device, max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
+    positions = torch.arange(width, device=device)[None]
+    output, hidden = model._run_slm(ids, positions, None, 0, {"attention_mask": mask, "use_cache": False}, {})
+    logits = output.logits[..., : model.vocab_size]
+    found = {}
+    for name, router in routers.items():
+        values = router.eval()(hidden, logits).float().cpu().numpy()
+        found[name] = [row[: len(text)] for row, text in zip(values, texts, strict=True)]
+    return found
+
+
+def check_scores(name: str, scores: np.ndarray) -> None:
+    """Refuse scores that no threshold can be compared with.
+
+    Args:
+        name: Of the router.
+        scores: What it gave.
+
+    Raises:
+        ValueError: when some are NaN.
+    """
+    bad = int(np.isnan(scores).sum())
+    if bad:
+        raise ValueError(
+            f"router {name!r}: {bad} of {scores.size} scores are NaN. Its weights or the SLM's hidden states are not "
+            "finite; check how it was trained, and whether the SLM overflows in this dtype."
+        )
+
+
+def threshold_for_share(scores: np.ndarray, share: float) -> float:
+    """Return the threshold under which a share of the scores lies, as nearly as ties let it.
+
+    Args:
+        scores: Scores of the router, fp32; sorted.
+        share: Share of tokens that go to the LLM, from 0 to 1.
+
+    Returns:
+        One of the scores, exactly, or the fp32 number that follows the largest.
+    """
+    place = min(round(share * len(scores)), len(scores) - 1)
+    tied = scores[place]
+    below, up_to = (int(np.searchsorted(scores, tied, side)) for side in ("left", "right"))
+    if up_to - share * len(scores) >= share * len(scores) - below:
+        return float(tied)
+    return float(scores[up_to] if up_to < len(scores) else np.nextafter(np.float32(tied), np.float32(np.inf)))
+
+
+def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float]:
+    """Return thresholds under which these shares of the scores lie, each once; none that sends no token.
+
+    Args:
+        scores: Scores of a router along the LLM's own texts.
+        shares: Shares of tokens that go to the LLM, from 0 to 1.
+    """
+    ordered = np.sort(scores)
+    thresholds = {threshold_for_share(ordered, share) for share in shares}
+    return sorted(threshold for threshold in thresholds if threshold > ordered[0])

@@ -1,0 +1,100 @@
+"""Work that can be interrupted: what is done is kept in the output directory until everything is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from citer_hf.files import written_beside
+
+__all__ = ["Store"]
+
+UNFINISHED = "unfinished"
+FINGERPRINT = "fingerprint.json"
+RESULTS = "results.json"
+
+
+class Store:
+    """Remembers what was computed, in `unfinished/` of an output directory.
+
+    Args:
+        directory: The output directory, made when it is not there; `None` to remember nothing.
+        fingerprint: Of everything that the results depend on.
+
+    Raises:
+        FileExistsError: when the directory holds anything else; nothing in it is touched.
+
+    Attributes:
+        finished: The results file, when a run with the same fingerprint is complete.
+    """
+
+    def __init__(self, directory: Path | None, fingerprint: str):
+        self.finished: Path | None = None
+        self._folder = None if directory is None else directory / UNFINISHED
+        if directory is None or self._folder is None:
+            return
+        if directory.exists():
+            self._look_at(directory, fingerprint)
+        if self.finished is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _write(self._folder / FINGERPRINT, {"fingerprint": fingerprint})
+
+    def _look_at(self, directory: Path, fingerprint: str) -> None:
+        if not directory.is_dir():
+            raise FileExistsError(f"{directory} is a file; expected the name of a directory for the results.")
+        provenance = (_read(directory / RESULTS) or {}).get("provenance")
+        if isinstance(provenance, dict) and provenance.get("fingerprint") == fingerprint:
+            self.finished = directory / RESULTS
+            return
+        unfinished = _read(directory / UNFINISHED / FINGERPRINT)
+        if unfinished is not None:
+            if unfinished.get("fingerprint") == fingerprint:
+                return
+            raise FileExistsError(
+                f"{directory} holds unfinished results of other arguments, models, routers or data. Repeat the "
+                "arguments to go on, choose another directory, or remove this one."
+            )
+        # Killed before the fingerprint was there, a run leaves no more than an empty folder.
+        content = [path for path in directory.iterdir() if path.name != UNFINISHED or any(path.glob("[!.]*"))]
+        if content:
+            names = ", ".join(sorted(path.name for path in content)[:3])
+            raise FileExistsError(
+                f"{directory} exists and holds something else ({names}). Choose another directory, or remove it."
+            )
+
+    def remember(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return what is remembered under a key, or compute it and remember it.
+
+        Args:
+            key: Any text; in file names as it is but for slashes.
+            compute: Gives something that JSON can hold.
+        """
+        if self._folder is None:
+            return compute()
+        path = self._folder / f"{key.replace('/', '_')}.json"
+        found = _read(path)
+        if found is None:
+            found = {"value": compute()}
+            _write(path, found)
+        return found["value"]
+
+    def forget(self) -> None:
+        """Remove what was remembered, once the results are written."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write(path: Path, value: Any) -> None:
+    with written_beside(path) as file:
+        file.write(json.dumps(value).encode())

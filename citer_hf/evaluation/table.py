@@ -1,0 +1,139 @@
+"""The results as a table: for the terminal, and as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from citer_hf.files import written_beside
+
+from .points import Point
+from .results import Results
+
+__all__ = ["markdown", "print_tables", "write_markdown"]
+
+ENDS = {"slm": "SLM alone", "llm": "LLM alone"}
+POINTS = (
+    "method",
+    "threshold",
+    "accuracy (95 % interval)",
+    "LLM tokens",
+    "LLM passes / token",
+    "MB / token",
+    "MFLOP / token",
+    "ms / token",
+)
+SUMMARY = (
+    "method",
+    "area under the curve",
+    "LLM tokens for 95 % / 98 %",
+    "MB / token for 95 % / 98 %",
+    "accuracy at {} LLM tokens",
+)
+
+
+def print_tables(results: Results, console: Console | None = None) -> None:
+    """Print all points, and the summary last, where it is read first.
+
+    Args:
+        results: The results.
+        console: Where to. Default: stdout.
+    """
+    console = console or Console()
+    for title, header, rows in reversed(list(_tables(results))):
+        table = Table(title=title, box=SIMPLE, title_justify="left")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def write_markdown(results: Results, path: Path) -> None:
+    """Write the tables into a file, whole or not at all.
+
+    Args:
+        results: The results.
+        path: The file.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    with written_beside(path) as file:
+        file.write(markdown(results).encode())
+
+
+def markdown(results: Results) -> str:
+    """Return the tables as Markdown.
+
+    Args:
+        results: The results.
+    """
+    parts = []
+    for title, header, rows in _tables(results):
+        ruler = ["---", *["---:"] * (len(header) - 1)]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows)]
+        parts.append("\n".join([f"**{title}**", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(results: Results) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:
+    problems = results.provenance.get("problems")
+    of = f" ({problems} problems)" if problems else ""
+    yield f"What the curves say{of}", _summary_header(results), _summary_rows(results)
+    rows = [_row(name, point) for name, point in _points(results)]
+    yield f"All points{of}; bytes and operations as each text decodes alone", POINTS, rows
+
+
+def _summary_header(results: Results) -> list[str]:
+    *header, at_share = SUMMARY
+    shares: Iterable[str] = next((one["accuracy_at"] for one in results.summary.values()), ())
+    return [*header, *(at_share.format(f"{float(share):.0%}") for share in shares)]
+
+
+def _summary_rows(results: Results) -> list[list[str]]:
+    return [
+        [
+            name,
+            "" if one["auc"] is None else f"{one['auc']:.3f}",
+            " / ".join(_percent(one[f"share_at_{level}"]) for level in (95, 98)),
+            " / ".join(_mega(one[f"bytes_at_{level}"]) for level in (95, 98)),
+            *(f"{accuracy:.1%}" for accuracy in one["accuracy_at"].values()),
+        ]
+        for name, one in results.summary.items()
+    ]
+
+
+def _points(results: Results) -> Iterator[tuple[str, Point]]:
+    yield ENDS["slm"], results.ends["slm"]
+    for name, points in results.methods.items():
+        for point in points:
+            yield name, point
+    yield ENDS["llm"], results.ends["llm"]
+
+
+def _row(name: str, point: Point) -> list[str]:
+    low, high = point.accuracy_ci
+    alone = name in ENDS.values() or point.threshold is None
+    return [
+        name,
+        "" if alone else f"{point.threshold:.5g}",
+        f"{point.accuracy:.1%} ({low:.1%}–{high:.1%})",
+        f"{point.llm_share:.1%}",
+        f"{point.llm_calls:.3f}",
+        _mega(point.bytes),
+        _mega(point.flops),
+        f"{point.seconds * 1000:.3g}",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def _mega(value: float | None) -> str:
+    return "–" if value is None else f"{value / 1e6:,.4g}"
