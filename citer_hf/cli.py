@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .cli_method import calibrate, evaluate, label, train
+from .cli_shared import DEMO, DeviceMap, Dtype, Threshold, TrustRemoteCode, app, plain_errors, resolve_model
+
 __all__ = ["app", "main", "resolve_model"]
-
-DEMO = "demo"
-
-app = typer.Typer(
-    name="citer",
-    help="Two language models that decode as one: a small one for the easy tokens, a large one for the critical ones.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
 
 
 def main() -> None:
@@ -39,26 +28,6 @@ def citer() -> None:
     """Keep typer from making a single command the whole program."""
 
 
-def threshold_option(value: float | None) -> float | None:
-    """Refuse thresholds that mean nothing.
-
-    Args:
-        value: What was given.
-
-    Raises:
-        typer.BadParameter: for a negative number, an infinite one, or none at all.
-    """
-    if value is not None and not (0 <= value < math.inf):
-        raise typer.BadParameter(f"{value} is no threshold: give a number from 0 (SLM alone) to above 1 (LLM alone).")
-    return value
-
-
-Threshold = Annotated[
-    float | None,
-    typer.Option(callback=threshold_option, help="The SLM writes a token when its score reaches this.", metavar="X"),
-]
-
-
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Another seed gives other problems.")] = 0,
@@ -68,15 +37,18 @@ def demo(
     export: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the problems to FILE as JSON lines instead.")
     ] = None,
+    split: Annotated[str, typer.Option(help="With --export: train, validation or test.")] = "test",
 ) -> None:
     """Watch the pair that ships solve word problems, and see what it saves."""
     if export is not None and (json or router_threshold is not None):
         raise typer.BadParameter("--export only writes the problems; leave out --json and --router-threshold.")
+    if export is None and split != "test":
+        raise typer.BadParameter("--split is for --export; the demo itself is about test problems.")
     with plain_errors():
         from citer_hf.demo import show
 
         if export is not None:
-            show.export(export, seed, problems)
+            show.export(export, seed, problems, split)
             typer.echo(f"Wrote {problems} problems to {export}.", err=True)
             return
         status = show.show(resolve_model(DEMO), seed, problems, router_threshold, json)
@@ -89,9 +61,9 @@ def chat(
     router_threshold: Threshold = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 512,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of both models, such as bfloat16.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="Where the models go, such as auto, cpu or cuda:0.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the repository brings.")] = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a pair, and see who writes what."""
     with plain_errors():
@@ -129,7 +101,7 @@ def bench(
             help="cpu, cuda, cuda:1, or auto for all there are. [default: the first accelerator, or the CPU]"
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of both models, such as bfloat16.")] = "auto",
+    dtype: Dtype = "auto",
     cache_implementation: Annotated[str | None, typer.Option(metavar="NAME", help="As for `generate`.")] = None,
     seed: Annotated[int, typer.Option(help="Of synthetic prompts and forced shares.")] = 0,
     released_loop: Annotated[
@@ -206,46 +178,8 @@ def bench(
     raise typer.Exit(status)
 
 
-def resolve_model(name: str) -> str:
-    """Return the directory or repository id that a user means.
-
-    Args:
-        name: A directory, a repository id, or `demo` for the pair that ships (`./demo` is a directory of that name).
-
-    Raises:
-        FileNotFoundError: when it is a directory that is no model, or looks like a path to nothing.
-    """
-    if name == DEMO:
-        from citer_hf.demo import PAIR
-
-        name = str(PAIR)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{name} is no router directory: it has no config.json.")
-        return str(path)
-    looks_like_path = name.startswith((".", "~", "/")) or name.count("/") > 1
-    if looks_like_path or path.exists():
-        raise FileNotFoundError(f"{name} is neither a router directory nor a repository id.")
-    return name
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Turn errors that a user can do something about into one line on stderr and exit status 1."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except BrokenPipeError:
-        # Whoever read the output has had enough of it, which is no error of ours.
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"Error: {message}", err=True)
-        raise typer.Exit(1) from error
+for command in (label, train, evaluate, calibrate):
+    app.command()(command)
 
 
 if __name__ == "__main__":

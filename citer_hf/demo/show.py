@@ -27,13 +27,14 @@ __all__ = ["export", "show"]
 STREAMED = 3
 
 
-def export(path: Path, seed: int, count: int) -> None:
-    """Write held-out problems as JSON lines with `prompt`, `response` and `answer`.
+def export(path: Path, seed: int, count: int, split: Any = "test") -> None:
+    """Write problems as JSON lines with `prompt`, `response` and `answer`.
 
     Args:
         path: A file that does not exist yet.
         seed: Selects the problems.
         count: How many.
+        split: `train`, `validation` or `test`.
 
     Raises:
         FileExistsError: when there is such a file.
@@ -43,8 +44,9 @@ def export(path: Path, seed: int, count: int) -> None:
         raise FileExistsError(f"{path} exists already; choose another name or remove it first.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no directory to write {path.name} in.")
+    chosen = list(problems(split, seed, count))
     with written_beside(path) as file:
-        for problem in problems("test", seed, count):
+        for problem in chosen:
             file.write((json.dumps(asdict(problem)) + "\n").encode())
 
 

@@ -15,7 +15,18 @@ from transformers import GenerationConfig
 from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.waiting_citer import rows_to_wait_for
 
-__all__ = ["BATCH_TOKENS", "Decoded", "check_room", "decode", "with_router"]
+__all__ = [
+    "BATCH_TOKENS",
+    "Decoded",
+    "check_room",
+    "cut",
+    "decode",
+    "greedy_view",
+    "special_tokens",
+    "steady_policy",
+    "text_lengths",
+    "with_router",
+]
 
 Alone = Literal["slm", "llm"]
 
@@ -155,7 +166,14 @@ def _batches(
         yield rows, room
 
 
-def _same_policy_everywhere(unfinished: int, llm_share: float, step_ratio: float) -> int:
+def steady_policy(unfinished: int, llm_share: float, step_ratio: float) -> int:
+    """Choose how many rows wait for the LLM as `generate` does, but not by measured times.
+
+    Args:
+        unfinished: Rows whose text has not ended.
+        llm_share: Share of the tokens that the LLM writes.
+        step_ratio: Not used.
+    """
     return rows_to_wait_for(unfinished, llm_share, STEP_RATIO)
 
 
@@ -169,12 +187,8 @@ class _Writer:
 
     def __init__(self, model: CiterForCausalLM, alone: Alone | None):
         self.model, self.alone = model, alone
-        self.end_tokens, self.padding = _special_tokens(model)
-        # Settings that are not given are filled up from the model's own: a view of the model has none.
-        self.writer = _view(model if alone is None else getattr(model, alone))
-        self.writer.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=self.end_tokens or None, pad_token_id=self.padding
-        )
+        self.end_tokens, self.padding = special_tokens(model)
+        self.writer = greedy_view(model, alone)
 
     def write(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, threshold: float | Sequence[float] | None
@@ -193,7 +207,7 @@ class _Writer:
                 if given
                 else threshold,
                 "past_key_values": cache,
-                "waiting_rows": _same_policy_everywhere,
+                "waiting_rows": steady_policy,
             }
         inputs = {
             "input_ids": torch.tensor(padded, device=device),
@@ -201,21 +215,39 @@ class _Writer:
         }
         began = time.perf_counter()
         output = self.writer.generate(**inputs, max_new_tokens=new_tokens, **options)
-        lengths = _lengths(output[:, width:], self.end_tokens)
+        lengths = text_lengths(output[:, width:], self.end_tokens)
         seconds = time.perf_counter() - began
         written = output[:, width:]
-        tokens = _cut(written, lengths)
+        tokens = cut(written, lengths)
         if self.alone is not None:
             by_llm = self.alone == "llm"
             passes = written.shape[1] if by_llm else 0
             return Decoded(tokens, [[by_llm] * length for length in lengths], [[] for _ in lengths], seconds, passes)
         routing = cache.routing
-        to_llm, scores = _cut(routing.to_llm, lengths), _cut(routing.scores, lengths)
+        to_llm, scores = cut(routing.to_llm, lengths), cut(routing.scores, lengths)
         return Decoded(tokens, to_llm, scores, seconds, routing.llm_calls)
 
 
-def _special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
-    """Return what ends a text, and what pads: of the pair, so that every model ends alike."""
+def greedy_view(model: CiterForCausalLM, alone: Alone | None = None) -> Any:
+    """Return the pair, or one of its models, with settings that decode greedily and do nothing else.
+
+    Args:
+        model: The pair, which stays as it is.
+        alone: Which of its models, if one.
+    """
+    # Settings that are not given to `generate` are filled up from the model's own: a view of the model has none.
+    view = _view(model if alone is None else getattr(model, alone))
+    end_tokens, padding = special_tokens(model)
+    view.generation_config = GenerationConfig(do_sample=False, eos_token_id=end_tokens or None, pad_token_id=padding)
+    return view
+
+
+def special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
+    """Return what ends a text, and what pads: of the pair, so that every model ends alike.
+
+    Args:
+        model: The pair.
+    """
     config: Any = model.generation_config
     end = config.eos_token_id
     end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
@@ -223,11 +255,22 @@ def _special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
     return end_tokens, int(padding if padding is not None else end_tokens[0] if end_tokens else 0)
 
 
-def _lengths(written: torch.Tensor, end_tokens: Sequence[int]) -> list[int]:
-    """Return the length of each text, `[batch]`: up to its first end token and with it."""
+def text_lengths(written: torch.Tensor, end_tokens: Sequence[int]) -> list[int]:
+    """Return the length of each text, `[batch]`: up to its first end token and with it.
+
+    Args:
+        written: New tokens, `[batch, tokens]`.
+        end_tokens: What ends a text.
+    """
     ends = torch.isin(written, torch.tensor(end_tokens, dtype=written.dtype, device=written.device))
     return ((ends.cumsum(dim=1) - ends.long()) == 0).sum(dim=1).tolist()
 
 
-def _cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:
+def cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:
+    """Return each row of a tensor up to its length.
+
+    Args:
+        values: `[batch, tokens]`.
+        lengths: `[batch]`.
+    """
     return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]

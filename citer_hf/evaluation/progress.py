@@ -38,6 +38,28 @@ class Steps:
         """
         self._bar.advance(self._task, texts)
 
+    @property
+    def visible(self) -> bool:
+        """Whether anybody sees the bar."""
+        return not self._bar.disable
+
+    def begin(self, description: str, total: int) -> None:
+        """Begin another kind of work, with an estimate of its own.
+
+        Args:
+            description: In a few words.
+            total: How much of it there is.
+        """
+        self._bar.reset(self._task, description=description, total=total)
+
+    def reach(self, done: int) -> None:
+        """Note how far the work is.
+
+        Args:
+            done: How much is done, what was done before included.
+        """
+        self._bar.update(self._task, completed=done)
+
     def expect(self, total: int) -> None:
         """Say how many texts there are.
 
@@ -48,18 +70,19 @@ class Steps:
 
 
 @contextmanager
-def progress_bar(total: int | None) -> Iterator[Steps]:
+def progress_bar(total: int | None, units: str = "texts") -> Iterator[Steps]:
     """Show a bar with an estimate of the time left on stderr, and nothing where that is no terminal.
 
     Args:
         total: Texts to write, as far as is known.
+        units: What is counted.
     """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:24}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("texts,"),
+        TextColumn(f"{units},"),
         TimeElapsedColumn(),
         TextColumn("passed,"),
         TimeRemainingColumn(),

@@ -11,7 +11,7 @@ from torch.nn import functional
 from .labels import Labels
 from .teacher import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS
 
-__all__ = ["OBJECTIVES", "Objective", "Targets", "co_llm_loss", "preference_loss"]
+__all__ = ["OBJECTIVES", "QUERY", "Objective", "Targets", "co_llm_loss", "preference_loss"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,17 @@ def all_tokens(labels: Labels) -> Targets:
     return known(labels, (labels.case == SLM_RIGHT).long())
 
 
+def query_targets(labels: Labels) -> Targets:
+    """Return one preference per question, at its prompt's last token: the LLM where it is right and the SLM is wrong.
+
+    Args:
+        labels: All labels.
+    """
+    tokens = (labels.position == 0).nonzero()[:, 0]
+    question = labels.question[tokens]
+    return Targets(tokens, (labels.slm_correct[question] | ~labels.llm_correct[question]).float())
+
+
 OBJECTIVES = {
     "citer": Objective({"type": "mlp"}, citer_targets, preference_loss, (BOTH_WRONG,)),
     "citer-plus": Objective(
@@ -135,3 +146,5 @@ OBJECTIVES = {
     "citer-s": Objective({"type": "mlp"}, citer_s_targets, preference_loss),
     "co-llm": Objective({"type": "linear"}, all_tokens, co_llm_loss),
 }
+# One decision per question (RouteLLM's setting): no router of a pair, but a baseline of evaluations.
+QUERY = Objective({"type": "mlp"}, query_targets, preference_loss)

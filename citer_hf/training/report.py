@@ -28,7 +28,7 @@ def report_on(trained: TrainedRouter, labels: Labels) -> dict[str, Any]:
         labels: What it was trained on.
 
     Returns:
-        `auc`, `calibration_error` (expected, ten bins), `loss` (the best one, whose weights are kept), the share of the
+        `auc`, `calibration_error` (expected, ten bins), `loss` and `learning_rate` of the weights that are kept, the share of the
         labels that prefer the LLM, the LLM share that each threshold gives along the reference answers, and
         `router_threshold`, which catches 95 % of the tokens that prefer the LLM.
     """
@@ -50,7 +50,8 @@ def report_on(trained: TrainedRouter, labels: Labels) -> dict[str, Any]:
         "prefer_llm": 1 - float(trained.label.mean()),
         "auc": float(roc_auc_score(trained.label.numpy(), scores.numpy())) if both else None,
         "calibration_error": calibration_error(scores, trained.label),
-        "loss": min(entry["eval_loss"] for entry in trained.history if "eval_loss" in entry),
+        "loss": trained.loss,
+        "learning_rate": trained.learning_rate,
         "llm_share": [
             {"threshold": threshold, "llm_share": float((everywhere < threshold).float().mean())}
             for threshold in thresholds
@@ -87,12 +88,11 @@ def calibration_error(scores: torch.Tensor, label: torch.Tensor) -> float:
     return error
 
 
-def draw_training(trained: TrainedRouter, facts: dict[str, Any], objective: str, path: Path) -> None:
+def draw_training(trained: TrainedRouter, objective: str, path: Path) -> None:
     """Draw the losses of training and validation by epoch; nothing where matplotlib is not installed.
 
     Args:
         trained: The router.
-        facts: What `report_on` returned.
         objective: Its name.
         path: A `.png` file.
     """
@@ -108,7 +108,7 @@ def draw_training(trained: TrainedRouter, facts: dict[str, Any], objective: str,
         entries = [entry for entry in trained.history if key in entry]
         color = "#0072B2" if key == "loss" else "#D55E00"
         axes.plot([one["epoch"] for one in entries], [one[key] for one in entries], style, color=color, label=label)
-    axes.axhline(facts["loss"], color="#555555", linewidth=0.8, linestyle=":", label="weights that are kept")
+    axes.axhline(trained.loss, color="#555555", linewidth=0.8, linestyle=":", label="weights that are kept")
     axes.set(xlabel="epoch", ylabel="loss per token", title=f"router trained with {objective}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -13,25 +13,22 @@ from typing import Any
 import torch
 
 from citer_hf import CiterCache
-from citer_hf.evaluation.decoding import BATCH_TOKENS, decode
-from citer_hf.evaluation.decoding import _cut as cut
-from citer_hf.evaluation.decoding import _lengths as lengths_of_texts
-from citer_hf.evaluation.decoding import _same_policy_everywhere as steady_policy
-from citer_hf.evaluation.decoding import _special_tokens as special_tokens
+from citer_hf.evaluation.decoding import (
+    BATCH_TOKENS,
+    cut,
+    decode,
+    greedy_view,
+    special_tokens,
+    steady_policy,
+    text_lengths,
+)
 from citer_hf.evaluation.tokens import Encoded
 from citer_hf.layers_citer import all_grow
 
-# After so many tokens, rows that have ended leave the batch.
-STRETCH = 32
-
 __all__ = ["RollOut", "cut_into_batches", "roll_out"]
 
-
-def plain_settings(model):
-    from transformers import GenerationConfig
-
-    e, pd = special_tokens(model)
-    return GenerationConfig(do_sample=False, eos_token_id=e or None, pad_token_id=pd)
+# After so many tokens, rows that have ended leave the batch.
+STRETCH = 32
 
 
 @dataclass(frozen=True)
@@ -153,21 +150,21 @@ class Prefixes:
         mask = torch.cat([self.visible, torch.ones_like(self.last, dtype=torch.bool)], dim=1).long()
         written: list[list[int]] = [[] for _ in ids]
         going = list(range(len(ids)))
-        settings = plain_settings(self.model)
+        policy = greedy_view(self.model)
         while going and max_new_tokens > 0:
             # States near the end of their answer are done soon, and need not be carried to the end of the others'.
-            settings.max_new_tokens = min(STRETCH, max_new_tokens)
-            max_new_tokens -= settings.max_new_tokens
-            output = self.model.generate(
+            stretch = min(STRETCH, max_new_tokens)
+            max_new_tokens -= stretch
+            output = policy.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=self.cache,
                 router_threshold=router_threshold,
                 waiting_rows=steady_policy,
-                generation_config=settings,
+                max_new_tokens=stretch,
             )
             new = output[:, ids.shape[1] :]
-            for row, tokens in zip(going, cut(new, lengths_of_texts(new, end_tokens)), strict=True):
+            for row, tokens in zip(going, cut(new, text_lengths(new, end_tokens)), strict=True):
                 written[row] += tokens
             kept = [place for place, row in enumerate(going) if written[row][-1] not in end_tokens]
             if not kept or not max_new_tokens:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from citer_hf.evaluation.checkers import Checker
-from citer_hf.evaluation.decoding import BATCH_TOKENS, with_router
+from citer_hf.evaluation.decoding import with_router
 from citer_hf.files import written_beside
 from citer_hf.routing_citer import build_router
 
@@ -20,7 +19,6 @@ from .objectives import Objective
 from .outcomes import Policy, judge_rollouts
 from .rollouts import RollOut
 from .router_trainer import TrainedRouter, TrainingSettings, router_inputs, train_router
-from .teacher import SLM_RIGHT
 from .units import Workplace
 
 __all__ = ["Rounds", "train_in_rounds"]
@@ -158,6 +156,8 @@ def save(trained: TrainedRouter, file: Path) -> None:
         "validation": trained.validation,
         "log_odds": trained.log_odds,
         "label": trained.label,
+        "learning_rate": trained.learning_rate,
+        "loss": trained.loss,
         "history": json.dumps(trained.history),
     }
     with written_beside(file) as beside:
@@ -181,5 +181,7 @@ def load(file: Path, labels: Labels) -> TrainedRouter:
         validation=content["validation"],
         log_odds=content["log_odds"],
         label=content["label"],
+        learning_rate=content["learning_rate"],
+        loss=content["loss"],
         history=json.loads(content["history"]),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from citer_hf.routing_citer import build_router
@@ -28,7 +28,8 @@ class TrainingSettings:
     """How a router is trained.
 
     Attributes:
-        learning_rate: At its peak; it warms up for a twentieth of the steps and falls to 0 as a cosine.
+        learning_rates: Those to try; the router with the best validation loss is kept. A rate warms up for a twentieth
+            of the steps and falls to 0 as a cosine.
         epochs: At most; training stops after `patience` epochs without a better validation loss.
         batch_size: Tokens in a batch.
         weight_decay: Of AdamW.
@@ -37,7 +38,7 @@ class TrainingSettings:
         seed: Of the split, the order of the tokens and the first weights.
     """
 
-    learning_rate: float = 3e-3
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     epochs: int = 25
     batch_size: int = 512
     weight_decay: float = 1e-4
@@ -56,6 +57,8 @@ class TrainedRouter:
         validation: Tokens of the held-out questions that counted, `[used]`.
         log_odds: The router's at those tokens, `[used]`.
         label: What was wanted of them, `[used]`.
+        learning_rate: The best of those that were tried.
+        loss: The validation loss of the weights that were kept.
         history: What `Trainer` logged.
     """
 
@@ -64,6 +67,8 @@ class TrainedRouter:
     validation: torch.Tensor
     log_odds: torch.Tensor
     label: torch.Tensor
+    learning_rate: float
+    loss: float
     history: list[dict[str, Any]] = field(repr=False)
 
 
@@ -126,29 +131,24 @@ def train_router(
     objective: Objective,
     folder: Path,
     settings: TrainingSettings = TrainingSettings(),
-    router: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> TrainedRouter:
-    """Train a router on labels, and keep the weights with the best validation loss.
+    """Train a router on labels, once for every learning rate, and keep the weights with the best validation loss.
 
     Args:
         labels: The labels.
         objective: What the router is trained to do.
         folder: For checkpoints; training goes on from the last one there.
         settings: How.
-        router: Kind and options of the router. Default: the objective's.
         arguments: For `TrainingArguments`, such as `report_to`.
 
     Raises:
         ValueError: when all labels are equal, or too few questions are left to hold some out.
     """
-    spec = dict(router or objective.router)
     targets = objective.targets(labels)
     training, validation = split_by_question(labels, targets, settings.validation, settings.seed)
     check_labels(labels, targets, training)
-    set_seed(settings.seed)
-    built = build_router(spec, labels.hidden.shape[1])
-    inputs = router_inputs(labels, spec, targets.tokens)
+    inputs = router_inputs(labels, objective.router, targets.tokens)
     mean, scale = inputs[training].mean(dim=0), inputs[training].std(dim=0).clamp_min(1e-4)
     columns = {
         "inputs": (inputs - mean) / scale,
@@ -157,45 +157,85 @@ def train_router(
         "llm_logprob": labels.llm_logprob[targets.tokens],
     }
     parts = [TokenDataset({name: values[part] for name, values in columns.items()}) for part in (training, validation)]
+    tried = [
+        fit(objective, labels.hidden.shape[1], parts, folder / f"{rate:g}", settings, rate, arguments)
+        for rate in settings.learning_rates
+    ]
+    loss, rate, router, history = min(tried, key=lambda one: one[0])
+    with torch.no_grad():
+        log_odds = router.log_odds(columns["inputs"])
+        shrink = min(1.0, LARGEST_LOG_ODDS / float(log_odds.abs().max()))
+        fold_into(router, mean, scale, shrink)
+    return TrainedRouter(
+        router=router,
+        spec=dict(objective.router),
+        validation=targets.tokens[validation],
+        log_odds=log_odds[validation] * shrink,
+        label=targets.label[validation],
+        learning_rate=rate,
+        loss=loss,
+        history=history,
+    )
+
+
+def fit(
+    objective: Objective,
+    hidden_size: int,
+    parts: list[TokenDataset],
+    folder: Path,
+    settings: TrainingSettings,
+    learning_rate: float,
+    arguments: dict[str, Any],
+) -> tuple[float, float, Any, list[dict[str, Any]]]:
+    """Train at one learning rate.
+
+    Args:
+        objective: What the router is trained to do.
+        hidden_size: Width H of the SLM's last hidden state.
+        parts: Tokens for training and for validation.
+        folder: For checkpoints.
+        settings: How.
+        learning_rate: At its peak.
+        arguments: For `TrainingArguments`.
+
+    Returns:
+        The best validation loss, the learning rate, the router with those weights, and what was logged.
+    """
+    set_seed(settings.seed)
+    router = build_router(dict(objective.router), hidden_size)
     trainer = Trainer(
-        model=RouterInTraining(built, objective),
-        args=training_arguments(folder, settings, **arguments),
+        model=RouterInTraining(router, objective),
+        args=training_arguments(folder, settings, learning_rate, len(parts[0]), **arguments),
         train_dataset=parts[0],
         eval_dataset=parts[1],
         data_collator=lambda batch: batch,
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    built = built.cpu().eval()
-    with torch.no_grad():
-        log_odds = built.log_odds(columns["inputs"])  # type: ignore[operator]
-        shrink = min(1.0, LARGEST_LOG_ODDS / float(log_odds.abs().max()))
-        fold_into(built, mean, scale, shrink)
-    return TrainedRouter(
-        router=built,
-        spec=spec,
-        validation=targets.tokens[validation],
-        log_odds=log_odds[validation] * shrink,
-        label=targets.label[validation],
-        history=trainer.state.log_history,
-    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    best = trainer.state.best_metric
+    assert best is not None
+    return float(best), learning_rate, router.cpu().eval(), trainer.state.log_history
 
 
-def training_arguments(folder: Path, settings: TrainingSettings, **arguments: Any) -> TrainingArguments:
+def training_arguments(
+    folder: Path, settings: TrainingSettings, learning_rate: float, tokens: int, **arguments: Any
+) -> TrainingArguments:
     """Return the settings as `Trainer` wants them.
 
     Args:
         folder: For checkpoints.
         settings: How to train.
+        learning_rate: At its peak.
+        tokens: For training; a batch holds a sixteenth of them at most.
         arguments: What else to set, or to set differently.
     """
     return TrainingArguments(
         **{
             "output_dir": str(folder),
-            "learning_rate": settings.learning_rate,
+            "learning_rate": learning_rate,
             "num_train_epochs": settings.epochs,
-            "per_device_train_batch_size": settings.batch_size,
+            "per_device_train_batch_size": max(min(settings.batch_size, tokens // 16), 2),
             "per_device_eval_batch_size": 4096,
             "weight_decay": settings.weight_decay,
             "lr_scheduler_type": "cosine",

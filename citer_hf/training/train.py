@@ -97,7 +97,7 @@ def train(
         save(model, trained, facts["router_threshold"], out)
         with written_beside(out / PROVENANCE) as file:
             file.write((json.dumps(provenance, indent=2) + "\n").encode())
-        draw_training(trained, facts, objective, out / "training.png")
+        draw_training(trained, objective, out / "training.png")
         shutil.rmtree(out / WORK)
     place.state.wait_for_everyone()
     return provenance

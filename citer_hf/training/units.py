@@ -38,6 +38,7 @@ class Workplace:
         self.state = PartialState()
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / ARGUMENTS
+        arguments = json.loads(json.dumps(arguments))
         if not begun.exists() and self.state.is_main_process:
             with written_beside(begun) as file:
                 file.write(json.dumps(arguments, indent=2).encode())

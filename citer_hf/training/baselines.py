@@ -1,0 +1,48 @@
+"""Routers to compare with, trained on the same labels and with the same settings."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from citer_hf.routing_citer import build_router
+
+from .labels import Labels
+from .objectives import OBJECTIVES, QUERY
+from .router_trainer import TrainingSettings, train_router
+
+__all__ = ["train_baselines"]
+
+UNTRAINED = ("confidence", "entropy", "random")
+
+
+def train_baselines(
+    labels: Labels,
+    settings: TrainingSettings = TrainingSettings(),
+    report: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, nn.Module]:
+    """Train a router with every objective, and query-level routing; add those that need no training.
+
+    Args:
+        labels: The labels.
+        settings: Of every training.
+        report: Told what is being done: a description, routers done, routers in all.
+
+    Returns:
+        The routers by the names that `results.json` uses.
+
+    Raises:
+        ValueError: when nothing can be learned from the labels.
+    """
+    objectives = {**OBJECTIVES, "query": QUERY}
+    routers: dict[str, nn.Module] = {}
+    for name, objective in objectives.items():
+        report("training", len(routers), len(objectives))
+        with tempfile.TemporaryDirectory() as folder:
+            routers[name] = train_router(labels, objective, Path(folder), settings).router
+    report("training", len(routers), len(objectives))
+    hidden_size = labels.hidden.shape[1]
+    return routers | {name: build_router({"type": name}, hidden_size) for name in UNTRAINED}

@@ -1,0 +1,285 @@
+"""What the commands of the method do with their options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from accelerate import PartialState
+from transformers.utils.hub import cached_file
+
+from citer_hf import CiterForCausalLM
+from citer_hf.bench.options import parse_numbers
+from citer_hf.evaluation import calibrate as calibration
+from citer_hf.evaluation.evaluate import evaluate as measure
+from citer_hf.evaluation.evaluate import method_name
+from citer_hf.evaluation.examples import Example, read_examples
+from citer_hf.evaluation.progress import Steps, progress_bar
+from citer_hf.evaluation.results import SHARES
+from citer_hf.evaluation.table import print_tables
+
+from .baselines import train_baselines
+from .fingerprint import check_made_with, made_with
+from .labelling import label_preferences, load_tokenizer
+from .labels import Labels
+from .router_trainer import TrainingSettings
+from .train import PROVENANCE
+from .train import train as train_router
+
+__all__ = [
+    "calibrate",
+    "evaluate",
+    "label",
+    "load_pair",
+    "parse_columns",
+    "parse_numbers",
+    "read",
+    "settings",
+    "train",
+]
+
+INTERRUPTED = 130
+
+
+def load_pair(name: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> Any:
+    """Load a pair; under `accelerate launch`, each process on a device of its own.
+
+    Args:
+        name: A router's directory or repository id.
+        dtype: Precision of both models.
+        device_map: Where they go.
+        trust_remote_code: Whether to run code that the repository brings.
+    """
+    state = PartialState()
+    where: Any = {"": state.device} if state.num_processes > 1 and device_map == "auto" else device_map
+    return CiterForCausalLM.from_pretrained(name, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
+
+
+def parse_columns(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Read `FIELD=COLUMN` options.
+
+    Args:
+        pairs: What was given.
+
+    Raises:
+        ValueError: when one is of another form.
+    """
+    columns = {}
+    for pair in pairs or ():
+        field, equals, column = pair.partition("=")
+        if not (field and equals and column):
+            raise ValueError(f"--map: expected FIELD=COLUMN, such as prompt=question, got {pair!r}.")
+        columns[field] = column
+    return columns
+
+
+def read(data: str, columns: Sequence[str] | None, split: str | None, limit: int | None) -> list[Example]:
+    """Read examples with answers.
+
+    Args:
+        data: A file or a dataset id.
+        columns: `FIELD=COLUMN` options.
+        split: Which split.
+        limit: How many at most.
+    """
+    return read_examples(data, parse_columns(columns), split=split, needs=("answer",), limit=limit)
+
+
+def settings(learning_rates: Sequence[float], epochs: int, batch_size: int, seed: int) -> TrainingSettings:
+    """Return the settings of a training.
+
+    Args:
+        learning_rates: Those to try.
+        epochs: At most.
+        batch_size: Tokens in a batch.
+        seed: Of everything that is drawn.
+
+    Raises:
+        ValueError: for a learning rate that is not above 0, or none.
+    """
+    if not learning_rates or min(learning_rates) <= 0:
+        raise ValueError(f"--learning-rate: expected numbers above 0, got {list(learning_rates)}.")
+    return TrainingSettings(tuple(learning_rates), epochs=epochs, batch_size=batch_size, seed=seed)
+
+
+def label(model: Any, data: str, checker: str, out: Path, **options: Any) -> None:
+    """Do what `citer label` does.
+
+    Args:
+        model: The pair.
+        data: A file or a dataset id.
+        checker: Name of the checker.
+        out: Directory for the labels.
+        options: Of `label_preferences`.
+    """
+    with going_on(out), reporting() as report:
+        labels = label_preferences(model, data, checker, out, report=report, **options)
+    if PartialState().is_main_process:
+        counts = labels.info["counts"]
+        cases = ", ".join(f"{counts['cases'][case] / counts['tokens']:.1%}" for case in ("1", "2", "3"))
+        typer.echo(
+            f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {out}: cases 1, 2, 3 are {cases}; "
+            f"{counts['positive_rollouts']:.1%} of the roll-outs are right."
+        )
+
+
+def train(model: Any, labels: Path, out: Path, report_to: str, **options: Any) -> None:
+    """Do what `citer train` does.
+
+    Args:
+        model: The pair.
+        labels: Directory of the labels.
+        out: Directory for the router repository.
+        report_to: Of `TrainingArguments`.
+        options: Of `train`.
+    """
+    with going_on(out), reporting() as report:
+        provenance = train_router(model, labels, out, report=report, report_to=report_to, **options)
+    if PartialState().is_main_process:
+        facts = provenance["validation"]
+        auc = "–" if facts["auc"] is None else f"{facts['auc']:.3f}"
+        typer.echo(
+            f"Router saved in {out}. On {facts['questions']} held-out questions: AUC {auc}, calibration error "
+            f"{facts['calibration_error']:.3f}. LLM share along the reference answers, by threshold:"
+        )
+        for one in facts["llm_share"]:
+            typer.echo(f"  {one['threshold']:.4f}  {one['llm_share']:.1%}")
+        typer.echo(f"It starts with {facts['router_threshold']:.4f}; `citer calibrate` finds the one for your budget.")
+
+
+def evaluate(
+    model: Any,
+    examples: Sequence[Example],
+    checker: str,
+    out: Path,
+    *,
+    baselines: Path | None,
+    shares: Sequence[float],
+    thresholds: Sequence[float],
+    seed: int,
+    **options: Any,
+) -> None:
+    """Do what `citer evaluate` does.
+
+    Args:
+        model: The pair.
+        examples: The problems.
+        checker: Name of the checker.
+        out: Directory for the results.
+        baselines: Directory of labels to train other methods on.
+        shares: LLM shares at which points are wanted; none is the default.
+        thresholds: Of the model's own router instead.
+        seed: Of the training of baselines and of the bootstrap.
+        options: Of `evaluate`.
+    """
+    own = objective_of(model)
+    routers = {}
+    with going_on(out):
+        if baselines is not None:
+            labels = Labels.load(baselines)
+            check_made_with(labels.info["made_with"], made_with(model, load_tokenizer(model)), baselines)
+            with reporting() as report:
+                routers = train_baselines(labels, TrainingSettings(seed=seed), report)
+        results = measure(
+            model,
+            examples,
+            checker,
+            routers={own: model.router} | {name: router for name, router in routers.items() if name != own},
+            shares=shares or SHARES,
+            thresholds={own: thresholds} if thresholds else None,
+            seed=seed,
+            out=out,
+            arguments={"baselines": None if baselines is None else str(baselines)},
+            **options,
+        )
+    print_tables(results)
+    typer.echo(f"results.json, results.md and curve.png are in {out}.")
+
+
+def objective_of(model: Any) -> str:
+    """Return the method that a pair's router was trained with, or what its kind tells.
+
+    Args:
+        model: The pair.
+    """
+    name = str(model.name_or_path)
+    file = cached_file(name, PROVENANCE, _raise_exceptions_for_missing_entries=False) if name else None
+    objective = json.loads(Path(file).read_text()).get("objective") if file else None
+    return str(objective or method_name(model))
+
+
+def calibrate(
+    model: Any, examples: Sequence[Example], checker: str | None, directory: Path | None, **options: Any
+) -> None:
+    """Do what `citer calibrate` does.
+
+    Args:
+        model: The pair.
+        examples: Problems like those that the pair will meet.
+        checker: Name of the checker, if any.
+        directory: The router repository to write the threshold into, if any.
+        options: Of `calibrate`.
+    """
+    found = calibration.calibrate(model, examples, checker, **options)
+    low, high = found.llm_share_ci
+    typer.echo(
+        f"router_threshold {found.threshold:.6g}: the LLM writes {found.llm_share:.1%} ({low:.1%} to {high:.1%})"
+    )
+    if found.accuracy is not None and found.accuracy_ci is not None:
+        low, high = found.accuracy_ci
+        typer.echo(f"accuracy {found.accuracy:.1%} ({low:.1%} to {high:.1%}) of {found.problems} problems")
+    if directory is not None:
+        calibration.write_threshold(directory, found)
+        typer.echo(f"Written into {directory}.")
+
+
+@contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """Say, when work is interrupted, that it can go on.
+
+    Args:
+        out: Its directory.
+
+    Raises:
+        typer.Exit: with status 130 when it is interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. What is done is kept in {out}: run the same command to go on.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def reporting() -> Iterator[Callable[[str, int, int], None]]:
+    """Show how far work is: a bar on a terminal, a line for every kind of work elsewhere.
+
+    Yields:
+        A function to call with a description, units done, and units in all.
+    """
+    shown = PartialState().is_main_process
+    with progress_bar(None, "units") as steps:
+        yield Reporter(steps) if shown else lambda what, done, total: None
+
+
+class Reporter:
+    """Tells a bar about units of work, or stderr about kinds of work where there is no terminal.
+
+    Args:
+        steps: The bar.
+    """
+
+    def __init__(self, steps: Steps):
+        self.steps, self.what = steps, ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what != self.what:
+            self.what = what
+            self.steps.begin(what, total)
+            if not self.steps.visible:
+                typer.echo(f"{what}: {total} units", err=True)
+        self.steps.reach(done)
