@@ -109,3 +109,14 @@ def test_an_interrupt_passes_through(pair: Any):
     with pytest.raises(KeyboardInterrupt):
         decode(pair, PROMPTS, router_threshold=0.5, max_new_tokens=2, progress=interrupt)
     assert torch.is_grad_enabled()
+
+
+def test_a_router_in_training_decides_as_in_evaluation_and_goes_on_training():
+    torch.manual_seed(0)
+    pair = make_pair(router={"type": "mlp", "dropout": 0.5})
+    options: Any = {"router_threshold": 0.5, "max_new_tokens": 8}
+    expected = decode(pair, PROMPTS, **options)
+    pair.train()
+    decoded = decode(pair, PROMPTS, **options)
+    assert decoded.scores == expected.scores
+    assert pair.training and pair.router.training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from transformers import GenerationConfig
 from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.waiting_citer import rows_to_wait_for
 
-__all__ = ["BATCH_TOKENS", "Decoded", "check_room", "decode", "with_router"]
+__all__ = ["BATCH_TOKENS", "Decoded", "check_room", "decode", "evaluating", "with_router"]
 
 Alone = Literal["slm", "llm"]
 
@@ -85,7 +86,8 @@ def decode(
     seconds, llm_calls = 0.0, 0
     for rows, new_tokens in _batches(lengths, max_new_tokens, limit, batch_tokens):
         threshold = router_threshold if thresholds is None else [thresholds[row] for row in rows]
-        batch = writer.write([prompts[row] for row in rows], new_tokens, threshold)
+        with evaluating(model.router):
+            batch = writer.write([prompts[row] for row in rows], new_tokens, threshold)
         seconds += batch.seconds
         llm_calls += batch.llm_calls
         for row, tokens, to_llm, scores in zip(rows, batch.tokens, batch.to_llm, batch.scores, strict=True):
@@ -125,8 +127,25 @@ def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
         router: The router.
     """
     other = _view(model)
-    other._modules = {**model._modules, "router": router.eval()}
+    other._modules = {**model._modules, "router": router}
     return other
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation for a while: no dropout, and batch norm as it was learnt.
+
+    Args:
+        modules: Routers.
+    """
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
 
 
 def _view(model: Any) -> Any:
@@ -172,6 +191,7 @@ class _Writer:
         self.end_tokens, self.padding = _special_tokens(model)
         # Settings that are not given are filled up from the model's own: a view of the model has none.
         self.writer = _view(model if alone is None else getattr(model, alone))
+        self.writer.training = False
         self.writer.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self.end_tokens or None, pad_token_id=self.padding
         )
