@@ -28,7 +28,7 @@ class LetterTokenizer:
         return "".join(LETTERS[index - 3] for index in ids if index >= 3)
 
 
-def examples(lengths: Sequence[int] = LENGTHS, answer: str | None = "e") -> list[Example]:
+def examples(lengths: Sequence[int] = LENGTHS, answer: str | None = "y") -> list[Example]:
     """Random prompts, which start at row 11."""
     decode = LetterTokenizer().decode
     return [

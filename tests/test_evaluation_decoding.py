@@ -76,17 +76,17 @@ def test_texts_stop_where_the_context_is_full():
 
 def test_a_prompt_that_fills_the_context_is_named():
     pair = make_pair("gpt2", "gpt2", max_position_embeddings=9)
-    with pytest.raises(ValueError, match="^prompt number 1 has 9 tokens, .* up to 9 tokens"):
+    with pytest.raises(ValueError, match=r"^prompt number 1 has 9 tokens, .* up to 9 tokens"):
         decode(pair, PROMPTS, max_new_tokens=8)
 
 
 def test_an_empty_prompt_is_named(pair: Any):
-    with pytest.raises(ValueError, match="^prompt number 1 is empty"):
+    with pytest.raises(ValueError, match=r"^prompt number 1 is empty"):
         decode(pair, [[5], []], max_new_tokens=8)
 
 
 def test_as_many_thresholds_as_prompts_are_expected(pair: Any):
-    with pytest.raises(ValueError, match="^router_threshold: expected 5, one per prompt, got 1"):
+    with pytest.raises(ValueError, match=r"^router_threshold: expected 5, one per prompt, got 1"):
         decode(pair, PROMPTS, router_threshold=[0.5], max_new_tokens=8)
 
 
@@ -109,3 +109,14 @@ def test_an_interrupt_passes_through(pair: Any):
     with pytest.raises(KeyboardInterrupt):
         decode(pair, PROMPTS, router_threshold=0.5, max_new_tokens=2, progress=interrupt)
     assert torch.is_grad_enabled()
+
+
+def test_a_router_in_training_decides_as_in_evaluation_and_goes_on_training():
+    torch.manual_seed(0)
+    pair = make_pair(router={"type": "mlp", "dropout": 0.5})
+    options: Any = {"router_threshold": 0.5, "max_new_tokens": 8}
+    expected = decode(pair, PROMPTS, **options)
+    pair.train()
+    decoded = decode(pair, PROMPTS, **options)
+    assert decoded.scores == expected.scores
+    assert pair.training and pair.router.training

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from citer_hf.evaluation.points import Point, bootstrap_interval
 from citer_hf.evaluation.results import Results, average_results, make_results
 from citer_hf.evaluation.summary import accuracy_at, average_curves, compare, cost_at, summarize
+from citer_hf.evaluation.table import markdown
 
 
 def point(share: float, accuracy: float, moved: float | None = None) -> Point:
@@ -110,3 +114,11 @@ def test_the_interval_of_a_share_weighs_texts_by_their_tokens():
 
 def test_accuracy_between_points_lies_on_a_line():
     assert accuracy_at(ENDS, CURVE, 0.25) == pytest.approx(0.75)
+
+
+def test_the_shipped_method_is_named_and_compared_with_the_others(tmp_path):
+    results = replace(make_results(ENDS, {"citer": CURVE, "co-llm": [point(0.8, 0.9)]}, {}), shipped="citer")
+    results.write(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())["shipped"] == "citer"
+    assert Results.read(tmp_path / "results.json") == results
+    assert "| co-llm | 50.0% / 43.9% |" in markdown(results)

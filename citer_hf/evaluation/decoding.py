@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_room",
     "cut",
     "decode",
+    "evaluating",
     "greedy_view",
     "special_tokens",
     "steady_policy",
@@ -96,7 +98,8 @@ def decode(
     seconds, llm_calls = 0.0, 0
     for rows, new_tokens in _batches(lengths, max_new_tokens, limit, batch_tokens):
         threshold = router_threshold if thresholds is None else [thresholds[row] for row in rows]
-        batch = writer.write([prompts[row] for row in rows], new_tokens, threshold)
+        with evaluating(model.router):
+            batch = writer.write([prompts[row] for row in rows], new_tokens, threshold)
         seconds += batch.seconds
         llm_calls += batch.llm_calls
         for row, tokens, to_llm, scores in zip(rows, batch.tokens, batch.to_llm, batch.scores, strict=True):
@@ -136,8 +139,25 @@ def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
         router: The router.
     """
     other = _view(model)
-    other._modules = {**model._modules, "router": router.eval()}
+    other._modules = {**model._modules, "router": router}
     return other
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation for a while: no dropout, and batch norm as it was learnt.
+
+    Args:
+        modules: Routers.
+    """
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
 
 
 def _view(model: Any) -> Any:

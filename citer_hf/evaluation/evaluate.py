@@ -68,7 +68,7 @@ def evaluate(
         model: The pair.
         examples: The problems, each with an answer.
         checker: Says whether a text answers a problem, or the name of one that does; see `get_checker`.
-        routers: The routers by the names of their methods. Default: the pair's own.
+        routers: The routers by the names of their methods, moved to where the SLM is. Default: the pair's own.
         query_level: Names of those that decide once per prompt, by their score after its last token (RouteLLM's
             setting). Their texts are those of the models alone.
         shares: LLM shares at which points are wanted. The thresholds are quantiles of a router's scores along the
@@ -89,7 +89,8 @@ def evaluate(
     """
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = Grader(checker, examples, tokenizer)
-    routers = dict(routers) if routers is not None else {method_name(model): model.router}
+    routers = routers if routers is not None else {method_name(model): model.router}
+    routers = {name: router.to(model.slm.device) for name, router in routers.items()}
     thresholds = dict(thresholds or {})
     _check_sweep(routers, shares, thresholds)
     prompts = [encode_prompt(example, tokenizer) for example in examples]

@@ -28,16 +28,18 @@ class Results:
         methods: Points of each method, from few to many LLM tokens.
         summary: Figures of each method, see `summarize`.
         provenance: How the numbers came about.
+        shipped: Name of the method that a repository ships, if one does.
     """
 
     ends: dict[str, Point]
     methods: dict[str, list[Point]]
     summary: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
+    shipped: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything above, for JSON."""
-        return {
+        return ({} if self.shipped is None else {"shipped": self.shipped}) | {
             "ends": {name: point.as_dict() for name, point in self.ends.items()},
             "methods": {name: [point.as_dict() for point in points] for name, points in self.methods.items()},
             "summary": self.summary,
@@ -71,7 +73,7 @@ class Results:
             values = json.loads(path.read_text(encoding="utf-8"))
             ends = {name: Point.from_dict(point) for name, point in values["ends"].items()}
             methods = {name: [Point.from_dict(one) for one in points] for name, points in values["methods"].items()}
-            return cls(ends, methods, values["summary"], values["provenance"])
+            return cls(ends, methods, values["summary"], values["provenance"], values.get("shipped"))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path.name}: it holds no results of an evaluation ({error!r}).") from error
 
@@ -122,4 +124,6 @@ def average_results(runs: Sequence[Results], shares: Sequence[float] = SHARES) -
             raise ValueError("runs: the models alone differ in accuracy, so that these are not the same problems.")
     methods = {name: average_curves(first.ends, [run.methods[name] for run in runs], shares) for name in first.methods}
     summaries = {name: [run.summary[name] for run in runs] for name in methods}
-    return make_results(first.ends, methods, {"runs": [run.provenance for run in runs], "summaries": summaries})
+    common = {name: first.provenance.get(name) for name in ("problems", "model")}
+    provenance = {**common, "runs": [run.provenance for run in runs], "summaries": summaries}
+    return make_results(first.ends, methods, provenance)

@@ -12,7 +12,7 @@ from torch import nn
 
 from citer_hf import CiterForCausalLM
 
-from .decoding import BATCH_TOKENS
+from .decoding import BATCH_TOKENS, evaluating
 
 __all__ = ["Scored", "check_scores", "score_texts", "spread_thresholds", "threshold_for_share"]
 
@@ -86,7 +86,8 @@ def _score_batch(
     logits = output.logits[..., : model.vocab_size]
     found = {}
     for name, router in routers.items():
-        values = router.eval()(hidden, logits).float().cpu().numpy()
+        with evaluating(router):
+            values = router(hidden, logits).float().cpu().numpy()
         found[name] = [row[: len(text)] for row, text in zip(values, texts, strict=True)]
     return found
 

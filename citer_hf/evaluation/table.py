@@ -13,6 +13,7 @@ from citer_hf.files import written_beside
 
 from .points import Point
 from .results import Results
+from .summary import LEVELS
 
 __all__ = ["markdown", "print_tables", "write_markdown"]
 
@@ -34,6 +35,8 @@ SUMMARY = (
     "MB / token for 95 % / 98 %",
     "accuracy at {} LLM tokens",
 )
+COMPARED = "at {:.0f} % of the LLM's accuracy"
+GAIN = "largest lead at equal cost, points"
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
@@ -85,6 +88,11 @@ def _tables(results: Results) -> Iterator[tuple[str, Sequence[str], list[list[st
     problems = results.provenance.get("problems")
     of = f" ({problems} problems)" if problems else ""
     yield f"What the curves say{of}", _summary_header(results), _summary_rows(results)
+    others = [name for name in results.methods if name != results.shipped]
+    if results.shipped is not None and others:
+        rows = [_comparison(results, name) for name in others]
+        header = [f"{results.shipped} against", *(COMPARED.format(level * 100) for level in LEVELS), GAIN]
+        yield f"Cost saved by {results.shipped} at equal accuracy, in LLM tokens / bytes", header, rows
     rows = [_row(name, point) for name, point in _points(results)]
     yield f"All points{of}; bytes and operations as each text decodes alone", POINTS, rows
 
@@ -106,6 +114,13 @@ def _summary_rows(results: Results) -> list[list[str]]:
         ]
         for name, one in results.summary.items()
     ]
+
+
+def _comparison(results: Results, other: str) -> list[str]:
+    compared = results.compare(str(results.shipped), other)
+    savings = [(compared.share_saving[level], compared.bytes_saving[level]) for level in LEVELS]
+    gains = f"{compared.gain * 100:+.1f} / {compared.gain_at_bytes * 100:+.1f}"
+    return [other, *(" / ".join(map(_percent, saving)) for saving in savings), gains]
 
 
 def _points(results: Results) -> Iterator[tuple[str, Point]]:
