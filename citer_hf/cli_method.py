@@ -120,9 +120,7 @@ def train(
             data=data,
             checker=checker,
             rollouts=rollouts,
-            settings=command.settings(
-                command.parse_numbers("--learning-rate", learning_rates), epochs, batch_size, seed
-            ),
+            settings=command.settings(learning_rates, epochs, batch_size, seed),
             report_to=report_to,
         )
 

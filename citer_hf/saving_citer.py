@@ -94,7 +94,8 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
             save_base_model(role, getattr(model, role), os.path.join(folder, role), **kwargs)
             reference = {"subfolder": role}
         elif "name_or_path" not in reference and model._repository is not None:
-            reference = reference_from_elsewhere(reference, *model._repository, os.path.dirname(folder))
+            path, hub = model._repository
+            reference = reference_from_elsewhere(reference, path, hub, os.path.dirname(folder))
         setattr(config, f"{role}_reference", reference)
     state_dict = model.router.state_dict(prefix="router.") if state_dict is None else state_dict
     weights = {key: tensor.contiguous() for key, tensor in state_dict.items() if key.startswith("router.")}

@@ -12,7 +12,7 @@ from citer_hf.routing_citer import build_router
 
 from .labels import Labels
 from .objectives import OBJECTIVES, QUERY
-from .router_trainer import TrainingSettings, train_router
+from .router_trainer import DEFAULTS, TrainingSettings, train_router
 
 __all__ = ["train_baselines"]
 
@@ -21,7 +21,7 @@ UNTRAINED = ("confidence", "entropy", "random")
 
 def train_baselines(
     labels: Labels,
-    settings: TrainingSettings = TrainingSettings(),
+    settings: TrainingSettings = DEFAULTS,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, nn.Module]:
     """Train a router with every objective, and query-level routing; add those that need no training.

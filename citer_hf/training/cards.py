@@ -43,8 +43,8 @@ Which of two models should write each token of {questions} reference answers ({t
 | --- | --- | --- | --- | --- | --- |
 {cases}
 
-- `label`: 1 where the SLM's token is good enough, 0 where the LLM must write (cases 1, 2, and 3 by its roll-out), empty
-  where no roll-out was made.
+- `label`: 1 where the SLM's token is good enough, 0 where the LLM must write (cases 1, 2, and 3 by its roll-out),
+  empty where no roll-out was made.
 - `rollout`: whether the answer is right when the SLM's token is taken and the policy (the pair's router at
   {rollout_threshold}) writes the rest. It is made for case 2 too, which the paper's `label` does not look at.
 - `llm_rollout`: the same for the LLM's token, where the SLM's has failed.

@@ -89,11 +89,11 @@ def read(data: str, columns: Sequence[str] | None, split: str | None, limit: int
     return read_examples(data, parse_columns(columns), split=split, needs=("answer",), limit=limit)
 
 
-def settings(learning_rates: Sequence[float], epochs: int, batch_size: int, seed: int) -> TrainingSettings:
+def settings(learning_rates: str, epochs: int, batch_size: int, seed: int) -> TrainingSettings:
     """Return the settings of a training.
 
     Args:
-        learning_rates: Those to try.
+        learning_rates: Those to try, separated by commas.
         epochs: At most.
         batch_size: Tokens in a batch.
         seed: Of everything that is drawn.
@@ -101,9 +101,10 @@ def settings(learning_rates: Sequence[float], epochs: int, batch_size: int, seed
     Raises:
         ValueError: for a learning rate that is not above 0, or none.
     """
-    if not learning_rates or min(learning_rates) <= 0:
-        raise ValueError(f"--learning-rate: expected numbers above 0, got {list(learning_rates)}.")
-    return TrainingSettings(tuple(learning_rates), epochs=epochs, batch_size=batch_size, seed=seed)
+    rates = parse_numbers("--learning-rate", learning_rates)
+    if not rates or min(rates) <= 0:
+        raise ValueError(f"--learning-rate: expected numbers above 0, got {learning_rates!r}.")
+    return TrainingSettings(rates, epochs=epochs, batch_size=batch_size, seed=seed)
 
 
 def label(model: Any, data: str, checker: str, out: Path, **options: Any) -> None:
@@ -122,8 +123,8 @@ def label(model: Any, data: str, checker: str, out: Path, **options: Any) -> Non
         counts = labels.info["counts"]
         cases = ", ".join(f"{counts['cases'][case] / counts['tokens']:.1%}" for case in ("1", "2", "3"))
         typer.echo(
-            f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {out}: cases 1, 2, 3 are {cases}; "
-            f"{counts['positive_rollouts']:.1%} of the roll-outs are right."
+            f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {out}: cases 1, 2, 3 are "
+            f"{cases}; {counts['positive_rollouts']:.1%} of the roll-outs are right."
         )
 
 

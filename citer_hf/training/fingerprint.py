@@ -60,8 +60,8 @@ def check_made_with(found: dict[str, Any], expected: dict[str, Any], directory: 
     if different:
         what = ", ".join(f"{NAMES[name]} ({found.get(name)!r} there, {expected[name]!r} here)" for name in different)
         raise ValueError(
-            f"labels: {directory} was made with another {what}. Train with the pair that the labels were made with, or "
-            "make new labels with `citer label`."
+            f"labels: {directory} was made with another {what}. Train with the pair that the labels were made with, "
+            "or make new labels with `citer label`."
         )
 
 

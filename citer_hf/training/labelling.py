@@ -1,8 +1,9 @@
 """`label_preferences`: which model should write each token of the reference answers (CITER, section 3.3).
 
 1. Both models read every reference answer in one forward pass: cases 1 and 2.
-2. Roll-outs of the SLM's token, where it differs from the reference, with the current policy: case 3. They are made for
-   case 2 as well, which `citer-plus` asks for and the paper's method does not look at.
+2. Roll-outs of the SLM's token, where it differs from the reference, with the current policy: case 3. They are made
+   for case 2 as well, which `citer-plus` asks for and the paper's method does not look at; and where they fail, for
+   the LLM's token.
 3. Both are joined into Parquet shards with a card.
 
 Every unit of work is a file until the end, so that nothing is lost or repeated when it is interrupted.
@@ -62,10 +63,10 @@ def label_preferences(
         out: Directory for the labels. An interrupted run with the same arguments goes on.
         columns: The column of a field, where it has another name.
         split: Which split, where there are several.
-        router_threshold: Threshold of the roll-outs' policy: 0 is the SLM alone (the paper's first round), above 1 the
-            LLM alone. Default: the model's own.
-        rollouts: At most this many roll-outs, where the router is least sure. Default: one for every token at which the
-            SLM's differs from the reference.
+        router_threshold: Threshold of the roll-outs' policy: 0 is the SLM alone (the paper's first round), above 1
+            the LLM alone. Default: the model's own.
+        rollouts: Roll out at this many tokens at most, where the router is least sure. Default: at every token where
+            the SLM's differs from the reference.
         max_new_tokens: Longest response in a roll-out. Default: twice the longest reference answer.
         limit: Read this many examples at most.
         batch_tokens: Tokens in a batch, padding included.
@@ -144,8 +145,8 @@ def load_tokenizer(model: Any) -> Any:
     tokenizer = model.load_tokenizer()
     if tokenizer is None:
         raise ValueError(
-            "model: this pair came without a tokenizer, so that text cannot be read. Save the tokenizer beside the SLM "
-            "(tokenizer.save_pretrained), and load the pair again."
+            "model: this pair came without a tokenizer, so that text cannot be read. Save the tokenizer beside the "
+            "SLM (tokenizer.save_pretrained), and load the pair again."
         )
     return tokenizer
 
@@ -173,5 +174,6 @@ def read_questions(
     """
     examples = read_examples(dataset, columns or {}, split=split, needs=("response", "answer"), limit=limit)
     longest = model.config.max_position_embeddings
-    questions = [encode(one, tokenizer, longest, model.generation_config.eos_token_id) for one in examples]
+    end = model.generation_config.eos_token_id
+    questions = [encode(one, tokenizer, longest, end, vocab_size=model.vocab_size) for one in examples]
     return sorted(questions, key=lambda one: (len(one.prompt_ids) + len(one.response_ids), one.example.row))

@@ -34,7 +34,7 @@ class Objective:
     Attributes:
         router: Kind and options of the router.
         targets: What is wanted of every token that counts.
-        loss: Of log-odds, labels, and both log-probabilities of the reference token, all `[tokens]`; returns `[tokens]`.
+        loss: Of log-odds, labels, and both log-probabilities of the reference token, all `[tokens]`, as is the result.
         relabelled: The cases that a further round rolls out again with the new router.
     """
 

@@ -19,7 +19,7 @@ from .rollouts import RollOut
 from .teacher import SLM_RIGHT, ForcedText, read_references
 from .units import Workplace
 
-__all__ = ["ReadTokens", "choose_rollouts", "read_units", "write_shards"]
+__all__ = ["ReadTokens", "choose_rollouts", "read_units"]
 
 
 class ReadTokens:

@@ -28,15 +28,15 @@ def report_on(trained: TrainedRouter, labels: Labels) -> dict[str, Any]:
         labels: What it was trained on.
 
     Returns:
-        `auc`, `calibration_error` (expected, ten bins), `loss` and `learning_rate` of the weights that are kept, the share of the
-        labels that prefer the LLM, the LLM share that each threshold gives along the reference answers, and
+        `auc`, `calibration_error` (expected, ten bins), `loss` and `learning_rate` of the weights that are kept, the
+        share of the labels that prefer the LLM, the LLM share that each threshold gives along the references, and
         `router_threshold`, which catches 95 % of the tokens that prefer the LLM.
     """
     from sklearn.metrics import roc_auc_score
 
     scores = torch.sigmoid(trained.log_odds)
     both = 0 < float(trained.label.mean()) < 1
-    held_out = torch.isin(labels.question, labels.question[trained.validation].unique())
+    held_out = torch.isin(labels.question, torch.unique(labels.question[trained.validation]))
     with torch.no_grad():
         everywhere = torch.sigmoid(
             trained.router.log_odds(router_inputs(labels, trained.spec, held_out.nonzero()[:, 0]))  # type: ignore[operator]
@@ -45,7 +45,7 @@ def report_on(trained: TrainedRouter, labels: Labels) -> dict[str, Any]:
     thresholds = [above(ordered, share) for share in SHARES]
     critical = scores[trained.label == 0].sort().values
     return {
-        "questions": int(labels.question[trained.validation].unique().numel()),
+        "questions": len(torch.unique(labels.question[trained.validation])),
         "tokens": len(scores),
         "prefer_llm": 1 - float(trained.label.mean()),
         "auc": float(roc_auc_score(trained.label.numpy(), scores.numpy())) if both else None,

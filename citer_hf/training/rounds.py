@@ -1,4 +1,4 @@
-"""Rounds of policy optimisation: train on the labels, roll out again with the new router, train again (section 3.2)."""
+"""Rounds of policy optimisation: train on the labels, roll out again with the new router, and so on (section 3.2)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .units import Workplace
 
 __all__ = ["Rounds", "train_in_rounds"]
 
-# A round's roll-outs send this share of the tokens to the LLM: a policy that cannot finish an answer says nothing about
-# the token it began with.
+# A round's roll-outs send this share of the tokens to the LLM: a policy that cannot finish an answer says nothing
+# about the token it began with.
 POLICY_SHARE = 1 / 3
 
 

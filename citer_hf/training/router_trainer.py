@@ -17,9 +17,9 @@ from citer_hf.routing_citer import build_router
 from .labels import Labels
 from .objectives import Objective, Targets
 
-__all__ = ["TrainedRouter", "TrainingSettings", "split_by_question", "train_router"]
+__all__ = ["DEFAULTS", "TrainedRouter", "TrainingSettings", "split_by_question", "train_router"]
 
-# Beyond this, neighbouring scores of a sigmoid in fp32 are far apart or equal, and thresholds could not tell them apart.
+# Beyond this, scores of a sigmoid in fp32 are soon equal, and thresholds could not tell them apart.
 LARGEST_LOG_ODDS = 12.0
 
 
@@ -45,6 +45,9 @@ class TrainingSettings:
     patience: int = 5
     validation: float = 0.125
     seed: int = 0
+
+
+DEFAULTS = TrainingSettings()
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def train_router(
     labels: Labels,
     objective: Objective,
     folder: Path,
-    settings: TrainingSettings = TrainingSettings(),
+    settings: TrainingSettings = DEFAULTS,
     **arguments: Any,
 ) -> TrainedRouter:
     """Train a router on labels, once for every learning rate, and keep the weights with the best validation loss.
@@ -289,8 +292,8 @@ def split_by_question(labels: Labels, targets: Targets, share: float, seed: int)
     held_out = round(count * share)
     if not 0 < held_out < count:
         raise ValueError(
-            f"labels: {labels.directory} has {count} questions, too few to hold out {share:.1%} of them for validation; "
-            "label more examples."
+            f"labels: {labels.directory} has {count} questions, too few to hold out {share:.1%} of them for "
+            "validation; label more examples."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     is_held_out = torch.zeros(count, dtype=torch.bool)
@@ -310,12 +313,13 @@ def check_labels(labels: Labels, targets: Targets, training: torch.Tensor) -> No
     Raises:
         ValueError: when they are all equal.
     """
-    values = targets.label[training].unique().tolist()
+    values = torch.unique(targets.label[training]).tolist()
     if len(values) < 2:
         always = "none is known" if not values else f"all are {int(values[0])}"
         raise ValueError(
-            f"labels: of the {len(training)} labels for training in {labels.directory} {always}, so that there is nothing "
-            "to learn. See its README.md: label more examples, or roll out with another policy (--router-threshold)."
+            f"labels: of the {len(training)} labels for training in {labels.directory} {always}, so that there is "
+            "nothing to learn. See its README.md: label more examples, or roll out with another policy "
+            "(--router-threshold)."
         )
 
 

@@ -1,4 +1,4 @@
-"""Both models read the reference answers once: cases 1 and 2 of the shortcut need nothing else (CITER, section 3.3)."""
+"""Both models read the reference answers once: cases 1 and 2 need nothing else (CITER, section 3.3)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def read_references(model: Any, batch: Sequence[Encoded]) -> list[ForcedText]:
     hidden = hidden.to(torch.float16)
     lengths = [len(one.response_ids) for one in batch]
     columns_of = (hidden, largest.half(), reference, slm_token, llm_token, slm_logprob, llm_logprob, score)
-    parts = zip(*(values.cpu().split(lengths) for values in columns_of), strict=True)
+    parts = zip(*(values.cpu().split_with_sizes(lengths) for values in columns_of), strict=True)
     forced = [ForcedText(*part) for part in parts]
     for one, text in zip(batch, forced, strict=True):
         check_finite(one, text)

@@ -13,6 +13,7 @@ from citer_hf.evaluation.checkers import Checker, get_checker
 from citer_hf.evaluation.decoding import with_router
 from citer_hf.evaluation.examples import read_examples
 from citer_hf.files import written_beside
+from citer_hf.hidden_states_citer import hidden_size_of
 
 from .cards import versions
 from .fingerprint import check_made_with, made_with
@@ -21,7 +22,7 @@ from .labels import Labels
 from .objectives import OBJECTIVES
 from .report import draw_training, report_on
 from .rounds import Rounds, train_in_rounds
-from .router_trainer import TrainedRouter, TrainingSettings
+from .router_trainer import DEFAULTS, TrainedRouter, TrainingSettings
 from .units import Workplace
 
 __all__ = ["train"]
@@ -40,7 +41,7 @@ def train(
     data: Any = None,
     checker: str | Checker | None = None,
     rollouts: int | None = None,
-    settings: TrainingSettings = TrainingSettings(),
+    settings: TrainingSettings = DEFAULTS,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -117,8 +118,8 @@ def check_data(labels: Labels, data: Any) -> None:
     missing = labelled - {one.id for one in read_examples(data)}
     if missing:
         raise ValueError(
-            f"data: it has no example {min(missing)!r}, which was labelled ({len(missing)} of {len(labelled)} are missing). "
-            "Give the data that the labels were made from, or leave it out: the labels hold the examples."
+            f"data: it has no example {min(missing)!r}, which was labelled ({len(missing)} of {len(labelled)} are "
+            "missing). Give the data that the labels were made from, or leave it out: the labels hold the examples."
         )
 
 
@@ -151,6 +152,6 @@ def save(model: Any, trained: TrainedRouter, router_threshold: float, out: Path)
     """
     pair = with_router(model, trained.router)
     pair.config = type(model.config).from_dict(model.config.to_dict())
-    pair.config.router = {**trained.spec, "hidden_size": trained.router.score.in_features}
+    pair.config.router = {**trained.spec, "hidden_size": hidden_size_of(model.slm)}
     pair.config.router_threshold = router_threshold
     pair.save_pretrained(out)
