@@ -134,6 +134,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Labels: also train and measure every other method on them."),
     ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Another router for the same pair, made by `citer train`. May be repeated."),
+    ] = None,
     shares: Annotated[
         str | None, typer.Option(metavar="P,...", help="LLM shares at which points are wanted. [default: 13 of them]")
     ] = None,
@@ -163,6 +167,7 @@ def evaluate(
             checker,
             out,
             baselines=baselines,
+            compare=compare or (),
             shares=command.parse_numbers("--shares", shares),
             thresholds=command.parse_numbers("--thresholds", thresholds),
             max_new_tokens=max_new_tokens,

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 from accelerate import PartialState
+from torch import nn
 from transformers.utils.hub import cached_file
 
 from citer_hf import CiterForCausalLM
@@ -21,6 +22,9 @@ from citer_hf.evaluation.examples import Example, read_examples
 from citer_hf.evaluation.progress import Steps, progress_bar
 from citer_hf.evaluation.results import SHARES
 from citer_hf.evaluation.table import print_tables
+from citer_hf.hidden_states_citer import hidden_size_of
+from citer_hf.loading_citer import choose_router, load_router_weights
+from citer_hf.routing_citer import build_router
 
 from .baselines import train_baselines
 from .fingerprint import check_made_with, made_with
@@ -159,6 +163,7 @@ def evaluate(
     out: Path,
     *,
     baselines: Path | None,
+    compare: Sequence[Path],
     shares: Sequence[float],
     thresholds: Sequence[float],
     seed: int,
@@ -172,19 +177,21 @@ def evaluate(
         checker: Name of the checker.
         out: Directory for the results.
         baselines: Directory of labels to train other methods on.
+        compare: Directories of other routers for the same pair, which take the place of baselines of their name.
         shares: LLM shares at which points are wanted; none is the default.
         thresholds: Of the model's own router instead.
         seed: Of the training of baselines and of the bootstrap.
         options: Of `evaluate`.
     """
-    own = objective_of(model)
-    routers = {}
+    own = objective_of(str(model.name_or_path)) or method_name(model)
+    routers: dict[str, nn.Module] = {}
     with going_on(out):
         if baselines is not None:
             labels = Labels.load(baselines)
             check_made_with(labels.info["made_with"], made_with(model, load_tokenizer(model)), baselines)
             with reporting() as report:
-                routers = train_baselines(labels, TrainingSettings(seed=seed), report)
+                routers |= train_baselines(labels, TrainingSettings(seed=seed), report)
+        routers |= {name_of(directory): load_router(model, directory) for directory in compare}
         results = measure(
             model,
             examples,
@@ -194,23 +201,56 @@ def evaluate(
             thresholds={own: thresholds} if thresholds else None,
             seed=seed,
             out=out,
-            arguments={"baselines": None if baselines is None else str(baselines)},
+            arguments={"baselines": baselines, "compare": list(compare)},
             **options,
         )
     print_tables(results)
     typer.echo(f"results.json, results.md and curve.png are in {out}.")
 
 
-def objective_of(model: Any) -> str:
-    """Return the method that a pair's router was trained with, or what its kind tells.
+def objective_of(name: str) -> str | None:
+    """Return the method that a router was trained with, where `citer train` has noted it.
 
     Args:
-        model: The pair.
+        name: A router's directory or repository id.
     """
-    name = str(model.name_or_path)
     file = cached_file(name, PROVENANCE, _raise_exceptions_for_missing_entries=False) if name else None
-    objective = json.loads(Path(file).read_text()).get("objective") if file else None
-    return str(objective or method_name(model))
+    return json.loads(Path(file).read_text()).get("objective") if file else None
+
+
+def name_of(directory: Path) -> str:
+    """Return the method of a router to compare with.
+
+    Args:
+        directory: Made by `citer train`.
+
+    Raises:
+        FileNotFoundError: when it does not say.
+    """
+    objective = objective_of(str(directory)) if (directory / PROVENANCE).is_file() else None
+    if objective is None:
+        raise FileNotFoundError(
+            f"--compare: {directory} has no {PROVENANCE} that names its method: expected a directory that "
+            "`citer train` has made."
+        )
+    return objective
+
+
+def load_router(model: Any, directory: Path) -> nn.Module:
+    """Return the router of a directory, without its base models.
+
+    Args:
+        model: The pair that it is for.
+        directory: A router repository.
+
+    Raises:
+        ValueError: when it is for another SLM.
+    """
+    chosen = choose_router(directory, None, {})
+    router = build_router(chosen.spec, hidden_size_of(model.slm))
+    if chosen.weights is not None:
+        load_router_weights(router, chosen.weights, chosen.name)
+    return router.to(model.slm.device).eval()
 
 
 def calibrate(

@@ -103,9 +103,10 @@ def follow(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor,
         reference: `[positions]`.
     """
     tokens, logprobs = [], []
-    for part, wanted in zip(logits.split(SLICE), reference.split(SLICE), strict=True):
+    for start in range(0, len(logits), SLICE):
+        part, wanted = logits[start : start + SLICE], reference[start : start + SLICE, None]
         tokens.append(part.argmax(-1))
-        logprobs.append(part.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+        logprobs.append(part.float().log_softmax(-1).gather(1, wanted)[:, 0])
     return torch.cat(tokens), torch.cat(logprobs)
 
 
