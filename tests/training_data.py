@@ -1,0 +1,86 @@
+"""A tiny pair with a task for tests of labelling and training, and labels that are made up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from citer_hf import CiterForCausalLM
+from citer_hf.evaluation.checkers import Verdict
+from citer_hf.evaluation.examples import Example
+from citer_hf.evaluation.tokens import Encoded
+from citer_hf.training.labels import Labels
+from citer_hf.training.teacher import LLM_RIGHT, SLM_RIGHT
+
+from .chat_pairs import CHARACTERS, character_tokenizer
+from .conftest import make_pair
+from .families import EOS, PAD
+
+THRESHOLD = 0.5
+
+
+def task_pair(slm: str = "llama", llm: str = "llama", router: Any = "confidence") -> CiterForCausalLM:
+    """A tiny random pair with a tokenizer of characters, which writes a few tokens before it ends."""
+    model = make_pair(slm, llm, router=router, threshold=THRESHOLD)
+    model._tokenizer = character_tokenizer()
+    model.generation_config.update(pad_token_id=PAD, eos_token_id=EOS, max_length=None)
+    return model
+
+
+def task(count: int = 6, seed: int = 0) -> list[dict[str, Any]]:
+    """Random prompts and references of different lengths; the answer is a letter that random texts have at times."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(length: int) -> str:
+        return "".join(CHARACTERS[index] for index in torch.randint(0, 36, (length,), generator=generator).tolist())
+
+    return [
+        {
+            "id": f"q{index}",
+            "prompt": text(4 + 2 * index),
+            "response": text(5 + index % 3),
+            "answer": "etao"[index % 4],
+        }
+        for index in range(count)
+    ]
+
+
+def has_letter(response: str, example: Example) -> Verdict:
+    """Right when the answer is among the letters; a text without an `e` gives no answer."""
+    return Verdict(str(example.answer) in response, "e" if "e" in response else None)
+
+
+def made_up_labels(questions: int = 24, tokens: int = 20, hidden_size: int = 6, seed: int = 0) -> Labels:
+    """Labels that can be learned: the LLM is preferred where the first two numbers of the hidden state are large."""
+    generator = torch.Generator().manual_seed(seed)
+    count = questions * tokens
+    hidden = torch.randn((count, hidden_size), generator=generator).half()
+    hard = (hidden[:, 0] + hidden[:, 1]) > 1.5
+    case = torch.where(hard, torch.tensor([2, 3, 3])[torch.randint(0, 3, (count,), generator=generator)], SLM_RIGHT)
+    case = torch.where((case == SLM_RIGHT) & (torch.rand(count, generator=generator) < 0.2), LLM_RIGHT, case)
+    rollout = torch.where(case == SLM_RIGHT, -1, (~hard).long())
+    ids = [
+        Encoded(Example(id=str(index), row=index + 1, prompt="p", answer="a"), [3], [4]) for index in range(questions)
+    ]
+    return Labels(
+        directory=Path("made-up"),
+        info={"max_new_tokens": 8, "batch_tokens": 256, "checker": "exact"},
+        questions=ids,
+        slm_correct=torch.rand(questions, generator=generator) < 0.5,
+        llm_correct=torch.ones(questions, dtype=torch.bool),
+        question=torch.arange(questions).repeat_interleave(tokens),
+        position=torch.arange(tokens).repeat(questions),
+        hidden=hidden,
+        top_logprobs=-torch.rand((count, 8), generator=generator).sort(dim=1).values.half(),
+        case=case,
+        reference_token=torch.full((count,), 4),
+        slm_token=torch.full((count,), 5),
+        llm_token=torch.full((count,), 4),
+        slm_logprob=-torch.rand(count, generator=generator),
+        llm_logprob=-torch.rand(count, generator=generator),
+        label=torch.where(case == 3, rollout, (case == SLM_RIGHT).long()),
+        rollout=rollout,
+        llm_rollout=torch.where(rollout == 0, 1, -1),
+    )
