@@ -83,6 +83,7 @@ def test_the_ends_are_the_models_alone(pair: Any, results: Results, end: str, th
     spent = [costs.alone(end == "llm", len(prompt), len(row)) for prompt, row in zip(PROMPTS, rows, strict=True)]
     point = results.ends[end]
     assert point.accuracy == np.mean(["y" in TOKENIZER.decode(row) for row in rows])
+    assert point.extracted == np.mean(["a" in TOKENIZER.decode(row) for row in rows])
     assert (point.threshold, point.llm_share) == (threshold, float(end == "llm"))
     assert point.bytes == pytest.approx(sum(one.bytes for one in spent) / sum(map(len, rows)))
 

@@ -29,9 +29,12 @@ def test_texts_are_those_that_each_prompt_gets_alone(pair: Any, batch_tokens: in
     assert decoded.seconds > 0
 
 
-def test_each_prompt_may_have_its_own_threshold(pair: Any):
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+@pytest.mark.parametrize("batch_tokens", [60, 10_000])
+def test_each_prompt_may_have_its_own_threshold(pair: Any, kind: Any, batch_tokens: int):
     thresholds = [0.0, 0.3, 0.5, 0.8, 2.0]
-    decoded = decode(pair, PROMPTS, router_threshold=thresholds, max_new_tokens=8, batch_tokens=60)
+    options: Any = {"router_threshold": kind(thresholds), "max_new_tokens": 8, "batch_tokens": batch_tokens}
+    decoded = decode(pair, PROMPTS, **options)
     for row, (prompt, threshold) in enumerate(zip(PROMPTS, thresholds, strict=True)):
         tokens, to_llm, _, _ = naive_generate(pair, prompt, 8, threshold)
         assert (decoded.tokens[row], decoded.to_llm[row]) == (tokens, to_llm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,7 +62,7 @@ def decode(
     model: CiterForCausalLM,
     prompts: Sequence[Sequence[int]],
     *,
-    router_threshold: float | Sequence[float] | None = None,
+    router_threshold: float | Iterable[float] | None = None,
     max_new_tokens: int,
     alone: Alone | None = None,
     batch_tokens: int = BATCH_TOKENS,
@@ -89,7 +89,9 @@ def decode(
     limit = model.config.max_position_embeddings
     lengths = [len(prompt) for prompt in prompts]
     check_room(lengths, limit, "prompt number {}")
-    thresholds = list(router_threshold) if isinstance(router_threshold, Sequence) else None
+    thresholds: list[float] | None = None
+    if not isinstance(router_threshold, int | float | None):
+        thresholds = [float(threshold) for threshold in router_threshold]
     if thresholds is not None and len(thresholds) != len(prompts):
         raise ValueError(f"router_threshold: expected {len(prompts)}, one per prompt, got {len(thresholds)}.")
 
@@ -97,7 +99,7 @@ def decode(
     texts = Decoded([[]] * len(prompts), [[]] * len(prompts), [[]] * len(prompts), 0.0, 0)
     seconds, llm_calls = 0.0, 0
     for rows, new_tokens in _batches(lengths, max_new_tokens, limit, batch_tokens):
-        threshold = router_threshold if thresholds is None else [thresholds[row] for row in rows]
+        threshold: Any = router_threshold if thresholds is None else [thresholds[row] for row in rows]
         with evaluating(model.router):
             batch = writer.write([prompts[row] for row in rows], new_tokens, threshold)
         seconds += batch.seconds

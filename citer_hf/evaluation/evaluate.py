@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,13 @@ class _Run:
         sizes = {"max_new_tokens": self.max_new_tokens, "batch_tokens": self.batch_tokens}
         return decode(model, self.prompts, **sizes, progress=self.steps.advance, **options)
 
+    def _remember(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what came of a text for every problem, written now or in an earlier run."""
+        if self.store.holds(key):
+            self.steps.skip(len(self.prompts))
+        found: dict[str, Any] = self.store.remember(key, compute)
+        return found
+
     def end(self, name: str) -> _End:
         """Measure one model alone."""
         self.steps.name(f"{name.upper()} alone")
@@ -203,7 +210,7 @@ class _Run:
             decoded = self.decode(self.model, alone=name)
             return {"tokens": decoded.tokens, "seconds": decoded.seconds}
 
-        found = self.store.remember(f"end-{name}", compute)
+        found = self._remember(f"end-{name}", compute)
         tokens, seconds, by_llm = found["tokens"], found["seconds"], name == "llm"
         results = [
             TextResult(
@@ -243,7 +250,7 @@ class _Run:
         def compute() -> dict[str, Any]:
             return self._point(name, router, threshold).as_dict()
 
-        return Point.from_dict(self.store.remember(f"{name}-{threshold!r}", compute))
+        return Point.from_dict(self._remember(f"{name}-{threshold!r}", compute))
 
     def _point(self, name: str, router: nn.Module, threshold: float) -> Point:
         decoded = self.decode(with_router(self.model, router), router_threshold=threshold)

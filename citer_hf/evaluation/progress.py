@@ -21,6 +21,7 @@ class Steps:
     def __init__(self, bar: Progress):
         self._bar = bar
         self._task = bar.task_ids[0]
+        self._skipped = 0
 
     def name(self, description: str) -> None:
         """Say what is done now.
@@ -64,9 +65,19 @@ class Steps:
         """Say how many texts there are.
 
         Args:
-            total: All, those that are done included.
+            total: All, those that are done or skipped included.
         """
-        self._bar.update(self._task, total=total)
+        self._bar.update(self._task, total=total - self._skipped)
+
+    def skip(self, texts: int) -> None:
+        """Note that texts were written in an earlier run; how fast says nothing about the rest.
+
+        Args:
+            texts: How many.
+        """
+        self._skipped += texts
+        total = self._bar.tasks[0].total
+        self._bar.update(self._task, total=None if total is None else total - texts)
 
 
 @contextmanager

@@ -65,21 +65,33 @@ class Store:
                 f"{directory} exists and holds something else ({names}). Choose another directory, or remove it."
             )
 
+    def holds(self, key: str) -> bool:
+        """Say whether something is remembered.
+
+        Args:
+            key: What it is remembered under.
+        """
+        return self._folder is not None and _read(self._path(key)) is not None
+
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return what is remembered under a key, or compute it and remember it.
 
         Args:
-            key: Any text; in file names as it is but for slashes.
+            key: Any text.
             compute: Gives something that JSON can hold.
         """
         if self._folder is None:
             return compute()
-        path = self._folder / f"{key.replace('/', '_')}.json"
+        path = self._path(key)
         found = _read(path)
         if found is None:
             found = {"value": compute()}
             _write(path, found)
         return found["value"]
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{key.replace('/', '_')}.json"
 
     def forget(self) -> None:
         """Remove what was remembered, once the results are written."""

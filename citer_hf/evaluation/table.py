@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,26 +18,28 @@ from .summary import LEVELS
 
 __all__ = ["markdown", "print_tables", "write_markdown"]
 
+WIDE = 140
 ENDS = {"slm": "SLM alone", "llm": "LLM alone"}
+# Lines of a heading; in Markdown they are one.
 POINTS = (
     "method",
     "threshold",
-    "accuracy (95 % interval)",
-    "LLM tokens",
-    "LLM passes / token",
-    "MB / token",
-    "MFLOP / token",
-    "ms / token",
+    "accuracy, %\n(95 % interval)",
+    "LLM\ntokens",
+    "LLM passes\n/ token",
+    "MB\n/ token",
+    "MFLOP\n/ token",
+    "ms\n/ token",
 )
 SUMMARY = (
     "method",
-    "area under the curve",
-    "LLM tokens for 95 % / 98 %",
-    "MB / token for 95 % / 98 %",
-    "accuracy at {} LLM tokens",
+    "area\nunder it",
+    "LLM tokens for\n95 / 98 %",
+    "MB / token for\n95 / 98 %",
+    "right\nat {}",
 )
-COMPARED = "at {:.0f} % of the LLM's accuracy"
-GAIN = "largest lead at equal cost, points"
+COMPARED = "at {:.0f} %"
+GAIN = "largest lead,\npoints"
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
@@ -46,11 +49,11 @@ def print_tables(results: Results, console: Console | None = None) -> None:
         results: The results.
         console: Where to. Default: stdout.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else WIDE)
     for title, header, rows in reversed(list(_tables(results))):
-        table = Table(title=title, box=SIMPLE, title_justify="left")
+        table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
         for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -79,7 +82,8 @@ def markdown(results: Results) -> str:
     parts = []
     for title, header, rows in _tables(results):
         ruler = ["---", *["---:"] * (len(header) - 1)]
-        lines = ["| " + " | ".join(cells) + " |" for cells in (header, ruler, *rows)]
+        heading = [name.replace("\n", " ") for name in header]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (heading, ruler, *rows)]
         parts.append("\n".join([f"**{title}**", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
@@ -87,12 +91,20 @@ def markdown(results: Results) -> str:
 def _tables(results: Results) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:
     problems = results.provenance.get("problems")
     of = f" ({problems} problems)" if problems else ""
-    yield f"What the curves say{of}", _summary_header(results), _summary_rows(results)
+    yield (
+        f"The curves{of}: cost of 95 and 98 % of the LLM's accuracy, answers right at shares of LLM tokens",
+        _summary_header(results),
+        _summary_rows(results),
+    )
     others = [name for name in results.methods if name != results.shipped]
     if results.shipped is not None and others:
         rows = [_comparison(results, name) for name in others]
-        header = [f"{results.shipped} against", *(COMPARED.format(level * 100) for level in LEVELS), GAIN]
-        yield f"Cost saved by {results.shipped} at equal accuracy, in LLM tokens / bytes", header, rows
+        header = ["against", *(COMPARED.format(level * 100) for level in LEVELS), GAIN]
+        yield (
+            f"LLM tokens / bytes saved by {results.shipped} at fractions of the LLM's accuracy; lead at equal cost",
+            header,
+            rows,
+        )
     rows = [_row(name, point) for name, point in _points(results)]
     yield f"All points{of}; bytes and operations as each text decodes alone", POINTS, rows
 
@@ -137,7 +149,7 @@ def _row(name: str, point: Point) -> list[str]:
     return [
         name,
         "" if alone else f"{point.threshold:.5g}",
-        f"{point.accuracy:.1%} ({low:.1%}–{high:.1%})",
+        f"{point.accuracy * 100:.1f} ({low * 100:.1f}–{high * 100:.1f})",
         f"{point.llm_share:.1%}",
         f"{point.llm_calls:.3f}",
         _mega(point.bytes),
