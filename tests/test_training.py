@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
@@ -19,6 +22,7 @@ from citer_hf.training import rounds as rounds_module
 from citer_hf.training import router_trainer
 from citer_hf.training.baselines import train_baselines
 from citer_hf.training.labelling import label_preferences
+from citer_hf.training.labels import Labels
 from citer_hf.training.objectives import OBJECTIVES, QUERY, co_llm_loss, preference_loss
 from citer_hf.training.report import calibration_error, report_on
 from citer_hf.training.router_trainer import TrainingSettings, router_inputs, split_by_question, train_router
@@ -82,7 +86,8 @@ def test_losses_are_those_of_the_equations() -> None:
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path) -> None:
+def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_trainer, "LARGEST_LOG_ODDS", 1e9)
     settings = replace(QUICK, learning_rates=(3e-2, 1e-3), epochs=8, patience=8)
     trained = train_router(LABELS, OBJECTIVES[name], tmp_path, settings)
     inputs = router_inputs(LABELS, trained.spec, trained.validation)
@@ -91,9 +96,8 @@ def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path) -> None:
         part = trained.validation
         loss = OBJECTIVES[name].loss(log_odds, trained.label, LABELS.slm_logprob[part], LABELS.llm_logprob[part])
     losses = [entry["eval_loss"] for entry in trained.history if "eval_loss" in entry]
-    assert len(losses) == 8 and float(loss.mean()) == pytest.approx(min(losses), rel=1e-4) == pytest.approx(
-        trained.loss
-    )
+    assert len(losses) == 8 and trained.loss == min(losses)
+    assert float(loss.mean()) == pytest.approx(min(losses), rel=1e-4)
     assert torch.allclose(log_odds, trained.log_odds, atol=1e-4)
 
 
@@ -122,7 +126,7 @@ def test_scores_do_not_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     trained = train_router(LABELS, OBJECTIVES["citer"], tmp_path, replace(QUICK, epochs=20, patience=20))
     with torch.no_grad():
         everywhere = trained.router.log_odds(router_inputs(LABELS, trained.spec, torch.arange(len(LABELS.case))))
-    assert float(everywhere.abs().max()) == pytest.approx(2.0, rel=1e-4)
+    assert float(everywhere.abs().sort().values[int(0.9 * len(everywhere))]) == pytest.approx(2.0, rel=1e-4)
 
 
 class Interrupt(TrainerCallback):
@@ -218,7 +222,7 @@ def test_a_further_round_rolls_out_its_cases_with_the_new_router(
     monkeypatch.setattr(rounds_module, "relabel", spy)
     train(pair, labels, tmp_path / "out", objective="citer", rounds=2, settings=QUICK, checker=has_letter)
     ((trained, again),) = seen
-    scores = trained.router.log_odds(router_inputs(labels, trained.spec, torch.arange(len(labels.case))))
+    scores = trained.router.log_odds(router_inputs(labels, trained.spec, torch.arange(len(labels.case)))).detach()
     threshold = float(torch.sigmoid(scores.sort().values[len(scores) // 3]))
     policy = with_router(pair, trained.router)
     assert torch.equal(again.rollout[labels.case != 3], labels.rollout[labels.case != 3])
@@ -274,18 +278,12 @@ def test_a_directory_that_holds_something_is_left_alone(labelled: tuple[Any, Any
 
 
 def test_labels_that_are_not_numbers_are_refused(labelled: tuple[Any, Any], tmp_path: Path) -> None:
-    import shutil
-
-    import pyarrow.parquet as pq
-
-    from citer_hf.training.labels import Labels
-
     shutil.copytree(labelled[1].directory, tmp_path / "labels")
     (file, *_) = sorted((tmp_path / "labels" / "data").glob("*.parquet"))
     table = pq.read_table(file)
     values = [float("nan"), *table["slm_logprob"].to_pylist()[1:]]
     place = table.schema.get_field_index("slm_logprob")
-    pq.write_table(table.set_column(place, table.schema.field(place), [values]), file)
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(values, pa.float32())), file)
     with pytest.raises(ValueError, match="NaN or infinite values in slm_logprob"):
         Labels.load(tmp_path / "labels")
 
