@@ -28,7 +28,7 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, metavar="N", help="Long
 BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in a batch, padding included.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 
-BATCH_TOKENS = 1 << 15
+BATCH_TOKENS = 1 << 14
 
 
 def label(
@@ -138,6 +138,9 @@ def evaluate(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Another router for the same pair, made by `citer train`. May be repeated."),
     ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="With --baselines: these alone. [default: all]")
+    ] = None,
     shares: Annotated[
         str | None, typer.Option(metavar="P,...", help="LLM shares at which points are wanted. [default: 13 of them]")
     ] = None,
@@ -168,6 +171,7 @@ def evaluate(
             out,
             baselines=baselines,
             compare=compare or (),
+            methods=None if methods is None else methods.split(","),
             shares=command.parse_numbers("--shares", shares),
             thresholds=command.parse_numbers("--thresholds", thresholds),
             max_new_tokens=max_new_tokens,

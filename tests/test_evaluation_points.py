@@ -81,8 +81,13 @@ def test_runs_on_other_problems_have_no_mean():
     one = make_results(ENDS, {"citer": CURVE}, {})
     with pytest.raises(ValueError, match="not the same problems"):
         average_results([one, make_results({**ENDS, "slm": point(0, 0.3)}, {"citer": CURVE}, {})])
-    with pytest.raises(ValueError, match="same methods"):
-        average_results([one, make_results(ENDS, {"co-llm": CURVE}, {})])
+
+
+def test_a_method_that_one_run_lacks_is_averaged_over_the_others():
+    both = make_results(ENDS, {"citer": CURVE, "entropy": CURVE}, {})
+    averaged = average_results([both, make_results(ENDS, {"citer": CURVE}, {})], [0.2, 0.4])
+    assert averaged.methods["entropy"] == averaged.methods["citer"]
+    assert [len(averaged.provenance["summaries"][name]) for name in ("citer", "entropy")] == [2, 1]
 
 
 def test_results_come_back_as_they_were_written(tmp_path):

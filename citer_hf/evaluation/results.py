@@ -105,6 +105,8 @@ def make_results(
 def average_results(runs: Sequence[Results], shares: Sequence[float] = SHARES) -> Results:
     """Return the mean curves of runs on the same problems with routers of several seeds.
 
+    A method that only some runs hold, because no seed changes it, is averaged over those.
+
     Args:
         runs: The results of each run, at least one.
         shares: Where to take the mean.
@@ -114,16 +116,18 @@ def average_results(runs: Sequence[Results], shares: Sequence[float] = SHARES) -
         summary of each method in each run under `summaries`.
 
     Raises:
-        ValueError: when the runs do not hold the same methods, or their ends differ.
+        ValueError: when their ends differ.
     """
     first = runs[0]
     for run in runs[1:]:
-        if run.methods.keys() != first.methods.keys():
-            raise ValueError(f"runs: expected the same methods in all, got {[sorted(run.methods) for run in runs]}.")
         if any(run.ends[end].accuracy != first.ends[end].accuracy for end in first.ends):
             raise ValueError("runs: the models alone differ in accuracy, so that these are not the same problems.")
-    methods = {name: average_curves(first.ends, [run.methods[name] for run in runs], shares) for name in first.methods}
-    summaries = {name: [run.summary[name] for run in runs] for name in methods}
+    names = dict.fromkeys(name for run in runs for name in run.methods)
+    having = {name: [run for run in runs if name in run.methods] for name in names}
+    methods = {
+        name: average_curves(first.ends, [run.methods[name] for run in some], shares) for name, some in having.items()
+    }
+    summaries = {name: [run.summary[name] for run in some] for name, some in having.items()}
     common = {name: first.provenance.get(name) for name in ("problems", "model")}
     provenance = {**common, "runs": [run.provenance for run in runs], "summaries": summaries}
     return make_results(first.ends, methods, provenance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -23,6 +23,7 @@ def train_baselines(
     labels: Labels,
     settings: TrainingSettings = DEFAULTS,
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
+    methods: Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Train a router with every objective, and query-level routing; add those that need no training.
 
@@ -30,14 +31,20 @@ def train_baselines(
         labels: The labels.
         settings: Of every training.
         report: Told what is being done: a description, routers done, routers in all.
+        methods: Names of those to return. Default: all.
 
     Returns:
         The routers by the names that `results.json` uses.
 
     Raises:
-        ValueError: when nothing can be learned from the labels.
+        ValueError: when nothing can be learned from the labels, or there is no method of some name.
     """
-    objectives = {**OBJECTIVES, "query": QUERY}
+    known = [*OBJECTIVES, "query", *UNTRAINED]
+    unknown = sorted(set(methods or ()) - set(known))
+    if unknown:
+        raise ValueError(f"methods: there is no {unknown[0]!r}; expected some of {known}.")
+    wanted = known if methods is None else methods
+    objectives = {name: one for name, one in {**OBJECTIVES, "query": QUERY}.items() if name in wanted}
     routers: dict[str, nn.Module] = {}
     for name, objective in objectives.items():
         report("training", len(routers), len(objectives))
@@ -45,4 +52,4 @@ def train_baselines(
             routers[name] = train_router(labels, objective, Path(folder), settings).router
     report("training", len(routers), len(objectives))
     hidden_size = labels.hidden.shape[1]
-    return routers | {name: build_router({"type": name}, hidden_size) for name in UNTRAINED}
+    return routers | {name: build_router({"type": name}, hidden_size) for name in UNTRAINED if name in wanted}

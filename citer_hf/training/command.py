@@ -164,6 +164,7 @@ def evaluate(
     *,
     baselines: Path | None,
     compare: Sequence[Path],
+    methods: Sequence[str] | None,
     shares: Sequence[float],
     thresholds: Sequence[float],
     seed: int,
@@ -178,6 +179,7 @@ def evaluate(
         out: Directory for the results.
         baselines: Directory of labels to train other methods on.
         compare: Directories of other routers for the same pair, which take the place of baselines of their name.
+        methods: Names of the baselines; `None` is all.
         shares: LLM shares at which points are wanted; none is the default.
         thresholds: Of the model's own router instead.
         seed: Of the training of baselines and of the bootstrap.
@@ -190,7 +192,7 @@ def evaluate(
             labels = Labels.load(baselines)
             check_made_with(labels.info["made_with"], made_with(model, load_tokenizer(model)), baselines)
             with reporting() as report:
-                routers |= train_baselines(labels, TrainingSettings(seed=seed), report)
+                routers |= train_baselines(labels, TrainingSettings(seed=seed), report, methods)
         routers |= {name_of(directory): load_router(model, directory) for directory in compare}
         results = measure(
             model,

@@ -1,0 +1,122 @@
+"""`citer label`, `train`, `evaluate` and `calibrate`, from the command line."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from citer_hf import CiterForCausalLM
+from citer_hf.evaluation.results import Results
+from citer_hf.training import command
+from citer_hf.training.router_trainer import TrainingSettings
+
+from .chat_pairs import invoke, save_demo_pair
+
+BASELINES = {"citer", "citer-s", "co-llm", "query", "confidence", "entropy", "random"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pair, its data, labels and a router that was trained on them."""
+    folder = tmp_path_factory.mktemp("work")
+    save_demo_pair(folder)
+    invoke("demo", "--export", folder / "train.jsonl", "--problems", 10, "--split", "train")
+    invoke("demo", "--export", folder / "test.jsonl", "--problems", 4)
+    data = ("--data", folder / "train.jsonl", "--checker", f"{__name__}:has_digit")
+    result = invoke("label", folder / "pair", *data, "--out", folder / "labels", "--max-new-tokens", 30)
+    assert result.exit_code == 0, result.output
+    assert "answers labelled" in result.stdout and "roll-outs of the SLM: " in result.stderr
+    result = invoke("train", folder / "pair", "--labels", folder / "labels", "--out", folder / "router", "--epochs", 2)
+    assert result.exit_code == 0, result.output
+    assert "held-out questions" in result.stdout
+    return folder
+
+
+def has_digit(response: str, answer: str) -> bool | None:
+    """Whether a response has the answer's last digit."""
+    return answer[-1] in response if response else None
+
+
+def test_three_commands_give_curves_of_every_method(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "TrainingSettings", partial(TrainingSettings, (1e-2,), epochs=1))
+    out = tmp_path / "results"
+    data = ("--data", work / "test.jsonl", "--checker", f"{__name__}:has_digit", "--max-new-tokens", 20)
+    arguments = (
+        "evaluate",
+        work / "router",
+        *data,
+        "--out",
+        out,
+        "--baselines",
+        work / "labels",
+        "--shares",
+        "0.2,0.5",
+    )
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    values = json.loads((out / "results.json").read_text())
+    assert set(values["methods"]) == BASELINES | {"citer-plus"} and set(values["ends"]) == {"slm", "llm"}
+    keys = {"threshold", "accuracy", "accuracy_ci", "llm_share", "llm_calls", "bytes", "flops", "seconds"}
+    points = [one for method in values["methods"].values() for one in method]
+    assert all(keys <= set(one) for one in points) and values["ends"]["llm"]["llm_share"] == 1
+    assert {file.name for file in out.iterdir()} == {"results.json", "results.md", "curve.png"}
+    assert invoke(*arguments).exit_code == 0
+
+
+def test_routers_of_other_directories_are_compared(work: Path, tmp_path: Path) -> None:
+    other = tmp_path / "co-llm"
+    train = ("train", work / "pair", "--labels", work / "labels", "--objective", "co-llm", "--epochs", 1)
+    assert invoke(*train, "--out", other).exit_code == 0
+    data = ("--data", work / "test.jsonl", "--checker", "math", "--max-new-tokens", 8, "--shares", "0.5")
+    out = tmp_path / "results"
+    result = invoke("evaluate", work / "router", *data, "--out", out, "--compare", other)
+    assert result.exit_code == 0, result.output
+    assert set(Results.read(out / "results.json").methods) == {"citer-plus", "co-llm"}
+    result = invoke("evaluate", work / "router", *data, "--out", tmp_path / "no", "--compare", work / "pair")
+    assert result.exit_code == 1 and "has no provenance.json that names its method" in result.stderr
+
+
+def test_a_threshold_for_a_budget_is_written_into_the_router(work: Path) -> None:
+    before = (work / "router" / "model.safetensors").read_bytes()
+    data = ("--data", work / "test.jsonl", "--max-new-tokens", 20, "--llm-share", 0.5)
+    result = invoke("calibrate", work / "router", *data, "--write")
+    assert result.exit_code == 0, result.output
+    assert "the LLM writes" in result.stdout and "Written into" in result.stdout
+    provenance = json.loads((work / "router" / "provenance.json").read_text())
+    assert provenance["objective"] == "citer-plus" and provenance["calibration"]["wanted"] == {"llm_share": 0.5}
+    loaded = CiterForCausalLM.from_pretrained(work / "router")
+    assert loaded.config.router_threshold == provenance["calibration"]["threshold"]
+    assert (work / "router" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("label", "{work}/pair", "--data", "{work}/no.jsonl", "--checker", "math", "--out", "{tmp}/x"), "no.jsonl"),
+        (("label", "{work}/pair", "--data", "{work}/test.jsonl", "--checker", "maths", "--out", "{tmp}/x"), "'maths'"),
+        (("label", "{work}/pair", "--data", "{work}/test.jsonl", "--checker", "math", "--out", "{work}"), "holds"),
+        (("train", "{work}/pair", "--labels", "{work}", "--out", "{tmp}/x"), "holds no labels"),
+        (("train", "{work}/pair", "--labels", "{work}/labels", "--out", "{tmp}/x", "--learning-rate", "0"), "above 0"),
+        (("evaluate", "{work}/pair", "--data", "{work}/test.jsonl", "--checker", "math", "--out", "{work}"), "{work}"),
+        (("calibrate", "{work}/pair", "--data", "{work}/test.jsonl"), "expected exactly one"),
+        (("calibrate", "{work}/pair", "--data", "{work}/test.jsonl", "--accuracy", "0.9"), "needs a checker"),
+        (("calibrate", "user/router", "--data", "x", "--llm-share", "0.2", "--write"), "is no directory"),
+        (
+            ("label", "{work}/pair", "--data", "x", "--checker", "math", "--out", "{tmp}/x", "--map", "a"),
+            "FIELD=COLUMN",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(
+    work: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    before = sorted(str(file) for file in work.rglob("*"))
+    result = invoke(*(one.format(work=work, tmp=tmp_path) for one in arguments))
+    assert result.exit_code == 1 and message.format(work=work) in " ".join(result.stderr.split())
+    assert result.stderr.count("Error: ") == 1 and "Traceback" not in result.stderr
+    assert sorted(str(file) for file in work.rglob("*")) == before
