@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 import citer_hf
 from citer_hf import CiterForCausalLM
@@ -21,7 +22,16 @@ from citer_hf.bench.machine import processor_name
 
 from .examples import Example
 
-__all__ = ["anonymous", "data_fingerprint", "describe_run", "fingerprint", "model_fingerprint", "module_fingerprint"]
+__all__ = [
+    "anonymous",
+    "base_model_fingerprint",
+    "data_fingerprint",
+    "describe_run",
+    "fingerprint",
+    "model_fingerprint",
+    "module_fingerprint",
+    "versions",
+]
 
 # Numbers of each weight that enter a base model's fingerprint: all would take minutes for a large model.
 SAMPLE = 32
@@ -67,21 +77,38 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def model_fingerprint(model: CiterForCausalLM) -> str:
-    """Return the sha256 of both models' configurations and of a sample of each weight.
+    """Return the sha256 of both models, and of the precision that they are loaded in.
 
     Args:
         model: The pair; its router does not matter.
     """
-    digest = hashlib.sha256()
-    for part in (model.slm, model.llm):
-        digest.update(type(part).__qualname__.encode())
-        for name, tensor in part.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.device.type != "meta":
-                flat = tensor.detach().flatten()
-                sample = flat[:: max(flat.numel() // SAMPLE, 1)]
-                digest.update(str(sample.cpu().tolist()).encode())
+    return fingerprint([[base_model_fingerprint(part), str(part.dtype)] for part in (model.slm, model.llm)])
+
+
+def base_model_fingerprint(model: PreTrainedModel) -> str:
+    """Return the sha256 of a base model's shapes and of a sample of each weight; its precision does not matter.
+
+    Args:
+        model: A base model. Of weights that are offloaded, only the shapes are looked at.
+    """
+    digest = hashlib.sha256(str(model.config.model_type).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(flat.numel() // SAMPLE, 1)].to(torch.bfloat16)
+            digest.update(str(sample.cpu().tolist()).encode())
     return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what numbers depend on."""
+    return {
+        "citer_hf": citer_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def describe_run(model: CiterForCausalLM) -> dict[str, Any]:
@@ -97,14 +124,8 @@ def describe_run(model: CiterForCausalLM) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(device) if on_cuda else processor_name(),
         "threads": torch.get_num_threads(),
     }
-    versions = {
-        "citer_hf": citer_hf.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     return {
-        "versions": versions,
+        "versions": versions(),
         "machine": machine,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": _reference(model),

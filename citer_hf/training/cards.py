@@ -8,11 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
-import transformers
-
-import citer_hf
+from citer_hf.evaluation.provenance import versions
 from citer_hf.files import written_beside
 
 from .labels import INFO
@@ -20,7 +16,7 @@ from .outcomes import Outcome
 from .reading import ReadTokens
 from .rollouts import RollOut
 
-__all__ = ["versions", "write_card"]
+__all__ = ["write_card"]
 
 CASES = {1: "the SLM's token is the reference", 2: "the LLM's is, the SLM's is not", 3: "neither is"}
 CARD = """---
@@ -53,16 +49,6 @@ Which of two models should write each token of {questions} reference answers ({t
 
 `{info}` has the arguments, versions and fingerprints of what the labels were made with.
 """
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what numbers depend on."""
-    return {
-        "citer_hf": citer_hf.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
 
 
 def write_card(

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
+from citer_hf.evaluation.provenance import base_model_fingerprint, fingerprint
 from citer_hf.evaluation.tokens import Encoded, template_fingerprint, tokenizer_fingerprint
 from citer_hf.hidden_states_citer import hidden_size_of
 
-__all__ = ["check_made_with", "fingerprint", "fingerprint_of_questions", "made_with"]
+__all__ = ["check_made_with", "fingerprint_of_questions", "made_with"]
 
-# Elements of every tensor that are looked at: enough to tell two trainings apart, quick for a model of any size.
-SAMPLED = 64
 NAMES = {
     "slm": "SLM",
     "llm": "LLM",
@@ -36,8 +30,8 @@ def made_with(model: Any, tokenizer: Any) -> dict[str, Any]:
         tokenizer: Its tokenizer.
     """
     return {
-        "slm": fingerprint(model.slm),
-        "llm": fingerprint(model.llm),
+        "slm": base_model_fingerprint(model.slm)[:16],
+        "llm": base_model_fingerprint(model.llm)[:16],
         "layer": "last",
         "hidden_size": hidden_size_of(model.slm),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -65,29 +59,10 @@ def check_made_with(found: dict[str, Any], expected: dict[str, Any], directory: 
         )
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return a hash of a model's shape and of a sample of its weights; the dtype it is loaded in does not matter.
-
-    Args:
-        model: A base model. Of weights that are offloaded, only the shapes are looked at.
-    """
-    digest = hashlib.sha256(str(model.config.model_type).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if tensor.device.type != "meta":
-            flat = tensor.detach().reshape(-1)
-            places = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat))).long().to(flat.device)
-            digest.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def fingerprint_of_questions(questions: Sequence[Encoded]) -> str:
     """Return a hash of questions, their references and answers, in their order.
 
     Args:
         questions: All questions.
     """
-    digest = hashlib.sha256()
-    for one in questions:
-        digest.update(json.dumps([asdict(one.example), one.prompt_ids, one.response_ids]).encode())
-    return digest.hexdigest()[:16]
+    return fingerprint([[asdict(one.example), one.prompt_ids, one.response_ids] for one in questions])[:16]

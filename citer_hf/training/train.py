@@ -12,10 +12,10 @@ from typing import Any
 from citer_hf.evaluation.checkers import Checker, get_checker
 from citer_hf.evaluation.decoding import with_router
 from citer_hf.evaluation.examples import read_examples
+from citer_hf.evaluation.provenance import versions
 from citer_hf.files import written_beside
 from citer_hf.hidden_states_citer import hidden_size_of
 
-from .cards import versions
 from .fingerprint import check_made_with, made_with
 from .labelling import load_tokenizer
 from .labels import Labels
