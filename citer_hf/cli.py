@@ -159,19 +159,20 @@ def bench(
 
             if gpu is None and bandwidth is None:
                 raise ValueError("--simulate: give the machine, as --gpu h100 or as --bandwidth 2039 (GB/s).")
-            found = projections.simulate_command(
-                source.model or str(slm),
-                None if source.model else llm,
-                device=gpu,
-                bandwidth_gb_s=bandwidth,
-                slm_bits=slm_bits,
-                llm_bits=llm_bits,
-                shares=wanted.shares,
-                batch_sizes=(batch_size,),
-                context=prompt_length + max_new_tokens,
-                tensor_parallel=tensor_parallel,
-                replicas=replicas,
-            )
+            with projections.named_as_options(router=source.model is not None):
+                found = projections.simulate_command(
+                    source.model or str(slm),
+                    None if source.model else llm,
+                    device=gpu,
+                    bandwidth_gb_s=bandwidth,
+                    slm_bits=slm_bits,
+                    llm_bits=llm_bits,
+                    shares=wanted.shares,
+                    batch_sizes=(batch_size,),
+                    context=prompt_length + max_new_tokens,
+                    tensor_parallel=tensor_parallel,
+                    replicas=replicas,
+                )
             typer.echo(projections.to_json(found) if json else projections.table(found))
             return
         status = command.bench_command(source, wanted, json, plot)

@@ -17,6 +17,7 @@ from .configuration_citer import CiterConfig, check_threshold_value
 from .generation_citer import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache, check_threshold_tensor
 from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, watch, watched
 from .loading_citer import CiterLoadingMixin
+from .memory_citer import explained, is_out_of_memory
 from .pair_citer import check_pair
 from .routing_citer import CUSTOM_ROUTER, build_router
 from .small_products_citer import weights_first
@@ -202,6 +203,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         Raises:
             ValueError: for input embeddings, no input, a threshold that means nothing, or a cache of another batch.
             TypeError: for a cache that is not a `CiterCache`.
+            torch.OutOfMemoryError: when a model runs out of memory (on a CPU, torch's `RuntimeError`); it says which
+                model, what that needs, and what helps.
         """
         if kwargs.pop("inputs_embeds", None) is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
@@ -364,8 +367,16 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         if device != input_ids.device and device.type != "meta":
             input_ids = input_ids.to(device)
             inputs = {key: to_device(value, device) for key, value in inputs.items()}
-        with weights_first(model, input_ids.numel()):
-            return model(input_ids=input_ids, past_key_values=cache, return_dict=True, **inputs, **kwargs)
+        try:
+            with weights_first(model, input_ids.numel()):
+                return model(input_ids=input_ids, past_key_values=cache, return_dict=True, **inputs, **kwargs)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, tokens = input_ids.shape
+            # A cache tells how long its text is as far as the pass has come.
+            length = max(tokens, 0 if cache is None else int(cache.get_seq_length()))
+            raise explained(error, name, model, rows, tokens, length) from error
 
 
 MODELS = ("slm", "llm")

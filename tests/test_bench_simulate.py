@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import Qwen3Config
+from typer.testing import CliRunner
 
 from citer_hf.bench.costs import ModelCost, cost_of_config
 from citer_hf.bench.projections import simulate_command, table, to_json
 from citer_hf.bench.simulate import DEVICES, Projection, asynchronous_passes, project
+from citer_hf.cli import app
 from citer_hf.demo import PAIR
 from citer_hf.waiting_citer import passes_per_position
 
@@ -247,5 +250,33 @@ def test_a_file_that_is_no_configuration_or_no_router_is_refused(tmp_path: Path)
     with pytest.raises(ValueError, match=r"^slm: .* no model_type"):
         simulate_command(str(file), device="h100")
     file.write_text(tiny_config("llama").to_json_string())
-    with pytest.raises(ValueError, match=r"^slm: expected a router, .* Give llm too"):
+    with pytest.raises(ValueError, match=r"^slm: expected a router, .* Give two models"):
         simulate_command(str(file), device="h100")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--gpu", "abacus"], "--gpu: expected one of .*got 'abacus'. Choose one, or give --bandwidth."),
+        (["demo", "--bandwidth", "-1"], "--bandwidth: .* got -1.0. Correct --bandwidth."),
+        (["demo", "--gpu", "h100", "--slm-bits", "0"], "--slm-bits: .* Correct --slm-bits."),
+        (["demo", "--gpu", "h100", "--llm-bits", "99"], "--llm-bits: .* Correct --llm-bits."),
+        (["demo", "--gpu", "h100", "--replicas", "0"], "--replicas: .* Correct --replicas."),
+        (["demo", "--gpu", "h100", "--tensor-parallel", "0"], "--tensor-parallel: .* Correct --tensor-parallel."),
+        (["demo", "--gpu", "h100", "--tensor-parallel", "3"], "--tensor-parallel: expected a divisor"),
+        (["--slm", "none.json", "--llm", "none.json", "--gpu", "h100"], "--slm: .* got 'none.json'"),
+        (["--slm", str(PAIR), "--llm", str(PAIR), "--gpu", "h100"], "--slm: expected one model"),
+        (["demo"], "--simulate: give the machine"),
+    ],
+)
+def test_the_command_line_names_its_options(arguments: list[str], message: str):
+    result = CliRunner().invoke(app, ["bench", "--simulate", *arguments])
+    assert result.exit_code == 1
+    assert re.match(f"Error: {message}", result.stderr)
+
+
+def test_a_model_where_a_router_is_expected_is_called_by_its_place(tmp_path: Path):
+    (tmp_path / "config.json").write_text(tiny_config("llama").to_json_string())
+    result = CliRunner().invoke(app, ["bench", "--simulate", str(tmp_path), "--gpu", "h100"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: MODEL: expected a router")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,15 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from citer_hf.memory_citer import GB, is_out_of_memory, weight_bytes
+
 from .costs import cost_of_config, cost_of_model
 
 __all__ = ["DoesNotFitError", "both_models", "explain_out_of_memory", "loading", "one_model"]
-
-GB = 1e9
-ALLOCATION_FAILED = re.compile(
-    r"(can't|can ?not|could not|couldn't|failed to|unable to) allocate|out of memory|not enough memory|bad_alloc",
-    re.IGNORECASE,
-)
 
 
 class DoesNotFitError(OSError):
@@ -47,17 +42,6 @@ def explain_out_of_memory(device: str, available: int, describe: Callable[[], st
             "--dtype bfloat16 (half of float32); a smaller --batch-size, --prompt-length or --max-new-tokens; a "
             "quantized model, or another --device (auto spreads the models over all there are)."
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory ran out: torch, Python and the system each have their own.
-
-    Args:
-        error: What was raised.
-    """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and ALLOCATION_FAILED.search(str(error)) is not None
 
 
 def loading(slm: PreTrainedConfig, llm: PreTrainedConfig, dtype: str, available: int) -> str:
@@ -114,5 +98,4 @@ def both_models(slm: Any, llm: Any, tokens: int) -> str:
 
 def weights_and_cache(model: Any, tokens: int) -> tuple[float, float]:
     """Bytes of a loaded model's weights, and of its cache with this many tokens."""
-    weights = sum(part.nbytes for part in model.parameters()) + sum(part.nbytes for part in model.buffers())
-    return float(weights), float(cost_of_model(model).kv_bytes_per_token) * tokens
+    return weight_bytes(model), float(cost_of_model(model).kv_bytes_per_token) * tokens

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,16 @@ from citer_hf.waiting_citer import rows_to_wait_for
 from .costs import cost_of_config
 from .simulate import DEVICES, Projection, check_number, project
 
-__all__ = ["simulate_command", "table", "to_json"]
+__all__ = ["named_as_options", "simulate_command", "table", "to_json"]
+
+# What the command line calls the arguments of `simulate_command`.
+OPTIONS = {
+    "device": "--gpu",
+    "bandwidth_gb_s": "--bandwidth",
+    "slm": "--slm",
+    "llm": "--llm",
+    **{name: "--" + name.replace("_", "-") for name in ("slm_bits", "llm_bits", "tensor_parallel", "replicas")},
+}
 
 
 def simulate_command(
@@ -76,6 +87,30 @@ def simulate_command(
                 machine_and_rows = {**machine, "waiting_rows": min(waiting, batch_size)}
                 projections.append(project(*costs, share=share, batch_size=batch_size, **machine_and_rows))
     return projections
+
+
+@contextmanager
+def named_as_options(router: bool) -> Iterator[None]:
+    """Let errors about an argument of `simulate_command` name the option of the command line.
+
+    Args:
+        router: Whether the first model is the command's MODEL.
+
+    Raises:
+        ValueError: in the place of one that names an argument.
+        FileNotFoundError: likewise.
+    """
+    names = {**OPTIONS, "slm": "MODEL"} if router else OPTIONS
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        argument, colon, said = str(error).partition(": ")
+        if not colon or argument not in names:
+            raise
+        # "Correct device." and the like; what was given stays as it was.
+        said = re.sub(rf"(Correct|give) ({'|'.join(names)})\.$", lambda found: f"{found[1]} {names[found[2]]}.", said)
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{names[argument]}: {said}") from error
 
 
 def table(projections: Sequence[Projection]) -> str:
@@ -140,7 +175,9 @@ def _config(argument: str, name: str, router: bool = False) -> Any:
     else:
         config = AutoConfig.from_pretrained(str(path) if path.exists() else name)
     if isinstance(config, CiterConfig) != router:
-        expected, remedy = ("a router", "Give llm too.") if router else ("one model", "Give the router alone.")
+        expected, remedy = (
+            ("a router", "Give two models, an SLM and an LLM.") if router else ("one model", "Give the router alone.")
+        )
         raise ValueError(f"{argument}: expected {expected}, got {name!r}, a {config.model_type}. {remedy}")
     return config
 
