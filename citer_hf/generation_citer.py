@@ -17,6 +17,7 @@ from transformers import (
     QuantizedCache,
 )
 from transformers.generation import StoppingCriteriaList
+from transformers.utils import logging
 
 from .cache_citer import CiterCache
 from .configuration_citer import check_threshold_value
@@ -26,6 +27,9 @@ from .one_row_citer import decode_one_row
 from .routing_citer import Routing
 from .rows_citer import WaitingPolicy, decode_rows
 from .rows_support_citer import rows_can_part
+from .static_citer import decode_static, why_no_static_cache, why_not_static
+
+logger = logging.get_logger(__name__)
 
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
@@ -42,7 +46,7 @@ KNOWN_KEYWORDS = frozenset(
         "use_cache",
     }
 )
-CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized")
+CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized", "static")
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -126,6 +130,9 @@ class CiterGenerationMixin(GenerationMixin):
         elif generation_config.use_cache is not False:
             check_cache_implementation(generation_config.cache_implementation)
             model_kwargs["past_key_values"] = self._make_cache(generation_config)
+            if generation_config.cache_implementation == "static":
+                wanted = getattr(generation_config, "max_cache_len", None) or 0
+                model_kwargs["past_key_values"].max_cache_len = max(max_cache_length, wanted)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
             return None
@@ -173,6 +180,10 @@ class CiterGenerationMixin(GenerationMixin):
         together = input_ids.shape[0] > 1 and (
             waiting_rows == 1 or decoding is None or not rows_can_part(self, decoding)
         )
+        if self._decodes_statically(decoding, kwargs.get("past_key_values")):
+            logits = self._prefill(input_ids, generation_config, kwargs).logits
+            with self._optimize_model_for_decode():
+                return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
         if decoding is not None and not together:
             logits = self._prefill(input_ids, generation_config, kwargs).logits
             with self._optimize_model_for_decode():
@@ -183,6 +194,14 @@ class CiterGenerationMixin(GenerationMixin):
         return super()._sample(
             input_ids, logits_processor, finished, generation_config, finished_rows=finished, **kwargs
         )
+
+    def _decodes_statically(self, decoding: Decoding | None, cache: Any) -> bool:
+        if getattr(cache, "max_cache_len", None) is None:
+            return False
+        reason = why_no_static_cache(self) or why_not_static(self, decoding)
+        if reason:
+            warn_of_dynamic_cache(reason)
+        return not reason
 
     def _plan(
         self,
@@ -246,6 +265,8 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("waiting_rows", None)
+        if getattr(kwargs.get("past_key_values"), "max_cache_len", None) is not None:
+            warn_of_dynamic_cache("beams reorder their rows at every token")
         finished = FinishedBeams(generation_config.num_beams)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         token = _finished_beams.set(finished)
@@ -370,6 +391,18 @@ def check_cache(cache: Any) -> None:
             f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no room for the LLM's "
             "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
         )
+
+
+def warn_of_dynamic_cache(reason: str) -> None:
+    """Say, once per reason, that a text is written with caches that grow though static ones were asked for.
+
+    Args:
+        reason: Why.
+    """
+    logger.warning_once(
+        f"cache_implementation='static': {reason}. The text is the same, written with a cache that grows and passes "
+        "that are not compiled."
+    )
 
 
 def check_cache_implementation(name: str | None) -> None:
