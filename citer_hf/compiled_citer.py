@@ -52,7 +52,7 @@ class Step:
             device: Where the pass runs.
         """
         if self._compiled is not None and device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any) -> Any:
         if self._compiled is not None:
@@ -133,6 +133,7 @@ def new_workspace(
     compiled = slm_options is not None or llm_options is not None
     capacity = max(1 << (length - 1).bit_length(), 256) + 64 if compiled else -(-(length + 1) // 64) * 64
     work = Workspace(rows, capacity, model.slm.device)
+    work.compiled = compiled
     work.steps = {
         "slm_step": Step(slm_step, slm_options),
         "slm_pass": Step(slm_pass, slm_options),
@@ -251,8 +252,8 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         function: A function without a closure.
     """
-    code: Any = function.__code__  # type: ignore[attr-defined]
-    return types.FunctionType(code.replace(), function.__globals__, function.__name__)  # type: ignore[attr-defined]
+    code: Any = function.__code__
+    return types.FunctionType(code.replace(), function.__globals__, function.__name__)
 
 
 def prepare_thread(device: torch.device) -> None:

@@ -17,7 +17,6 @@ from transformers import (
     QuantizedCache,
 )
 from transformers.generation import StoppingCriteriaList
-from transformers.utils import logging
 
 from .cache_citer import CiterCache
 from .configuration_citer import check_threshold_value
@@ -27,9 +26,7 @@ from .one_row_citer import decode_one_row
 from .routing_citer import Routing
 from .rows_citer import WaitingPolicy, decode_rows
 from .rows_support_citer import rows_can_part
-from .static_citer import decode_static, why_no_static_cache, why_not_static
-
-logger = logging.get_logger(__name__)
+from .static_citer import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
 
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
@@ -180,7 +177,7 @@ class CiterGenerationMixin(GenerationMixin):
         together = input_ids.shape[0] > 1 and (
             waiting_rows == 1 or decoding is None or not rows_can_part(self, decoding)
         )
-        if self._decodes_statically(decoding, kwargs.get("past_key_values")):
+        if asks_for_static(kwargs.get("past_key_values")) and decodes_statically(decoding, self):
             logits = self._prefill(input_ids, generation_config, kwargs).logits
             with self._optimize_model_for_decode():
                 return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
@@ -194,14 +191,6 @@ class CiterGenerationMixin(GenerationMixin):
         return super()._sample(
             input_ids, logits_processor, finished, generation_config, finished_rows=finished, **kwargs
         )
-
-    def _decodes_statically(self, decoding: Decoding | None, cache: Any) -> bool:
-        if getattr(cache, "max_cache_len", None) is None:
-            return False
-        reason = why_no_static_cache(self) or why_not_static(self, decoding)
-        if reason:
-            warn_of_dynamic_cache(reason)
-        return not reason
 
     def _plan(
         self,
@@ -265,7 +254,7 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("waiting_rows", None)
-        if getattr(kwargs.get("past_key_values"), "max_cache_len", None) is not None:
+        if asks_for_static(kwargs.get("past_key_values")):
             warn_of_dynamic_cache("beams reorder their rows at every token")
         finished = FinishedBeams(generation_config.num_beams)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
@@ -391,18 +380,6 @@ def check_cache(cache: Any) -> None:
             f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no room for the LLM's "
             "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
         )
-
-
-def warn_of_dynamic_cache(reason: str) -> None:
-    """Say, once per reason, that a text is written with caches that grow though static ones were asked for.
-
-    Args:
-        reason: Why.
-    """
-    logger.warning_once(
-        f"cache_implementation='static': {reason}. The text is the same, written with a cache that grows and passes "
-        "that are not compiled."
-    )
 
 
 def check_cache_implementation(name: str | None) -> None:

@@ -147,20 +147,20 @@ class Workspace:
         threshold: The SLM writes where `p_slm` reaches it, `[rows, 1]`.
         rooms: Keys and values of the two models; the LLM's once it has read the prompts.
         steps: The passes, compiled or not, by what they are and how many tokens they read.
+        compiled: Whether any of them is.
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device):
         self.rows, self.capacity, self.device = rows, capacity, device
-        with torch.inference_mode(False):
-            long = {"dtype": torch.long, "device": device}
-            self.tokens = at_fixed_address(torch.zeros((rows, capacity), **long))
-            self.readable = at_fixed_address(torch.zeros((rows, capacity), dtype=torch.bool, device=device))
-            self.control = at_fixed_address(torch.zeros((rows, 3), **long))
-            self.offset = at_fixed_address(torch.zeros((rows, 1), **long))
-            self.threshold = at_fixed_address(torch.zeros((rows, 1), device=device))
-            self._from_host = torch.zeros((rows, 3), dtype=torch.long, pin_memory=device.type == "cuda")
+        self.tokens = fixed_zeros((rows, capacity), torch.long, device)
+        self.readable = fixed_zeros((rows, capacity), torch.bool, device)
+        self.control = fixed_zeros((rows, 3), torch.long, device)
+        self.offset = fixed_zeros((rows, 1), torch.long, device)
+        self.threshold = fixed_zeros((rows, 1), torch.float32, device)
+        self._from_host = torch.zeros((rows, 3), dtype=torch.long, pin_memory=device.type == "cuda")
         self.rooms: dict[str, Room] = {}
         self.steps: dict[Any, Any] = {}
+        self.compiled = False
 
     @property
     def nowhere(self) -> int:
@@ -198,6 +198,17 @@ def at_fixed_address(tensor: torch.Tensor) -> torch.Tensor:
     """
     torch._dynamo.mark_static_address(tensor, guard=False)
     return tensor
+
+
+def fixed_zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros that stay where they are.
+
+    Args:
+        shape: Their shape.
+        dtype: Their dtype.
+        device: Where they are.
+    """
+    return at_fixed_address(torch.zeros(shape, dtype=dtype, device=device))
 
 
 # ---- the passes: functions of a model and a workspace alone, which a compiler can trace ---------------------------

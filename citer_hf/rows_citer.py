@@ -15,7 +15,7 @@ from .draws_citer import Draws
 from .layers_citer import RowsCache
 from .masks_citer import attention_masks, mask_kinds
 from .rows_support_citer import processor_of_row, reads_no_text
-from .waiting_citer import pressure, rows_to_wait_for
+from .waiting_citer import Pace, pressure, rows_to_wait_for
 
 WaitingPolicy = Callable[[int, float, float], int]
 
@@ -64,35 +64,6 @@ def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = 
             writing, rows.waiting = writing + rows.waiting, []
         rows.write(writing, logits)
     return rows.finish()
-
-
-class Pace:
-    """How long an SLM step and a call of the LLM take.
-
-    Until both have been seen, an SLM step is taken to cost a tenth of a call.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = {"slm": 0.0, "llm": 0.0}
-        self._count = {"slm": 0, "llm": 0}
-
-    def note(self, model: str, seconds: float) -> None:
-        """Add a measurement.
-
-        Args:
-            model: `slm` or `llm`.
-            seconds: What one forward pass took.
-        """
-        self._seconds[model] += seconds
-        self._count[model] += 1
-
-    @property
-    def ratio(self) -> float:
-        """Time of an SLM step over time of an LLM call."""
-        if not all(self._count.values()):
-            return 0.1
-        slm, llm = (self._seconds[name] / self._count[name] for name in ("slm", "llm"))
-        return slm / llm
 
 
 class Rows:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, TypeGuard
 
 import torch
+from transformers.utils import logging
 
 from .compiled_citer import catch_up, read_and_decide
 from .decoding_citer import Decoding
@@ -13,6 +15,8 @@ from .layers_citer import layers_can_part
 from .room_citer import Room, Workspace, read_with_slm
 from .rows_citer import Rows, WaitingPolicy, write_rows
 from .rows_support_citer import ARCHITECTURES, criteria_part_rows, ever_mixed, is_known, processors_part_rows
+
+logger = logging.get_logger(__name__)
 
 
 def decode_static(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
@@ -85,6 +89,10 @@ class StaticRows(Rows):
         name = "slm" if cache is self.cache.slm else "llm"
         return self.work.take(name, getattr(self.model, name), cache)
 
+    def _reading(self) -> Any:
+        # Recorded graphs have no operations to launch, so that inference mode has nothing to save.
+        return nullcontext() if self.work.compiled else self.decoding.reading()
+
     def _tell(self) -> None:
         self.work.tell(
             [
@@ -105,7 +113,7 @@ class StaticRows(Rows):
         """
         began = time.perf_counter()
         self._tell()
-        with self.decoding.reading():
+        with self._reading():
             (logits, scores, to_llm, best), settled = read_and_decide(self.model, self.work)
         logits = logits[:, -1]
         moving = [row for row in self.unfinished if row not in self.waiting]
@@ -126,7 +134,7 @@ class StaticRows(Rows):
 
     def _run_slm(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = self.text.gather(1, self.width + columns)
-        with self.decoding.reading():
+        with self._reading():
             logits, hidden = read_with_slm(self.model, self.work, ids, self.start + columns)
             return logits, self.model.router(hidden, logits)
 
@@ -145,7 +153,7 @@ class StaticRows(Rows):
         began = time.perf_counter()
         self._tell()
         unread = max(self.written[row] - self.seen_by_llm[row] for row in self.unfinished)
-        with self.decoding.reading():
+        with self._reading():
             logits, settled = catch_up(self.model, self.work, unread)
         self._note_call()
         self._call_began = began if settled else None
@@ -223,6 +231,40 @@ class StaticRows(Rows):
         for room in self.work.rooms.values():
             room.let_go(keep=self.cache_is_wanted)
         return output
+
+
+def asks_for_static(cache: Any) -> bool:
+    """Say whether a cache is one for which `generate` takes its static path.
+
+    Args:
+        cache: A `CiterCache` or nothing.
+    """
+    return getattr(cache, "max_cache_len", None) is not None
+
+
+def decodes_statically(decoding: Decoding | None, model: Any) -> TypeGuard[Decoding]:
+    """Say whether a text can be written with static caches, and warn, once per reason, where it cannot.
+
+    Args:
+        decoding: What is asked for; `None` where only the loop of transformers does that.
+        model: The pair.
+    """
+    reason = why_no_static_cache(model) or why_not_static(model, decoding)
+    if reason:
+        warn_of_dynamic_cache(reason)
+    return not reason
+
+
+def warn_of_dynamic_cache(reason: str) -> None:
+    """Say, once per reason, that a text is written with caches that grow though static ones were asked for.
+
+    Args:
+        reason: Why.
+    """
+    logger.warning_once(
+        f"cache_implementation='static': {reason}. The text is the same, written with a cache that grows and passes "
+        "that are not compiled."
+    )
 
 
 def why_not_static(model: Any, decoding: Decoding | None) -> str:
