@@ -262,7 +262,7 @@ class CiterCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: its two caches grow."""
+        """False: `generate` compiles the passes of the two models itself, where the cache is static."""
         return False
 
     @property

@@ -132,8 +132,7 @@ def new_workspace(
     """
     compiled = slm_options is not None or llm_options is not None
     capacity = max(1 << (length - 1).bit_length(), 256) + 64 if compiled else -(-(length + 1) // 64) * 64
-    work = Workspace(rows, capacity, model.slm.device)
-    work.compiled = compiled
+    work = Workspace(rows, capacity, model.slm.device, compiled)
     work.steps = {
         "slm_step": Step(slm_step, slm_options),
         "slm_pass": Step(slm_pass, slm_options),

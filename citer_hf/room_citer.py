@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 from .layers_citer import room_like, show
 from .masks_citer import MaskKinds, attention_masks, mask_kinds
@@ -19,7 +19,7 @@ BUCKETS = (1, 4, 16, 64)
 LAST, UNREAD, TOKEN = range(3)
 
 
-class PlacedLayer(CacheLayerMixin):
+class PlacedLayer(DynamicLayer):
     """One layer's keys and values during one forward pass, whose new tokens go to given places.
 
     Args:
@@ -28,15 +28,10 @@ class PlacedLayer(CacheLayerMixin):
         places: Where the new tokens go, `[batch, tokens]`.
     """
 
-    is_sliding = False
-
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor):
         super().__init__()
         self.keys, self.values, self.places = keys, values, places
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the room is there."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -54,18 +49,6 @@ class PlacedLayer(CacheLayerMixin):
         self.values.scatter_(-2, places.expand_as(value_states), value_states)
         return self.keys, self.values
 
-    def get_seq_length(self) -> int:
-        """Return the number of places."""
-        return self.keys.shape[-2]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the keys that a query sees."""
-        return self.keys.shape[-2], 0
-
-    def get_max_length(self) -> int:
-        """Return the number of places."""
-        return self.keys.shape[-2]
-
 
 class Room:
     """The keys and values of one model, for a number of tokens that does not change.
@@ -74,13 +57,14 @@ class Room:
         model: The model.
         cache: Its cache, which holds the prompts: the shapes of the layers are taken from it.
         capacity: Number of places, the last of which is for what nobody reads.
+        compiled: Whether compiled passes use it.
     """
 
-    def __init__(self, model: Any, cache: Cache, capacity: int):
+    def __init__(self, model: Any, cache: Cache, capacity: int, compiled: bool):
         self.windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
         self.kinds: MaskKinds = mask_kinds(model, self.windows)
         self.states = [
-            tuple(at_fixed_address(room_like(states, capacity)) for states in (layer.keys, layer.values))
+            tuple(kept_in_place(room_like(states, capacity), compiled) for states in (layer.keys, layer.values))
             for layer in cache.layers
         ]
         self._layers: list[Any] = []
@@ -138,6 +122,7 @@ class Workspace:
         rows: Rows of the batch.
         capacity: Number of places, from the first token of the prompts; the last is for what nobody reads.
         device: Of the SLM.
+        compiled: Whether any of its passes is compiled.
 
     Attributes:
         tokens: Token ids by place, where the LLM may still have to read them, `[rows, capacity]`.
@@ -147,20 +132,22 @@ class Workspace:
         threshold: The SLM writes where `p_slm` reaches it, `[rows, 1]`.
         rooms: Keys and values of the two models; the LLM's once it has read the prompts.
         steps: The passes, compiled or not, by what they are and how many tokens they read.
-        compiled: Whether any of them is.
     """
 
-    def __init__(self, rows: int, capacity: int, device: torch.device):
-        self.rows, self.capacity, self.device = rows, capacity, device
-        self.tokens = fixed_zeros((rows, capacity), torch.long, device)
-        self.readable = fixed_zeros((rows, capacity), torch.bool, device)
-        self.control = fixed_zeros((rows, 3), torch.long, device)
-        self.offset = fixed_zeros((rows, 1), torch.long, device)
-        self.threshold = fixed_zeros((rows, 1), torch.float32, device)
+    def __init__(self, rows: int, capacity: int, device: torch.device, compiled: bool = False):
+        self.rows, self.capacity, self.device, self.compiled = rows, capacity, device, compiled
+
+        def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
+            return kept_in_place(torch.zeros((rows, columns), dtype=dtype, device=device), compiled)
+
+        self.tokens = zeros(capacity, torch.long)
+        self.readable = zeros(capacity, torch.bool)
+        self.control = zeros(3, torch.long)
+        self.offset = zeros(1, torch.long)
+        self.threshold = zeros(1, torch.float32)
         self._from_host = torch.zeros((rows, 3), dtype=torch.long, pin_memory=device.type == "cuda")
         self.rooms: dict[str, Room] = {}
         self.steps: dict[Any, Any] = {}
-        self.compiled = False
 
     @property
     def nowhere(self) -> int:
@@ -185,30 +172,21 @@ class Workspace:
             cache: Its own cache.
         """
         if name not in self.rooms:
-            self.rooms[name] = Room(model, cache, self.capacity)
+            self.rooms[name] = Room(model, cache, self.capacity, self.compiled)
         self.rooms[name].take(cache)
         return self.rooms[name]
 
 
-def at_fixed_address(tensor: torch.Tensor) -> torch.Tensor:
+def kept_in_place(tensor: torch.Tensor, compiled: bool) -> torch.Tensor:
     """Promise that a tensor stays where it is, so that a recorded graph may read and write it there.
 
     Args:
         tensor: The tensor.
+        compiled: Whether anybody wants to know: the compiler takes a second to import.
     """
-    torch._dynamo.mark_static_address(tensor, guard=False)
+    if compiled:
+        torch._dynamo.mark_static_address(tensor, guard=False)
     return tensor
-
-
-def fixed_zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros that stay where they are.
-
-    Args:
-        shape: Their shape.
-        dtype: Their dtype.
-        device: Where they are.
-    """
-    return at_fixed_address(torch.zeros(shape, dtype=dtype, device=device))
 
 
 # ---- the passes: functions of a model and a workspace alone, which a compiler can trace ---------------------------
