@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .room_citer import BUCKETS, Workspace, decide, llm_pass, slm_pass, slm_step
@@ -202,20 +202,10 @@ def compile_options(model: Any, part: Any, settings: GenerationConfig) -> dict[s
     if reason:
         logger.warning_once(f"cache_implementation='static': {type(part).__name__} is not compiled: {reason}.")
         return None
-    options = (config or default_config(part)).to_dict()
+    options = (config or part._default_compile_config()).to_dict()
     # A pass that breaks into several graphs costs what it costs uncompiled, and more time to compile; and every pass
     # has one length.
     return {**options, "fullgraph": True, "dynamic": bool(options.get("dynamic"))}
-
-
-def default_config(part: Any) -> CompileConfig:
-    """Return how transformers compiles a model by itself.
-
-    Args:
-        part: One of the two models.
-    """
-    own = getattr(part, "_default_compile_config", None)
-    return own() if own is not None else CompileConfig()
 
 
 def why_not_compiled(model: Any, part: Any) -> str:

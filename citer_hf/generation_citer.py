@@ -128,7 +128,7 @@ class CiterGenerationMixin(GenerationMixin):
             check_cache_implementation(generation_config.cache_implementation)
             model_kwargs["past_key_values"] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
-                wanted = getattr(generation_config, "max_cache_len", None) or 0
+                wanted = generation_config.max_cache_len or 0
                 model_kwargs["past_key_values"].max_cache_len = max(max_cache_length, wanted)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()

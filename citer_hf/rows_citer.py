@@ -290,7 +290,8 @@ class Rows:
         places = [self.columns] * self.batch
         for row in rows:
             places[row] = self.written[row]
-        self.text.scatter_(1, self.width + torch.tensor(places, device=self.device)[:, None], tokens[:, None])
+        columns = self.width + torch.tensor(places).to(self.device, non_blocking=True)
+        self.text.scatter_(1, columns[:, None], tokens[:, None])
 
     def _has_ended(self, row: int, token: int) -> bool:
         stops = self.decoding.stops
