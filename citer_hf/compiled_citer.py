@@ -79,9 +79,6 @@ class CompiledSteps:
     def __init__(self) -> None:
         self._kept: dict[Any, Workspace] = {}
 
-    def __deepcopy__(self, memo: Any) -> CompiledSteps:
-        return CompiledSteps()
-
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledSteps, ()
 
