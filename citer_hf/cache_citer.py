@@ -32,6 +32,9 @@ class CiterCache(Cache):
         routing: Who wrote each token since the last call of `generate` (or since the cache was made).
     """
 
+    # Older transformers have a property of this name, which cannot be set.
+    max_cache_len: int | None = None
+
     def __init__(
         self,
         config: PreTrainedConfig | None = None,
