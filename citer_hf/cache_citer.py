@@ -25,15 +25,27 @@ class CiterCache(Cache):
         config: The `CiterConfig` of the model.
         slm: A cache for the SLM. Default: a `DynamicCache` whose layers append in place.
         llm: A cache for the LLM. Default: the same.
+        max_cache_len: Tokens to make room for once and for all, as `StaticCache` of transformers does: `generate` then
+            takes its static path, and raises the number where a text needs more. Default: the cache grows.
 
     Attributes:
         routing: Who wrote each token since the last call of `generate` (or since the cache was made).
     """
 
-    def __init__(self, config: PreTrainedConfig | None = None, slm: Cache | None = None, llm: Cache | None = None):
+    # Older transformers have a property of this name, which cannot be set.
+    max_cache_len: int | None = None
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        slm: Cache | None = None,
+        llm: Cache | None = None,
+        max_cache_len: int | None = None,
+    ):
         self.slm = slm if slm is not None else growing_cache(getattr(config, "slm_config", None))
         self.llm = llm if llm is not None else growing_cache(getattr(config, "llm_config", None))
         self.llm_length = 0
+        self.max_cache_len = max_cache_len
         self.routing = Routing()
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -125,8 +137,8 @@ class CiterCache(Cache):
         return self.slm.get_mask_sizes(query_length, layer_idx)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return -1: the cache grows."""
-        return -1
+        """Return the number of tokens that it has room for, or -1 where it grows."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the two models write into their own caches.
@@ -253,7 +265,7 @@ class CiterCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: its two caches grow."""
+        """False: `generate` compiles the passes of the two models itself, where the cache is static."""
         return False
 
     @property

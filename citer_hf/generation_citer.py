@@ -26,6 +26,7 @@ from .one_row_citer import decode_one_row
 from .routing_citer import Routing
 from .rows_citer import WaitingPolicy, decode_rows
 from .rows_support_citer import rows_can_part
+from .static_citer import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
 
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
@@ -42,7 +43,7 @@ KNOWN_KEYWORDS = frozenset(
         "use_cache",
     }
 )
-CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized")
+CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized", "static")
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -126,6 +127,9 @@ class CiterGenerationMixin(GenerationMixin):
         elif generation_config.use_cache is not False:
             check_cache_implementation(generation_config.cache_implementation)
             model_kwargs["past_key_values"] = self._make_cache(generation_config)
+            if generation_config.cache_implementation == "static":
+                wanted = generation_config.max_cache_len or 0
+                model_kwargs["past_key_values"].max_cache_len = max(max_cache_length, wanted)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
             return None
@@ -173,6 +177,10 @@ class CiterGenerationMixin(GenerationMixin):
         together = input_ids.shape[0] > 1 and (
             waiting_rows == 1 or decoding is None or not rows_can_part(self, decoding)
         )
+        if asks_for_static(kwargs.get("past_key_values")) and decodes_statically(decoding, self):
+            logits = self._prefill(input_ids, generation_config, kwargs).logits
+            with self._optimize_model_for_decode():
+                return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
         if decoding is not None and not together:
             logits = self._prefill(input_ids, generation_config, kwargs).logits
             with self._optimize_model_for_decode():
@@ -246,6 +254,8 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("waiting_rows", None)
+        if asks_for_static(kwargs.get("past_key_values")):
+            warn_of_dynamic_cache("beams reorder their rows at every token")
         finished = FinishedBeams(generation_config.num_beams)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         token = _finished_beams.set(finished)

@@ -23,6 +23,9 @@ class Watched(NamedTuple):
 
 
 watched: ContextVar[Watched | None] = ContextVar("watched", default=None)
+# A compiler cannot trace a context variable. What it traces happens in one thread only, and a list that is set and
+# taken away again within one trace is never there when the model runs.
+HEARD = "_citer_heard"
 
 
 def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -35,6 +38,10 @@ def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         module: The output embeddings.
         args: Their input, the last hidden state after the final norm, `[batch, kept, H]`.
     """
+    heard = module.__dict__.get(HEARD)
+    if heard is not None:
+        heard.append(args[0])
+        return
     wanted = watched.get()
     if wanted is not None:
         wanted.head_inputs.append(args[0])
@@ -48,6 +55,8 @@ def track_states(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor)
         args: Their input.
         output: What they give.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return
     wanted = watched.get()
     if wanted is not None and wanted.wants_states and torch.is_grad_enabled() and output.is_leaf:
         output.requires_grad_()
@@ -64,6 +73,16 @@ def watch(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(capture_head_input)
     if track_states not in embeddings._forward_hooks.values():
         embeddings.register_forward_hook(track_states)
+
+
+def set_heard(head: nn.Module, heard: list[torch.Tensor] | None) -> None:
+    """Collect what the output embeddings read in a list, while a compiler traces; `None` ends that.
+
+    Args:
+        head: The output embeddings.
+        heard: The list.
+    """
+    setattr(head, HEARD, heard)
 
 
 def mark_initialized(model: nn.Module) -> None:

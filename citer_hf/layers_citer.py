@@ -59,6 +59,29 @@ class GrowingLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def show(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold other tensors from now on, and give the memory of its own back.
+
+        Args:
+            keys: `[batch, heads, tokens, width]`.
+            values: `[batch, heads, tokens, width]`.
+        """
+        self.keys, self.values, self._room, self._own_keys = keys, values, None, None
+
+
+def show(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let a layer hold these tensors, and nothing else.
+
+    Args:
+        layer: A layer that grows.
+        keys: `[batch, heads, tokens, width]`.
+        values: `[batch, heads, tokens, width]`.
+    """
+    if isinstance(layer, GrowingLayer):
+        layer.show(keys, values)
+    else:
+        layer.keys, layer.values = keys, values
+
 
 def room_like(states: torch.Tensor, capacity: int) -> torch.Tensor:
     """Return room for keys or values; it is filled with zeros, since masks do not hide a NaN.
@@ -110,7 +133,7 @@ class RowsLayer(DynamicLayer):
         for room, states in zip(self._room, (layer.keys, layer.values), strict=True):
             room.narrow(-2, rows.start - held, held).copy_(states)
         # The prompts stay readable in their layer, and are held once.
-        layer.keys, layer.values = (room.narrow(-2, rows.start - held, held) for room in self._room)
+        show(layer, *(room.narrow(-2, rows.start - held, held) for room in self._room))
         self.keys, self.values = self._room
         self.is_initialized = True
 
@@ -157,7 +180,7 @@ class RowsLayer(DynamicLayer):
         if self.window is not None:
             first = max(length - self.window + 1, 0)
             self.layer.cumulative_length = length
-        self.layer.keys, self.layer.values = (room.narrow(-2, first, length - first) for room in self._room)
+        show(self.layer, *(room.narrow(-2, first, length - first) for room in self._room))
 
 
 class RowsCache(Cache):

@@ -13,9 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .cache_citer import CiterCache
+from .compiled_citer import CompiledSteps
 from .configuration_citer import CiterConfig, check_threshold_value
 from .generation_citer import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache, check_threshold_tensor
-from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, watch, watched
+from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, set_heard, watch, watched
 from .loading_citer import CiterLoadingMixin
 from .memory_citer import explained, is_out_of_memory
 from .pair_citer import check_pair
@@ -98,6 +99,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
             name: frozenset(inspect.signature(getattr(self, name).forward).parameters) for name in MODELS
         }
         self.generation_config = GenerationConfig.from_dict(llm.generation_config.to_dict())
+        self.compiled_steps = CompiledSteps()
         self._freeze_base_models()
         watch(slm)
         self.post_init()
@@ -294,12 +296,20 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
     ) -> tuple[Any, torch.Tensor]:
         """Return the SLM's output with the kept logits, and its last hidden state there, `[batch, kept, H]`."""
         captured: list[torch.Tensor] = []
+        if torch.compiler.is_dynamo_compiling():
+            head = self.slm.get_output_embeddings()
+            set_heard(head, captured)
+            output = self._call("slm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs)
+            set_heard(head, None)
+            return self._kept(output, captured[-1], logits_to_keep)
         token = watched.set(Watched(captured, bool(kwargs.get("output_hidden_states"))))
         try:
             output = self._call("slm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs)
         finally:
             watched.reset(token)
-        hidden = captured[-1]
+        return self._kept(output, captured[-1], logits_to_keep)
+
+    def _kept(self, output: Any, hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> tuple[Any, torch.Tensor]:
         if "logits_to_keep" not in self._accepted["slm"]:
             output.logits = keep(output.logits, logits_to_keep)
             hidden = keep(hidden, logits_to_keep)

@@ -13,8 +13,9 @@ from transformers.generation import LogitsProcessorList
 from .decoding_citer import Decoding
 from .draws_citer import Draws
 from .layers_citer import RowsCache
+from .masks_citer import attention_masks, mask_kinds
 from .rows_support_citer import processor_of_row, reads_no_text
-from .waiting_citer import pressure, rows_to_wait_for
+from .waiting_citer import Pace, pressure, rows_to_wait_for
 
 WaitingPolicy = Callable[[int, float, float], int]
 
@@ -37,8 +38,21 @@ def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: Wa
     Returns:
         What `generate` returns.
     """
+    return write_rows(Rows(model, decoding), logits, policy)
+
+
+def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
+    """Write the texts of all rows.
+
+    Args:
+        rows: Where the rows are, at the end of their prompts.
+        logits: Routed logits of the first tokens, `[batch, 1, vocabulary]`.
+        policy: How many waiting rows trigger a call; see `rows_to_wait_for`, the default.
+
+    Returns:
+        What `generate` returns.
+    """
     policy = policy or rows_to_wait_for
-    rows = Rows(model, decoding)
     rows.write(range(rows.batch), logits[:, -1])
     while rows.unfinished:
         writing: list[int] = []
@@ -50,35 +64,6 @@ def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: Wa
             writing, rows.waiting = writing + rows.waiting, []
         rows.write(writing, logits)
     return rows.finish()
-
-
-class Pace:
-    """How long an SLM step and a call of the LLM take.
-
-    Until both have been seen, an SLM step is taken to cost a tenth of a call.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = {"slm": 0.0, "llm": 0.0}
-        self._count = {"slm": 0, "llm": 0}
-
-    def note(self, model: str, seconds: float) -> None:
-        """Add a measurement.
-
-        Args:
-            model: `slm` or `llm`.
-            seconds: What one forward pass took.
-        """
-        self._seconds[model] += seconds
-        self._count[model] += 1
-
-    @property
-    def ratio(self) -> float:
-        """Time of an SLM step over time of an LLM call."""
-        if not all(self._count.values()):
-            return 0.1
-        slm, llm = (self._seconds[name] / self._count[name] for name in ("slm", "llm"))
-        return slm / llm
 
 
 class Rows:
@@ -120,7 +105,7 @@ class Rows:
         # p_slm and the writer of every token but the first, which the forward pass over the prompt has recorded.
         self.scores: list[list[float]] = [[] for _ in range(self.batch)]
         self.to_llm: list[list[bool]] = [[] for _ in range(self.batch)]
-        self._decided = self._deferred = 0
+        self._tokens_decided = self._tokens_deferred = 0
 
     def _readable_places(self) -> torch.Tensor:
         """Which places of each row hold text that the SLM has read, bool `[batch, start + columns]`."""
@@ -137,7 +122,7 @@ class Rows:
     @property
     def llm_share(self) -> float:
         """Share of the tokens that the LLM writes, as seen so far; a fifth before anything was seen."""
-        return (self._deferred + 1) / (self._decided + 5)
+        return (self._tokens_deferred + 1) / (self._tokens_decided + 5)
 
     def enough_wait(self, policy: WaitingPolicy) -> bool:
         """Whether the LLM should be called now: when enough rows wait, or no row can go on without it."""
@@ -151,7 +136,7 @@ class Rows:
 
     def mark(self, rows: list[int]) -> torch.Tensor:
         """Return a mask of rows, bool `[batch, 1]`."""
-        return torch.tensor([[row in rows] for row in range(self.batch)], device=self.device)
+        return torch.tensor([[row in rows] for row in range(self.batch)]).to(self.device, non_blocking=True)
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -170,17 +155,19 @@ class Rows:
         decisions = (scores < self.decoding.threshold).squeeze(1).tolist()
         kept_scores = scores.squeeze(1).tolist()
         self.pace.note("slm", time.perf_counter() - began)
-        writing: list[int] = []
-        joining: list[int] = []
-        for row in self.unfinished:
-            if row not in self.waiting:
-                self.scores[row].append(kept_scores[row])
-                self.to_llm[row].append(decisions[row])
-                (joining if decisions[row] else writing).append(row)
-        self._decided += len(joining) + len(writing)
-        self._deferred += len(joining)
+        moving = [row for row in self.unfinished if row not in self.waiting]
+        return logits[:, -1], self._decided(moving, kept_scores, decisions)
+
+    def _decided(self, moving: list[int], scores: list[float], decisions: list[bool]) -> list[int]:
+        """Note what was decided about the rows that move, and return those whose next token the SLM writes."""
+        for row in moving:
+            self.scores[row].append(scores[row])
+            self.to_llm[row].append(decisions[row])
+        joining = [row for row in moving if decisions[row]]
+        self._tokens_decided += len(moving)
+        self._tokens_deferred += len(joining)
         self.waiting = self.waiting + joining
-        return logits[:, -1], writing
+        return [row for row in moving if not decisions[row]]
 
     def _run_slm(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the tokens in these columns `[batch, tokens]`; return logits and `p_slm` at all of them."""
@@ -264,24 +251,8 @@ class Rows:
         return RowsCache(cache, cache.get_seq_length() + min(self.columns, 64) + 1)
 
     def _mask(self, model: str, cache: RowsCache, last: torch.Tensor) -> Any:
-        """Return the masks `[batch, 1, tokens, visible]` of queries that see everything up to a place."""
-        part = getattr(self.model, model)
-        config, windows = part.config.get_text_config(), {layer.window for layer in cache.layers}
-        readable = self.readable[:, None, None, : cache.visible]
-        if last.shape[1] == 1 and windows == {None}:
-            # A row has nothing readable after its last token.
-            return as_attention_mask(readable, part.dtype)
-        distance = last[:, None, :, None] - torch.arange(cache.visible, device=self.device)
-        full = (distance >= 0) & readable
-        masks = {
-            "full_attention" if window is None else "sliding_attention": as_attention_mask(
-                full if window is None else full & (distance < window), part.dtype
-            )
-            for window in windows
-        }
-        if len(masks) > 1 or (None not in windows and getattr(config, "layer_types", None)):
-            return masks
-        return next(iter(masks.values()))
+        kinds = mask_kinds(getattr(self.model, model), [layer.window for layer in cache.layers])
+        return attention_masks(kinds, self.readable[:, : cache.visible], last)
 
     # ---- writing ------------------------------------------------------------------------------------------------
 
@@ -295,21 +266,38 @@ class Rows:
         if not writing:
             return
         chosen = list(writing)
-        raw = logits.to(dtype=torch.float32, device=self.device, copy=bool(self.decoding.processors))
+        raw = self._raw(logits)
         processed = self._processed(chosen, raw)
         tokens = self._choose(chosen, processed)
-        self._keep(chosen, raw, processed)
+        self._append(chosen, raw, processed, tokens, tokens.tolist())
+
+    def _raw(self, logits: torch.Tensor) -> torch.Tensor:
+        # A copy where processors may change it.
+        return logits.to(dtype=torch.float32, device=self.device, copy=bool(self.decoding.processors))
+
+    def _append(
+        self, rows: list[int], raw: torch.Tensor, processed: torch.Tensor, tokens: torch.Tensor, ids: list[int]
+    ) -> None:
+        """Add a token to each of some rows: `tokens`, or `ids` as the host knows them, of all rows."""
+        self._keep(rows, raw, processed)
+        self._put(rows, tokens, ids)
+        for row in rows:
+            self.written[row] += 1
+            if self._has_ended(row, ids[row]):
+                self.unfinished.remove(row)
+
+    def _put(self, rows: list[int], tokens: torch.Tensor, ids: list[int]) -> None:
         places = [self.columns] * self.batch
-        for row in chosen:
+        for row in rows:
             places[row] = self.written[row]
-        self.text.scatter_(1, self.width + torch.tensor(places, device=self.device)[:, None], tokens[:, None])
+        columns = self.width + torch.tensor(places).to(self.device, non_blocking=True)
+        self.text.scatter_(1, columns[:, None], tokens[:, None])
+
+    def _has_ended(self, row: int, token: int) -> bool:
         stops = self.decoding.stops
-        for row, token in zip(range(self.batch), tokens.tolist(), strict=True):
-            if places[row] < self.columns:
-                self.written[row] += 1
-                length = self.width + self.written[row]
-                if stops.reached(length, token) or (stops.others and stops.met(self._text_of(row))):
-                    self.unfinished.remove(row)
+        return stops.reached(self.width + self.written[row], token) or (
+            bool(stops.others) and stops.met(self._text_of(row))
+        )
 
     def _text_of(self, row: int) -> torch.Tensor:
         return self.text[row : row + 1, : self.width + self.written[row]]
@@ -350,11 +338,16 @@ class Rows:
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
+    @property
+    def cache_is_wanted(self) -> bool:
+        """Whether anybody gets the cache afterwards."""
+        return bool(self.decoding.settings.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False))
+
     def finish(self) -> Any:
         """Hand back texts, cache and record as if the rows had moved together."""
         length = max(self.written)
         text = self.text[:, : self.width + length].clone()
-        if self.decoding.settings.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False):
+        if self.cache_is_wanted:
             lengths = list(self.written)
             self._read_to_the_end(length)
             self._hand_back_caches(length - 1)
@@ -397,13 +390,3 @@ class Rows:
             unfinished = torch.arange(1, length) < torch.tensor(lengths)[:, None]
             record = (torch.tensor(self.scores), torch.tensor(self.to_llm), unfinished)
             self.cache.routing.add(self.start + 1, *(part.to(self.device) for part in record))
-
-
-def as_attention_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask that is added to attention scores: made once per pass, where a bool would be at every layer.
-
-    Args:
-        seen: What each query sees, bool `[batch, 1, tokens, visible]`.
-        dtype: The model's.
-    """
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)

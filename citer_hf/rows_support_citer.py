@@ -78,15 +78,9 @@ def rows_can_part(model: Any, decoding: Decoding) -> bool:
         model: The pair.
         decoding: What is asked for.
     """
-    stops = decoding.stops
     if decoding.streamer is not None or not ever_mixed(decoding.threshold):
         return False
-    if any(type(one).__name__ not in READ_NO_TEXT | READ_TEXT for one in decoding.processors):
-        return False
-    if any(type(one) not in (MaxTimeCriteria, StopStringCriteria) for one in stops.others):
-        return False
-    # Without end tokens, transformers does not pad rows that have stopped: they go on until all have.
-    if stops.others and not stops.end_tokens:
+    if not (processors_part_rows(decoding) and criteria_part_rows(decoding)):
         return False
     return all(
         part.config.model_type in ARCHITECTURES
@@ -94,6 +88,28 @@ def rows_can_part(model: Any, decoding: Decoding) -> bool:
         and layers_can_part(cache)
         for part, cache in ((model.slm, decoding.cache.slm), (model.llm, decoding.cache.llm))
     )
+
+
+def processors_part_rows(decoding: Decoding) -> bool:
+    """Say whether no logits processor looks across rows.
+
+    Args:
+        decoding: What is asked for.
+    """
+    return all(map(is_known, decoding.processors))
+
+
+def criteria_part_rows(decoding: Decoding) -> bool:
+    """Say whether no stopping criterion looks across rows.
+
+    Args:
+        decoding: What is asked for.
+    """
+    stops = decoding.stops
+    if any(type(one) not in (MaxTimeCriteria, StopStringCriteria) for one in stops.others):
+        return False
+    # Without end tokens, transformers does not pad rows that have stopped: they go on until all have.
+    return bool(stops.end_tokens) or not stops.others
 
 
 def ever_mixed(threshold: float | torch.Tensor) -> bool:
@@ -105,6 +121,15 @@ def ever_mixed(threshold: float | torch.Tensor) -> bool:
     if isinstance(threshold, torch.Tensor):
         return bool(((threshold > 0) & (threshold <= 1)).any())
     return 0 < threshold <= 1
+
+
+def is_known(processor: Any) -> bool:
+    """Say whether a processor looks at a row's logits and text, and at nothing else.
+
+    Args:
+        processor: A logits processor.
+    """
+    return type(processor).__name__ in READ_NO_TEXT | READ_TEXT
 
 
 def reads_no_text(processor: Any) -> bool:

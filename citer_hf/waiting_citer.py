@@ -53,6 +53,35 @@ def _cheapest(unfinished: int, share: float, step_ratio: float) -> int:
     return min(allowed, key=lambda waiting: weight * options[waiting - 1][1] + options[waiting - 1][0], default=1)
 
 
+class Pace:
+    """How long an SLM step and a call of the LLM take.
+
+    Until both have been seen, an SLM step is taken to cost a tenth of a call.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = {"slm": 0.0, "llm": 0.0}
+        self._count = {"slm": 0, "llm": 0}
+
+    def note(self, model: str, seconds: float) -> None:
+        """Add a measurement.
+
+        Args:
+            model: `slm` or `llm`.
+            seconds: What one forward pass took.
+        """
+        self._seconds[model] += seconds
+        self._count[model] += 1
+
+    @property
+    def ratio(self) -> float:
+        """Time of an SLM step over time of an LLM call."""
+        if not all(self._count.values()):
+            return 0.1
+        slm, llm = (self._seconds[name] / self._count[name] for name in ("slm", "llm"))
+        return slm / llm
+
+
 def pressure(waiting: list[int], unfinished: list[int]) -> float:
     """Count waiting rows, those that lag behind for more than one and those that are ahead for less.
 

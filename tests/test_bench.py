@@ -36,6 +36,15 @@ def bench_json(*arguments: Any) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_static_caches_are_compared_with_static_caches(rows: int) -> None:
+    options = ("--shares", "0,0.5", "--cache-implementation", "static", "--batch-size", rows, "--no-assisted")
+    report = bench_json("demo", *options)
+    assert report["complete"] and report["options"]["cache_implementation"] == "static"
+    assert {row["kind"] for row in report["rows"]} >= {"LLM alone", "SLM alone", "CITER", "floor"}
+    assert report["notes"] == ["Single passes, and so the break-even, were timed without compilation."]
+
+
 def test_json_is_all_there_is_and_adds_up() -> None:
     report = bench_json("demo", "--shares", "0,0.5,1", "--thresholds", "0.5", "--released-loop", "--repeats", 2)
     assert report["model"] == "demo" and report["complete"] and not report["notes"]

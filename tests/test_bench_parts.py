@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -126,6 +127,32 @@ def test_the_loops_write_the_text_of_the_pair_also_in_padded_batches(slm: str, l
     written = texts(model, pad(random_prompts()), options)
     for loop in ("floor", "released loop"):
         assert torch.equal(written[f"{loop}, share 0.3"], written[f"{LOCK_STEP}, share 0.3"])
+
+
+@pytest.mark.parametrize(("slm", "llm"), [("llama", "gemma2"), ("gpt2", "qwen2")])
+@pytest.mark.parametrize("lengths", [(9,), (5, 9, 12)])
+def test_everything_writes_the_same_with_static_caches(slm: str, llm: str, lengths: tuple[int, ...]) -> None:
+    model, batch = make_pair(slm, llm), pad(random_prompts(lengths))
+    options = BenchOptions(shares=(0, 0.3), batch_size=len(lengths), max_new_tokens=10, assisted=len(lengths) == 1)
+    growing = texts(model, batch, options)
+    static = texts(model, batch, replace(options, cache_implementation="static"))
+    assert list(static) == list(growing)
+    pairs = CITER if len(lengths) == 1 else LOCK_STEP
+    assert torch.equal(static["floor, share 0.3"], static[f"{pairs}, share 0.3"])
+    for name in growing:
+        # Forced decisions are drawn by the call, and rows that wait change their order.
+        if len(lengths) == 1 or name != "CITER, share 0.3":
+            assert torch.equal(static[name], growing[name]), name
+
+
+def test_passes_are_counted_though_they_would_be_compiled(pair: CiterForCausalLM) -> None:
+    with greedy_without_end(pair):
+        parts = (pair, pair.slm, pair.llm)
+        with count_passes(pair) as passes:
+            assert all(part.generation_config.disable_compile for part in parts)
+            pair.generate(torch.tensor(random_prompts((5,))), max_new_tokens=4, cache_implementation="static")
+        assert not any(part.generation_config.disable_compile for part in parts)
+    assert [one.tokens for one in passes.slm] == [5, 1, 1, 1]
 
 
 def test_the_released_loop_reads_the_whole_text_at_every_deferral(pair: CiterForCausalLM) -> None:

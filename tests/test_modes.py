@@ -329,7 +329,6 @@ def test_continuous_batching_is_refused(pair):
     [
         ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds: the two models"),
         ({"cache_implementation": "paged"}, "cache_implementation: .*'paged'"),
-        ({"cache_implementation": "static"}, "cache_implementation: .*'static'"),
     ],
 )
 def test_what_two_models_cannot_do_is_refused(pair, options, message):

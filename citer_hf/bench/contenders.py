@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,12 +104,15 @@ def contenders(model: Any, options: BenchOptions, decisions: Decisions) -> list[
         Contender(SLM, generates(model.slm, options)),
     ]
     if options.assisted:
-        every.append(Contender(ASSISTED, generates(model.llm, options, assistant_model=model.slm), required=False))
+        # transformers refuses static caches there.
+        dynamic = replace(options, cache_implementation=None) if options.static else options
+        every.append(Contender(ASSISTED, generates(model.llm, dynamic, assistant_model=model.slm), required=False))
+    floor = partial(floor_loop, static=options.static)
     for setting in options.settings:
         every.append(Contender(CITER, routes(model, options, setting), setting))
         if options.batch_size > 1:
             every.append(Contender(LOCK_STEP, routes(model, options, setting, waiting_rows=1), setting, False))
-        every.append(Contender(FLOOR, follows(floor_loop, model, options, setting, decisions), setting))
+        every.append(Contender(FLOOR, follows(floor, model, options, setting, decisions), setting))
         if options.released_loop:
             every.append(Contender(RELEASED, follows(released_loop, model, options, setting, decisions), setting))
     return every
@@ -192,8 +196,11 @@ def limits(options: BenchOptions, first_only: bool) -> dict[str, Any]:
 
     Args:
         options: What was asked for.
-        first_only: Whether to stop after the first step. The length stays, so that a static cache has the same size.
+        first_only: Whether to stop after the first step.
     """
+    if first_only and options.static:
+        # A criterion of one's own would keep the pair from its static path; the first token needs no other pass.
+        return {"max_new_tokens": 1, "cache_implementation": options.cache_implementation}
     keywords: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
     if options.cache_implementation is not None:
         keywords["cache_implementation"] = options.cache_implementation

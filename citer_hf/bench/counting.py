@@ -59,9 +59,13 @@ class Passes:
 def count_passes(model: Any) -> Iterator[Passes]:
     """Note every forward pass of the two models of a pair. Hooks cost time, so take no times meanwhile.
 
+    Compiled passes know nothing of hooks that come and go: meanwhile, nothing is compiled.
+
     Args:
         model: The `CiterForCausalLM`.
     """
+    settings = [part.generation_config for part in (model, model.slm, model.llm)]
+    before = [one.disable_compile for one in settings]
     passes = Passes()
 
     def watch(noted: list[Pass]) -> Any:
@@ -77,8 +81,12 @@ def count_passes(model: Any) -> Iterator[Passes]:
         part.register_forward_pre_hook(watch(noted), with_kwargs=True)
         for part, noted in ((model.slm, passes.slm), (model.llm, passes.llm))
     ]
+    for one in settings:
+        one.disable_compile = True
     try:
         yield passes
     finally:
+        for one, was in zip(settings, before, strict=True):
+            one.disable_compile = was
         for handle in handles:
             handle.remove()

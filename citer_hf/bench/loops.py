@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from .prompts import Batch
 
@@ -14,7 +14,7 @@ __all__ = ["floor_loop", "last_logits_only", "released_loop"]
 
 
 @torch.no_grad()
-def floor_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int) -> torch.Tensor:
+def floor_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int, static: bool = False) -> torch.Tensor:
     """Decode greedily with the two bare models and decisions that are known: no router, no processors, no checks.
 
     One step of the SLM per token; where a row's token is the LLM's, one forward pass of the LLM over all that it has
@@ -25,6 +25,7 @@ def floor_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int) 
         batch: The prompts, on the SLM's device.
         to_llm: Who writes each token, bool `[rows, new_tokens]`.
         new_tokens: How many tokens to write; fewer than there are decisions are allowed.
+        static: Whether to take transformers' static caches, with passes that are compiled on an accelerator.
 
     Returns:
         The new tokens, `[rows, new_tokens]`.
@@ -33,7 +34,7 @@ def floor_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int) 
     text = torch.cat([batch.input_ids, batch.input_ids.new_zeros(batch.rows, new_tokens)], dim=1)
     by_llm = to_llm.to(text.device)
     llm_writes, slm_writes = by_llm.any(0).tolist(), (~by_llm).any(0).tolist()
-    slm, llm = Reader(model.slm, batch, new_tokens, vocab), Reader(model.llm, batch, new_tokens, vocab)
+    slm, llm = (Reader(part, batch, new_tokens, vocab, static) for part in (model.slm, model.llm))
     for step in range(new_tokens):
         end = length + step
         tokens = slm.next_tokens(text, end)
@@ -52,11 +53,17 @@ class Reader:
         batch: The prompts.
         new_tokens: How many tokens will follow.
         vocab: Number of token ids that the pair shares.
+        static: Whether its cache is static.
     """
 
-    def __init__(self, model: Any, batch: Batch, new_tokens: int, vocab: int):
+    def __init__(self, model: Any, batch: Batch, new_tokens: int, vocab: int, static: bool = False):
         self.model, self.vocab, self.device = model, vocab, model.device
-        self.cache, self.seen = DynamicCache(config=model.config), 0
+        self.static, self.seen, longest = static, 0, batch.length + new_tokens
+        self.cache = (
+            StaticCache(config=model.config, max_cache_len=longest) if static else DynamicCache(config=model.config)
+        )
+        compiles = static and self.device.type == "cuda" and not model.generation_config.disable_compile
+        self.step = model.get_compiled_call(None) if compiles else model
         accepted = inspect.signature(model.forward).parameters
         self.options = {"past_key_values": self.cache, "use_cache": True, **last_logits_only(model)}
         # Without padding the models count by themselves.
@@ -76,10 +83,12 @@ class Reader:
         """
         options: dict[str, Any] = dict(self.options)
         if self.mask is not None:
-            options["attention_mask"] = self.mask[:, :end]
+            # What a static cache has room for is behind the causal mask anyway, and its shape does not change.
+            options["attention_mask"] = self.mask if self.static else self.mask[:, :end]
         if self.positions is not None:
             options["position_ids"] = self.positions[:, self.seen : end]
-        logits = self.model(input_ids=text[:, self.seen : end].to(self.device), **options).logits
+        read = self.step if self.seen else self.model
+        logits = read(input_ids=text[:, self.seen : end].to(self.device), **options).logits
         self.seen = end
         return logits[:, -1, : self.vocab].argmax(-1).to(text.device)
 

@@ -96,6 +96,11 @@ class BenchOptions:
             raise ValueError(f"--warmup: expected a whole number from 0, got {self.warmup}.")
 
     @property
+    def static(self) -> bool:
+        """Whether caches are static, and passes compiled on an accelerator."""
+        return self.cache_implementation == "static"
+
+    @property
     def settings(self) -> tuple[Setting, ...]:
         """The settings of the pair, each once, in the order given."""
         wanted = [Setting(share=share) for share in self.shares]

@@ -154,6 +154,8 @@ class Bench:
         rows = self.options.batch_size
         with self._explained(None):
             self.curve = measure_curve(self.model, length, rows, self.options.seed, room)
+        if self.options.static:
+            self.notes.append("Single passes, and so the break-even, were timed without compilation.")
 
     def _time(self, contender: Contender) -> tuple[float, float]:
         """Return the seconds of one repetition, and those to the first token, mean of the batches."""
