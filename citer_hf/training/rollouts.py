@@ -23,7 +23,7 @@ from citer_hf.evaluation.decoding import (
     text_lengths,
 )
 from citer_hf.evaluation.tokens import Encoded
-from citer_hf.layers_citer import all_grow
+from citer_hf.layers_citer import all_grow, growing_cache
 
 __all__ = ["RollOut", "cut_into_batches", "roll_out"]
 
@@ -74,7 +74,7 @@ def roll_out(
     model: Any,
     questions: Sequence[Encoded],
     batch: Sequence[RollOut],
-    router_threshold: float | None,
+    router_threshold: float,
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Carry out actions and let the policy, which is the pair at a threshold, write to the end.
@@ -83,13 +83,13 @@ def roll_out(
         model: The pair, with the router of the policy.
         questions: All questions.
         batch: Roll-outs.
-        router_threshold: 0 is the SLM alone, above 1 the LLM alone; `None` is the pair's own.
+        router_threshold: 0 is the SLM alone, above 1 the LLM alone.
         max_new_tokens: Longest response, in tokens, the state's part included.
 
     Returns:
         The whole response of each, from its first token on: reference, action, and what the policy wrote.
     """
-    end_tokens = set(special_tokens(model)[0])
+    end_tokens, _ = special_tokens(model)
     texts = [started(one, questions) for one in batch]
     going = [
         index
@@ -99,15 +99,18 @@ def roll_out(
     if not going:
         return texts
     rows = [batch[index] for index in going]
+    room = max_new_tokens - min(len(texts[index]) for index in going)
     prefixes = shared_prefixes(model, questions, rows, router_threshold)
     if prefixes is None:
-        prompts = [questions[one.question].prompt_ids + started(one, questions) for one in rows]
-        longest = max_new_tokens - min(len(texts[index]) for index in going)
+        prompts = [questions[one.question].prompt_ids + texts[index] for one, index in zip(rows, going, strict=True)]
+        # One batch, whatever its size: it was cut before.
         written = decode(
-            model, prompts, router_threshold=router_threshold, max_new_tokens=longest, batch_tokens=1 << 40
+            model, prompts, router_threshold=router_threshold, max_new_tokens=room, batch_tokens=1 << 40
         ).tokens
     else:
-        written = prefixes.write(router_threshold, max_new_tokens)
+        limit = model.config.max_position_embeddings
+        longest = int(prefixes.mask.sum(dim=1).max())
+        written = prefixes.write(end_tokens, room if limit is None else min(room, limit - longest))
     for index, tokens in zip(going, written, strict=True):
         texts[index] = (texts[index] + tokens)[:max_new_tokens]
     return texts
@@ -120,48 +123,50 @@ def started(one: RollOut, questions: Sequence[Encoded]) -> list[int]:
 
 
 class Prefixes:
-    """The caches of both models after prompts and references, one row per roll-out.
+    """What the policy has read of prompts and references, one row per roll-out.
 
     Args:
-        model: The pair.
-        cache: What both models have read, one row per roll-out.
-        ids: Its tokens, `[rows, width]`.
+        policy: The pair, or the one of its models that writes everything, with plain settings.
+        options: For its `generate`.
+        cache: What it has read.
+        ids: The tokens that it has read, `[rows, width]`.
         visible: Which of them lie before the last token of a row's own text, bool `[rows, width]`.
         last: The last token of a row's own text, `[rows, 1]`.
     """
 
     def __init__(
-        self, model: Any, cache: CiterCache, ids: torch.Tensor, visible: torch.Tensor, last: torch.Tensor
+        self,
+        policy: Any,
+        options: dict[str, Any],
+        cache: Any,
+        ids: torch.Tensor,
+        visible: torch.Tensor,
+        last: torch.Tensor,
     ) -> None:
-        self.model, self.cache, self.ids, self.visible, self.last = model, cache, ids, visible, last
+        self.policy, self.options, self.cache = policy, options, cache
+        self.ids = torch.cat([ids, last], dim=1)
+        self.mask = torch.cat([visible, torch.ones_like(last, dtype=torch.bool)], dim=1).long()
 
-    def write(self, router_threshold: float | None, max_new_tokens: int) -> list[list[int]]:
+    def write(self, end_tokens: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         """Let the policy write from every state to the end.
 
         Args:
-            router_threshold: Of the policy.
-            max_new_tokens: Of a row, at most; earlier where the context is full.
+            end_tokens: What ends a text.
+            max_new_tokens: Of a row, at most.
         """
-        end_tokens, _ = special_tokens(self.model)
-        limit = self.model.config.max_position_embeddings
-        if limit is not None:
-            max_new_tokens = min(max_new_tokens, limit - 1 - int(self.visible.sum(dim=1).max()))
-        ids = torch.cat([self.ids, self.last], dim=1)
-        mask = torch.cat([self.visible, torch.ones_like(self.last, dtype=torch.bool)], dim=1).long()
+        ids, mask = self.ids, self.mask
         written: list[list[int]] = [[] for _ in ids]
         going = list(range(len(ids)))
-        policy = greedy_view(self.model)
         while going and max_new_tokens > 0:
             # States near the end of their answer are done soon, and need not be carried to the end of the others'.
             stretch = min(STRETCH, max_new_tokens)
             max_new_tokens -= stretch
-            output = policy.generate(
+            output = self.policy.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=self.cache,
-                router_threshold=router_threshold,
-                waiting_rows=steady_policy,
                 max_new_tokens=stretch,
+                past_key_values=self.cache,
+                **self.options,
             )
             new = output[:, ids.shape[1] :]
             for row, tokens in zip(going, cut(new, text_lengths(new, end_tokens)), strict=True):
@@ -178,44 +183,47 @@ class Prefixes:
 
 @torch.inference_mode()
 def shared_prefixes(
-    model: Any, questions: Sequence[Encoded], batch: Sequence[RollOut], router_threshold: float | None
+    model: Any, questions: Sequence[Encoded], batch: Sequence[RollOut], router_threshold: float
 ) -> Prefixes | None:
-    """Let both models read every question of a batch once.
+    """Let the policy read every question of a batch once.
 
     Args:
         model: The pair.
         questions: All questions.
         batch: Roll-outs.
-        router_threshold: Of the policy; at 0 the LLM need not read.
+        router_threshold: Of the policy. Where one model writes everything, the other reads nothing.
 
     Returns:
         `None` where a layer does not keep the whole text by its place (sliding windows, linear attention), so that
         nothing in it can be hidden.
     """
-    cache = CiterCache(model.config)
+    alone: Any = "slm" if router_threshold == 0 else "llm" if router_threshold > 1 else None
+    policy = greedy_view(model, alone)
+    cache = CiterCache(model.config) if alone is None else growing_cache(policy.config)
     asked = sorted({one.question for one in batch})
     texts = {index: questions[index].prompt_ids + questions[index].response_ids for index in asked}
     width = max(map(len, texts.values()))
-    device = model.slm.device
+    device = policy.device
     padding = special_tokens(model)[1]
     ids = torch.tensor([[padding] * (width - len(text)) + text for text in texts.values()], device=device)
     mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts.values()], device=device)
-    model(
-        ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
-        past_key_values=cache,
-        logits_to_keep=1,
-        router_threshold=0.0 if router_threshold == 0 else 2.0,
-    )
-    if not all_grow(cache.slm) or (cache.llm_length and not all_grow(cache.llm)):
+    reads = {"attention_mask": mask, "use_cache": True}
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    if alone is None:
+        # Above 1, both models read.
+        model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1, router_threshold=2.0, **reads)
+    elif alone == "slm":
+        model._run_slm(ids, positions, cache, 1, reads, {})
+    else:
+        model._run_llm(ids, positions, cache, 1, reads, {})
+    if not all(map(all_grow, (cache.slm, cache.llm) if isinstance(cache, CiterCache) else (cache,))):
         return None
     rows = torch.tensor([asked.index(one.question) for one in batch], device=device)
     cache.batch_select_indices(rows)
     own = [questions[one.question].prompt_ids + started(one, questions) for one in batch]
-    padded = [width - len(texts[one.question]) for one in batch]
     places = torch.arange(width, device=device)
-    first = torch.tensor(padded, device=device)[:, None]
-    end = first + torch.tensor([len(text) - 1 for text in own], device=device)[:, None]
+    first = torch.tensor([[width - len(texts[one.question])] for one in batch], device=device)
+    end = first + torch.tensor([[len(text) - 1] for text in own], device=device)
+    options = {"router_threshold": router_threshold, "waiting_rows": steady_policy} if alone is None else {}
     last = torch.tensor([text[-1:] for text in own], device=device)
-    return Prefixes(model, cache, ids[rows], (places >= first) & (places < end), last)
+    return Prefixes(policy, options, cache, ids[rows], (places >= first) & (places < end), last)
