@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from . import importers, loading_citer
 from .cache_citer import CiterCache
 from .configuration_citer import CiterConfig
 from .modeling_citer import CiterForCausalLM
@@ -11,3 +12,4 @@ __all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__"]
 
 AutoConfig.register("citer", CiterConfig)
 AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
+loading_citer.read_router_file = importers.read_router_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class CiterLoadingMixin:
             slm: The small language model: repository id, path, or a loaded model.
             llm: The large language model, likewise. It must share the SLM's tokenizer.
             router: A kind (`mlp`, `linear`, `confidence`, `entropy`, `random`), a dictionary with a `type`, the path
-                or repository id of a saved router, or a module that maps (hidden, logits) to `p_slm`.
+                or repository id of a saved router, a file of CITER's or R2R's released code (`.pth`, `.pt`), or a
+                module that maps (hidden, logits) to `p_slm`.
             router_threshold: The SLM writes a token when its score reaches this. Default: that of the saved router,
                 otherwise 0.5.
             kwargs: For `from_pretrained` of both models; with the prefix `slm_` or `llm_` for one of them.
@@ -273,11 +275,17 @@ class ChosenRouter:
         self.spec, self.threshold, self.module, self.weights, self.name = spec, threshold, module, weights, name
 
 
+# Reads a router file of other people's code, given the threshold if any. `citer_hf` puts its importers here; they do
+# not travel with a router.
+read_router_file: Callable[[str, float | None], ChosenRouter] | None = None
+ROUTER_FILES = (".pt", ".pth")
+
+
 def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> ChosenRouter:
     """Interpret the `router` argument of `from_pair`.
 
     Args:
-        router: A kind, a dictionary, a path or repository id, or a module.
+        router: A kind, a dictionary, a path or repository id, a router file, or a module.
         threshold: The threshold that was given, if any.
         hub: Keywords for fetching files.
 
@@ -293,6 +301,10 @@ def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> 
     name = os.fspath(router)
     if name in ROUTERS:
         return ChosenRouter({"type": name}, start)
+    if os.path.isfile(name) or (name.endswith(ROUTER_FILES) and not os.path.isdir(name)):
+        if read_router_file is None:
+            raise ValueError(f"router: reading {name} takes the whole package: pip install citer-hf, import citer_hf.")
+        return read_router_file(name, threshold)
     if not os.path.isdir(name) and "/" not in name:
         raise ValueError(
             f"router: expected one of {sorted(ROUTERS)}, the path or repository id of a saved router, or a "

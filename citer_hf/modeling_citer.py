@@ -92,6 +92,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         config._attn_implementation_internal = slm.config._attn_implementation
         self.vocab_size = config.vocab_size
         self.router = router if router is not None else build_router(config.router, hidden_size_of(slm))
+        if hasattr(self.router, "bind"):
+            self.router.bind(slm)  # type: ignore[operator]
         if router is not None and config.router["type"] == CUSTOM_ROUTER:
             config.router["class"] = type(router).__name__
         self._is_stateful = bool(slm._is_stateful or llm._is_stateful)

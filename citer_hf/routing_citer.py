@@ -8,38 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .r2r_router_citer import R2RRouter
+from .router_base_citer import Router
+
 MlpWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class Router(nn.Module):
-    """Base class of the routers: the probability that the SLM's next token is good enough.
-
-    A new kind is one subclass and one line in `ROUTERS`.
-
-    Args:
-        hidden_size: Width H of the SLM's last hidden state.
-        options: Everything else that the configuration's `router` dictionary holds.
-    """
-
-    def __init__(self, hidden_size: int, **options: Any):
-        super().__init__()
-        if options:
-            raise ValueError(
-                f"router: unknown options {sorted(options)} for {type(self).__name__}; remove them from "
-                "the `router` dictionary of the configuration."
-            )
-
-    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Score one or many positions.
-
-        Args:
-            hidden: Last hidden state of the SLM, after the final norm, `[..., H]`.
-            logits: Logits of the SLM at the same positions, `[..., V]`.
-
-        Returns:
-            `p_slm`, fp32 unless the user has cast the router, in [0, 1], `[...]`.
-        """
-        raise NotImplementedError
 
 
 class MlpRouter(Router):
@@ -91,7 +63,7 @@ class MlpRouter(Router):
         """
         expanded = self.expand(inputs)
         if self.norm is not None:
-            expanded = self.norm(expanded.flatten(0, -2)).view_as(expanded)
+            expanded = self.norm(expanded.reshape(-1, expanded.shape[-1])).view_as(expanded)
         contracted = self.contract(self.dropout(torch.relu(expanded)))
         return self.score(self.dropout(contracted)).squeeze(-1)
 
@@ -212,6 +184,7 @@ ROUTERS: dict[str, type[Router]] = {
     "confidence": ConfidenceRouter,
     "entropy": EntropyRouter,
     "random": RandomRouter,
+    "r2r": R2RRouter,
 }
 CUSTOM_ROUTER = "custom"
 

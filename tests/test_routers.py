@@ -9,6 +9,8 @@ import torch
 
 from citer_hf.routing_citer import ROUTERS, MlpRouter, Routing, build_router
 
+from .families import tiny_model
+
 HIDDEN, VOCAB = 16, 61
 
 
@@ -22,8 +24,11 @@ def states(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_score_is_a_probability_for_every_position(kind, shape, dtype):
     hidden, logits = states(*shape)
+    router = build_router({"type": kind}, HIDDEN).eval()
+    if kind == "r2r":
+        router.bind(tiny_model("llama", hidden_size=HIDDEN))
     with torch.no_grad():
-        scores = build_router({"type": kind}, HIDDEN).eval()(hidden.to(dtype), logits.to(dtype))
+        scores = router(hidden.to(dtype), logits.to(dtype))
     assert scores.shape == shape and scores.dtype == torch.float32
     assert ((scores >= 0) & (scores <= 1)).all()
 
