@@ -11,7 +11,7 @@ from torch.nn import functional
 from .labels import Labels
 from .teacher import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS
 
-__all__ = ["OBJECTIVES", "QUERY", "Objective", "Targets", "co_llm_loss", "preference_loss"]
+__all__ = ["OBJECTIVES", "QUERY", "Objective", "Targets", "co_llm_loss", "known", "preference_loss"]
 
 
 @dataclass(frozen=True)
