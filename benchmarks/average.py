@@ -18,11 +18,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("evaluations", nargs="+", type=Path, help="made by `citer evaluate` on the same problems")
     parser.add_argument("--shipped", default="citer-plus", help="the method that ships")
+    parser.add_argument("--name", help="what to call the pair")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     runs = [Results.read(directory / "results.json") for directory in options.evaluations]
     shares = sorted({round(share, 3) for run in runs for share in run.provenance["shares"]})
     results = replace(average_results(runs, shares), shipped=options.shipped)
+    if options.name is not None:
+        results.provenance["model"] = {**results.provenance["model"], "name": options.name}
     options.out.mkdir(parents=True, exist_ok=True)
     write_report(results, options.out)
     for other in results.methods:
