@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash
 
 from .pair_citer import check_config, check_model, check_table_sizes, check_tokenizers, load_tokenizer
 
@@ -157,8 +157,6 @@ def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, A
         max_memory: Bytes, or sizes such as "10GB", per device.
         slm: The SLM, loaded.
     """
-    from accelerate.utils import convert_file_size_to_int
-
     taken: dict[Any, int] = {}
     for parameter in slm.parameters():
         device: Any = parameter.device.index if parameter.device.type == "cuda" else parameter.device.type

@@ -27,7 +27,7 @@ from .base_models_citer import (
 from .configuration_citer import CiterConfig, check_threshold_value
 from .pair_citer import load_tokenizer
 from .routing_citer import CUSTOM_ROUTER, ROUTERS, build_router
-from .saving_citer import save_atomically, save_router_repository, save_tokenizer
+from .saving_citer import AUTO_MAP, save_atomically, save_code, save_router_repository, save_tokenizer
 
 ROUTER_WEIGHTS = "model.safetensors"
 # The router's own, which are never passed on to the base models.
@@ -126,7 +126,8 @@ class CiterLoadingMixin:
         else:
             model = cls._load_referred(str(path), config, router, kwargs)
         if path is not None:
-            hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in kwargs}
+            names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
+            hub = {key: kwargs[key] for key in names if key in kwargs}
             (model[0] if isinstance(model, tuple) else model)._repository = (str(path), hub)
         return model
 
@@ -236,14 +237,17 @@ class CiterLoadingMixin:
             model.push_to_hub(repo_id, save_base_models=save_base_models, **options)
 
     def _save_whole(self, folder: str, **kwargs: Any) -> None:
+        self.config.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
         super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+        save_code(folder)
         save_tokenizer(self, folder)
 
     def load_tokenizer(self) -> Any:
         """Return the pair's shared tokenizer, or `None` when neither model came with one."""
         if self._tokenizer is None and self._repository is not None:
             path, hub = self._repository
-            self._tokenizer = load_tokenizer(path, **hub)
+            # Where nobody has said that code may run, nobody is asked.
+            self._tokenizer = load_tokenizer(path, **{"trust_remote_code": False, **hub})
         return self._tokenizer
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -10,10 +10,13 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import safe_save_file, unwrap_model
 
 from .base_models_citer import commit_of
 
+# Where `trust_remote_code=True` finds the classes: in the core's files, which lie beside the weights.
+AUTO_MAP = {"AutoConfig": "configuration_citer.CiterConfig", "AutoModelForCausalLM": "modeling_citer.CiterForCausalLM"}
 STALE_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -103,7 +106,9 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
         safe_save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    config.auto_map = dict(AUTO_MAP)
     config.save_pretrained(folder)
+    save_code(folder)
     model.generation_config.save_pretrained(folder)
     save_tokenizer(model, folder)
 
@@ -126,6 +131,17 @@ def reference_from_elsewhere(
     if os.path.realpath(path) == os.path.realpath(save_directory):
         return reference
     return {"name_or_path": os.path.abspath(os.path.join(path, folder))}
+
+
+def save_code(folder: str) -> None:
+    """Copy the files of the core, so that the repository works where this package is not installed.
+
+    Args:
+        folder: Where to.
+    """
+    model_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling_citer.py")
+    for file in {model_file, *get_relative_import_files(model_file)}:
+        shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
 
 
 def save_tokenizer(model: Any, folder: str) -> None:
