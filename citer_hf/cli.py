@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_hub import push
 from .cli_method import calibrate, evaluate, label, train
 from .cli_shared import DEMO, DeviceMap, Dtype, Threshold, TrustRemoteCode, app, plain_errors, resolve_model
 
@@ -178,7 +179,7 @@ def bench(
     raise typer.Exit(status)
 
 
-for command in (label, train, evaluate, calibrate):
+for command in (label, train, evaluate, calibrate, push):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""Loading and saving: a pair from two models, a router repository from disk or the Hub, and back."""
+"""Loading: a pair from two models, a router repository from disk or the Hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from .base_models_citer import (
 from .configuration_citer import CiterConfig, check_threshold_value
 from .pair_citer import load_tokenizer
 from .routing_citer import CUSTOM_ROUTER, ROUTERS, build_router
-from .saving_citer import AUTO_MAP, save_atomically, save_code, save_router_repository, save_tokenizer
 
 ROUTER_WEIGHTS = "model.safetensors"
 # The router's own, which are never passed on to the base models.
@@ -35,7 +34,7 @@ REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", 
 
 
 class CiterLoadingMixin:
-    """`from_pair`, `from_pretrained` and `save_pretrained` of `CiterForCausalLM`."""
+    """`from_pair` and `from_pretrained` of `CiterForCausalLM`."""
 
     _tokenizer: Any = None
     _repository: tuple[str, dict[str, Any]] | None = None
@@ -198,49 +197,6 @@ class CiterLoadingMixin:
         model = place(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, info | {"error_msgs": []}) if wants_info else model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        save_base_models: bool = False,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save the router, the configuration, the generation settings and the tokenizer, all or nothing.
-
-        The base models are referred to by name and revision. A base model that has no name (it was never saved or
-        loaded) is saved along with the router.
-
-        Args:
-            save_directory: Where to; made when it is not there.
-            save_base_models: Whether to save both models too, in the folders `slm` and `llm`, so that the directory
-                stands on its own and can be moved.
-            push_to_hub: Whether to upload the result; `repo_id` says where to.
-            kwargs: As in transformers.
-
-        Raises:
-            OSError: when the directory cannot be written; then nothing in it has changed.
-            ValueError: when a base model cannot be saved.
-        """
-        model: Any = self
-        references = (model.config.slm_reference, model.config.llm_reference)
-        if not save_base_models and references == (None, None):
-            save_atomically(save_directory, lambda folder: self._save_whole(folder, **kwargs))
-        else:
-            save_atomically(
-                save_directory, lambda folder: save_router_repository(model, folder, save_base_models, **kwargs)
-            )
-        if push_to_hub:
-            repo_id = kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory))
-            names = ("token", "private", "commit_message", "create_pr", "revision")
-            options = {key: kwargs[key] for key in names if key in kwargs}
-            model.push_to_hub(repo_id, save_base_models=save_base_models, **options)
-
-    def _save_whole(self, folder: str, **kwargs: Any) -> None:
-        self.config.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]
-        super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
-        save_code(folder)
-        save_tokenizer(self, folder)
 
     def load_tokenizer(self) -> Any:
         """Return the pair's shared tokenizer, or `None` when neither model came with one."""

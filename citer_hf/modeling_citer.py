@@ -19,6 +19,7 @@ from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, watc
 from .loading_citer import CiterLoadingMixin
 from .pair_citer import check_pair
 from .routing_citer import CUSTOM_ROUTER, build_router
+from .sharing_citer import CiterSharingMixin
 from .small_products_citer import weights_first
 
 
@@ -44,7 +45,7 @@ class CiterOutputWithPast(CausalLMOutputWithPast):
         return tuple(self[key] for key in self.keys() if key not in ("router_scores", "routed_to_llm"))
 
 
-class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel):
+class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixin, PreTrainedModel):
     """Two causal language models and a router that decides, token by token, which of them writes (CITER, section 3).
 
     Args:
