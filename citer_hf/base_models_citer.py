@@ -281,6 +281,15 @@ def shared_tokenizer(sources: dict[str, Any], keywords: dict[str, dict[str, Any]
     return tokenizer
 
 
+def is_broken_transfer(error: BaseException) -> bool:
+    """Say whether a download broke off: what is raised then is of the library that the Hub's client uses.
+
+    Args:
+        error: What was raised.
+    """
+    return any(base.__module__.partition(".")[0] in ("httpx", "httpx2", "requests") for base in type(error).__mro__)
+
+
 class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
     """Context in which a base model's loading error says which model it was and what to do.
 
@@ -297,7 +306,9 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+        if error is None or not (
+            isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_broken_transfer(error)
+        ):
             return
         revision = f" at revision {self.revision}" if self.revision else ""
         raise OSError(

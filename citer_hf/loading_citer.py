@@ -18,6 +18,8 @@ from .base_models_citer import (
     base_config,
     check_keywords,
     check_unchanged,
+    commit_of,
+    is_broken_transfer,
     load_models,
     locate_base_model,
     reference_to,
@@ -133,8 +135,16 @@ class CiterLoadingMixin:
     @classmethod
     def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
         dtype: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-        config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-        return config, {**kwargs, **dtype}
+        # The configuration takes these for its own file; the weights and the base models need them too.
+        hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, *REPOSITORY_KEYWORDS) if key in kwargs}
+        try:
+            config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        except Exception as error:
+            told = isinstance(error, OSError) and str(source) in str(error)
+            if told or not (isinstance(error, OSError) or is_broken_transfer(error)):
+                raise
+            raise OSError(f"{source}: the configuration of the router could not be loaded: {error}") from error
+        return config, {**kwargs, **dtype, **hub}
 
     @classmethod
     def _load_whole(cls, path: Any, *model_args: Any, config: Any, router: nn.Module | None, **kwargs: Any) -> Any:
@@ -165,6 +175,9 @@ class CiterLoadingMixin:
         repository = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
         repository |= {key: kwargs.pop(key) for key in REPOSITORY_KEYWORDS if key in kwargs}
         generation_config = repository.pop("generation_config", None)
+        if config.name_or_path == path and not os.path.isdir(path):
+            # A push while this loads must not mix two states of the repository.
+            repository["revision"] = commit_of(path, repository) or repository.get("revision")
         wants_info = kwargs.pop("output_loading_info", False)
         for key in [key for key in kwargs if key.startswith("_") or key in ("adapter_kwargs", "state_dict")]:
             del kwargs[key]
@@ -311,7 +324,14 @@ def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.
         OSError: when the file is missing or damaged.
     """
     hub = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if repository.get(key)}
-    file = cached_file(path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    try:
+        file = cached_file(path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    except Exception as error:
+        if not is_broken_transfer(error):
+            raise
+        raise OSError(
+            f"{path}: the download of {ROUTER_WEIGHTS} broke off: {error}. Load the router again."
+        ) from error
     if file is None:
         raise OSError(
             f"{path} has no {ROUTER_WEIGHTS}: the weights of its router are missing. Save the router again, or "
