@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash
 
 from .pair_citer import check_config, check_model, check_table_sizes, check_tokenizers, load_tokenizer
+from .paths_citer import check_folder, check_reference
 
 ROLES = ("slm", "llm")
 # Where a repository is and how it is fetched: these concern the files, not the model.
@@ -211,7 +212,7 @@ def locate_base_model(
         repository: The keywords of the router's own repository.
 
     Raises:
-        ValueError: when the configuration does not say where the model is.
+        ValueError: when the configuration does not say where the model is, or says a place where it may not be.
     """
     if keywords.get("name_or_path"):
         return str(keywords.pop("name_or_path"))
@@ -220,6 +221,7 @@ def locate_base_model(
             f"{role}_reference: the configuration of {path} does not say where the {role.upper()} is. Pass "
             f"{role}_name_or_path=..."
         )
+    check_reference(role, reference, path)
     for key in ("revision", "gguf_file"):
         if reference.get(key):
             keywords.setdefault(key, reference[key])
@@ -231,6 +233,7 @@ def locate_base_model(
     # A folder of the router's own repository, wherever that is now.
     folder = os.path.join(repository.get("subfolder", ""), folder)
     if os.path.isdir(path):
+        check_folder(path, folder)
         return os.path.join(path, folder)
     keywords["subfolder"] = folder
     if repository.get("revision"):
@@ -257,6 +260,25 @@ def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreT
                 f"{role}: {source} is not the model that this router was made for: {name} is {now}, but was {then}. "
                 f"Pass the right one with {role}_name_or_path=... and {role}_revision=..."
             )
+
+
+def check_same_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None:
+    """Refuse a base model that numbers its tokens otherwise than the router's tokenizer.
+
+    Args:
+        role: `slm` or `llm`.
+        source: Where it was found.
+        found: Its tokenizer, or `None` when it has none.
+        saved: The router's, or `None` when it has none.
+
+    Raises:
+        ValueError: when they differ.
+    """
+    if found is not None and saved is not None and found.get_vocab() != saved.get_vocab():
+        raise ValueError(
+            f"{role}: {source} is not the model that this router was made for: its tokenizer has changed. Pass the "
+            f"right one with {role}_name_or_path=... and {role}_revision=..."
+        )
 
 
 def shared_tokenizer(sources: dict[str, Any], keywords: dict[str, dict[str, Any]], configs: dict[str, Any]) -> Any:
@@ -306,6 +328,11 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError) and "contains custom code" in str(error):
+            raise ValueError(
+                f"{self.role}: {self.source} brings code of its own. If you trust it, pass "
+                f"{self.role}_trust_remote_code=True; trust_remote_code is for the router alone."
+            ) from error
         if error is None or not (
             isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_broken_transfer(error)
         ):

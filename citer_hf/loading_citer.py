@@ -17,8 +17,10 @@ from .base_models_citer import (
     ROLES,
     base_config,
     check_keywords,
+    check_same_tokenizer,
     check_unchanged,
     commit_of,
+    hub_keywords,
     is_broken_transfer,
     load_models,
     locate_base_model,
@@ -28,6 +30,7 @@ from .base_models_citer import (
 )
 from .configuration_citer import CiterConfig, check_threshold_value
 from .pair_citer import load_tokenizer
+from .paths_citer import check_folder
 from .routing_citer import CUSTOM_ROUTER, ROUTERS, build_router
 
 ROUTER_WEIGHTS = "model.safetensors"
@@ -157,6 +160,8 @@ class CiterLoadingMixin:
             )
         if router is not None:
             model_args = (None, None, router)
+        if path is not None and os.path.isdir(path):
+            check_folder(str(path))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *model_args, config=config, output_loading_info=True, **kwargs
@@ -187,7 +192,10 @@ class CiterLoadingMixin:
 
         keywords = split_keywords(kwargs)
         sources: dict[str, Any] = {}
+        moved = [role for role in ROLES if keywords[role].get("name_or_path")]
         for role in ROLES:
+            # Nobody is asked whether code of a model may run that the user has not chosen by name.
+            keywords[role].setdefault("trust_remote_code", False)
             sources[role] = locate_base_model(
                 role, path, getattr(config, f"{role}_reference"), keywords[role], repository
             )
@@ -197,13 +205,21 @@ class CiterLoadingMixin:
             check_unchanged(role, sources[role], configs[role], getattr(config, f"{role}_config"))
         has_weights = needs_weights(config.router, router, configs["slm"])
         weights = router_state_dict(path, repository) if has_weights else None
+        if weights is not None and router is None:
+            check_router_weights(config.router, configs["slm"], weights, path)
+        files = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in repository}
+        for role in ROLES:
+            if role not in moved and not may_have_changed(getattr(config, f"{role}_reference"), keywords[role]):
+                continue
+            found = load_tokenizer(sources[role], **hub_keywords(keywords[role]))
+            saved = load_tokenizer(path, trust_remote_code=False, **files)
+            check_same_tokenizer(role, sources[role], found, saved)
         models = load_models(sources, keywords)
 
         config.slm_config, config.llm_config = models["slm"].config, models["llm"].config
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=router)  # type: ignore[call-arg]
         if weights is not None:
             load_router_weights(model.router, weights, path)
-        files = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in repository}
         model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
         model.config.name_or_path = model.name_or_path = path
         model.eval()
@@ -273,6 +289,8 @@ def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> 
         )
     saved = CiterConfig.from_pretrained(name, **hub)
     weights = router_state_dict(name, hub) if needs_weights(saved.router, None, saved.slm_config) else None
+    if weights is not None:
+        check_router_weights(saved.router, saved.slm_config, weights, name)
     spec = {"hidden_size": saved.slm_config.get_text_config().hidden_size, **saved.router}
     return ChosenRouter(spec, start if threshold is not None else saved.router_threshold, weights=weights, name=name)
 
@@ -324,6 +342,8 @@ def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.
         OSError: when the file is missing or damaged.
     """
     hub = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if repository.get(key)}
+    if os.path.isdir(path):
+        check_folder(path)
     try:
         file = cached_file(path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
     except Exception as error:
@@ -347,6 +367,60 @@ def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.
     return {key.removeprefix("router."): value for key, value in tensors.items() if key.startswith("router.")}
 
 
+def check_router_weights(
+    spec: dict[str, Any], slm_config: PreTrainedConfig, weights: dict[str, torch.Tensor], name: str
+) -> None:
+    """Refuse weights that do not fit, before memory is taken for a router as large as a configuration claims.
+
+    Args:
+        spec: The configuration's `router` dictionary.
+        slm_config: The SLM's configuration.
+        weights: The router's tensors.
+        name: Where they are from.
+
+    Raises:
+        ValueError: which names a tensor that is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):
+        router = build_router(spec, slm_config.get_text_config().hidden_size)
+    refuse_misfits(router.state_dict(), weights, name)
+
+
+def refuse_misfits(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], name: str) -> None:
+    """Refuse weights that do not fit a router.
+
+    Args:
+        expected: The router's own tensors.
+        weights: Those of the file.
+        name: Where they are from.
+
+    Raises:
+        ValueError: which names a tensor that is missing, unknown or of another shape.
+    """
+    refuse_wrong_tensors([f"router.{key}" for key in expected.keys() ^ weights.keys()], name)
+    for key, tensor in weights.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{name}: the tensor router.{key} has the shape {list(tensor.shape)}, but this router needs "
+                f"{list(expected[key].shape)}. Was it trained with another SLM?"
+            )
+
+
+def may_have_changed(reference: dict[str, str], keywords: dict[str, Any]) -> bool:
+    """Say whether a base model that is where the router says may be another one than when the router was saved.
+
+    It may not in the router's own repository, nor at the commit that the router was saved with.
+
+    Args:
+        reference: What the router's configuration says.
+        keywords: The keywords that the model is loaded with.
+    """
+    if not reference.get("name_or_path"):
+        return False
+    commit = reference.get("revision", "")
+    return len(commit) != 40 or keywords.get("revision") != commit
+
+
 def load_router_weights(router: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
     """Put saved weights into a router, all of them and nothing else.
 
@@ -358,14 +432,7 @@ def load_router_weights(router: nn.Module, weights: dict[str, torch.Tensor], nam
     Raises:
         ValueError: which names a tensor that is missing, unknown or of another shape.
     """
-    expected = router.state_dict()
-    refuse_wrong_tensors([f"router.{key}" for key in expected.keys() ^ weights.keys()], name)
-    for key, tensor in weights.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{name}: the tensor router.{key} has the shape {list(tensor.shape)}, but this router needs "
-                f"{list(expected[key].shape)}. Was it trained with another SLM?"
-            )
+    refuse_misfits(router.state_dict(), weights, name)
     router.load_state_dict(weights)
 
 

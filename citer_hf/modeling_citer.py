@@ -83,8 +83,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         for given in (slm, llm, router):
             if given is not None:
                 mark_initialized(given)
-        slm = slm if slm is not None else AutoModelForCausalLM.from_config(config.slm_config)
-        llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
+        slm = slm if slm is not None else AutoModelForCausalLM.from_config(config.slm_config, trust_remote_code=False)
+        llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False)
         check_pair(slm, llm)
         self.slm, self.llm = slm, llm
         config.slm_config, config.llm_config = slm.config, llm.config
