@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
 import shutil
@@ -62,6 +63,7 @@ def _move_into_place(folder: str, directory: str) -> None:
         try:
             for file in [*files, *stale]:
                 new, present, kept = (os.path.join(place, file) for place in (folder, directory, replaced))
+                _refuse_link(os.path.dirname(present), directory)
                 for place in (present, kept):
                     os.makedirs(os.path.dirname(place), exist_ok=True)
                 moves = [(present, kept)] if os.path.exists(present) else []
@@ -72,6 +74,12 @@ def _move_into_place(folder: str, directory: str) -> None:
             for source, target in reversed(steps):
                 os.replace(target, source)
             raise
+
+
+def _refuse_link(folder: str, directory: str) -> None:
+    root = os.path.realpath(directory)
+    if os.path.commonpath([root, os.path.realpath(folder)]) != root:
+        raise OSError(errno.ELOOP, f"{folder} is a link out of it")
 
 
 def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:

@@ -127,6 +127,12 @@ def test_saving_writes_nothing_through_a_link(router, tmp_path):
     (router / "config.json").symlink_to(tmp_path / "mine")
     CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm").save_pretrained(router)
     assert (tmp_path / "mine").read_text() == "mine" and not (router / "config.json").is_symlink()
+    (tmp_path / "empty").mkdir()
+    (router / "slm").rename(tmp_path / "was")
+    (router / "slm").symlink_to(tmp_path / "empty")
+    with pytest.raises(OSError, match=r"nothing was saved .*slm is a link out of it"):
+        CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm").save_pretrained(router, save_base_models=True)
+    assert not list((tmp_path / "empty").iterdir())
 
 
 # ---- files that claim more than they hold ----
