@@ -36,7 +36,8 @@ def write_sample() -> None:
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.0) if "var" in name else tensor.uniform_(-0.4, 0.4)
     with torch.no_grad():
-        # Half of the scores on either side of 0.5.
+        # Scores that differ, half of them on either side of 0.5.
+        pair.router.score.weight *= 10
         pair.router.score.bias -= torch.logit(pair(input_ids=TEXT).router_scores).median()
     pair.save_pretrained(SAMPLE, save_base_models=True)
     for file in SAMPLE.glob("*.py"):
