@@ -86,7 +86,7 @@ class Hub:
         # How many of the next downloads of large files end in the middle.
         self.cuts = 0
         # Whether uploads of large files fail.
-        self.refuses_uploads = False
+        self.refuses_uploads = 0
         self.endpoint = ""
         # Large files are kept by another host, as on the Hub: there the client sends no token.
         self.large_files = ""
@@ -250,8 +250,8 @@ class Hub:
         address = {"pullRequestUrl": f"{page}/discussions/{number}"} if proposed else {}
         return Answer({"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}", **address})
 
-    def cut(self, number: str, **_: Any) -> Answer:
-        self.cuts = int(number)
+    def set(self, name: str, number: str, **_: Any) -> Answer:
+        setattr(self, name, int(number))
         return Answer({})
 
     def resolve(self, user: str | None, name: str, revision: str, path: str, **_: Any) -> Answer:
@@ -288,7 +288,8 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Hub.lfs_batch),
     ("PUT", r"/large/(?P<oid>\w+)", Hub.put_large),
     ("GET", r"/large/(?P<oid>\w+)", Hub.get_large),
-    ("POST", r"/test/cuts/(?P<number>\d+)", Hub.cut),
+    # For a test in another process.
+    ("POST", r"/test/(?P<name>cuts|refuses_uploads)/(?P<number>\d+)", Hub.set),
     ("GET", rf"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Hub.resolve),
 ]
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, pipeline
 import citer_hf
 from citer_hf import CiterForCausalLM
 
+said = {}
 IDS = torch.tensor([list(range(5, 17))])
 TOKEN, WRONG = os.environ.get("GOOD"), os.environ.get("WRONG")
 
@@ -46,10 +47,10 @@ class Client:
     def __init__(self, hub: Hub, folder: Path):
         self.hub, self.folder, self.output = hub, folder, ""
 
-    def run(self, code: str, home: str = "home", **environment: str) -> dict:
+    def run(self, code: str, home: str = "home", prelude: str = PRELUDE, **environment: str) -> dict:
         """What a script leaves in `said`; its home is where the cache is."""
         script = self.folder / "script.py"
-        script.write_text(PRELUDE + "said = {}\n" + textwrap.dedent(code) + "\nprint('SAID' + json.dumps(said))\n")
+        script.write_text(prelude + textwrap.dedent(code) + "\nprint('SAID' + json.dumps(said))\n")
         here = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
         here |= {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.folder / home), "OMP_NUM_THREADS": "1"}
         # Xet is a service of its own, which this Hub does not have.
@@ -236,36 +237,88 @@ def test_what_was_loaded_once_is_loaded_without_a_network(client, pushed, loaded
     assert len(client.hub.requests) == before
 
 
-CUT = """
+TROUBLE = """
     import http.client, urllib.parse
-    def cut(number):
-        os.environ["NO_PROXY"] = "*"
+
+    def tell_the_hub(what):
         address = urllib.parse.urlsplit(os.environ["HF_ENDPOINT"])
         connection = http.client.HTTPConnection(address.hostname, address.port)
-        connection.request("POST", f"/test/cuts/{number}")
+        connection.request("POST", f"/test/{what}")
         connection.getresponse().read()
 
-    cut(1)
-    said["once"] = text(CiterForCausalLM.from_pretrained("me/router", token=TOKEN, cache_dir="a"))
-    cut(1000)
-    said["for good"] = error(lambda: CiterForCausalLM.from_pretrained("me/router", token=TOKEN, cache_dir="b"))
-    cut(0)
-    said["later"] = text(CiterForCausalLM.from_pretrained("me/router", token=TOKEN, cache_dir="b"))
+    def load(cache):
+        return CiterForCausalLM.from_pretrained("me/router", token=TOKEN, cache_dir=cache)
+
+    tell_the_hub("cuts/1")
+    said["once"] = text(load("a"))
+    tell_the_hub("cuts/1000")
+    said["for good"] = error(lambda: load("b"))
+    tell_the_hub("cuts/0")
+    said["later"] = text(load("b"))
+
+    pair = load("b")
+    torch.nn.init.normal_(pair.router.score.weight)
+    tell_the_hub("refuses_uploads/1")
+    push = lambda: pair.save_pretrained("refused", push_to_hub=True, repo_id="me/router", token=TOKEN)
+    said["refused"] = error(push)
+    said["usable"] = text(CiterForCausalLM.from_pretrained("refused", token=TOKEN, cache_dir="b")) == text(pair)
+    tell_the_hub("refuses_uploads/0")
+    push()
+    said["third"], said["pushed"] = text(pair), text(load("c"))
 """
 
 
-def test_a_connection_that_is_cut_leaves_nothing_half_loaded(client, pushed):
-    said = client.run(CUT, home="third")
-    assert said["once"] == said["later"] == pushed["second"]
-    assert "me/" in said["for good"]
+@pytest.fixture(scope="module")
+def troubled(client: Client, pushed: dict, loaded: dict) -> dict:
+    """What was said while connections broke off and uploads were refused."""
+    return client.run(TROUBLE, home="third")
 
 
-def test_tokens_are_in_no_output_and_in_no_file(client, pushed, loaded):
+def test_a_connection_that_is_cut_leaves_nothing_half_loaded(pushed, troubled):
+    assert troubled["once"] == troubled["later"] == pushed["second"]
+    assert "me/router" in troubled["for good"] and "broke off" in troubled["for good"]
+
+
+def test_a_refused_upload_leaves_the_directory_usable_and_the_hub_as_it_was(client, troubled):
+    assert "Nothing on this machine was lost" in troubled["refused"] and "push again" in troubled["refused"]
+    assert troubled["usable"] and troubled["pushed"] == troubled["third"]
+
+
+WITHOUT_THE_PACKAGE = r"""
+import json, os, re, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "citer_hf":
+            raise ImportError("citer_hf is not installed here")
+
+sys.meta_path.insert(0, Missing())
+from huggingface_hub import ModelCard
+
+said = {}
+card = ModelCard.load("me/router")
+said["base_model"] = card.data.base_model
+exec(re.search(r"```python\n(.*?)```", card.text, re.S)[1])
+said["module"], said["text"] = type(model).__module__, tokenizer.decode(output.sequences[0])
+model.push_to_hub("me/elsewhere", save_base_models=True)
+"""
+
+
+def test_the_example_of_the_card_runs_where_the_package_is_not_installed(client, troubled):
+    said = client.run(WITHOUT_THE_PACKAGE, prelude="", home="fourth", HF_TOKEN=TOKEN)
+    assert said["module"].startswith("transformers_modules.") and said["text"]
+    assert said["base_model"] == ["me/slm", "me/llm"]
+    found = files(client, "me/elsewhere")
+    assert found.keys() >= {"README.md", "model.safetensors", "modeling_citer.py", "slm/model.safetensors"}
+    assert found["model.safetensors"] == files(client, "me/router")["model.safetensors"]
+
+
+def test_tokens_are_in_no_output_and_in_no_file(client, pushed, loaded, troubled):
     secrets = (TOKEN, OTHERS_TOKEN, WRONG_TOKEN)
-    said = client.output + json.dumps([pushed, loaded])
+    said = client.output + json.dumps([pushed, loaded, troubled])
     assert not any(secret in said for secret in secrets)
     for name in client.hub.repositories:
         assert not any(secret.encode() in content for content in files(client, name).values() for secret in secrets)
-    for folder in ("router", "held", "again"):
+    for folder in ("router", "held", "again", "refused"):
         for file in (client.folder / folder).rglob("*"):
             assert not file.is_file() or not any(secret.encode() in file.read_bytes() for secret in secrets)
