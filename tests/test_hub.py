@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .hub_server import Hub, running_hub
+from .hub_server import Blob, Hub, Repository, running_hub
 from .repositories import save_base_models
 
 TOKEN, OTHERS_TOKEN, WRONG_TOKEN = "hf_GoodSecret0123456789", "hf_OtherSecret0123456789", "hf_WrongSecret0123456789"
@@ -119,6 +119,11 @@ def head_of(client: Client, name: str) -> str:
     return client.hub.repositories[name].branches["main"]
 
 
+def uploaded(client: Client, name: str) -> str:
+    """The first commit with files."""
+    return list(client.hub.repositories[name].commits)[1]
+
+
 def test_a_router_repository_holds_all_that_it_needs(client, pushed):
     found = files(client, "me/router")
     assert found.keys() >= {
@@ -163,46 +168,53 @@ LOAD = """
     said["pipeline"] = pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"]
     tokens = pipe.model.generate(**pipe.tokenizer("w5 w6 w7", return_tensors="pt"), max_new_tokens=5)[0]
     said["by the model"] = "w5 w6 w7" + pipe.tokenizer.decode(tokens[3:])
-    said["wrapped"] = text(CiterForCausalLM.from_pair("me/slm", "me/llm", router="me/router", token=TOKEN))
+    options = {"llm_revision": json.loads(os.environ["LLM"]), "token": TOKEN}
+    said["wrapped"] = text(CiterForCausalLM.from_pair("me/slm", "me/llm", router="me/router", **options))
+    said["overridden"] = text(CiterForCausalLM.from_pretrained("me/router", llm_revision="same", token=TOKEN))
     load = CiterForCausalLM.from_pretrained
     said["errors"] = {
         "wrong token": error(lambda: load("me/held", token=WRONG, force_download=True)),
         "private base": error(lambda: load("me/router", token=False, force_download=True)),
         "gated base": error(lambda: load("me/gating", token=TOKEN)),
+        "sizes": error(lambda: load("me/router", llm_revision="main", token=TOKEN), ValueError),
+        "words": error(lambda: load("me/router", llm_revision="words", token=TOKEN), ValueError),
         "missing": error(lambda: load("me/nothing", token=TOKEN)),
         "revision": error(lambda: load("me/router", revision="no-such", token=TOKEN)),
     }
 """
 
 
-def with_config(client: Client, name: str, changes: dict) -> None:
-    """Put a copy of the router under another name, with changes to its configuration."""
-    from .hub_server import Blob, Repository
-
-    router = client.hub.repositories["me/router"]
-    found = dict(router.commits[router.branches["main"]])
-    config = json.loads(found["config.json"].content) | changes
-    found["config.json"] = Blob(json.dumps(config).encode(), large=False)
-    client.hub.repositories[name] = Repository()
-    client.hub.repositories[name].commit("main", found)
+def change(client: Client, name: str, branch: str, file: str, **changes: object) -> None:
+    """Add a commit to a branch in which a file of JSON has changed."""
+    repository = client.hub.repositories[name]
+    found = dict(repository.commits[uploaded(client, name)])
+    content = json.loads(found[file].content) | changes
+    found[file] = Blob(json.dumps(content).encode(), large=False)
+    repository.commit(branch, found)
 
 
 @pytest.fixture(scope="module")
 def loaded(client: Client, pushed: dict) -> dict:
     """What was said while what was pushed was loaded, in a process with an empty cache."""
-    hub = client.hub
-    with_config(client, "me/gating", {"llm_reference": {"name_or_path": "you/gated"}})
-    hub.repositories["you/gated"] = type(hub.repositories["me/llm"])(gated=True)
-    hub.repositories["you/gated"].commit("main", hub.repositories["me/llm"].commits[head_of(client, "me/llm")])
-    commits = [sha for sha in hub.repositories["me/router"].commits][1:]
-    return client.run(LOAD, home="other", COMMITS=json.dumps(commits))
+    hub, llm = client.hub, uploaded(client, "me/llm")
+    hub.repositories["you/gated"] = Repository(gated=True)
+    hub.repositories["you/gated"].commit("main", hub.repositories["me/llm"].commits[llm])
+    hub.repositories["me/gating"] = Repository(commits=dict(hub.repositories["me/router"].commits))
+    change(client, "me/gating", "main", "config.json", llm_reference={"name_or_path": "you/gated"})
+    # The LLM has moved on since the router was saved.
+    change(client, "me/llm", "same", "config.json")
+    change(client, "me/llm", "main", "config.json", num_hidden_layers=3)
+    words = {"type": "WordLevel", "vocab": {f"v{index}": index for index in range(61)}, "unk_token": "v0"}
+    change(client, "me/llm", "words", "tokenizer.json", model=words, added_tokens=[])
+    commits = list(hub.repositories["me/router"].commits)[1:]
+    return client.run(LOAD, home="other", COMMITS=json.dumps(commits), LLM=json.dumps(llm))
 
 
 def test_a_router_is_loaded_by_id_in_every_way(pushed, loaded):
     assert pushed["first"] != pushed["second"]
     assert loaded["first"] == [pushed["first"]]
     assert loaded["second"] == [pushed["second"]] * 4
-    assert loaded["wrapped"] == pushed["second"]
+    assert loaded["wrapped"] == loaded["overridden"] == pushed["second"]
     assert loaded["pipeline"] == loaded["by the model"]
 
 
@@ -217,6 +229,7 @@ def test_errors_of_the_hub_name_what_and_what_to_do(loaded):
     assert (
         "llm: the LLM could not be loaded from you/gated" in errors["gated base"] and "gated" in errors["gated base"]
     )
+    assert "num_hidden_layers is 3, but was 2" in errors["sizes"] and "its tokenizer has changed" in errors["words"]
     assert "me/nothing" in errors["missing"] and "no-such" in errors["revision"]
 
 
