@@ -263,7 +263,12 @@ TROUBLE = """
         return CiterForCausalLM.from_pretrained("me/router", token=TOKEN, cache_dir=cache)
 
     tell_the_hub("cuts/1")
-    said["once"] = text(load("a"))
+    try:
+        cut = load("a")
+    except OSError:
+        # Before version 2, the client does not go on by itself.
+        cut = load("a")
+    said["once"] = text(cut)
     tell_the_hub("cuts/1000")
     said["for good"] = error(lambda: load("b"))
     tell_the_hub("cuts/0")

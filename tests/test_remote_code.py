@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import textwrap
+import venv
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,20 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 """
+# A process in an environment without the package.
+NOT_INSTALLED = """
+import importlib.util, sys
+
+assert importlib.util.find_spec("citer_hf") is None
+"""
 
 
-def run_without_the_package(code: str, tmp_path: Path, *arguments: str, python: str = sys.executable) -> str:
+def run_without_the_package(
+    code: str, tmp_path: Path, *arguments: str, python: str = sys.executable, blocked: bool = True
+) -> str:
     """What a script prints in a process without `citer_hf`, from a directory of its own."""
     script = tmp_path / "script.py"
-    script.write_text(WITHOUT_THE_PACKAGE + textwrap.dedent(code))
+    script.write_text((WITHOUT_THE_PACKAGE if blocked else NOT_INSTALLED) + textwrap.dedent(code))
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     (tmp_path / "elsewhere").mkdir(exist_ok=True)
@@ -109,3 +119,24 @@ def test_a_router_writes_the_same_where_the_package_is_not_installed(repositorie
     texts = json.loads(printed)
     once = expected_texts(repositories / "referring")
     assert texts == [*once, *once, *once, once[0]]
+
+
+@pytest.mark.slow
+def test_a_router_writes_the_same_in_a_virtual_environment_of_its_dependencies(repositories, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    bin_folder = "Scripts" if os.name == "nt" else "bin"
+    site = next((tmp_path / "venv").glob("**/site-packages"))
+    for installed in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
+        for file in installed.iterdir():
+            if "citer" not in file.name and file.suffix != ".pth" and not (site / file.name).exists():
+                (site / file.name).symlink_to(file)
+    printed = run_without_the_package(
+        SAME_TEXT_WITHOUT_THE_PACKAGE,
+        tmp_path,
+        json.dumps(TEXT),
+        str(repositories / "referring"),
+        python=str(tmp_path / "venv" / bin_folder / "python"),
+        blocked=False,
+    )
+    once = expected_texts(repositories / "referring")
+    assert json.loads(printed) == [*once, once[0]]
