@@ -1,5 +1,7 @@
 """Two language models that decode as one: a small one for the easy tokens, a large one for the critical ones."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import importers, loading_citer
@@ -13,3 +15,13 @@ __all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__"]
 AutoConfig.register("citer", CiterConfig)
 AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
 loading_citer.read_router_file = importers.read_router_file
+
+
+def _push(folder: str, repo_id: str, **options: Any) -> str:
+    from .hub import push
+
+    return push(folder, repo_id, **options)
+
+
+# The core, which travels without the rest, cannot write a card.
+CiterForCausalLM._push = staticmethod(_push)

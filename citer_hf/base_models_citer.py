@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash
 
 from .pair_citer import check_config, check_model, check_table_sizes, check_tokenizers, load_tokenizer
+from .paths_citer import check_folder, check_reference
 
 ROLES = ("slm", "llm")
 # Where a repository is and how it is fetched: these concern the files, not the model.
@@ -157,8 +158,6 @@ def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, A
         max_memory: Bytes, or sizes such as "10GB", per device.
         slm: The SLM, loaded.
     """
-    from accelerate.utils import convert_file_size_to_int
-
     taken: dict[Any, int] = {}
     for parameter in slm.parameters():
         device: Any = parameter.device.index if parameter.device.type == "cuda" else parameter.device.type
@@ -213,7 +212,7 @@ def locate_base_model(
         repository: The keywords of the router's own repository.
 
     Raises:
-        ValueError: when the configuration does not say where the model is.
+        ValueError: when the configuration does not say where the model is, or says a place where it may not be.
     """
     if keywords.get("name_or_path"):
         return str(keywords.pop("name_or_path"))
@@ -222,6 +221,7 @@ def locate_base_model(
             f"{role}_reference: the configuration of {path} does not say where the {role.upper()} is. Pass "
             f"{role}_name_or_path=..."
         )
+    check_reference(role, reference, path)
     for key in ("revision", "gguf_file"):
         if reference.get(key):
             keywords.setdefault(key, reference[key])
@@ -233,6 +233,7 @@ def locate_base_model(
     # A folder of the router's own repository, wherever that is now.
     folder = os.path.join(repository.get("subfolder", ""), folder)
     if os.path.isdir(path):
+        check_folder(path, folder)
         return os.path.join(path, folder)
     keywords["subfolder"] = folder
     if repository.get("revision"):
@@ -261,6 +262,25 @@ def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreT
             )
 
 
+def check_same_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None:
+    """Refuse a base model that numbers its tokens otherwise than the router's tokenizer.
+
+    Args:
+        role: `slm` or `llm`.
+        source: Where it was found.
+        found: Its tokenizer, or `None` when it has none.
+        saved: The router's, or `None` when it has none.
+
+    Raises:
+        ValueError: when they differ.
+    """
+    if found is not None and saved is not None and found.get_vocab() != saved.get_vocab():
+        raise ValueError(
+            f"{role}: {source} is not the model that this router was made for: its tokenizer has changed. Pass the "
+            f"right one with {role}_name_or_path=... and {role}_revision=..."
+        )
+
+
 def shared_tokenizer(sources: dict[str, Any], keywords: dict[str, dict[str, Any]], configs: dict[str, Any]) -> Any:
     """Return the tokenizer that both models share, or `None` when neither comes with one.
 
@@ -283,6 +303,15 @@ def shared_tokenizer(sources: dict[str, Any], keywords: dict[str, dict[str, Any]
     return tokenizer
 
 
+def is_broken_transfer(error: BaseException) -> bool:
+    """Say whether a download broke off: what is raised then is of the library that the Hub's client uses.
+
+    Args:
+        error: What was raised.
+    """
+    return any(base.__module__.partition(".")[0] in ("httpx", "httpx2", "requests") for base in type(error).__mro__)
+
+
 class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
     """Context in which a base model's loading error says which model it was and what to do.
 
@@ -299,7 +328,14 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+        if isinstance(error, ValueError) and "contains custom code" in str(error):
+            raise ValueError(
+                f"{self.role}: {self.source} brings code of its own. If you trust it, pass "
+                f"{self.role}_trust_remote_code=True; trust_remote_code is for the router alone."
+            ) from error
+        if error is None or not (
+            isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_broken_transfer(error)
+        ):
             return
         revision = f" at revision {self.revision}" if self.revision else ""
         raise OSError(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .cli_convert import convert
+from .cli_hub import push
 from .cli_method import calibrate, evaluate, label, train
 from .cli_shared import DEMO, DeviceMap, Dtype, Threshold, TrustRemoteCode, app, plain_errors, resolve_model
 
@@ -180,7 +181,7 @@ def bench(
     raise typer.Exit(status)
 
 
-for command in (label, train, evaluate, calibrate, convert):
+for command in (label, train, evaluate, calibrate, convert, push):
     app.command()(command)
 
 

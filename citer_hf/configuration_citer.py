@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 CONFIG_VERSION = 1
 
@@ -233,6 +233,9 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCo
             "slm_config and llm_config: expected a configuration or a dictionary with a model_type, "
             f"got a dictionary with the keys {sorted(config)}."
         )
+    if model_type not in CONFIG_MAPPING:
+        # A model whose code lies in its own repository: it brings its configuration when it is loaded.
+        return type("UnknownConfig", (PreTrainedConfig,), {"model_type": model_type})(**config)
     return AutoConfig.for_model(model_type, **config)
 
 

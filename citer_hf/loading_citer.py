@@ -1,4 +1,4 @@
-"""Loading and saving: a pair from two models, a router repository from disk or the Hub, and back."""
+"""Loading: a pair from two models, a router repository from disk or the Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from .base_models_citer import (
     ROLES,
     base_config,
     check_keywords,
+    check_same_tokenizer,
     check_unchanged,
+    commit_of,
+    hub_keywords,
+    is_broken_transfer,
     load_models,
     locate_base_model,
     reference_to,
@@ -27,8 +31,8 @@ from .base_models_citer import (
 )
 from .configuration_citer import CiterConfig, check_threshold_value
 from .pair_citer import load_tokenizer
+from .paths_citer import check_folder
 from .routing_citer import CUSTOM_ROUTER, ROUTERS, build_router
-from .saving_citer import save_atomically, save_router_repository, save_tokenizer
 
 ROUTER_WEIGHTS = "model.safetensors"
 # The router's own, which are never passed on to the base models.
@@ -36,7 +40,7 @@ REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", 
 
 
 class CiterLoadingMixin:
-    """`from_pair`, `from_pretrained` and `save_pretrained` of `CiterForCausalLM`."""
+    """`from_pair` and `from_pretrained` of `CiterForCausalLM`."""
 
     _tokenizer: Any = None
     _repository: tuple[str, dict[str, Any]] | None = None
@@ -128,15 +132,24 @@ class CiterLoadingMixin:
         else:
             model = cls._load_referred(str(path), config, router, kwargs)
         if path is not None:
-            hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in kwargs}
+            names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
+            hub = {key: kwargs[key] for key in names if key in kwargs}
             (model[0] if isinstance(model, tuple) else model)._repository = (str(path), hub)
         return model
 
     @classmethod
     def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
         dtype: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-        config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-        return config, {**kwargs, **dtype}
+        # The configuration takes these for its own file; the weights and the base models need them too.
+        hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, *REPOSITORY_KEYWORDS) if key in kwargs}
+        try:
+            config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
+        except Exception as error:
+            told = isinstance(error, OSError) and str(source) in str(error)
+            if told or not (isinstance(error, OSError) or is_broken_transfer(error)):
+                raise
+            raise OSError(f"{source}: the configuration of the router could not be loaded: {error}") from error
+        return config, {**kwargs, **dtype, **hub}
 
     @classmethod
     def _load_whole(cls, path: Any, *model_args: Any, config: Any, router: nn.Module | None, **kwargs: Any) -> Any:
@@ -149,6 +162,8 @@ class CiterLoadingMixin:
             )
         if router is not None:
             model_args = (None, None, router)
+        if path is not None and os.path.isdir(path):
+            check_folder(str(path))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *model_args, config=config, output_loading_info=True, **kwargs
@@ -167,6 +182,9 @@ class CiterLoadingMixin:
         repository = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
         repository |= {key: kwargs.pop(key) for key in REPOSITORY_KEYWORDS if key in kwargs}
         generation_config = repository.pop("generation_config", None)
+        if config.name_or_path == path and not os.path.isdir(path):
+            # A push while this loads must not mix two states of the repository.
+            repository["revision"] = commit_of(path, repository) or repository.get("revision")
         wants_info = kwargs.pop("output_loading_info", False)
         for key in [key for key in kwargs if key.startswith("_") or key in ("adapter_kwargs", "state_dict")]:
             del kwargs[key]
@@ -176,7 +194,10 @@ class CiterLoadingMixin:
 
         keywords = split_keywords(kwargs)
         sources: dict[str, Any] = {}
+        moved = [role for role in ROLES if keywords[role].get("name_or_path")]
         for role in ROLES:
+            # Nobody is asked whether code of a model may run that the user has not chosen by name.
+            keywords[role].setdefault("trust_remote_code", False)
             sources[role] = locate_base_model(
                 role, path, getattr(config, f"{role}_reference"), keywords[role], repository
             )
@@ -186,13 +207,21 @@ class CiterLoadingMixin:
             check_unchanged(role, sources[role], configs[role], getattr(config, f"{role}_config"))
         has_weights = needs_weights(config.router, router, configs["slm"])
         weights = router_state_dict(path, repository) if has_weights else None
+        if weights is not None and router is None:
+            check_router_weights(config.router, configs["slm"], weights, path)
+        files = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in repository}
+        for role in ROLES:
+            if role not in moved and not may_have_changed(getattr(config, f"{role}_reference"), keywords[role]):
+                continue
+            found = load_tokenizer(sources[role], **hub_keywords(keywords[role]))
+            saved = load_tokenizer(path, trust_remote_code=False, **files)
+            check_same_tokenizer(role, sources[role], found, saved)
         models = load_models(sources, keywords)
 
         config.slm_config, config.llm_config = models["slm"].config, models["llm"].config
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=router)  # type: ignore[call-arg]
         if weights is not None:
             load_router_weights(model.router, weights, path)
-        files = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in repository}
         model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
         model.config.name_or_path = model.name_or_path = path
         model.eval()
@@ -200,52 +229,12 @@ class CiterLoadingMixin:
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, info | {"error_msgs": []}) if wants_info else model
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        save_base_models: bool = False,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save the router, the configuration, the generation settings and the tokenizer, all or nothing.
-
-        The base models are referred to by name and revision. A base model that has no name (it was never saved or
-        loaded) is saved along with the router.
-
-        Args:
-            save_directory: Where to; made when it is not there.
-            save_base_models: Whether to save both models too, in the folders `slm` and `llm`, so that the directory
-                stands on its own and can be moved.
-            push_to_hub: Whether to upload the result; `repo_id` says where to.
-            kwargs: As in transformers.
-
-        Raises:
-            OSError: when the directory cannot be written; then nothing in it has changed.
-            ValueError: when a base model cannot be saved.
-        """
-        model: Any = self
-        references = (model.config.slm_reference, model.config.llm_reference)
-        if not save_base_models and references == (None, None):
-            save_atomically(save_directory, lambda folder: self._save_whole(folder, **kwargs))
-        else:
-            save_atomically(
-                save_directory, lambda folder: save_router_repository(model, folder, save_base_models, **kwargs)
-            )
-        if push_to_hub:
-            repo_id = kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory))
-            names = ("token", "private", "commit_message", "create_pr", "revision")
-            options = {key: kwargs[key] for key in names if key in kwargs}
-            model.push_to_hub(repo_id, save_base_models=save_base_models, **options)
-
-    def _save_whole(self, folder: str, **kwargs: Any) -> None:
-        super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
-        save_tokenizer(self, folder)
-
     def load_tokenizer(self) -> Any:
         """Return the pair's shared tokenizer, or `None` when neither model came with one."""
         if self._tokenizer is None and self._repository is not None:
             path, hub = self._repository
-            self._tokenizer = load_tokenizer(path, **hub)
+            # Where nobody has said that code may run, nobody is asked.
+            self._tokenizer = load_tokenizer(path, **{"trust_remote_code": False, **hub})
         return self._tokenizer
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -312,6 +301,8 @@ def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> 
         )
     saved = CiterConfig.from_pretrained(name, **hub)
     weights = router_state_dict(name, hub) if needs_weights(saved.router, None, saved.slm_config) else None
+    if weights is not None:
+        check_router_weights(saved.router, saved.slm_config, weights, name)
     spec = {"hidden_size": saved.slm_config.get_text_config().hidden_size, **saved.router}
     return ChosenRouter(spec, start if threshold is not None else saved.router_threshold, weights=weights, name=name)
 
@@ -363,7 +354,16 @@ def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.
         OSError: when the file is missing or damaged.
     """
     hub = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if repository.get(key)}
-    file = cached_file(path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    if os.path.isdir(path):
+        check_folder(path)
+    try:
+        file = cached_file(path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    except Exception as error:
+        if not is_broken_transfer(error):
+            raise
+        raise OSError(
+            f"{path}: the download of {ROUTER_WEIGHTS} broke off: {error}. Load the router again."
+        ) from error
     if file is None:
         raise OSError(
             f"{path} has no {ROUTER_WEIGHTS}: the weights of its router are missing. Save the router again, or "
@@ -379,6 +379,60 @@ def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.
     return {key.removeprefix("router."): value for key, value in tensors.items() if key.startswith("router.")}
 
 
+def check_router_weights(
+    spec: dict[str, Any], slm_config: PreTrainedConfig, weights: dict[str, torch.Tensor], name: str
+) -> None:
+    """Refuse weights that do not fit, before memory is taken for a router as large as a configuration claims.
+
+    Args:
+        spec: The configuration's `router` dictionary.
+        slm_config: The SLM's configuration.
+        weights: The router's tensors.
+        name: Where they are from.
+
+    Raises:
+        ValueError: which names a tensor that is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):
+        router = build_router(spec, slm_config.get_text_config().hidden_size)
+    refuse_misfits(router.state_dict(), weights, name)
+
+
+def refuse_misfits(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], name: str) -> None:
+    """Refuse weights that do not fit a router.
+
+    Args:
+        expected: The router's own tensors.
+        weights: Those of the file.
+        name: Where they are from.
+
+    Raises:
+        ValueError: which names a tensor that is missing, unknown or of another shape.
+    """
+    refuse_wrong_tensors([f"router.{key}" for key in expected.keys() ^ weights.keys()], name)
+    for key, tensor in weights.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{name}: the tensor router.{key} has the shape {list(tensor.shape)}, but this router needs "
+                f"{list(expected[key].shape)}. Was it trained with another SLM?"
+            )
+
+
+def may_have_changed(reference: dict[str, str], keywords: dict[str, Any]) -> bool:
+    """Say whether a base model that is where the router says may be another one than when the router was saved.
+
+    It may not in the router's own repository, nor at the commit that the router was saved with.
+
+    Args:
+        reference: What the router's configuration says.
+        keywords: The keywords that the model is loaded with.
+    """
+    if not reference.get("name_or_path"):
+        return False
+    commit = reference.get("revision", "")
+    return len(commit) != 40 or keywords.get("revision") != commit
+
+
 def load_router_weights(router: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
     """Put saved weights into a router, all of them and nothing else.
 
@@ -390,14 +444,7 @@ def load_router_weights(router: nn.Module, weights: dict[str, torch.Tensor], nam
     Raises:
         ValueError: which names a tensor that is missing, unknown or of another shape.
     """
-    expected = router.state_dict()
-    refuse_wrong_tensors([f"router.{key}" for key in expected.keys() ^ weights.keys()], name)
-    for key, tensor in weights.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{name}: the tensor router.{key} has the shape {list(tensor.shape)}, but this router needs "
-                f"{list(expected[key].shape)}. Was it trained with another SLM?"
-            )
+    refuse_misfits(router.state_dict(), weights, name)
     router.load_state_dict(weights)
 
 

@@ -21,6 +21,7 @@ from .loading_citer import CiterLoadingMixin
 from .memory_citer import explained, is_out_of_memory
 from .pair_citer import check_pair
 from .routing_citer import CUSTOM_ROUTER, build_router
+from .sharing_citer import CiterSharingMixin
 from .small_products_citer import weights_first
 
 
@@ -46,7 +47,7 @@ class CiterOutputWithPast(CausalLMOutputWithPast):
         return tuple(self[key] for key in self.keys() if key not in ("router_scores", "routed_to_llm"))
 
 
-class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel):
+class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixin, PreTrainedModel):
     """Two causal language models and a router that decides, token by token, which of them writes (CITER, section 3).
 
     Args:
@@ -84,8 +85,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterGenerationMixin, PreTrainedModel)
         for given in (slm, llm, router):
             if given is not None:
                 mark_initialized(given)
-        slm = slm if slm is not None else AutoModelForCausalLM.from_config(config.slm_config)
-        llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
+        slm = slm if slm is not None else AutoModelForCausalLM.from_config(config.slm_config, trust_remote_code=False)
+        llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False)
         check_pair(slm, llm)
         self.slm, self.llm = slm, llm
         config.slm_config, config.llm_config = slm.config, llm.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
 import shutil
@@ -10,10 +11,13 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import safe_save_file, unwrap_model
 
 from .base_models_citer import commit_of
 
+# Where `trust_remote_code=True` finds the classes: in the core's files, which lie beside the weights.
+AUTO_MAP = {"AutoConfig": "configuration_citer.CiterConfig", "AutoModelForCausalLM": "modeling_citer.CiterForCausalLM"}
 STALE_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -59,6 +63,7 @@ def _move_into_place(folder: str, directory: str) -> None:
         try:
             for file in [*files, *stale]:
                 new, present, kept = (os.path.join(place, file) for place in (folder, directory, replaced))
+                _refuse_link(os.path.dirname(present), directory)
                 for place in (present, kept):
                     os.makedirs(os.path.dirname(place), exist_ok=True)
                 moves = [(present, kept)] if os.path.exists(present) else []
@@ -69,6 +74,12 @@ def _move_into_place(folder: str, directory: str) -> None:
             for source, target in reversed(steps):
                 os.replace(target, source)
             raise
+
+
+def _refuse_link(folder: str, directory: str) -> None:
+    root = os.path.realpath(directory)
+    if os.path.commonpath([root, os.path.realpath(folder)]) != root:
+        raise OSError(errno.ELOOP, f"{folder} is a link out of it")
 
 
 def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:
@@ -103,7 +114,9 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
         safe_save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    config.auto_map = dict(AUTO_MAP)
     config.save_pretrained(folder)
+    save_code(folder)
     model.generation_config.save_pretrained(folder)
     save_tokenizer(model, folder)
 
@@ -126,6 +139,17 @@ def reference_from_elsewhere(
     if os.path.realpath(path) == os.path.realpath(save_directory):
         return reference
     return {"name_or_path": os.path.abspath(os.path.join(path, folder))}
+
+
+def save_code(folder: str) -> None:
+    """Copy the files of the core, so that the repository works where this package is not installed.
+
+    Args:
+        folder: Where to.
+    """
+    model_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling_citer.py")
+    for file in {model_file, *get_relative_import_files(model_file)}:
+        shutil.copyfile(file, os.path.join(folder, os.path.basename(file)))
 
 
 def save_tokenizer(model: Any, folder: str) -> None:

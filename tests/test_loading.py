@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,19 +26,9 @@ from citer_hf.routing_citer import ROUTERS
 
 from .conftest import ScriptedRouter, random_prompts
 from .families import VOCAB, tiny_config, tiny_model
+from .repositories import word_tokenizer as tokenizer
 
 TEXT = torch.tensor(random_prompts((12,)))
-
-
-def tokenizer(words: int = VOCAB, prefix: str = "w") -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.WordLevel({f"{prefix}{index}": index for index in range(words)}, unk_token=f"{prefix}0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token=f"{prefix}0", pad_token=f"{prefix}0", eos_token=f"{prefix}2"
-    )
-    fast.padding_side = "left"
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    return fast
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +389,17 @@ def test_a_missing_repository_is_named_with_its_revision(bases, router, monkeypa
 def test_another_model_in_the_place_of_a_base_model_is_refused(bases, router):
     with pytest.raises(ValueError, match=r"llm: .* is not the model that this router was made for: hidden_size is 32"):
         CiterForCausalLM.from_pretrained(router, llm_name_or_path=str(bases / "slm"))
+
+
+def test_a_base_model_whose_tokenizer_has_changed_is_refused(bases, tmp_path):
+    shutil.copytree(bases, tmp_path / "bases")
+    from_pair(tmp_path / "bases", router="linear").save_pretrained(tmp_path / "router")
+    for file in (tmp_path / "bases" / "llm").glob("*token*"):
+        file.unlink()
+    tokenizer(prefix="v").save_pretrained(tmp_path / "bases" / "llm")
+    with pytest.raises(ValueError, match=r"llm: .* is not the model .* its tokenizer has changed.*llm_name_or_path"):
+        CiterForCausalLM.from_pretrained(tmp_path / "router")
+    CiterForCausalLM.from_pretrained(tmp_path / "router", llm_name_or_path=str(bases / "llm"))
 
 
 @pytest.mark.parametrize(

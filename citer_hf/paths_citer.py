@@ -1,0 +1,113 @@
+"""What a router's configuration may point at: its own directory, and repositories on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_reference(role: str, reference: Any, router_path: str) -> None:
+    """Refuse a reference to a base model that leads anywhere else than where a router may point.
+
+    A router in a local directory may name another local directory by its absolute path; one from the Hub may not.
+
+    Args:
+        role: `slm` or `llm`.
+        reference: What the router's configuration says.
+        router_path: Path or repository id of the router.
+
+    Raises:
+        ValueError: which names the setting and what it says.
+    """
+    if not isinstance(reference, dict) or not all(isinstance(value, str) for value in reference.values()):
+        raise ValueError(
+            f"{role}_reference: expected a dictionary of texts, got {reference!r}. Save the router again."
+        )
+    for key in ("subfolder", "gguf_file", "revision"):
+        if leads_out(reference.get(key, "")):
+            raise ValueError(refusal(role, key, reference[key], "a name inside the repository"))
+    name = reference.get("name_or_path")
+    if name is None:
+        return
+    if os.path.isdir(router_path):
+        allowed = os.path.isabs(name) or not leads_out(name)
+        expected = "a repository id or an absolute path"
+    else:
+        allowed = REPOSITORY_ID.fullmatch(name) is not None and not leads_out(name) and not os.path.exists(name)
+        expected = "the id of a repository on the Hub, and no directory of this machine"
+    if not allowed:
+        raise ValueError(refusal(role, "name_or_path", name, expected))
+
+
+def refusal(role: str, key: str, value: str, expected: str) -> str:
+    """Return the message about a reference that is not followed.
+
+    Args:
+        role: `slm` or `llm`.
+        key: The setting.
+        value: What it says.
+        expected: What it may say.
+    """
+    return (
+        f"{role}_reference: the router's configuration says {key}={value!r}, expected {expected}. It is not followed. "
+        f"If you trust that place, pass {role}_name_or_path=... yourself."
+    )
+
+
+def leads_out(name: str) -> bool:
+    """Say whether a relative path could lead out of the directory that it is meant for.
+
+    Args:
+        name: The path, of any system.
+    """
+    return any(
+        path.is_absolute() or bool(path.drive) or bool(path.root) or ".." in path.parts
+        for path in (PurePosixPath(name), PureWindowsPath(name))
+    )
+
+
+def check_folder(path: str, folder: str = "") -> None:
+    """Refuse a folder of a local router whose files lie elsewhere, by links or by the names in an index of shards.
+
+    Args:
+        path: The router's directory.
+        folder: A folder in it; by default the directory itself.
+
+    Raises:
+        ValueError: which names the file.
+    """
+    inside = os.path.join(path, folder)
+    if not os.path.isdir(inside):
+        return
+    roots = [os.path.realpath(path)]
+    if os.path.basename(os.path.dirname(roots[0])) == "snapshots":
+        # In the Hub's cache, the files of a snapshot are links to the repository's blobs.
+        roots.append(os.path.dirname(os.path.dirname(roots[0])))
+    for name in [".", *os.listdir(inside)]:
+        file = os.path.realpath(os.path.join(inside, name))
+        is_weights = folder or "safetensors" in name
+        if is_weights and not any(os.path.commonpath([root, file]) == root for root in roots):
+            raise ValueError(f"{os.path.join(inside, name)} leads out of the router's directory, to {file}; not read.")
+        if name.endswith(".index.json"):
+            check_index(file)
+
+
+def check_index(file: str) -> None:
+    """Refuse an index of weights files that names files elsewhere.
+
+    Args:
+        file: The index.
+
+    Raises:
+        ValueError: which names the file.
+    """
+    with open(file, encoding="utf-8") as opened:
+        named = set(json.load(opened).get("weight_map", {}).values())
+    for name in sorted(named):
+        if leads_out(name):
+            raise ValueError(f"{file} names {name!r}, which leads out of the router's directory; it is not read.")

@@ -1,0 +1,342 @@
+"""Routers on a Hub: pushed and loaded by the unmodified client, in processes of their own, against a local server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .hub_server import Blob, Hub, Repository, running_hub
+from .repositories import save_base_models
+
+TOKEN, OTHERS_TOKEN, WRONG_TOKEN = "hf_GoodSecret0123456789", "hf_OtherSecret0123456789", "hf_WrongSecret0123456789"
+
+PRELUDE = """
+import json, logging, os, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, pipeline
+import citer_hf
+from citer_hf import CiterForCausalLM
+
+said = {}
+IDS = torch.tensor([list(range(5, 17))])
+TOKEN, WRONG = os.environ.get("GOOD"), os.environ.get("WRONG")
+
+def text(model, **options):
+    return model.generate(IDS, max_new_tokens=8, do_sample=False, **options).tolist()
+
+def error(call, kind=OSError):
+    try:
+        call()
+    except kind as caught:
+        return f"{type(caught).__name__}: {caught}"
+    raise AssertionError("nothing was raised")
+"""
+
+
+class Client:
+    """Runs scripts in processes of their own, which know the Hub by its address only."""
+
+    def __init__(self, hub: Hub, folder: Path):
+        self.hub, self.folder, self.output = hub, folder, ""
+
+    def run(self, code: str, home: str = "home", prelude: str = PRELUDE, **environment: str) -> dict:
+        """What a script leaves in `said`; its home is where the cache is."""
+        script = self.folder / "script.py"
+        script.write_text(prelude + textwrap.dedent(code) + "\nprint('SAID' + json.dumps(said))\n")
+        here = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
+        here |= {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.folder / home), "OMP_NUM_THREADS": "1"}
+        # Xet is a service of its own, which this Hub does not have.
+        here |= {"HF_HUB_DISABLE_XET": "1", "GOOD": TOKEN, "WRONG": WRONG_TOKEN, **environment}
+        here["PYTHONPATH"] = str(Path(__file__).parents[1])
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=here, cwd=self.folder)
+        output = done.stdout + done.stderr
+        self.output += output
+        assert done.returncode == 0, output
+        return json.loads(done.stdout.rpartition("SAID")[2])
+
+
+PUSH = """
+    from huggingface_hub import HfApi
+
+    logging.getLogger("citer_hf").setLevel(logging.DEBUG)
+    api = HfApi(token=TOKEN)
+    for role in ("slm", "llm"):
+        api.create_repo(f"me/{role}", private=role == "llm")
+        api.upload_folder(repo_id=f"me/{role}", folder_path=role)
+    pair = CiterForCausalLM.from_pair("me/slm", "me/llm", router="mlp", router_threshold=0.5, token=TOKEN)
+    said["references"] = [pair.config.slm_reference, pair.config.llm_reference]
+    said["commit"] = pair.push_to_hub("me/router", token=TOKEN)
+    said["first"] = text(pair)
+    torch.manual_seed(1)
+    for parameter in pair.router.parameters():
+        torch.nn.init.normal_(parameter)
+    pair.config.router_threshold = 0.25
+    pair.save_pretrained("router")
+    said["proposed"] = pair.push_to_hub("me/router", token=TOKEN, create_pr=True)
+    os.environ["HF_TOKEN"] = TOKEN
+    from typer.testing import CliRunner
+    from citer_hf.cli import app
+    result = CliRunner().invoke(app, ["push", "router", "me/router"])
+    said["command"] = [result.exit_code, result.output]
+    said["second"] = text(pair)
+    pair.save_pretrained("held", push_to_hub=True, repo_id="me/held", save_base_models=True, private=True)
+    said["local"] = error(lambda: CiterForCausalLM.from_pair("slm", "llm").push_to_hub("me/local"), ValueError)
+    said["not mine"] = error(lambda: pair.push_to_hub("you/router"))
+    said["wrong token"] = error(lambda: pair.push_to_hub("me/router", token=WRONG))
+"""
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with running_hub({TOKEN: "me", OTHERS_TOKEN: "you"}) as hub:
+        folder = tmp_path_factory.mktemp("hub")
+        save_base_models(folder)
+        yield Client(hub, folder)
+
+
+@pytest.fixture(scope="module")
+def pushed(client: Client) -> dict:
+    """What was said while a router and its base models were pushed, twice."""
+    return client.run(PUSH)
+
+
+def files(client: Client, name: str, revision: str = "main") -> dict[str, bytes]:
+    repository = client.hub.repositories[name]
+    commit = repository.find(revision)
+    assert commit is not None
+    return {path: blob.content for path, blob in repository.commits[commit].items()}
+
+
+def head_of(client: Client, name: str) -> str:
+    return client.hub.repositories[name].branches["main"]
+
+
+def uploaded(client: Client, name: str) -> str:
+    """The first commit with files."""
+    return list(client.hub.repositories[name].commits)[1]
+
+
+def test_a_router_repository_holds_all_that_it_needs(client, pushed):
+    found = files(client, "me/router")
+    assert found.keys() >= {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "modeling_citer.py", "configuration_citer.py"),
+    }
+    references = [{"name_or_path": f"me/{role}", "revision": head_of(client, f"me/{role}")} for role in ("slm", "llm")]
+    config = json.loads(found["config.json"])
+    assert [config["slm_reference"], config["llm_reference"]] == references == pushed["references"]
+    card = found["README.md"].decode()
+    assert "base_model:\n- me/slm\n- me/llm\n" in card and 'name = "me/router"' in card
+
+
+def test_pushing_answers_with_an_address(client, pushed):
+    assert pushed["commit"].startswith(f"{client.hub.endpoint}/me/router/commit/")
+    assert pushed["proposed"] == f"{client.hub.endpoint}/me/router/discussions/1"
+    assert pushed["command"][0] == 0 and "/me/router/commit/" in pushed["command"][1]
+    assert client.hub.repositories["me/held"].private and not client.hub.repositories["me/router"].private
+    assert {"slm/model.safetensors", "llm/model.safetensors"} <= files(client, "me/held").keys()
+
+
+def test_what_cannot_be_pushed_is_said(pushed):
+    assert "refers to the directory" in pushed["local"] and "save_base_models=True" in pushed["local"]
+    for name in ("not mine", "wrong token"):
+        assert "Nothing on this machine was lost" in pushed[name] and "hf auth login" in pushed[name]
+
+
+LOAD = """
+    commits = json.loads(os.environ["COMMITS"])
+    torch.manual_seed(3)
+    model = CiterForCausalLM.from_pretrained("me/router", token=TOKEN)
+    said["first"], said["second"] = [], [text(model)]
+    said["second"].append(text(AutoModelForCausalLM.from_pretrained("me/router", token=TOKEN)))
+    old = CiterForCausalLM.from_pretrained("me/router", revision=commits[0], token=TOKEN)
+    said["first"].append(text(old))
+    said["second"].append(text(CiterForCausalLM.from_pretrained("me/router", revision="refs/pr/1", token=TOKEN)))
+    held = AutoModelForCausalLM.from_pretrained("me/held", token=TOKEN)
+    said["second"].append(text(held))
+    held.save_pretrained("again")
+    said["again"] = json.loads(Path("again/config.json").read_text())["llm_reference"]
+    pipe = pipeline("text-generation", model="me/router", token=TOKEN)
+    said["pipeline"] = pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"]
+    tokens = pipe.model.generate(**pipe.tokenizer("w5 w6 w7", return_tensors="pt"), max_new_tokens=5)[0]
+    said["by the model"] = "w5 w6 w7" + pipe.tokenizer.decode(tokens[3:])
+    options = {"llm_revision": json.loads(os.environ["LLM"]), "token": TOKEN}
+    said["wrapped"] = text(CiterForCausalLM.from_pair("me/slm", "me/llm", router="me/router", **options))
+    said["overridden"] = text(CiterForCausalLM.from_pretrained("me/router", llm_revision="same", token=TOKEN))
+    load = CiterForCausalLM.from_pretrained
+    said["errors"] = {
+        "wrong token": error(lambda: load("me/held", token=WRONG, force_download=True)),
+        "private base": error(lambda: load("me/router", token=False, force_download=True)),
+        "gated base": error(lambda: load("me/gating", token=TOKEN)),
+        "sizes": error(lambda: load("me/router", llm_revision="main", token=TOKEN), ValueError),
+        "words": error(lambda: load("me/router", llm_revision="words", token=TOKEN), ValueError),
+        "missing": error(lambda: load("me/nothing", token=TOKEN)),
+        "revision": error(lambda: load("me/router", revision="no-such", token=TOKEN)),
+    }
+"""
+
+
+def change(client: Client, name: str, branch: str, file: str, **changes: object) -> None:
+    """Add a commit to a branch in which a file of JSON has changed."""
+    repository = client.hub.repositories[name]
+    found = dict(repository.commits[uploaded(client, name)])
+    content = json.loads(found[file].content) | changes
+    found[file] = Blob(json.dumps(content).encode(), large=False)
+    repository.commit(branch, found)
+
+
+@pytest.fixture(scope="module")
+def loaded(client: Client, pushed: dict) -> dict:
+    """What was said while what was pushed was loaded, in a process with an empty cache."""
+    hub, llm = client.hub, uploaded(client, "me/llm")
+    hub.repositories["you/gated"] = Repository(gated=True)
+    hub.repositories["you/gated"].commit("main", hub.repositories["me/llm"].commits[llm])
+    hub.repositories["me/gating"] = Repository(commits=dict(hub.repositories["me/router"].commits))
+    change(client, "me/gating", "main", "config.json", llm_reference={"name_or_path": "you/gated"})
+    # The LLM has moved on since the router was saved.
+    change(client, "me/llm", "same", "config.json")
+    change(client, "me/llm", "main", "config.json", num_hidden_layers=3)
+    words = {"type": "WordLevel", "vocab": {f"v{index}": index for index in range(61)}, "unk_token": "v0"}
+    change(client, "me/llm", "words", "tokenizer.json", model=words, added_tokens=[])
+    commits = list(hub.repositories["me/router"].commits)[1:]
+    return client.run(LOAD, home="other", COMMITS=json.dumps(commits), LLM=json.dumps(llm))
+
+
+def test_a_router_is_loaded_by_id_in_every_way(pushed, loaded):
+    assert pushed["first"] != pushed["second"]
+    assert loaded["first"] == [pushed["first"]]
+    assert loaded["second"] == [pushed["second"]] * 4
+    assert loaded["wrapped"] == loaded["overridden"] == pushed["second"]
+    assert loaded["pipeline"] == loaded["by the model"]
+
+
+def test_a_pair_loaded_from_the_hub_refers_to_the_folders_there(client, loaded):
+    assert loaded["again"] == {"name_or_path": "me/held", "subfolder": "llm", "revision": head_of(client, "me/held")}
+
+
+def test_errors_of_the_hub_name_what_and_what_to_do(loaded):
+    errors = loaded["errors"]
+    assert "me/held" in errors["wrong token"]
+    assert "llm: the LLM could not be loaded from me/llm" in errors["private base"]
+    assert (
+        "llm: the LLM could not be loaded from you/gated" in errors["gated base"] and "gated" in errors["gated base"]
+    )
+    assert "num_hidden_layers is 3, but was 2" in errors["sizes"] and "its tokenizer has changed" in errors["words"]
+    assert "me/nothing" in errors["missing"] and "no-such" in errors["revision"]
+
+
+OFFLINE = """
+    said["offline"] = [text(CiterForCausalLM.from_pretrained("me/router"))]
+    said["offline"].append(text(AutoModelForCausalLM.from_pretrained("me/held")))
+    pipe = pipeline("text-generation", model="me/router")
+    said["pipeline"] = pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"]
+    said["missing"] = error(lambda: CiterForCausalLM.from_pretrained("me/never-seen"))
+"""
+
+
+def test_what_was_loaded_once_is_loaded_without_a_network(client, pushed, loaded):
+    before = len(client.hub.requests)
+    said = client.run(OFFLINE, home="other", HF_HUB_OFFLINE="1")
+    assert said["offline"] == [pushed["second"]] * 2 and said["pipeline"] == loaded["pipeline"]
+    assert "me/never-seen" in said["missing"]
+    assert len(client.hub.requests) == before
+
+
+TROUBLE = """
+    import http.client, urllib.parse
+
+    def tell_the_hub(what):
+        address = urllib.parse.urlsplit(os.environ["HF_ENDPOINT"])
+        connection = http.client.HTTPConnection(address.hostname, address.port)
+        connection.request("POST", f"/test/{what}")
+        connection.getresponse().read()
+
+    def load(cache):
+        return CiterForCausalLM.from_pretrained("me/router", token=TOKEN, cache_dir=cache)
+
+    tell_the_hub("cuts/1")
+    try:
+        cut = load("a")
+    except OSError:
+        # Before version 2, the client does not go on by itself.
+        cut = load("a")
+    said["once"] = text(cut)
+    tell_the_hub("cuts/1000")
+    said["for good"] = error(lambda: load("b"))
+    tell_the_hub("cuts/0")
+    said["later"] = text(load("b"))
+
+    pair = load("b")
+    torch.nn.init.normal_(pair.router.score.weight)
+    tell_the_hub("refuses_uploads/1")
+    push = lambda: pair.save_pretrained("refused", push_to_hub=True, repo_id="me/router", token=TOKEN)
+    said["refused"] = error(push)
+    said["usable"] = text(CiterForCausalLM.from_pretrained("refused", token=TOKEN, cache_dir="b")) == text(pair)
+    tell_the_hub("refuses_uploads/0")
+    push()
+    said["third"], said["pushed"] = text(pair), text(load("c"))
+"""
+
+
+@pytest.fixture(scope="module")
+def troubled(client: Client, pushed: dict, loaded: dict) -> dict:
+    """What was said while connections broke off and uploads were refused."""
+    return client.run(TROUBLE, home="third")
+
+
+def test_a_connection_that_is_cut_leaves_nothing_half_loaded(pushed, troubled):
+    assert troubled["once"] == troubled["later"] == pushed["second"]
+    assert "me/router" in troubled["for good"] and "broke off" in troubled["for good"]
+
+
+def test_a_refused_upload_leaves_the_directory_usable_and_the_hub_as_it_was(client, troubled):
+    assert "Nothing on this machine was lost" in troubled["refused"] and "push again" in troubled["refused"]
+    assert troubled["usable"] and troubled["pushed"] == troubled["third"]
+
+
+WITHOUT_THE_PACKAGE = r"""
+import json, os, re, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "citer_hf":
+            raise ImportError("citer_hf is not installed here")
+
+sys.meta_path.insert(0, Missing())
+from huggingface_hub import ModelCard
+
+said = {}
+card = ModelCard.load("me/router")
+said["base_model"] = card.data.base_model
+exec(re.search(r"```python\n(.*?)```", card.text, re.S)[1])
+said["module"], said["text"] = type(model).__module__, tokenizer.decode(output.sequences[0])
+model.push_to_hub("me/elsewhere", save_base_models=True)
+"""
+
+
+def test_the_example_of_the_card_runs_where_the_package_is_not_installed(client, troubled):
+    said = client.run(WITHOUT_THE_PACKAGE, prelude="", home="fourth", HF_TOKEN=TOKEN)
+    assert said["module"].startswith("transformers_modules.") and said["text"]
+    assert said["base_model"] == ["me/slm", "me/llm"]
+    found = files(client, "me/elsewhere")
+    assert found.keys() >= {"README.md", "model.safetensors", "modeling_citer.py", "slm/model.safetensors"}
+    assert found["model.safetensors"] == files(client, "me/router")["model.safetensors"]
+
+
+def test_tokens_are_in_no_output_and_in_no_file(client, pushed, loaded, troubled):
+    secrets = (TOKEN, OTHERS_TOKEN, WRONG_TOKEN)
+    said = client.output + json.dumps([pushed, loaded, troubled])
+    assert not any(secret in said for secret in secrets)
+    for name in client.hub.repositories:
+        assert not any(secret.encode() in content for content in files(client, name).values() for secret in secrets)
+    for folder in ("router", "held", "again", "refused"):
+        for file in (client.folder / folder).rglob("*"):
+            assert not file.is_file() or not any(secret.encode() in file.read_bytes() for secret in secrets)
