@@ -171,6 +171,7 @@ def test_the_card_counts_what_was_labelled(labelled: tuple[Any, Labels]) -> None
     )
     card = (labels.directory / "README.md").read_text()
     assert f"{counts['tokens']} tokens" in card and f"{counts['unextracted']:.1%} of the roll-outs" in card
+    assert '"rollout_threshold": 0.5' in card and '"seed": 0' in card and '"torch": "2' in card
     assert not (labels.directory / ".work").exists()
 
 

@@ -84,7 +84,7 @@ def evaluate(
     Raises:
         ValueError: for problems without answers, prompts that fill the context, senseless shares or thresholds, or a
             router that gives NaN.
-        RuntimeError: when the checker raises.
+        ValueError: when the checker raises.
         FileExistsError: when `out` holds anything else.
     """
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()

@@ -40,7 +40,7 @@ class Grader:
             texts: New tokens of each.
 
         Raises:
-            RuntimeError: when the checker raises, with the row.
+            ValueError: when the checker raises, with the row.
             TypeError: when it returns no `Verdict`.
         """
         keys = [(row, tuple(text)) for row, text in enumerate(texts)]
@@ -54,7 +54,7 @@ class Grader:
         try:
             verdict = self.checker(text, example)
         except Exception as error:
-            raise RuntimeError(
+            raise ValueError(
                 f"checker {self.name}: it raised {type(error).__name__} ({error}) at row {example.row} of the data, "
                 f"with a text of {len(text)} characters. A checker must judge any text, also one without an answer."
             ) from error

@@ -47,7 +47,11 @@ Which of two models should write each token of {questions} reference answers ({t
 - {unextracted:.1%} of the roll-outs had no answer that could be extracted; they count as wrong.
 - Alone, the SLM answers {slm:.1%} of the questions rightly, the LLM {llm:.1%}.
 
-`{info}` has the arguments, versions and fingerprints of what the labels were made with.
+Made with these arguments, seed and versions (`{info}` has them too; fingerprints are of what labels depend on):
+
+```json
+{arguments}
+```
 """
 
 
@@ -76,6 +80,7 @@ def write_card(
     card = CARD.format(
         cases=cases,
         info=INFO,
+        arguments=json.dumps({**arguments, "versions": versions()}, indent=2),
         questions=facts["questions"],
         tokens=facts["tokens"],
         rollout_threshold=arguments["rollout_threshold"],
