@@ -147,6 +147,8 @@ def test_a_chat_on_a_terminal(chat_directory: Path) -> None:
     terminal.press_ctrl_c()
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
+    # Between the prompt and the reading of a line, Python takes note of Ctrl-C but waits for the next key.
+    time.sleep(0.5)
     terminal.press_ctrl_c()
     terminal.wait_for("/exit or Ctrl-D leaves.")
     terminal.type("/threshold 0.25\n")
