@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -126,7 +127,8 @@ class RowsLayer(DynamicLayer):
     def __init__(self, layer: Any, rows: RowsCache):
         super().__init__()
         self.layer = layer
-        self._rows = rows
+        # A cycle would keep the keys and values of many texts until Python happens to look for cycles.
+        self._rows: Any = weakref.proxy(rows)
         self.window = getattr(layer, "sliding_window", None)
         self._room = tuple(room_like(states, rows.capacity) for states in (layer.keys, layer.values))
         held = layer.keys.shape[-2]

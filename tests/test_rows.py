@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -424,3 +425,21 @@ def test_other_modes_take_the_keyword_and_move_together(pair, mode):
     prompt = torch.tensor(random_prompts((9,)))
     plain = pair.generate(prompt, **GREEDY, **mode)
     assert torch.equal(plain, pair.generate(prompt, **GREEDY, **mode, waiting_rows=3))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_no_keys_and_values_are_left_to_the_garbage_collector(pair: Any, rows: int, cache: str) -> None:
+    batch = left_padded(random_prompts()[:rows])
+    gc.collect()
+    gc.disable()
+    try:
+        pair.generate(**batch, max_new_tokens=6, do_sample=False, router_threshold=0.5, cache_implementation=cache)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [one for one in gc.garbage if isinstance(one, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left

@@ -194,6 +194,7 @@ def evaluate(
             with reporting() as report:
                 routers |= train_baselines(labels, TrainingSettings(seed=seed), report, methods)
         routers |= {name_of(directory): load_router(model, directory) for directory in compare}
+        routers = {name: router.to(model.slm.device) for name, router in routers.items()}
         results = measure(
             model,
             examples,
@@ -252,7 +253,7 @@ def load_router(model: Any, directory: Path) -> nn.Module:
     router = build_router(chosen.spec, hidden_size_of(model.slm))
     if chosen.weights is not None:
         load_router_weights(router, chosen.weights, chosen.name)
-    return router.to(model.slm.device).eval()
+    return router.eval()
 
 
 def calibrate(

@@ -21,6 +21,9 @@ from .units import Workplace
 
 __all__ = ["ReadTokens", "choose_rollouts", "read_units"]
 
+# Logits of a batch of whole sequences, over all tokens and the vocabulary: 1 GB in half precision.
+MOST_LOGITS = 1 << 29
+
 
 class ReadTokens:
     """What both models said along the reference answers, in files of a few questions each.
@@ -68,8 +71,9 @@ def read_units(model: Any, questions: Sequence[Encoded], place: Workplace, batch
         model: The pair.
         questions: The shortest first.
         place: Where units of work are kept.
-        batch_tokens: Tokens in a batch, padding included.
+        batch_tokens: Tokens in a batch, padding included; fewer where the vocabulary is large.
     """
+    batch_tokens = max(min(batch_tokens, MOST_LOGITS // model.vocab_size), 1)
     lengths = [len(one.prompt_ids) + len(one.response_ids) for one in questions]
     units: list[list[int]] = []
     for index, length in enumerate(lengths):
