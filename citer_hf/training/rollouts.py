@@ -55,12 +55,14 @@ def cut_into_batches(
         wanted: The roll-outs, in any order.
         questions: All questions.
         max_new_tokens: Longest response, in tokens.
-        batch_tokens: Tokens of all rows of a batch, at most, if that leaves one row.
+        batch_tokens: Tokens of all rows of a batch, at most, if that leaves one row and responses get as long as their
+            references.
     """
 
     def room(one: RollOut) -> int:
         question = questions[one.question]
-        return len(question.prompt_ids) + len(question.response_ids) + max_new_tokens
+        length = len(question.response_ids)
+        return len(question.prompt_ids) + length + min(length, max_new_tokens)
 
     batches: list[list[RollOut]] = []
     for one in sorted(wanted, key=lambda one: (room(one), one.question, one.position, one.token)):
