@@ -21,7 +21,7 @@ def row_label(name: str, threshold: float | None) -> str:
         name: What decoded.
         threshold: The pair's threshold.
     """
-    return name if threshold is None else f"{name} at {threshold:g}"
+    return name if threshold is None else f"{name} at {threshold:.3g}"
 
 
 def print_json(done: Sequence[Measurement], seed: int, count: int, complete: bool) -> None:
