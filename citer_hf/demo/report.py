@@ -77,7 +77,7 @@ def meaning(done: Sequence[Measurement]) -> str:
     best = max(pairs, key=lambda row: (row.accuracy, -row.llm_share))
     speed = best.tokens_per_second / llm.tokens_per_second
     return (
-        f"At threshold {best.router_threshold:g} the pair solves {best.accuracy:.0%} of the problems with "
+        f"At threshold {best.router_threshold:.3g} the pair solves {best.accuracy:.0%} of the problems with "
         f"{best.llm_share:.0%} of the tokens from the LLM; the SLM alone solves {slm.accuracy:.0%}, the LLM alone "
         f"{llm.accuracy:.0%}. It writes {speed:.2f} times as fast as the LLM alone here: texts that need the "
         f"LLM wait for each other, so that it runs {best.llm_passes_per_token:.2f} times per token. With models this "
