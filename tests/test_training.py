@@ -166,6 +166,14 @@ def test_baselines_have_the_names_of_results() -> None:
     assert all(score.shape == (9,) and bool(((score >= 0) & (score <= 1)).all()) for score in scores.values())
 
 
+def test_a_baseline_with_nothing_to_learn_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    never = replace(LABELS, slm_correct=torch.zeros_like(LABELS.slm_correct))
+    assert set(train_baselines(never, QUICK, methods=["query", "co-llm", "random"])) == {"co-llm", "random"}
+    assert "query is left out. labels: of the 21 labels" in caplog.text
+    with pytest.raises(ValueError, match="methods: there is no 'rnd'; expected some of"):
+        train_baselines(LABELS, QUICK, methods=["rnd"])
+
+
 def test_top_logprobs_are_what_the_first_layer_reads_beside_the_state() -> None:
     router = MlpRouter(6, top_logprobs=4).eval()
     hidden, logits = torch.randn(3, 6), 4 * torch.randn(3, 11)
@@ -196,7 +204,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 def test_training_leaves_a_router_repository(labelled: tuple[Any, Any], tmp_path: Path) -> None:
     pair, labels = labelled
-    provenance = train(pair, labels.directory, tmp_path / "out", settings=QUICK)
+    provenance = train(pair, labels.directory, tmp_path / "out", settings=QUICK, data=task(12))
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "provenance.json", "training.png"} <= names and ".work" not in names
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["objective"] == "citer-plus"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from citer_hf.routing_citer import build_router
 
 from .labels import Labels
 from .objectives import OBJECTIVES, QUERY
-from .router_trainer import DEFAULTS, TrainingSettings, train_router
+from .router_trainer import DEFAULTS, NothingToLearn, TrainingSettings, train_router
 
 __all__ = ["train_baselines"]
 
 UNTRAINED = ("confidence", "entropy", "random")
+
+logger = logging.getLogger(__name__)
 
 
 def train_baselines(
@@ -26,6 +29,8 @@ def train_baselines(
     methods: Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Train a router with every objective, and query-level routing; add those that need no training.
+
+    A method whose labels are all equal is left out with a warning.
 
     Args:
         labels: The labels.
@@ -37,7 +42,7 @@ def train_baselines(
         The routers by the names that `results.json` uses.
 
     Raises:
-        ValueError: when nothing can be learned from the labels, or there is no method of some name.
+        ValueError: when there are too few questions, or there is no method of some name.
     """
     known = [*OBJECTIVES, "query", *UNTRAINED]
     unknown = sorted(set(methods or ()) - set(known))
@@ -49,7 +54,11 @@ def train_baselines(
     for name, objective in objectives.items():
         report("training", len(routers), len(objectives))
         with tempfile.TemporaryDirectory() as folder:
-            routers[name] = train_router(labels, objective, Path(folder), settings).router
+            try:
+                routers[name] = train_router(labels, objective, Path(folder), settings).router
+            except NothingToLearn as error:
+                # An SLM that is never right alone leaves query-level routing nothing to learn; the others go on.
+                logger.warning("%s is left out. %s", name, error)
     report("training", len(routers), len(objectives))
     hidden_size = labels.hidden.shape[1]
     return routers | {name: build_router({"type": name}, hidden_size) for name in UNTRAINED if name in wanted}

@@ -96,6 +96,8 @@ def label_preferences(
     arguments = {
         "checker": checker if isinstance(checker, str) else getattr(checker, "__qualname__", repr(checker)),
         "data": fingerprint_of_questions(questions),
+        "columns": dict(columns or {}),
+        "split": split,
         "examples": len(questions),
         "made_with": made_with(model, tokenizer),
         "router": dict(model.config.router),

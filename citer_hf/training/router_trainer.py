@@ -17,11 +17,15 @@ from citer_hf.routing_citer import build_router
 from .labels import Labels
 from .objectives import Objective, Targets
 
-__all__ = ["DEFAULTS", "TrainedRouter", "TrainingSettings", "split_by_question", "train_router"]
+__all__ = ["DEFAULTS", "NothingToLearn", "TrainedRouter", "TrainingSettings", "split_by_question", "train_router"]
 
 # Beyond this, scores of a sigmoid in fp32 are soon equal, and thresholds could not tell them apart: nine tenths of the
 # tokens stay below.
 LARGEST_LOG_ODDS = 12.0
+
+
+class NothingToLearn(ValueError):  # noqa: N818 - says what there is
+    """All labels are equal."""
 
 
 @dataclass(frozen=True)
@@ -313,12 +317,12 @@ def check_labels(labels: Labels, targets: Targets, training: torch.Tensor) -> No
         training: Those of training.
 
     Raises:
-        ValueError: when they are all equal.
+        NothingToLearn: when they are all equal.
     """
     values = torch.unique(targets.label[training]).tolist()
     if len(values) < 2:
         always = "none is known" if not values else f"all are {int(values[0])}"
-        raise ValueError(
+        raise NothingToLearn(
             f"labels: of the {len(training)} labels for training in {labels.directory} {always}, so that there is "
             "nothing to learn. See its README.md: label more examples, or roll out with another policy "
             "(--router-threshold)."

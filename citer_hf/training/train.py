@@ -115,7 +115,7 @@ def check_data(labels: Labels, data: Any) -> None:
         ValueError: which names the first difference.
     """
     labelled = {one.example.id for one in labels.questions}
-    missing = labelled - {one.id for one in read_examples(data)}
+    missing = labelled - {one.id for one in read_examples(data, labels.info["columns"], split=labels.info["split"])}
     if missing:
         raise ValueError(
             f"data: it has no example {min(missing)!r}, which was labelled ({len(missing)} of {len(labelled)} are "
