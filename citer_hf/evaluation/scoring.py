@@ -118,14 +118,20 @@ def threshold_for_share(scores: np.ndarray, share: float) -> float:
         share: Share of tokens that go to the LLM, from 0 to 1.
 
     Returns:
-        One of the scores, exactly, or the fp32 number that follows the largest.
+        A number half-way between two neighbouring scores, so that rounding in another batch decides nothing, or the
+        fp32 number that follows the largest.
     """
     place = min(round(share * len(scores)), len(scores) - 1)
     tied = scores[place]
     below, up_to = (int(np.searchsorted(scores, tied, side)) for side in ("left", "right"))
-    if up_to - share * len(scores) >= share * len(scores) - below:
-        return float(tied)
-    return float(scores[up_to] if up_to < len(scores) else np.nextafter(np.float32(tied), np.float32(np.inf)))
+    first = below if up_to - share * len(scores) >= share * len(scores) - below else up_to
+    if first == len(scores):
+        return float(np.nextafter(np.float32(tied), np.float32(np.inf)))
+    if first == 0:
+        return float(scores[0])
+    low, high = np.float32(scores[first - 1]), np.float32(scores[first])
+    middle = low + (high - low) / np.float32(2)
+    return float(middle if middle > low else high)
 
 
 def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float]:
