@@ -118,7 +118,14 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
         environment.pop("NO_COLOR", None)
         self.process = subprocess.Popen(
-            command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True
+            command,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env=environment,
+            start_new_session=True,
+            # Tests that run in the background of a script inherit that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(terminal)
         self.shown = ""
@@ -147,8 +154,6 @@ def test_a_chat_on_a_terminal(chat_directory: Path) -> None:
     terminal.press_ctrl_c()
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
-    # Between the prompt and the reading of a line, Python takes note of Ctrl-C but waits for the next key.
-    time.sleep(0.5)
     terminal.press_ctrl_c()
     terminal.wait_for("/exit or Ctrl-D leaves.")
     terminal.type("/threshold 0.25\n")
