@@ -278,8 +278,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         return threshold.to(self.slm.device)[:, None]
 
     def _needs_llm(self, to_llm: torch.Tensor, cache: CiterCache | None) -> bool:
-        # An exported graph cannot depend on what the router decides.
-        if torch.compiler.is_compiling():
+        # An exported graph cannot depend on what the router decides. Another thread's compilation is none of ours.
+        traced = type(to_llm) is not torch.Tensor
+        if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and traced):
             return True
         if cache is not None:
             # Chunks of a prompt keep their last position too, but nobody asks for the token that follows it.

@@ -168,7 +168,20 @@ def test_prompt_lookup_gives_the_greedy_text(pair):
     assert torch.equal(plain, pair.generate(**prompt, **GREEDY, prompt_lookup_num_tokens=3))
 
 
+def sliding_assistants_work() -> bool:
+    """Whether bare models can be assisted by one with sliding windows: on transformers 5.17, some texts fail."""
+    assisted, prompt = tiny_model("gemma2", seed=2), single(12)
+    try:
+        for seed in (1, 2, 4):
+            assisted.generate(**prompt, **GREEDY, assistant_model=tiny_model("mistral_sliding", seed=seed))
+    except RuntimeError:
+        return False
+    return True
+
+
 def test_assisted_generation_works_where_a_layer_forgets():
+    if not sliding_assistants_work():
+        pytest.skip("this transformers fails with two bare models too")
     model = make_pair("mistral_sliding", "gemma2")
     plain = model.generate(**single(12), **GREEDY)
     assert torch.equal(plain, model.generate(**single(12), **GREEDY, assistant_model=model.slm))
