@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import importers, loading_citer
+from . import importers, saved_router_citer
 from .cache_citer import CiterCache
 from .configuration_citer import CiterConfig
 from .modeling_citer import CiterForCausalLM
@@ -14,7 +14,7 @@ __all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__"]
 
 AutoConfig.register("citer", CiterConfig)
 AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
-loading_citer.read_router_file = importers.read_router_file
+saved_router_citer.read_router_file = importers.read_router_file
 
 
 def _push(folder: str, repo_id: str, **options: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .configuration_citer import check_threshold_value
-from .loading_citer import ChosenRouter
+from .saved_router_citer import ChosenRouter
 
 __all__ = ["MAX_BYTES", "read_router_file", "threshold_from_divergence"]
 

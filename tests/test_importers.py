@@ -463,6 +463,6 @@ def test_citer_convert_says_in_one_line_what_is_wrong(bases, tmp_path):
 
 
 def test_without_the_package_a_router_file_is_not_taken_for_a_repository(bases, file, monkeypatch):
-    monkeypatch.setattr("citer_hf.loading_citer.read_router_file", None)
+    monkeypatch.setattr("citer_hf.saved_router_citer.read_router_file", None)
     with pytest.raises(ValueError, match="takes the whole package"):
         CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=file)

@@ -23,8 +23,8 @@ from citer_hf.evaluation.progress import Steps, progress_bar
 from citer_hf.evaluation.results import SHARES
 from citer_hf.evaluation.table import print_tables
 from citer_hf.hidden_states_citer import hidden_size_of
-from citer_hf.loading_citer import choose_router, load_router_weights
 from citer_hf.routing_citer import build_router
+from citer_hf.saved_router_citer import choose_router, load_router_weights
 
 from .baselines import train_baselines
 from .fingerprint import check_made_with, made_with
