@@ -11,6 +11,7 @@ import typer
 from .cli_convert import convert
 from .cli_hub import push
 from .cli_method import calibrate, evaluate, label, train
+from .cli_serve import serve
 from .cli_shared import DEMO, DeviceMap, Dtype, Threshold, TrustRemoteCode, app, plain_errors, resolve_model
 
 __all__ = ["app", "main", "resolve_model"]
@@ -181,7 +182,7 @@ def bench(
     raise typer.Exit(status)
 
 
-for command in (label, train, evaluate, calibrate, convert, push):
+for command in (label, train, evaluate, calibrate, convert, push, serve):
     app.command()(command)
 
 

@@ -1,0 +1,67 @@
+"""What is counted, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .answers import Finished
+
+__all__ = ["Metrics"]
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+SHARES = tuple(step / 10 for step in range(11))
+
+
+class Metrics:
+    """The counters of one server."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "citer_requests", "Requests, by endpoint and HTTP status.", ["endpoint", "status"], registry=registry
+        )
+        self.requests_here = Gauge(
+            "citer_requests_in_progress", "Requests that wait or are answered.", registry=registry
+        )
+        self.tokens = Counter("citer_tokens", "Tokens written, by model.", ["model"], registry=registry)
+        self.prompt_tokens = Counter("citer_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.llm_calls = Counter("citer_llm_calls", "Forward passes of the LLM.", registry=registry)
+        self.llm_share = Histogram(
+            "citer_llm_share", "Share of an answer's tokens that the LLM wrote.", buckets=SHARES, registry=registry
+        )
+        self.request_seconds = Histogram(
+            "citer_request_seconds",
+            "From a request's arrival to the end of its answer.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.first_token_seconds = Histogram(
+            "citer_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.answer_seconds = Histogram(
+            "citer_answer_seconds", "Time that writing an answer took.", buckets=SECONDS, registry=registry
+        )
+        for model in ("slm", "llm"):
+            self.tokens.labels(model)
+
+    def count(self, finished: Finished) -> None:
+        """Count an answer, also one whose client has gone.
+
+        Args:
+            finished: What it took.
+        """
+        self.tokens.labels("slm").inc(finished.tokens - finished.llm_tokens)
+        self.tokens.labels("llm").inc(finished.llm_tokens)
+        self.prompt_tokens.inc(finished.prompt_tokens)
+        self.llm_calls.inc(finished.llm_calls)
+        self.llm_share.observe(finished.llm_tokens / finished.tokens)
+        self.first_token_seconds.observe(finished.first_token_seconds)
+        self.answer_seconds.observe(finished.seconds)
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text format."""
+        return generate_latest(self.registry)
