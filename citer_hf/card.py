@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .belonging import ForeignFactsError, check_provenance, method_in, saved_fingerprint
 from .evaluation.evaluate import METHODS
 from .evaluation.points import Point
 from .evaluation.results import Results
 from .files import written_beside
 
 __all__ = ["CARD", "GENERATED", "Facts", "make_card", "write_card"]
+
+logger = logging.getLogger(__name__)
 
 CARD, CURVE = "README.md", "curve.png"
 GENERATED = "<!-- Written by citer_hf from the files beside it. Remove this line to keep what you change below. -->"
@@ -77,6 +81,9 @@ With `citer_hf` installed and imported, leave it out. Threshold 0 is the SLM alo
 ```
 """
 
+UNSURE = (
+    "\n\nThe results do not say which router of this kind they measured; who pushed them says that it is this one."
+)
 CHAT_INPUTS = """messages = [{"role": "user", "content": "What is 12 times 7?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 TEXT_INPUTS = 'inputs = tokenizer("What is 12 times 7?", return_tensors="pt")'
@@ -88,8 +95,10 @@ class Facts:
 
     Args:
         config: `config.json`.
-        provenance: `provenance.json` of `citer train`, if it is there.
-        results: `results.json` of `citer evaluate`, if it is there.
+        provenance: `provenance.json` of `citer train`, if it is there and of this router.
+        results: `results.json` of `citer evaluate`, if it is there and of this router, or may be.
+        measured_as: The method under which the results hold this router; `None` if they do not say.
+        foreign: What lies there but is of another router, in words; it counts as not being there.
         has_curve: Whether the plot is there.
         has_chat: Whether the tokenizer has a chat template.
     """
@@ -97,6 +106,8 @@ class Facts:
     config: dict[str, Any]
     provenance: dict[str, Any] | None
     results: Results | None
+    measured_as: str | None
+    foreign: tuple[str, ...]
     has_curve: bool
     has_chat: bool
 
@@ -108,15 +119,32 @@ class Facts:
             directory: A router repository.
 
         Raises:
-            OSError: when it has no `config.json`.
-            ValueError: when a file holds something else than it should.
+            OSError: when it has no `config.json`, or no weights for results to be compared with.
+            ValueError: when it is no router repository, or a file holds something else than it should.
         """
+        config = read_json(directory / "config.json")
+        if config.get("model_type") != "citer":
+            raise ValueError(f"directory: expected a router repository, got a {config.get('model_type')} model.")
         provenance, results = directory / "provenance.json", directory / "results.json"
+        trained = read_json(provenance) if provenance.is_file() else None
+        measured = Results.read(results) if results.is_file() else None
+        measured_as, foreign = None, []
+        router = saved_fingerprint(directory, config) if names_a_router(trained, measured) else None
+        try:
+            check_provenance(trained or {}, router)
+        except ForeignFactsError as error:
+            trained, foreign = None, [str(error)]
+        try:
+            measured_as = None if measured is None else method_in(measured, config, router)
+        except ForeignFactsError as error:
+            measured, foreign = None, [*foreign, str(error)]
         tokenizer = directory / "tokenizer_config.json"
         return cls(
-            config=read_json(directory / "config.json"),
-            provenance=read_json(provenance) if provenance.is_file() else None,
-            results=Results.read(results) if results.is_file() else None,
+            config=config,
+            provenance=trained,
+            results=measured,
+            measured_as=measured_as,
+            foreign=tuple(foreign),
             has_curve=(directory / CURVE).is_file(),
             has_chat=(directory / "chat_template.jinja").is_file()
             or (tokenizer.is_file() and "chat_template" in read_json(tokenizer)),
@@ -127,7 +155,7 @@ class Facts:
         """The method that the router belongs to, by the name that results use."""
         kind = self.config["router"]["type"]
         shipped = None if self.results is None else self.results.shipped
-        return str(shipped or (self.provenance or {}).get("objective") or METHODS.get(kind, kind))
+        return str(self.measured_as or shipped or (self.provenance or {}).get("objective") or METHODS.get(kind, kind))
 
     @property
     def points(self) -> list[Point]:
@@ -141,6 +169,17 @@ class Facts:
             role: `slm` or `llm`.
         """
         return self.config.get(f"{role}_reference") or {}
+
+
+def names_a_router(provenance: dict[str, Any] | None, results: Results | None) -> bool:
+    """Say whether any file tells by a fingerprint which router it is of; older ones do not.
+
+    Args:
+        provenance: Of the training, if it is known.
+        results: Of an evaluation, if there are any.
+    """
+    runs = [] if results is None else [results.provenance, *results.provenance.get("runs", ())]
+    return "router_sha256" in (provenance or {}) or any("routers_sha256" in run for run in runs)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +223,10 @@ def write_card(directory: Path, repo_id: str, tags: Sequence[str] = ()) -> None:
             return
         metadata = dict(ModelCard(present, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
     metadata["tags"] = [*(metadata.get("tags") or ()), *tags]
-    card = make_card(Facts.read(directory), repo_id, metadata)
+    facts = Facts.read(directory)
+    for message in facts.foreign:
+        logger.warning("The card leaves it out. %s", message)
+    card = make_card(facts, repo_id, metadata)
     with written_beside(path) as file:
         file.write(str(card).encode())
 
@@ -318,6 +360,9 @@ def results_text(facts: Facts) -> str:
     )
     curve = f"![Accuracy against the share of tokens that the LLM writes, and against bytes]({CURVE})\n\n"
     note = "" if facts.points else f"\n\nThe results do not measure this router (`{facts.method}`)."
+    runs = len(provenance.get("runs", ()))
+    note += f"\n\nMeans over {runs} routers of different seeds, of which this is one." if runs else ""
+    note += UNSURE if facts.points and facts.measured_as is None else ""
     return (
         f"{curve if facts.has_curve else ''}{' '.join(about)}:\n\n"
         "| threshold | expected LLM share of the tokens | accuracy | 95 % interval |\n"

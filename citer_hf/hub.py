@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,9 +11,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+from .belonging import ForeignFactsError
 from .card import CARD, Facts, write_card
 
 __all__ = ["push", "repository_files"]
+
+logger = logging.getLogger(__name__)
 
 
 def push(
@@ -46,13 +50,16 @@ def push(
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: when the directory refers to models that nobody else has, or is no router repository.
+        ValueError: when the directory refers to models that nobody else has, holds results or provenance of another
+            router, or is no router repository.
         OSError: when something cannot be read, or uploaded; then the directory is as it was, but for the card.
     """
     folder = Path(directory)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"directory: {folder} is no router directory: it has no config.json.")
-    check_references(Facts.read(folder))
+    facts = Facts.read(folder)
+    check_references(facts)
+    check_facts(facts, folder)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -88,8 +95,6 @@ def check_references(facts: Facts) -> None:
     Raises:
         ValueError: which names the model.
     """
-    if facts.config.get("model_type") != "citer":
-        raise ValueError(f"directory: expected a router repository, got a {facts.config.get('model_type')} model.")
     for role in ("slm", "llm"):
         name = facts.reference(role).get("name_or_path")
         if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
@@ -97,6 +102,26 @@ def check_references(facts: Facts) -> None:
                 f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save it "
                 "from a pair that was loaded by repository ids, or with save_base_models=True."
             )
+
+
+def check_facts(facts: Facts, folder: Path) -> None:
+    """Refuse files that tell of another router; warn of results that do not say which router they are of.
+
+    Args:
+        facts: What the repository's files say.
+        folder: The router repository.
+
+    Raises:
+        ForeignFactsError: which names both routers.
+    """
+    if facts.foreign:
+        raise ForeignFactsError(f"{folder}: {facts.foreign[0]}")
+    if facts.results is not None and facts.measured_as is None:
+        logger.warning(
+            "%s does not say which router it measured, and is taken at its word. `citer evaluate` of this version "
+            "writes one that does.",
+            folder / "results.json",
+        )
 
 
 def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
