@@ -180,9 +180,9 @@ class Hub:
             raise RefusedError(404, "EntryNotFound", f"{path} does not exist")
         return Answer([entry(file, blob) for file, blob in sorted(inside.items())])
 
-    def paths_info(self, user: str | None, name: str, revision: str, body: Any, **_: Any) -> Answer:
+    def paths_info(self, user: str | None, name: str, revision: str, raw: bytes, **_: Any) -> Answer:
         files = self.files(name, revision, user)[1]
-        return Answer([entry(path, files[path]) for path in body["paths"] if path in files])
+        return Answer([entry(path, files[path]) for path in parse_qs(raw.decode())["paths"] if path in files])
 
     def branch(self, user: str | None, name: str, branch: str, body: Any, **_: Any) -> Answer:
         repository = self.writable(name, user)
