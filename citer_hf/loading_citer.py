@@ -18,6 +18,7 @@ from .base_models_citer import (
     check_same_tokenizer,
     check_unchanged,
     commit_of,
+    commits_of,
     hub_keywords,
     is_broken_transfer,
     load_models,
@@ -48,6 +49,8 @@ class CiterLoadingMixin:
 
     _tokenizer: Any = None
     _repository: tuple[str, dict[str, Any]] | None = None
+    # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
+    _commits: dict[str, str] = {}
 
     @classmethod
     def from_pair(
@@ -95,7 +98,7 @@ class CiterLoadingMixin:
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=chosen.module)  # type: ignore[call-arg]
         if chosen.weights is not None:
             load_router_weights(model.router, chosen.weights, chosen.name)
-        model._tokenizer = tokenizer
+        model._tokenizer, model._commits = tokenizer, commits_of(sources, keywords)
         return place(model.eval(), keywords)
 
     @classmethod
@@ -228,6 +231,7 @@ class CiterLoadingMixin:
             load_router_weights(model.router, weights, path)
         model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
         model.config.name_or_path = model.name_or_path = path
+        model._commits = commits_of(sources, keywords)
         model.eval()
         model = place(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -156,6 +156,8 @@ def test_what_cannot_be_pushed_is_said(pushed):
 
 
 LOAD = """
+    from citer_hf.evaluation.provenance import describe_run
+
     commits = json.loads(os.environ["COMMITS"])
     torch.manual_seed(3)
     model = CiterForCausalLM.from_pretrained("me/router", token=TOKEN)
@@ -175,6 +177,11 @@ LOAD = """
     options = {"llm_revision": json.loads(os.environ["LLM"]), "token": TOKEN}
     said["wrapped"] = text(CiterForCausalLM.from_pair("me/slm", "me/llm", router="me/router", **options))
     said["overridden"] = text(CiterForCausalLM.from_pretrained("me/router", llm_revision="same", token=TOKEN))
+    moved = CiterForCausalLM.from_pretrained("me/router", revision=commits[0], llm_revision="same", token=TOKEN)
+    held = CiterForCausalLM.from_pretrained("me/held", token=TOKEN)
+    loaded = CiterForCausalLM.from_pair(model.slm, "me/llm", router=model.router, llm_revision="same", token=TOKEN)
+    runs = [describe_run(pair) for pair in (model, moved, held, loaded)]
+    said["commits"] = [[run[part]["commit"] for part in ("model", "slm", "llm")] for run in runs]
     load = CiterForCausalLM.from_pretrained
     said["errors"] = {
         "wrong token": error(lambda: load("me/held", token=WRONG, force_download=True)),
@@ -224,6 +231,17 @@ def test_a_router_is_loaded_by_id_in_every_way(pushed, loaded):
 
 def test_a_pair_loaded_from_the_hub_refers_to_the_folders_there(client, loaded):
     assert loaded["again"] == {"name_or_path": "me/held", "subfolder": "llm", "revision": head_of(client, "me/held")}
+
+
+def test_provenance_names_the_commits_of_what_was_loaded(client, loaded):
+    router, held, slm = (head_of(client, f"me/{name}") for name in ("router", "held", "slm"))
+    same = client.hub.repositories["me/llm"].branches["same"]
+    assert loaded["commits"] == [
+        [router, slm, uploaded(client, "me/llm")],
+        [uploaded(client, "me/router"), slm, same],
+        [held, held, held],
+        [None, None, same],
+    ]
 
 
 def test_errors_of_the_hub_name_what_and_what_to_do(loaded):
