@@ -13,7 +13,7 @@ from .evaluation.results import Results
 from .routing_citer import CUSTOM_ROUTER, build_router
 from .saved_router_citer import choose_router, load_router_weights
 
-__all__ = ["ForeignFactsError", "check_provenance", "method_in", "saved_fingerprint", "saved_router"]
+__all__ = ["ForeignFactsError", "check_provenance", "method_in", "published", "saved_fingerprint", "saved_router"]
 
 SHARDS = "model.safetensors.index.json"
 
@@ -92,20 +92,29 @@ def method_in(results: Results, config: Mapping[str, Any], router: str | None) -
 
 def _check_model(role: str, measured: Mapping[str, str] | None, saved: Mapping[str, str] | None) -> None:
     """Refuse results of another base model, as far as repository ids tell: directories may be copies of anything."""
-    then, now = measured or {}, anonymous(saved or {})
-    if not all("/" in one.get("name_or_path", "") for one in (then, now)):
+    then, now = published(measured), published(saved)
+    if then is None or now is None:
         return
-    for key in ("name_or_path", "revision"):
-        if then.get(key) and now.get(key) and then[key] != now[key]:
-            raise ForeignFactsError(
-                f"results.json: it measured the {role.upper()} {_place(then)}, but the router here refers to "
-                f"{_place(now)}. Put the results of this pair there, or remove results.json and curve.png."
-            )
+    if then[0] != now[0] or (then[1] and now[1] and then[1] != now[1]):
+        was, is_now = (f"{name} at {commit[:12]}" if commit else name for name, commit in (then, now))
+        raise ForeignFactsError(
+            f"results.json: it measured the {role.upper()} {was}, but the router here has {is_now}. Put the results "
+            "of this pair there, or remove results.json and curve.png."
+        )
 
 
-def _place(reference: Mapping[str, str]) -> str:
-    revision = reference.get("revision")
-    return reference["name_or_path"] + (f" at {revision[:12]}" if revision else "")
+def published(reference: Mapping[str, str] | None) -> tuple[str, str] | None:
+    """Return the repository id of a base model and its commit (or nothing), `None` where it is in a directory.
+
+    Args:
+        reference: What a configuration says, or the provenance of results, where paths are shortened to one name.
+    """
+    reference = anonymous(reference or {})
+    if "origin" in reference:
+        return reference["origin"], reference.get("origin_revision", "")
+    name = reference.get("name_or_path", "")
+    # A folder of another router's repository holds a model that is from somewhere else.
+    return (name, reference.get("revision", "")) if "/" in name and "subfolder" not in reference else None
 
 
 def check_provenance(provenance: Mapping[str, Any], router: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .belonging import ForeignFactsError, check_provenance, method_in, saved_fingerprint
+from .belonging import ForeignFactsError, check_provenance, method_in, published, saved_fingerprint
 from .evaluation.evaluate import METHODS
 from .evaluation.points import Point
 from .evaluation.results import Results
@@ -170,6 +170,23 @@ class Facts:
         """
         return self.config.get(f"{role}_reference") or {}
 
+    def base(self, role: str) -> tuple[str, str] | None:
+        """Return the published model that a base model is, or was when it was saved along: its id and its commit.
+
+        Args:
+            role: `slm` or `llm`.
+        """
+        reference = self.reference(role)
+        if "name_or_path" in reference:
+            return reference["name_or_path"], reference.get("revision", "")
+        found = published(reference)
+        if found is None and self.results is not None and self.measured_as is not None:
+            # What was measured is what is here; without a commit, it may have been a directory.
+            run = (self.results.provenance.get("runs") or [self.results.provenance])[0]
+            found = published((run.get(role) or {}).get("reference"))
+            return found if found is not None and found[1] else None
+        return found
+
 
 def names_a_router(provenance: dict[str, Any] | None, results: Results | None) -> bool:
     """Say whether any file tells by a fingerprint which router it is of; older ones do not.
@@ -239,8 +256,9 @@ def make_card(facts: Facts, repo_id: str, metadata: dict[str, Any] | None = None
         repo_id: Where the repository will be on the Hub.
         metadata: What a user has put into the card's metadata.
     """
-    bases = [name for role in ("slm", "llm") if (name := facts.reference(role).get("name_or_path"))]
-    # The Hub's relation for a small set of weights that works on top of a model as it is.
+    bases = list(dict.fromkeys(base[0] for role in ("slm", "llm") if (base := facts.base(role))))
+    # The Hub's relation for a small set of weights that works on top of a model as it is: the router does, whether the
+    # models lie elsewhere or beside it. They are not merged, tuned or quantized by being put there.
     known: dict[str, Any] = {"base_model": bases, "base_model_relation": "adapter"} if bases else {}
     metadata = metadata or {}
     tags = list(dict.fromkeys([*TAGS, *metadata.get("tags", ())]))
@@ -316,23 +334,27 @@ def parts(facts: Facts) -> list[tuple[str, str]]:
         facts: What the repository's files say.
     """
     return [
-        *((role.upper(), place(facts.reference(role), role)) for role in ("slm", "llm")),
+        *((role.upper(), place(facts.reference(role), facts.base(role))) for role in ("slm", "llm")),
         ("router", f"`{facts.config['router']['type']}`"),
         ("threshold", f"{facts.config.get('router_threshold', 0.5):.4g}"),
     ]
 
 
-def place(reference: dict[str, str], role: str) -> str:
-    """Say where a base model is.
+def place(reference: dict[str, str], base: tuple[str, str] | None) -> str:
+    """Say where a base model is, and which one it is.
 
     Args:
         reference: What the configuration says.
-        role: `slm` or `llm`.
+        base: Id and commit of the published model, if it is one.
     """
-    name, revision = reference.get("name_or_path"), reference.get("revision")
-    if name is None:
-        return f"in the folder `{reference['subfolder']}`" if "subfolder" in reference else "in `model.safetensors`"
-    return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
+    link = ""
+    if base is not None:
+        name, revision = base
+        link = f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
+    if "name_or_path" in reference:
+        return link
+    folder = f"in the folder `{reference['subfolder']}`" if "subfolder" in reference else "in `model.safetensors`"
+    return f"{folder}, loaded from {link}" if link else folder
 
 
 def results_text(facts: Facts) -> str:

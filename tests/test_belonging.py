@@ -19,9 +19,7 @@ from citer_hf.evaluation.results import average_results, make_results
 
 from .chat_pairs import invoke
 from .repositories import save_base_models
-from .test_card import point
-
-ENDS = {"slm": point(0.0, 0.0, 0.31), "llm": point(2.0, 1.0, 0.92)}
+from .test_card import ENDS, point
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +122,8 @@ def test_results_that_do_not_say_which_router_they_measured_are_told_as_such(dir
         ({"name_or_path": "large"}, {"name_or_path": "team/larger"}, True),
         ({"subfolder": "llm"}, {"name_or_path": "team/larger"}, True),
         ({"name_or_path": "team/large"}, {"name_or_path": "/models/larger"}, True),
+        ({"name_or_path": "team/large"}, {"subfolder": "llm", "origin": "team/larger"}, False),
+        ({"subfolder": "llm", "origin": "team/large"}, {"name_or_path": "me/held", "subfolder": "llm"}, True),
     ],
 )
 def test_results_of_another_pair_are_those_of_another_router(root, tmp_path, then, now, belongs):
@@ -135,7 +135,7 @@ def test_results_of_another_pair_are_those_of_another_router(root, tmp_path, the
     facts = Facts.read(tmp_path)
     assert (facts.measured_as == "confidence", not facts.foreign) == (belongs, belongs)
     if not belongs:
-        assert "measured the LLM team/large" in facts.foreign[0] and now["name_or_path"] in facts.foreign[0]
+        assert "measured the LLM team/large" in facts.foreign[0] and "team/large" in facts.foreign[0]
 
 
 def test_a_mean_over_seeds_is_of_each_of_them(root, directory):

@@ -169,6 +169,12 @@ LOAD = """
     held = AutoModelForCausalLM.from_pretrained("me/held", token=TOKEN)
     said["second"].append(text(held))
     held.save_pretrained("again")
+    held.save_pretrained("whole", save_base_models=True)
+    CiterForCausalLM.from_pretrained("whole", llm_name_or_path="me/llm", llm_revision="same", token=TOKEN)\
+        .save_pretrained("moved", save_base_models=True)
+    CiterForCausalLM.from_pretrained("whole", llm_name_or_path=os.path.abspath("llm")).save_pretrained("local", True)
+    configs = {name: json.loads(Path(name, "config.json").read_text()) for name in ("whole", "moved", "local")}
+    said["origins"] = {name: config["llm_reference"] for name, config in configs.items()}
     said["again"] = json.loads(Path("again/config.json").read_text())["llm_reference"]
     pipe = pipeline("text-generation", model="me/router", token=TOKEN)
     said["pipeline"] = pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"]
@@ -231,6 +237,17 @@ def test_a_router_is_loaded_by_id_in_every_way(pushed, loaded):
 
 def test_a_pair_loaded_from_the_hub_refers_to_the_folders_there(client, loaded):
     assert loaded["again"] == {"name_or_path": "me/held", "subfolder": "llm", "revision": head_of(client, "me/held")}
+
+
+def test_a_model_that_is_saved_along_says_which_published_one_it_was(client, loaded):
+    llm = client.hub.repositories["me/llm"]
+    first = {"subfolder": "llm", "origin": "me/llm", "origin_revision": uploaded(client, "me/llm")}
+    same = {**first, "origin_revision": llm.branches["same"]}
+    # What was loaded from another directory may be anything.
+    assert loaded["origins"] == {"whole": first, "moved": same, "local": {"subfolder": "llm"}}
+    held = files(client, "me/held")
+    assert json.loads(held["config.json"])["llm_reference"] == first
+    assert "base_model:\n- me/slm\n- me/llm\n" in held["README.md"].decode()
 
 
 def test_provenance_names_the_commits_of_what_was_loaded(client, loaded):
