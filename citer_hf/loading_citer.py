@@ -28,6 +28,7 @@ from .base_models_citer import (
     split_keywords,
 )
 from .configuration_citer import CiterConfig, check_threshold_value
+from .keywords_citer import FetchedWith
 from .pair_citer import load_tokenizer
 from .paths_citer import check_folder
 from .routing_citer import CUSTOM_ROUTER
@@ -140,7 +141,7 @@ class CiterLoadingMixin:
             model = cls._load_referred(str(path), config, router, kwargs)
         if path is not None:
             names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
-            hub = {key: kwargs[key] for key in names if key in kwargs}
+            hub = FetchedWith({key: kwargs[key] for key in names if key in kwargs})
             (model[0] if isinstance(model, tuple) else model)._repository = (str(path), hub)
         return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -36,6 +37,8 @@ __all__ = [
 
 # Numbers of each weight that enter a base model's fingerprint: all would take minutes for a large model.
 SAMPLE = 32
+# Of the Hub; real ones are longer.
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def fingerprint(value: Any) -> str:
@@ -163,6 +166,5 @@ def anonymous(value: Any) -> Any:
         return anonymous(str(value))
     if not isinstance(value, str):
         return value
-    if value.startswith("hf_"):
-        return "hf_..."
+    value = TOKEN.sub("hf_...", value)
     return Path(value).name if value.startswith("~") or Path(value).is_absolute() else value
