@@ -14,10 +14,12 @@ from transformers.utils.hub import cached_file
 
 from .base_models_citer import HUB_KEYWORDS, ROLES, commit_of
 from .belonging import check_provenance, method_in
-from .card import CARD, CURVE, read_json
+from .card import CARD
 from .configuration_citer import CiterConfig
 from .evaluation.provenance import module_fingerprint
 from .evaluation.results import Results
+from .facts import CURVE
+from .files import read_json
 from .paths_citer import refuse_outsider
 from .saved_router_citer import router_state_dict
 

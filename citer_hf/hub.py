@@ -14,8 +14,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from .belonging import ForeignFactsError
-from .card import CARD, Facts, read_json, write_card
+from .card import CARD, write_card
 from .carrying import FACTS, carry
+from .facts import Facts
+from .files import read_json
 from .saved_router_citer import ROUTER_WEIGHTS
 
 __all__ = ["push", "push_pair", "repository_files"]

@@ -13,9 +13,10 @@ from huggingface_hub import HfApi, ModelCard
 
 from citer_hf import CiterForCausalLM
 from citer_hf.belonging import saved_fingerprint
-from citer_hf.card import Facts, write_card
+from citer_hf.card import write_card
 from citer_hf.evaluation.provenance import module_fingerprint
 from citer_hf.evaluation.results import average_results, make_results
+from citer_hf.facts import Facts
 
 from .chat_pairs import invoke
 from .repositories import save_base_models

@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from citer_hf.belonging import saved_fingerprint
-from citer_hf.card import GENERATED, Facts, make_card, write_card
+from citer_hf.card import GENERATED, make_card, write_card
 from citer_hf.evaluation.points import Point
 from citer_hf.evaluation.results import make_results
+from citer_hf.facts import Facts
 
 CONFIG = {
     "model_type": "citer",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from citer_hf import CiterForCausalLM
-from citer_hf.card import Facts
 from citer_hf.evaluation.results import Results
+from citer_hf.facts import Facts
 from citer_hf.training import command
 from citer_hf.training.router_trainer import TrainingSettings
 
