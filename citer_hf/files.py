@@ -53,7 +53,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}. Write the file again.") from error
+        raise ValueError(
+            f"{path}: expected a JSON object, but it cannot be read ({error}). Write the file again."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}. Write the file again.")
     return values

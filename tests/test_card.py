@@ -142,5 +142,5 @@ def test_a_card_is_written_again_and_keeps_what_a_person_put_into_its_metadata(d
 
 def test_a_file_that_is_no_json_is_named(directory):
     (directory / "provenance.json").write_text("{")
-    with pytest.raises(ValueError, match=r"provenance.json: expected JSON"):
+    with pytest.raises(ValueError, match=r"provenance.json: expected a JSON object"):
         Facts.read(directory)
