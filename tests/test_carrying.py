@@ -15,10 +15,9 @@ from citer_hf import CiterForCausalLM
 from citer_hf.carrying import FACTS, carry
 from citer_hf.evaluation.provenance import module_fingerprint
 
-from .hub_server import running_hub
 from .repositories import save_base_models
 from .test_belonging import OwnRouter, make_pair, root, save_results  # noqa: F401 - `root` is a fixture
-from .test_hub import OTHERS_TOKEN, TOKEN, Client, files
+from .test_hub import client, files  # noqa: F401 - `client` is a fixture
 
 load = CiterForCausalLM.from_pretrained
 
@@ -154,15 +153,7 @@ PUSH = """
 """
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with running_hub({TOKEN: "me", OTHERS_TOKEN: "you"}) as hub:
-        folder = tmp_path_factory.mktemp("hub")
-        save_base_models(folder)
-        yield Client(hub, folder)
-
-
-def test_facts_follow_their_router_from_repository_to_repository(client):
+def test_facts_follow_their_router_from_repository_to_repository(client):  # noqa: F811
     said = client.run(PUSH)
     copies = [list(client.hub.repositories[name].commits.values())[1] for name in ("me/copy", "me/whole")]
     for found in copies:

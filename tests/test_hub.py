@@ -100,6 +100,7 @@ PUSH = """
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Scripts that know a Hub, in a folder with the base models."""
     with running_hub({TOKEN: "me", OTHERS_TOKEN: "you"}) as hub:
         folder = tmp_path_factory.mktemp("hub")
         save_base_models(folder)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from citer_hf.evaluation.provenance import anonymous
 
-from .hub_server import running_hub
-from .repositories import save_base_models
-from .test_hub import OTHERS_TOKEN, TOKEN, WRONG_TOKEN, Client
+from .test_hub import OTHERS_TOKEN, TOKEN, WRONG_TOKEN, client  # noqa: F401 - `client` is a fixture
 
 SECRETS = (TOKEN, OTHERS_TOKEN, WRONG_TOKEN)
 
@@ -98,15 +93,7 @@ LIFE = """
 """
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running_hub({TOKEN: "me", OTHERS_TOKEN: "you"}) as hub:
-        folder = tmp_path_factory.mktemp("hub")
-        save_base_models(folder)
-        yield Client(hub, folder)
-
-
-def test_a_token_is_nowhere(client):
+def test_a_token_is_nowhere(client):  # noqa: F811
     said = client.run(LIFE)
     assert said["exits"] == {"good": [0, 0, 1, 1, 1], "wrong": [1, 1, 1, 1, 1]}
     assert said["raised"] == said["calls"] and said["kept"] == [True, True] and "token" not in said["read"]
