@@ -17,11 +17,11 @@ AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
 saved_router_citer.read_router_file = importers.read_router_file
 
 
-def _push(folder: str, repo_id: str, **options: Any) -> str:
-    from .hub import push
+def _push(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) -> str:
+    from .hub import push_pair
 
-    return push(folder, repo_id, **options)
+    return push_pair(model, folder, repo_id, **options)
 
 
-# The core, which travels without the rest, cannot write a card.
+# The core, which travels without the rest, cannot write a card, nor judge what results are of.
 CiterForCausalLM._push = staticmethod(_push)

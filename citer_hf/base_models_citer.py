@@ -199,6 +199,18 @@ def commit_of(name: str, keywords: dict[str, Any]) -> str | None:
     return extract_commit_hash(found, None)
 
 
+def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the commits of base models that were loaded from the Hub or its cache.
+
+    Args:
+        sources: Repository id, path or loaded model of each; nobody knows the commit of a loaded one.
+        keywords: The keywords each was loaded with.
+    """
+    named = {role: os.fspath(source) for role, source in sources.items() if not isinstance(source, nn.Module)}
+    found = {role: commit_of(name, keywords[role]) for role, name in named.items()}
+    return {role: commit for role, commit in found.items() if commit}
+
+
 def locate_base_model(
     role: str, path: str, reference: dict[str, str] | None, keywords: dict[str, Any], repository: dict[str, Any]
 ) -> str:

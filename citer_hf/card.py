@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .evaluation.evaluate import METHODS
-from .evaluation.points import Point
 from .evaluation.results import Results
+from .facts import CURVE, Facts
 from .files import written_beside
 
-__all__ = ["CARD", "GENERATED", "Facts", "make_card", "write_card"]
+__all__ = ["CARD", "GENERATED", "make_card", "write_card"]
 
-CARD, CURVE = "README.md", "curve.png"
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
 GENERATED = "<!-- Written by citer_hf from the files beside it. Remove this line to keep what you change below. -->"
 TAGS = ["citer", "token-level-routing"]
 
@@ -77,89 +77,12 @@ With `citer_hf` installed and imported, leave it out. Threshold 0 is the SLM alo
 ```
 """
 
+UNSURE = (
+    "\n\nThe results do not say which router of this kind they measured; who pushed them says that it is this one."
+)
 CHAT_INPUTS = """messages = [{"role": "user", "content": "What is 12 times 7?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 TEXT_INPUTS = 'inputs = tokenizer("What is 12 times 7?", return_tensors="pt")'
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the files of a router repository say.
-
-    Args:
-        config: `config.json`.
-        provenance: `provenance.json` of `citer train`, if it is there.
-        results: `results.json` of `citer evaluate`, if it is there.
-        has_curve: Whether the plot is there.
-        has_chat: Whether the tokenizer has a chat template.
-    """
-
-    config: dict[str, Any]
-    provenance: dict[str, Any] | None
-    results: Results | None
-    has_curve: bool
-    has_chat: bool
-
-    @classmethod
-    def read(cls, directory: Path) -> Facts:
-        """Read a directory.
-
-        Args:
-            directory: A router repository.
-
-        Raises:
-            OSError: when it has no `config.json`.
-            ValueError: when a file holds something else than it should.
-        """
-        provenance, results = directory / "provenance.json", directory / "results.json"
-        tokenizer = directory / "tokenizer_config.json"
-        return cls(
-            config=read_json(directory / "config.json"),
-            provenance=read_json(provenance) if provenance.is_file() else None,
-            results=Results.read(results) if results.is_file() else None,
-            has_curve=(directory / CURVE).is_file(),
-            has_chat=(directory / "chat_template.jinja").is_file()
-            or (tokenizer.is_file() and "chat_template" in read_json(tokenizer)),
-        )
-
-    @property
-    def method(self) -> str:
-        """The method that the router belongs to, by the name that results use."""
-        kind = self.config["router"]["type"]
-        shipped = None if self.results is None else self.results.shipped
-        return str(shipped or (self.provenance or {}).get("objective") or METHODS.get(kind, kind))
-
-    @property
-    def points(self) -> list[Point]:
-        """The measured points of this router, from few to many LLM tokens."""
-        return [] if self.results is None else self.results.methods.get(self.method, [])
-
-    def reference(self, role: str) -> dict[str, str]:
-        """Where a base model is.
-
-        Args:
-            role: `slm` or `llm`.
-        """
-        return self.config.get(f"{role}_reference") or {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: The file.
-
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: when it holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}. Write the file again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}. Write the file again.")
-    return values
 
 
 def write_card(directory: Path, repo_id: str, tags: Sequence[str] = ()) -> None:
@@ -184,7 +107,10 @@ def write_card(directory: Path, repo_id: str, tags: Sequence[str] = ()) -> None:
             return
         metadata = dict(ModelCard(present, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
     metadata["tags"] = [*(metadata.get("tags") or ()), *tags]
-    card = make_card(Facts.read(directory), repo_id, metadata)
+    facts = Facts.read(directory)
+    for message in facts.foreign:
+        logger.warning("The card leaves it out. %s", message)
+    card = make_card(facts, repo_id, metadata)
     with written_beside(path) as file:
         file.write(str(card).encode())
 
@@ -197,8 +123,9 @@ def make_card(facts: Facts, repo_id: str, metadata: dict[str, Any] | None = None
         repo_id: Where the repository will be on the Hub.
         metadata: What a user has put into the card's metadata.
     """
-    bases = [name for role in ("slm", "llm") if (name := facts.reference(role).get("name_or_path"))]
-    # The Hub's relation for a small set of weights that works on top of a model as it is.
+    bases = list(dict.fromkeys(base[0] for role in ("slm", "llm") if (base := facts.base(role))))
+    # The Hub's relation for a small set of weights that works on top of a model as it is: the router does, whether the
+    # models lie elsewhere or beside it. They are not merged, tuned or quantized by being put there.
     known: dict[str, Any] = {"base_model": bases, "base_model_relation": "adapter"} if bases else {}
     metadata = metadata or {}
     tags = list(dict.fromkeys([*TAGS, *metadata.get("tags", ())]))
@@ -274,23 +201,27 @@ def parts(facts: Facts) -> list[tuple[str, str]]:
         facts: What the repository's files say.
     """
     return [
-        *((role.upper(), place(facts.reference(role), role)) for role in ("slm", "llm")),
+        *((role.upper(), place(facts.reference(role), facts.base(role))) for role in ("slm", "llm")),
         ("router", f"`{facts.config['router']['type']}`"),
         ("threshold", f"{facts.config.get('router_threshold', 0.5):.4g}"),
     ]
 
 
-def place(reference: dict[str, str], role: str) -> str:
-    """Say where a base model is.
+def place(reference: dict[str, str], base: tuple[str, str] | None) -> str:
+    """Say where a base model is, and which one it is.
 
     Args:
         reference: What the configuration says.
-        role: `slm` or `llm`.
+        base: Id and commit of the published model, if it is one.
     """
-    name, revision = reference.get("name_or_path"), reference.get("revision")
-    if name is None:
-        return f"in the folder `{reference['subfolder']}`" if "subfolder" in reference else "in `model.safetensors`"
-    return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
+    link = ""
+    if base is not None:
+        name, revision = base
+        link = f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
+    if "name_or_path" in reference:
+        return link
+    folder = f"in the folder `{reference['subfolder']}`" if "subfolder" in reference else "in `model.safetensors`"
+    return f"{folder}, loaded from {link}" if link else folder
 
 
 def results_text(facts: Facts) -> str:
@@ -318,6 +249,9 @@ def results_text(facts: Facts) -> str:
     )
     curve = f"![Accuracy against the share of tokens that the LLM writes, and against bytes]({CURVE})\n\n"
     note = "" if facts.points else f"\n\nThe results do not measure this router (`{facts.method}`)."
+    runs = len(provenance.get("runs", ()))
+    note += f"\n\nMeans over {runs} routers of different seeds, of which this is one." if runs else ""
+    note += UNSURE if facts.points and facts.measured_as is None else ""
     return (
         f"{curve if facts.has_curve else ''}{' '.join(about)}:\n\n"
         "| threshold | expected LLM share of the tokens | accuracy | 95 % interval |\n"

@@ -9,6 +9,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 CONFIG_VERSION = 1
+# A second name for `token`, under which it arrives in every version of transformers.
+TOKEN = "_token_of_from_pretrained"
 
 
 class CiterConfig(PreTrainedConfig):
@@ -63,6 +65,32 @@ class CiterConfig(PreTrainedConfig):
             for key, value in implementations.items():
                 if key.removeprefix("_") not in given:
                     setattr(sub_config, key, value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a configuration, as every transformers configuration is loaded.
+
+        Args:
+            pretrained_model_name_or_path: Path or repository id of the router.
+            args: As in transformers.
+            kwargs: As in transformers.
+        """
+        # transformers 5.17 forgets a token on the way to `get_config_dict`, so that private routers are not found.
+        token = {TOKEN: kwargs["token"]} if kwargs.get("token") is not None else {}
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **token)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Read the content of a `config.json`.
+
+        Args:
+            pretrained_model_name_or_path: Path or repository id of the router.
+            kwargs: As in transformers.
+        """
+        token = kwargs.pop(TOKEN, None)
+        if token is not None:
+            kwargs["token"] = token
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

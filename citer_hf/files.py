@@ -1,15 +1,16 @@
-"""Files that are complete or not there."""
+"""Files that are complete or not there, and files of JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["written_beside"]
+__all__ = ["read_json", "written_beside"]
 
 
 @contextmanager
@@ -37,3 +38,24 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         os.unlink(beside)
         raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: when it holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a JSON object, but it cannot be read ({error}). Write the file again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}. Write the file again.")
+    return values

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-from .card import CARD, Facts, write_card
+from .belonging import ForeignFactsError
+from .card import CARD, write_card
+from .carrying import FACTS, carry
+from .facts import Facts
+from .files import read_json
+from .saved_router_citer import ROUTER_WEIGHTS
 
-__all__ = ["push", "repository_files"]
+__all__ = ["push", "push_pair", "repository_files"]
+
+CONFIG = "config.json"
+
+logger = logging.getLogger(__name__)
+
+
+def push_pair(model: Any, folder: str, repo_id: str, **options: Any) -> str:
+    """Upload a pair that has just been saved, with what belongs to its router where the pair was loaded from.
+
+    Args:
+        model: The pair.
+        folder: Where it is saved.
+        repo_id: Where to.
+        options: Of `push`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: as for `push`.
+        OSError: as for `push`.
+    """
+    return push(folder, repo_id, card=carry(model, Path(folder)), **options)
 
 
 def push(
@@ -26,13 +57,14 @@ def push(
     commit_description: str | None = None,
     tags: Sequence[str] | None = None,
     token: str | bool | None = None,
+    card: Path | None = None,
 ) -> str:
     """Upload a router repository with a card, in one commit.
 
     Args:
         directory: Made by `save_pretrained` or `citer train`; with `results.json` and `curve.png` of `citer evaluate`
             in it, the card tells them. The card is written into it as `README.md`, unless a person's is there or on
-            the Hub.
+            the Hub. What lies on the Hub beside another router, and not in the directory, is removed there.
         repo_id: Where to, such as `user/my-router`; made when it is not there.
         private: Whether a new repository is private. Default: as the account has it.
         create_pr: Whether to propose the files in a pull request.
@@ -41,28 +73,38 @@ def push(
         commit_description: What else it says.
         tags: More tags for the card.
         token: Of the Hub. Default: the one that `hf auth login` saved.
+        card: An earlier card, for what a person wrote into it, where neither the directory nor the Hub has one.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: when the directory refers to models that nobody else has, or is no router repository.
+        ValueError: when the directory refers to models that nobody else has, holds results or provenance of another
+            router, or is no router repository.
         OSError: when something cannot be read, or uploaded; then the directory is as it was, but for the card.
     """
     folder = Path(directory)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"directory: {folder} is no router directory: it has no config.json.")
-    check_references(Facts.read(folder))
+    facts = Facts.read(folder)
+    check_references(facts)
+    check_facts(facts, folder)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        fetch_card(api, repo_id, revision, folder)
+        fetch_card(api, repo_id, revision, folder, card)
         write_card(folder, repo_id, tags or ())
+        stale = [name for name in stale_facts(api, repo_id, revision, folder) if not (folder / name).exists()]
+        if stale:
+            logger.warning("%s: %s there are of another router, and are removed.", repo_id, ", ".join(stale))
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, file) for name, file in repository_files(folder)],
+            [
+                *(CommitOperationAdd(name, file) for name, file in repository_files(folder)),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
             commit_message=commit_message or "Upload router",
             commit_description=commit_description,
             create_pr=create_pr,
@@ -88,8 +130,6 @@ def check_references(facts: Facts) -> None:
     Raises:
         ValueError: which names the model.
     """
-    if facts.config.get("model_type") != "citer":
-        raise ValueError(f"directory: expected a router repository, got a {facts.config.get('model_type')} model.")
     for role in ("slm", "llm"):
         name = facts.reference(role).get("name_or_path")
         if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
@@ -99,7 +139,27 @@ def check_references(facts: Facts) -> None:
             )
 
 
-def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
+def check_facts(facts: Facts, folder: Path) -> None:
+    """Refuse files that tell of another router; warn of results that do not say which router they are of.
+
+    Args:
+        facts: What the repository's files say.
+        folder: The router repository.
+
+    Raises:
+        ForeignFactsError: which names both routers.
+    """
+    if facts.foreign:
+        raise ForeignFactsError(f"{folder}: {facts.foreign[0]}")
+    if facts.results is not None and facts.measured_as is None:
+        logger.warning(
+            "%s does not say which router it measured, and is taken at its word. `citer evaluate` of this version "
+            "writes one that does.",
+            folder / "results.json",
+        )
+
+
+def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path, otherwise: Path | None) -> None:
     """Get the card that is on the Hub already, so that what a person wrote there is kept.
 
     Args:
@@ -107,13 +167,53 @@ def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> 
         repo_id: The repository.
         revision: The branch.
         folder: The router repository; a card in it is left alone.
+        otherwise: The card to take where there is none.
     """
     if (folder / CARD).exists():
         return
     try:
         shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), folder / CARD)
     except EntryNotFoundError:
-        return
+        if otherwise is not None:
+            shutil.copyfile(otherwise, folder / CARD)
+
+
+def stale_facts(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> list[str]:
+    """Return the files on the Hub that tell of the router there, where that is not the one that comes now.
+
+    Args:
+        api: The Hub.
+        repo_id: The repository.
+        revision: The branch.
+        folder: The router repository that comes.
+    """
+    names = [CONFIG, ROUTER_WEIGHTS, *FACTS]
+    there = {one.path: one for one in api.get_paths_info(repo_id, names, revision=revision)}
+    facts = [name for name in FACTS if name in there]
+    if not facts or CONFIG not in there:
+        return []
+    before = read_json(Path(api.hf_hub_download(repo_id, CONFIG, revision=revision)))
+    weights = there.get(ROUTER_WEIGHTS)
+    is_same = before.get("router") == read_json(folder / CONFIG)["router"]
+    return [] if is_same and is_same_file(weights, folder / ROUTER_WEIGHTS) else facts
+
+
+def is_same_file(there: Any, here: Path) -> bool:
+    """Say whether a large file on the Hub is the one on this machine.
+
+    Args:
+        there: What the Hub says of it, `None` if it is not there.
+        here: The file, which may not be there.
+    """
+    if there is None or not here.is_file():
+        return there is None and not here.is_file()
+    if there.lfs is None or there.size != here.stat().st_size:
+        return False
+    digest = hashlib.sha256()
+    with here.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest() == str(there.lfs.sha256)
 
 
 class ForeignFileError(ValueError):

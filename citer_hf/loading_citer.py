@@ -18,6 +18,7 @@ from .base_models_citer import (
     check_same_tokenizer,
     check_unchanged,
     commit_of,
+    commits_of,
     hub_keywords,
     is_broken_transfer,
     load_models,
@@ -27,6 +28,7 @@ from .base_models_citer import (
     split_keywords,
 )
 from .configuration_citer import CiterConfig, check_threshold_value
+from .keywords_citer import FetchedWith
 from .pair_citer import load_tokenizer
 from .paths_citer import check_folder
 from .routing_citer import CUSTOM_ROUTER
@@ -48,6 +50,8 @@ class CiterLoadingMixin:
 
     _tokenizer: Any = None
     _repository: tuple[str, dict[str, Any]] | None = None
+    # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
+    _commits: dict[str, str] = {}
 
     @classmethod
     def from_pair(
@@ -95,7 +99,7 @@ class CiterLoadingMixin:
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=chosen.module)  # type: ignore[call-arg]
         if chosen.weights is not None:
             load_router_weights(model.router, chosen.weights, chosen.name)
-        model._tokenizer = tokenizer
+        model._tokenizer, model._commits = tokenizer, commits_of(sources, keywords)
         return place(model.eval(), keywords)
 
     @classmethod
@@ -137,7 +141,7 @@ class CiterLoadingMixin:
             model = cls._load_referred(str(path), config, router, kwargs)
         if path is not None:
             names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
-            hub = {key: kwargs[key] for key in names if key in kwargs}
+            hub = FetchedWith({key: kwargs[key] for key in names if key in kwargs})
             (model[0] if isinstance(model, tuple) else model)._repository = (str(path), hub)
         return model
 
@@ -228,6 +232,7 @@ class CiterLoadingMixin:
             load_router_weights(model.router, weights, path)
         model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
         model.config.name_or_path = model.name_or_path = path
+        model._commits = commits_of(sources, keywords)
         model.eval()
         model = place(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}

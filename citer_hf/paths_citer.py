@@ -84,17 +84,31 @@ def check_folder(path: str, folder: str = "") -> None:
     inside = os.path.join(path, folder)
     if not os.path.isdir(inside):
         return
+    for name in [".", *os.listdir(inside)]:
+        file = os.path.join(inside, name)
+        if folder or "safetensors" in name:
+            refuse_outsider(file, path)
+        if name.endswith(".index.json"):
+            check_index(os.path.realpath(file))
+
+
+def refuse_outsider(file: str, path: str) -> None:
+    """Refuse a file of a local router that is a link out of the router's directory.
+
+    Args:
+        file: The file.
+        path: The router's directory.
+
+    Raises:
+        ValueError: which names the file.
+    """
     roots = [os.path.realpath(path)]
     if os.path.basename(os.path.dirname(roots[0])) == "snapshots":
         # In the Hub's cache, the files of a snapshot are links to the repository's blobs.
         roots.append(os.path.dirname(os.path.dirname(roots[0])))
-    for name in [".", *os.listdir(inside)]:
-        file = os.path.realpath(os.path.join(inside, name))
-        is_weights = folder or "safetensors" in name
-        if is_weights and not any(os.path.commonpath([root, file]) == root for root in roots):
-            raise ValueError(f"{os.path.join(inside, name)} leads out of the router's directory, to {file}; not read.")
-        if name.endswith(".index.json"):
-            check_index(file)
+    target = os.path.realpath(file)
+    if not any(os.path.commonpath([root, target]) == root for root in roots):
+        raise ValueError(f"{file} leads out of the router's directory, to {target}; not read.")
 
 
 def check_index(file: str) -> None:

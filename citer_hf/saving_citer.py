@@ -103,7 +103,7 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
         reference = getattr(config, f"{role}_reference")
         if save_base_models or reference is None:
             save_base_model(role, getattr(model, role), os.path.join(folder, role), **kwargs)
-            reference = {"subfolder": role}
+            reference = {"subfolder": role} | origin_of(model, role, reference)
         elif "name_or_path" not in reference and model._repository is not None:
             path, hub = model._repository
             reference = reference_from_elsewhere(reference, path, hub, os.path.dirname(folder))
@@ -119,6 +119,26 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
     save_code(folder)
     model.generation_config.save_pretrained(folder)
     save_tokenizer(model, folder)
+
+
+def origin_of(model: Any, role: str, reference: dict[str, str] | None) -> dict[str, str]:
+    """Say from which published model one was loaded that is now saved along; nothing where that is not known.
+
+    Args:
+        model: The pair.
+        role: `slm` or `llm`.
+        reference: What the pair's configuration says of it.
+
+    Returns:
+        `origin`, a repository id, and `origin_revision`, a commit: for people, not for loading.
+    """
+    name, (repository, _) = str(getattr(model, role).name_or_path), model._repository or ("", {})
+    lies_there = name == repository or name.startswith(os.path.join(repository, ""))
+    if reference is not None and "name_or_path" not in reference and lies_there:
+        # The router's own repository may say where it was from before.
+        return {key: reference[key] for key in ("origin", "origin_revision") if key in reference}
+    commit = model._commits.get(role)
+    return {"origin": name, "origin_revision": commit} if commit and not os.path.isdir(name) else {}
 
 
 def reference_from_elsewhere(

@@ -17,7 +17,7 @@ PUSH_KEYWORDS = ("private", "token", "create_pr", "revision", "commit_message", 
 class CiterSharingMixin:
     """`save_pretrained` and `push_to_hub` of `CiterForCausalLM`."""
 
-    # Uploads a folder with a model card: (folder, repo_id, **kwargs of `push_to_hub`).
+    # Uploads a pair that is saved in a folder, with a model card: (pair, folder, repo_id, **kwargs of `push_to_hub`).
     _push: Callable[..., str] | None = None
 
     def save_pretrained(
@@ -63,7 +63,10 @@ class CiterSharingMixin:
         max_shard_size: int | str = "50GB",
         **kwargs: Any,
     ) -> str:
-        """Save the pair and upload it to the Hub; where `citer_hf` is installed, with a model card.
+        """Save the pair and upload it to the Hub; where `citer_hf` is imported, with a model card.
+
+        Then results, provenance and plots that lie beside the router where it was loaded from go along, as long as it
+        is still that router; a warning says what does not.
 
         Args:
             repo_id: Where to, such as `user/my-router`; made when it is not there.
@@ -86,7 +89,7 @@ class CiterSharingMixin:
             return Saved(self, save_base_models).push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, save_base_models=save_base_models, max_shard_size=max_shard_size)
-            return str(self._push(folder, repo_id, **kwargs))
+            return str(self._push(self, folder, repo_id, **kwargs))
 
     def _save_whole(self, folder: str, **kwargs: Any) -> None:
         self.config.auto_map = dict(AUTO_MAP)  # type: ignore[attr-defined]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from citer_hf.card import GENERATED, Facts, make_card, write_card
+from citer_hf.belonging import saved_fingerprint
+from citer_hf.card import GENERATED, make_card, write_card
 from citer_hf.evaluation.points import Point
 from citer_hf.evaluation.results import make_results
+from citer_hf.facts import Facts
 
 CONFIG = {
     "model_type": "citer",
@@ -31,11 +33,13 @@ def point(threshold: float | None, share: float, accuracy: float) -> Point:
     return Point(threshold, accuracy, (accuracy - 0.05, accuracy + 0.05), share, share, 1.0, 1.0, 0.1, 1.0)
 
 
+ENDS = {"slm": point(0.0, 0.0, 0.31), "llm": point(2.0, 1.0, 0.92)}
+
+
 def save_results(directory: Path, method: str = "citer-plus") -> None:
-    ends = {"slm": point(0.0, 0.0, 0.31), "llm": point(2.0, 1.0, 0.92)}
     methods = {method: [point(0.5, 0.08, 0.7), point(0.7654, 0.21, 0.88)], "random": [point(0.3, 0.3, 0.4)]}
     facts = {"problems": 200, "checker": "math", "data_sha256": "0123456789abcdef" * 4}
-    make_results(ends, methods, facts).write(directory / "results.json")
+    make_results(ENDS, methods, facts).write(directory / "results.json")
 
 
 @pytest.fixture
@@ -82,6 +86,34 @@ def test_models_in_the_repository_are_no_base_models(directory):
     assert card.data.base_model is None and "in the folder `slm`" in card.text and "`model.safetensors`" in card.text
 
 
+def test_a_model_in_the_repository_that_came_from_a_published_one_names_it(directory):
+    slm = {"subfolder": "slm", "origin": "team/small", "origin_revision": "c" * 40}
+    config = CONFIG | {"router": {"type": "confidence"}, "slm_reference": slm, "llm_reference": {"subfolder": "llm"}}
+    config |= {"slm_config": {"model_type": "llama"}, "llm_config": {"model_type": "llama"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    card = make_card(Facts.read(directory), "me/my-router")
+    assert card.data.base_model == ["team/small"] and card.data.base_model_relation == "adapter"
+    assert f"folder `slm`, loaded from [team/small](https://huggingface.co/team/small) at `{'c' * 12}`" in card.text
+    # Results of this very router say what was measured; without a commit it may have been a directory.
+    router = saved_fingerprint(directory, config)
+    measured = {"name_or_path": "team/large", "revision": "d" * 40}
+    for reference, bases in (
+        (measured, ["team/small", "team/large"]),
+        ({"name_or_path": "models/large"}, ["team/small"]),
+        ({"name_or_path": "large"}, ["team/small"]),
+        (None, ["team/small"]),
+    ):
+        facts = {"routers_sha256": {"confidence": router}, "llm": {"reference": reference}}
+        make_results(ENDS, {"confidence": [point(0.5, 0.1, 0.5)]}, facts).write(directory / "results.json")
+        assert make_card(Facts.read(directory), "me/my-router").data.base_model == bases
+
+
+def test_a_repository_that_holds_both_models_is_named_once(directory):
+    references = {f"{role}_reference": {"name_or_path": "me/held", "subfolder": role} for role in ("slm", "llm")}
+    (directory / "config.json").write_text(json.dumps(CONFIG | references))
+    assert make_card(Facts.read(directory), "me/my-router").data.base_model == ["me/held"]
+
+
 def test_results_of_other_routers_are_not_told_as_this_ones(directory):
     save_results(directory, method="confidence")
     card = make_card(Facts.read(directory), "me/my-router")
@@ -110,5 +142,5 @@ def test_a_card_is_written_again_and_keeps_what_a_person_put_into_its_metadata(d
 
 def test_a_file_that_is_no_json_is_named(directory):
     (directory / "provenance.json").write_text("{")
-    with pytest.raises(ValueError, match=r"provenance.json: expected JSON"):
+    with pytest.raises(ValueError, match=r"provenance.json: expected a JSON object"):
         Facts.read(directory)

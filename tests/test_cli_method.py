@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.results import Results
+from citer_hf.facts import Facts
 from citer_hf.training import command
 from citer_hf.training.router_trainer import TrainingSettings
 
@@ -77,6 +79,11 @@ def test_routers_of_other_directories_are_compared(work: Path, tmp_path: Path) -
     result = invoke("evaluate", work / "router", *data, "--out", out, "--compare", other)
     assert result.exit_code == 0, result.output
     assert set(Results.read(out / "results.json").methods) == {"citer-plus", "co-llm"}
+    for directory, method in ((work / "router", "citer-plus"), (other, "co-llm"), (work / "pair", None)):
+        here = shutil.copytree(directory, tmp_path / f"with-results-{method}")
+        shutil.copy(out / "results.json", here)
+        facts = Facts.read(here)
+        assert facts.measured_as == method and bool(facts.foreign) is (method is None)
     result = invoke("evaluate", work / "router", *data, "--out", tmp_path / "no", "--compare", work / "pair")
     assert result.exit_code == 1 and "has no provenance.json that names its method" in result.stderr
 

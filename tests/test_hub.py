@@ -10,12 +10,16 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from .hub_server import Blob, Hub, Repository, running_hub
 from .repositories import save_base_models
 
 TOKEN, OTHERS_TOKEN, WRONG_TOKEN = "hf_GoodSecret0123456789", "hf_OtherSecret0123456789", "hf_WrongSecret0123456789"
+
+# Whether the client asks the Hub how large files travel; see `hub_server`.
+NEGOTIATES = int(huggingface_hub.__version__.split(".")[0]) < 2
 
 PRELUDE = """
 import json, logging, os, sys
@@ -53,8 +57,8 @@ class Client:
         script.write_text(prelude + textwrap.dedent(code) + "\nprint('SAID' + json.dumps(said))\n")
         here = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
         here |= {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.folder / home), "OMP_NUM_THREADS": "1"}
-        # Xet is a service of its own, which this Hub does not have.
-        here |= {"HF_HUB_DISABLE_XET": "1", "GOOD": TOKEN, "WRONG": WRONG_TOKEN, **environment}
+        here |= {} if NEGOTIATES else {"HF_HUB_DISABLE_XET": "1"}
+        here |= {"GOOD": TOKEN, "WRONG": WRONG_TOKEN, **environment}
         here["PYTHONPATH"] = str(Path(__file__).parents[1])
         done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=here, cwd=self.folder)
         output = done.stdout + done.stderr
@@ -96,6 +100,7 @@ PUSH = """
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Scripts that know a Hub, in a folder with the base models."""
     with running_hub({TOKEN: "me", OTHERS_TOKEN: "you"}) as hub:
         folder = tmp_path_factory.mktemp("hub")
         save_base_models(folder)
@@ -152,6 +157,8 @@ def test_what_cannot_be_pushed_is_said(pushed):
 
 
 LOAD = """
+    from citer_hf.evaluation.provenance import describe_run
+
     commits = json.loads(os.environ["COMMITS"])
     torch.manual_seed(3)
     model = CiterForCausalLM.from_pretrained("me/router", token=TOKEN)
@@ -163,6 +170,12 @@ LOAD = """
     held = AutoModelForCausalLM.from_pretrained("me/held", token=TOKEN)
     said["second"].append(text(held))
     held.save_pretrained("again")
+    held.save_pretrained("whole", save_base_models=True)
+    CiterForCausalLM.from_pretrained("whole", llm_name_or_path="me/llm", llm_revision="same", token=TOKEN)\
+        .save_pretrained("moved", save_base_models=True)
+    CiterForCausalLM.from_pretrained("whole", llm_name_or_path=os.path.abspath("llm")).save_pretrained("local", True)
+    configs = {name: json.loads(Path(name, "config.json").read_text()) for name in ("whole", "moved", "local")}
+    said["origins"] = {name: config["llm_reference"] for name, config in configs.items()}
     said["again"] = json.loads(Path("again/config.json").read_text())["llm_reference"]
     pipe = pipeline("text-generation", model="me/router", token=TOKEN)
     said["pipeline"] = pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"]
@@ -171,6 +184,11 @@ LOAD = """
     options = {"llm_revision": json.loads(os.environ["LLM"]), "token": TOKEN}
     said["wrapped"] = text(CiterForCausalLM.from_pair("me/slm", "me/llm", router="me/router", **options))
     said["overridden"] = text(CiterForCausalLM.from_pretrained("me/router", llm_revision="same", token=TOKEN))
+    moved = CiterForCausalLM.from_pretrained("me/router", revision=commits[0], llm_revision="same", token=TOKEN)
+    held = CiterForCausalLM.from_pretrained("me/held", token=TOKEN)
+    loaded = CiterForCausalLM.from_pair(model.slm, "me/llm", router=model.router, llm_revision="same", token=TOKEN)
+    runs = [describe_run(pair) for pair in (model, moved, held, loaded)]
+    said["commits"] = [[run[part]["commit"] for part in ("model", "slm", "llm")] for run in runs]
     load = CiterForCausalLM.from_pretrained
     said["errors"] = {
         "wrong token": error(lambda: load("me/held", token=WRONG, force_download=True)),
@@ -220,6 +238,28 @@ def test_a_router_is_loaded_by_id_in_every_way(pushed, loaded):
 
 def test_a_pair_loaded_from_the_hub_refers_to_the_folders_there(client, loaded):
     assert loaded["again"] == {"name_or_path": "me/held", "subfolder": "llm", "revision": head_of(client, "me/held")}
+
+
+def test_a_model_that_is_saved_along_says_which_published_one_it_was(client, loaded):
+    llm = client.hub.repositories["me/llm"]
+    first = {"subfolder": "llm", "origin": "me/llm", "origin_revision": uploaded(client, "me/llm")}
+    same = {**first, "origin_revision": llm.branches["same"]}
+    # What was loaded from another directory may be anything.
+    assert loaded["origins"] == {"whole": first, "moved": same, "local": {"subfolder": "llm"}}
+    held = files(client, "me/held")
+    assert json.loads(held["config.json"])["llm_reference"] == first
+    assert "base_model:\n- me/slm\n- me/llm\n" in held["README.md"].decode()
+
+
+def test_provenance_names_the_commits_of_what_was_loaded(client, loaded):
+    router, held, slm = (head_of(client, f"me/{name}") for name in ("router", "held", "slm"))
+    same = client.hub.repositories["me/llm"].branches["same"]
+    assert loaded["commits"] == [
+        [router, slm, uploaded(client, "me/llm")],
+        [uploaded(client, "me/router"), slm, same],
+        [held, held, held],
+        [None, None, same],
+    ]
 
 
 def test_errors_of_the_hub_name_what_and_what_to_do(loaded):

@@ -328,9 +328,12 @@ def test_a_checker_that_raises_is_named_with_the_example(tmp_path: Path) -> None
     def broken(response: str, example: Any) -> Any:
         raise KeyError("oops")
 
-    with pytest.raises(ValueError, match=r"checker: it raised KeyError.*'q\d' \(row \d\)") as error:
+    where = r"at row \d of the data \('q\d'\)"
+    with pytest.raises(ValueError, match=rf"checker .*broken: it raised KeyError.* {where}") as error:
         label(task_pair(), tmp_path / "out", checker=broken)
     assert isinstance(error.value.__cause__, KeyError)
+    with pytest.raises(TypeError, match=rf"checker .*: expected it to return a Verdict, got bool {where}"):
+        label(task_pair(), tmp_path / "other", checker=lambda response, example: True)
 
 
 def test_states_that_are_not_numbers_are_named(tmp_path: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from citer_hf import CiterForCausalLM
 
+from .chat_pairs import invoke
 from .repositories import save_base_models
 
 load = CiterForCausalLM.from_pretrained
@@ -175,6 +180,24 @@ def test_a_file_that_claims_more_than_it_holds_is_refused(router, nothing_is_rea
         load(router)
 
 
+@pytest.mark.parametrize("content", [header(1 << 62), header(200 << 20, b"{"), claiming([1 << 40], 128), b""])
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_weights_of_a_base_model_that_claim_more_than_they_hold_are_refused(router, role, content):
+    (router / role / "model.safetensors").write_bytes(content)
+    with pytest.raises(OSError, match=rf"{role}: the {role.upper()} could not be loaded from"):
+        load(router)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size"])
+def test_a_base_model_that_claims_to_be_huge_takes_no_memory(router, name):
+    # Both say it, so that they agree; the weights do not.
+    config = json.loads((router / "config.json").read_text())
+    change(router, llm_config=config["llm_config"] | {name: 1 << 44})
+    change(router / "llm", **{name: 1 << 44})
+    with pytest.raises((ValueError, RuntimeError, OSError), match=r"size|shape"):
+        load(router)
+
+
 @pytest.mark.parametrize("name", ["top_logprobs", "hidden_size"])
 def test_a_router_that_claims_to_be_huge_takes_no_memory(router, nothing_is_read, name):
     change(router, router={"type": "mlp", name: 1 << 44})
@@ -221,29 +244,80 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "ran"
 
 
-@pytest.mark.parametrize("holds", [False, True])
-def test_code_of_a_base_model_runs_only_when_it_is_trusted_by_name(own_code, tmp_path, holds, monkeypatch):
-    text = torch.arange(5, 12)[None]
+@pytest.fixture(params=[False, True], ids=["referring", "holding"])
+def untrusted(own_code: Path, tmp_path: Path, request: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A router whose LLM has code of its own, as in a new process: nothing of that code is known."""
     pair = CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm", llm_trust_remote_code=True)
     assert type(pair.llm).__name__ == "OwnForCausalLM" and own_code.exists()
-    pair.save_pretrained(tmp_path / "router", save_base_models=holds)
+    pair.save_pretrained(tmp_path / "router", save_base_models=request.param)
     own_code.unlink()
-    # As in a new process.
-    from transformers import AutoConfig
-
-    for auto in (AutoConfig, AutoModelForCausalLM):
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is not None:
-            monkeypatch.setattr(
-                mapping,
-                "_extra_content",
-                {key: value for key, value in mapping._extra_content.items() if key.__name__ != "OwnConfig"},
-            )
+    for name in [name for name in sys.modules if name.endswith(".own")]:
+        monkeypatch.delitem(sys.modules, name)
+    mapping = AutoModelForCausalLM._model_mapping
+    others = {key: value for key, value in mapping._extra_content.items() if key.__name__ != "OwnConfig"}
+    monkeypatch.setattr(mapping, "_extra_content", others)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    for load_one in (load, AutoModelForCausalLM.from_pretrained):
-        for options in ({}, {"trust_remote_code": True}, {"slm_trust_remote_code": True}):
-            with pytest.raises(ValueError, match=r"llm: .* brings code of its own.*llm_trust_remote_code=True"):
-                load_one(tmp_path / "router", **options)
-        assert not own_code.exists()
-    loaded = load(tmp_path / "router", llm_trust_remote_code=True)
-    assert torch.equal(loaded(text, router_threshold=2.0).logits, pair(text, router_threshold=2.0).logits)
+    return tmp_path / "router"
+
+
+REFUSED = r"llm: .* brings code of its own.*llm_trust_remote_code=True"
+WAYS: dict[str, Callable[..., Any]] = {
+    "from_pretrained": load,
+    "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
+    "pipeline": lambda path, **options: pipeline("text-generation", model=str(path), **options),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}, {"slm_trust_remote_code": True}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_code_of_a_base_model_does_not_run_unless_it_is_trusted_by_name(own_code, untrusted, way, options):
+    if way == "pipeline" and "slm_trust_remote_code" in options:
+        options = {"model_kwargs": options}
+    with pytest.raises(ValueError, match=REFUSED):
+        WAYS[way](untrusted, **options)
+    assert not own_code.exists()
+
+
+def test_code_of_a_base_model_runs_when_it_is_trusted_by_name(own_code, untrusted):
+    text = torch.arange(5, 12)[None]
+    loaded = load(untrusted, llm_trust_remote_code=True)
+    assert type(loaded.llm).__name__ == "OwnForCausalLM" and own_code.exists()
+    assert loaded(text, router_threshold=2.0).logits.isfinite().all()
+
+
+def test_trust_in_a_router_loads_no_code_of_its_models_for_configuration_or_tokenizer(own_code, untrusted):
+    assert AutoConfig.from_pretrained(untrusted, trust_remote_code=True).model_type == "citer"
+    assert len(AutoTokenizer.from_pretrained(untrusted, trust_remote_code=True)) > 0
+    assert not own_code.exists()
+
+
+COMMANDS = [
+    ("chat", "{router}"),
+    ("label", "{router}", "--data", "x.jsonl", "--checker", "math", "--out", "{out}"),
+    ("train", "{router}", "--labels", "x", "--out", "{out}"),
+    ("evaluate", "{router}", "--data", "x.jsonl", "--checker", "math", "--out", "{out}"),
+    ("calibrate", "{router}", "--data", "x.jsonl", "--llm-share", "0.5"),
+    ("bench", "{router}"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_trust_in_a_router_on_the_command_line_is_none_in_its_models(own_code, untrusted, tmp_path, command):
+    arguments = [one.format(router=untrusted, out=tmp_path / "out") for one in command]
+    result = invoke(*arguments, "--trust-remote-code")
+    assert result.exit_code == 1 and re.search(REFUSED, result.stderr), result.output
+    assert not own_code.exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_code_of_a_base_models_tokenizer_does_not_run(own_code, tmp_path, role):
+    change(tmp_path / "llm", model_type="llama", auto_map={})
+    CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm").save_pretrained(tmp_path / "router")
+    (tmp_path / role / "own.py").write_text(CODE)
+    file = tmp_path / role / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    for options in ({}, {"trust_remote_code": True}):
+        load(tmp_path / "router", **options)
+        pipeline("text-generation", model=str(tmp_path / "router"), **options)
+    assert not own_code.exists()

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.decoding import with_router
-from citer_hf.modeling_citer import marginal
+from citer_hf.forward_citer import marginal
 from citer_hf.routing_citer import MlpRouter, build_router
 from citer_hf.training import rounds as rounds_module
 from citer_hf.training import router_trainer

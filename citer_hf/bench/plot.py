@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from citer_hf.files import written_beside
+from citer_hf.figures import GREY, new_figure, save_figure
 
 from .contenders import ASSISTED, CITER, FLOOR, LOCK_STEP, RELEASED
 from .results import BenchReport, Measurement
@@ -21,7 +21,6 @@ STYLES = {
     RELEASED: {"color": "#CC79A7", "marker": "v", "linestyle": "-."},
 }
 LABELS = {FLOOR: "floor: hand-written loop", RELEASED: "released code's loop"}
-GREY = "#555555"
 INCHES = (7.5, 5.0)
 
 
@@ -36,17 +35,11 @@ def draw(report: BenchReport, path: Path) -> None:
         ImportError: when matplotlib is not installed.
         OSError: when the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install 'citer-hf[plot]'") from None
+    figure = new_figure(INCHES, "--plot")
     if not any(row.speedup for row in report.rows):
         return
-    figure = Figure(figsize=INCHES, layout="constrained")
-    FigureCanvasAgg(figure)
     fill(figure.add_subplot(), report)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def fill(axes: Any, report: BenchReport) -> None:
@@ -134,17 +127,3 @@ def title(report: BenchReport) -> str:
     where = "" if report.machine is None else f" on {report.machine.device}"
     stopped = " (interrupted)" if report.interrupted else ""
     return f"{report.model}{where}, {rows} row{'s' * (rows > 1)}{stopped}"
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure beside its place and move it there.
-
-    Args:
-        figure: matplotlib's.
-        path: The place.
-
-    Raises:
-        OSError: when it cannot be written; then nothing is left behind.
-    """
-    with written_beside(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)

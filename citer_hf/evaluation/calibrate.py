@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from citer_hf import CiterForCausalLM
-from citer_hf.files import written_beside
+from citer_hf.files import read_json, written_beside
 
 from .checkers import Checker
 from .decoding import BATCH_TOKENS, Decoded, check_room, decode
@@ -253,18 +253,8 @@ def write_threshold(directory: Path, calibration: Calibration) -> None:
     if not config.is_file():
         raise FileNotFoundError(f"{directory} is no router repository on this machine: it holds no config.json.")
     record = asdict(calibration) | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    settings = _read(config) | {"router_threshold": calibration.threshold}
-    origin = (_read(provenance) if provenance.exists() else {}) | {"calibration": record}
+    settings = read_json(config) | {"router_threshold": calibration.threshold}
+    origin = (read_json(provenance) if provenance.exists() else {}) | {"calibration": record}
     with ExitStack() as both:
         for path, values in ((provenance, origin), (config, settings)):
             both.enter_context(written_beside(path)).write((json.dumps(values, indent=2) + "\n").encode())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: expected a JSON object, but it cannot be read ({error}).") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name}: expected a JSON object, got {type(values).__name__}.")
-    return values

@@ -8,7 +8,7 @@ from typing import Any
 from .checkers import Checker, Verdict, get_checker
 from .examples import Example
 
-__all__ = ["Grader"]
+__all__ = ["Grader", "judge", "name_of"]
 
 
 class Grader:
@@ -28,7 +28,7 @@ class Grader:
 
     def __init__(self, checker: Checker | str, examples: Sequence[Example], tokenizer: Any):
         _require_answers(examples)
-        self.name = checker if isinstance(checker, str) else _name_of(checker)
+        self.name = checker if isinstance(checker, str) else name_of(checker)
         self.checker = get_checker(checker) if isinstance(checker, str) else checker
         self.examples, self.tokenizer = examples, tokenizer
         self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
@@ -47,26 +47,44 @@ class Grader:
         new = [key for key in keys if key not in self._known]
         for row, text in new:
             response = self.tokenizer.decode(list(text), skip_special_tokens=True)
-            self._known[row, text] = self._verdict(response, self.examples[row])
+            self._known[row, text] = judge(self.checker, response, self.examples[row], self.name)
         return [self._known[key] for key in keys]
 
-    def _verdict(self, text: str, example: Example) -> Verdict:
-        try:
-            verdict = self.checker(text, example)
-        except Exception as error:
-            raise ValueError(
-                f"checker {self.name}: it raised {type(error).__name__} ({error}) at row {example.row} of the data, "
-                f"with a text of {len(text)} characters. A checker must judge any text, also one without an answer."
-            ) from error
-        if not isinstance(verdict, Verdict):
-            raise TypeError(
-                f"checker {self.name}: expected it to return a Verdict, got {type(verdict).__name__} at row "
-                f"{example.row} of the data."
-            )
-        return verdict
+
+def judge(checker: Checker, text: str, example: Example, name: str | None = None) -> Verdict:
+    """Let a checker, which may be a user's own, judge one text.
+
+    Args:
+        checker: Says whether a text answers a problem.
+        text: The text.
+        example: The problem.
+        name: What the checker is called. Default: after its function.
+
+    Raises:
+        ValueError: when it raises, with the row and the example.
+        TypeError: when it returns no `Verdict`, likewise.
+    """
+    name = name_of(checker) if name is None else name
+    where = f"at row {example.row} of the data ({example.id!r})"
+    try:
+        verdict = checker(text, example)
+    except Exception as error:
+        raise ValueError(
+            f"checker {name}: it raised {type(error).__name__} ({error}) {where}, with a text of {len(text)} "
+            "characters. A checker must judge any text, also one without an answer. Mend it and run the same again: "
+            "what was finished in the output directory is kept."
+        ) from error
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"checker {name}: expected it to return a Verdict, got {type(verdict).__name__} {where}.")
+    return verdict
 
 
-def _name_of(checker: Checker) -> str:
+def name_of(checker: Checker) -> str:
+    """Return the name by which a checker can be found: its module and its function or class.
+
+    Args:
+        checker: The checker.
+    """
     named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
     return f"{named.__module__}:{named.__qualname__}"
 

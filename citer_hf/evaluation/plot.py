@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from citer_hf.files import written_beside
+from citer_hf.figures import GREY, new_figure, save_figure
 
 from .points import Point
 from .results import Results
@@ -36,7 +36,6 @@ LABELS = {
 }
 # For methods of other names.
 MORE = [{"color": color, "marker": mark, "linestyle": "--"} for color, mark in (("#8C6D00", "<"), ("#4B0082", ">"))]
-GREY = "#555555"
 INCHES = (11.5, 6.0)
 LEVEL = 0.95
 
@@ -52,13 +51,7 @@ def draw(results: Results, path: Path) -> None:
         ImportError: when matplotlib is not installed.
         OSError: when the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("A plot needs matplotlib: pip install 'citer-hf[plot]'") from None
-    figure = Figure(figsize=INCHES, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(INCHES)
     left, right = figure.subplots(1, 2, sharey=True)
     scale, unit = _unit(results.ends["llm"].bytes)
     _fill(left, results, "llm_share", 0.01)
@@ -68,8 +61,7 @@ def draw(results: Results, path: Path) -> None:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(_title(results), x=0.01, ha="left", fontsize=11)
-    with written_beside(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
+    save_figure(figure, path)
 
 
 def _unit(largest: float) -> tuple[float, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 import citer_hf
 from citer_hf import CiterForCausalLM
+from citer_hf.base_models_citer import commit_of
 from citer_hf.bench.machine import processor_name
 
 from .examples import Example
@@ -35,6 +37,8 @@ __all__ = [
 
 # Numbers of each weight that enter a base model's fingerprint: all would take minutes for a large model.
 SAMPLE = 32
+# Of the Hub; real ones are longer.
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def fingerprint(value: Any) -> str:
@@ -116,6 +120,10 @@ def describe_run(model: CiterForCausalLM) -> dict[str, Any]:
 
     Args:
         model: The pair.
+
+    Returns:
+        The `commit` of the router and of both models is that of the files that were loaded; `None` where they lay in a
+        directory, or a model was made or loaded elsewhere. `reference` is what the router's configuration says.
     """
     device = model.slm.device
     on_cuda = device.type == "cuda"
@@ -128,16 +136,16 @@ def describe_run(model: CiterForCausalLM) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": _reference(model),
-        "slm": _reference(model.slm) | {"reference": anonymous(model.config.slm_reference)},
-        "llm": _reference(model.llm) | {"reference": anonymous(model.config.llm_reference)},
+        "model": _reference(model, None if model._repository is None else commit_of(*model._repository)),
+        "slm": _reference(model.slm, model._commits.get("slm")) | {"reference": anonymous(model.config.slm_reference)},
+        "llm": _reference(model.llm, model._commits.get("llm")) | {"reference": anonymous(model.config.llm_reference)},
     }
 
 
-def _reference(model: Any) -> dict[str, Any]:
+def _reference(model: Any, commit: str | None) -> dict[str, Any]:
     return {
         "name": anonymous(model.name_or_path),
-        "commit": getattr(model.config, "_commit_hash", None),
+        "commit": commit,
         "class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),
@@ -158,6 +166,5 @@ def anonymous(value: Any) -> Any:
         return anonymous(str(value))
     if not isinstance(value, str):
         return value
-    if value.startswith("hf_"):
-        return "hf_..."
+    value = TOKEN.sub("hf_...", value)
     return Path(value).name if value.startswith("~") or Path(value).is_absolute() else value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from citer_hf.files import written_beside
+from citer_hf.files import read_json, written_beside
 
 from .points import Point
 from .summary import Comparison, average_curves, compare, summarize
@@ -69,12 +69,12 @@ class Results:
             OSError: when it cannot be read.
             ValueError: when it holds something else.
         """
+        values = read_json(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             ends = {name: Point.from_dict(point) for name, point in values["ends"].items()}
             methods = {name: [Point.from_dict(one) for one in points] for name, points in values["methods"].items()}
             return cls(ends, methods, values["summary"], values["provenance"], values.get("shipped"))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.name}: it holds no results of an evaluation ({error!r}).") from error
 
     def compare(self, name: str, other: str) -> Comparison:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils.hub import cached_file
 
 from citer_hf import CiterForCausalLM
+from citer_hf.belonging import saved_router
 from citer_hf.bench.options import parse_numbers
 from citer_hf.evaluation import calibrate as calibration
 from citer_hf.evaluation.evaluate import evaluate as measure
@@ -23,8 +24,6 @@ from citer_hf.evaluation.progress import Steps, progress_bar
 from citer_hf.evaluation.results import SHARES
 from citer_hf.evaluation.table import print_tables
 from citer_hf.hidden_states_citer import hidden_size_of
-from citer_hf.routing_citer import build_router
-from citer_hf.saved_router_citer import choose_router, load_router_weights
 
 from .baselines import train_baselines
 from .fingerprint import check_made_with, made_with
@@ -193,7 +192,7 @@ def evaluate(
             check_made_with(labels.info["made_with"], made_with(model, load_tokenizer(model)), baselines)
             with reporting() as report:
                 routers |= train_baselines(labels, TrainingSettings(seed=seed), report, methods)
-        routers |= {name_of(directory): load_router(model, directory) for directory in compare}
+        routers |= {name_of(directory): saved_router(directory, hidden_size_of(model.slm)) for directory in compare}
         routers = {name: router.to(model.slm.device) for name, router in routers.items()}
         results = measure(
             model,
@@ -237,23 +236,6 @@ def name_of(directory: Path) -> str:
             "`citer train` has made."
         )
     return objective
-
-
-def load_router(model: Any, directory: Path) -> nn.Module:
-    """Return the router of a directory, without its base models.
-
-    Args:
-        model: The pair that it is for.
-        directory: A router repository.
-
-    Raises:
-        ValueError: when it is for another SLM.
-    """
-    chosen = choose_router(directory, None, {})
-    router = build_router(chosen.spec, hidden_size_of(model.slm))
-    if chosen.weights is not None:
-        load_router_weights(router, chosen.weights, chosen.name)
-    return router.eval()
 
 
 def calibrate(

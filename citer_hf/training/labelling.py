@@ -108,7 +108,8 @@ def label_preferences(
     place = Workplace(out / WORK, arguments, report)
     read = read_units(model, questions, place, batch_tokens)
     chosen = choose_rollouts(read, rollouts, model.config.router_threshold, seed)
-    outcomes = judge_states(model, tokenizer, questions, read, chosen, policy, judge, place)
+    states = [(read.rollout(token), read.rollout(token, "llm")) for token in chosen]
+    outcomes = judge_states(model, tokenizer, questions, states, policy, judge, place)
     answers = judge_answers(model, tokenizer, questions, policy, judge, place)
     if place.state.is_main_process:
         write_shards(out, read, questions, outcomes, answers)

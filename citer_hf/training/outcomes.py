@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from citer_hf.evaluation.checkers import Checker, Verdict
 from citer_hf.evaluation.decoding import decode
+from citer_hf.evaluation.grading import judge
 from citer_hf.evaluation.tokens import Encoded
 
-from .reading import ReadTokens
 from .rollouts import RollOut, cut_into_batches, roll_out
 from .units import Workplace, read_table
 
@@ -77,7 +77,7 @@ def judge_rollouts(
     def compute(batch: list[RollOut]) -> pa.Table:
         texts = roll_out(model, questions, batch, policy.threshold, policy.max_new_tokens)
         examples = [questions[one.question] for one in batch]
-        verdicts = judge(tokenizer, checker, examples, texts)
+        verdicts = judge_texts(tokenizer, checker, examples, texts)
         columns = {key: [getattr(one, key) for one in batch] for key in ("question", "position", "token")}
         return pa.table(columns | as_columns(verdicts))
 
@@ -94,11 +94,11 @@ def judge_states(
     model: Any,
     tokenizer: Any,
     questions: Sequence[Encoded],
-    read: ReadTokens,
-    tokens: Sequence[int],
+    states: Sequence[tuple[RollOut, RollOut]],
     policy: Policy,
     checker: Checker,
     place: Workplace,
+    when: str = "",
 ) -> dict[RollOut, Outcome]:
     """Compare both models' tokens at some states: the SLM's everywhere, the LLM's where the SLM's fails.
 
@@ -106,19 +106,18 @@ def judge_states(
         model: The pair, with the router of the policy.
         tokenizer: Its tokenizer.
         questions: All questions.
-        read: What both models said along the reference answers.
-        tokens: Indices of the states.
+        states: For each, the roll-out that takes the SLM's token and the one that takes the LLM's.
         policy: What continues the roll-outs.
         checker: Decides which answer is right.
         place: Where units of work are kept.
+        when: Ends the name of this work, where there is more of it.
     """
-    first = {read.rollout(token): token for token in tokens}
-    outcomes = judge_rollouts(model, tokenizer, questions, list(first), policy, checker, place, "roll-outs of the SLM")
-    failed = [read.rollout(token, "llm") for one, token in first.items() if not outcomes[one].correct]
+    rest = (policy, checker, place)
+    first = [by_slm for by_slm, _ in states]
+    outcomes = judge_rollouts(model, tokenizer, questions, first, *rest, f"roll-outs of the SLM{when}")
+    failed = [by_llm for by_slm, by_llm in states if not outcomes[by_slm].correct]
     untried = [one for one in failed if one not in outcomes]
-    return outcomes | judge_rollouts(
-        model, tokenizer, questions, untried, policy, checker, place, "roll-outs of the LLM"
-    )
+    return outcomes | judge_rollouts(model, tokenizer, questions, untried, *rest, f"roll-outs of the LLM{when}")
 
 
 def judge_answers(
@@ -148,7 +147,7 @@ def judge_answers(
             asked = [questions[one.question] for one in batch]
             prompts = [one.prompt_ids for one in asked]
             texts = decode(model, prompts, max_new_tokens=policy.max_new_tokens, alone=alone).tokens
-            return pa.table(as_columns(judge(tokenizer, checker, asked, texts)))
+            return pa.table(as_columns(judge_texts(tokenizer, checker, asked, texts)))
 
         return compute
 
@@ -163,7 +162,7 @@ def judge_answers(
     return outcomes
 
 
-def judge(
+def judge_texts(
     tokenizer: Any, checker: Checker, questions: Sequence[Encoded], texts: Sequence[Sequence[int]]
 ) -> list[Verdict]:
     """Let the checker look at responses.
@@ -176,18 +175,10 @@ def judge(
 
     Raises:
         ValueError: when the checker raises, which names the example.
+        TypeError: when it returns no `Verdict`.
     """
     responses = tokenizer.batch_decode([list(text) for text in texts], skip_special_tokens=True)
-    verdicts = []
-    for question, response in zip(questions, responses, strict=True):
-        try:
-            verdicts.append(checker(response, question.example))
-        except Exception as error:
-            raise ValueError(
-                f"checker: it raised {type(error).__name__} ({error}) at the example {question.example.id!r} "
-                f"(row {question.example.row}). What is finished is kept: mend the checker and run the same again."
-            ) from error
-    return verdicts
+    return [judge(checker, response, one.example) for one, response in zip(questions, responses, strict=True)]
 
 
 def as_columns(verdicts: Sequence[Verdict]) -> dict[str, list[bool]]:

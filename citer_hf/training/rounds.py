@@ -16,7 +16,7 @@ from citer_hf.routing_citer import build_router
 
 from .labels import Labels
 from .objectives import Objective
-from .outcomes import Policy, judge_rollouts
+from .outcomes import Policy, judge_states
 from .rollouts import RollOut
 from .router_trainer import TrainedRouter, TrainingSettings, router_inputs, train_router
 from .units import Workplace
@@ -121,25 +121,16 @@ def relabel(
     )
     pair = with_router(model, trained.router.to(model.slm.device))
     rollout, llm_rollout = labels.rollout.clone(), labels.llm_rollout.clone()
-    for by, outcomes in (("slm", rollout), ("llm", llm_rollout)):
-        action = getattr(labels, f"{by}_token")
-        states = {
-            RollOut(int(labels.question[token]), int(labels.position[token]), int(action[token])): int(token)
-            for token in tokens
-        }
-        found = judge_rollouts(
-            pair,
-            tokenizer,
-            labels.questions,
-            list(states),
-            policy,
-            rounds.checker,
-            place,
-            f"roll-outs of the {by.upper()}, round {number + 1}",
-        )
-        for state, outcome in found.items():
-            outcomes[states[state]] = int(outcome.correct)
-        tokens = tokens[outcomes[tokens] == 0]
+    actions = [labels.question, labels.position, labels.slm_token, labels.llm_token]
+    states = []
+    for question, position, by_slm, by_llm in torch.stack([one[tokens].long() for one in actions], dim=1).tolist():
+        states.append((RollOut(question, position, by_slm), RollOut(question, position, by_llm)))
+    when = f", round {number + 1}"
+    found = judge_states(pair, tokenizer, labels.questions, states, policy, rounds.checker, place, when)
+    for token, (taken, instead) in zip(tokens.tolist(), states, strict=True):
+        rollout[token] = int(found[taken].correct)
+        if not found[taken].correct:
+            llm_rollout[token] = int(found[instead].correct)
     return replace(labels, rollout=rollout, llm_rollout=llm_rollout)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from citer_hf.evaluation.checkers import Checker, get_checker
 from citer_hf.evaluation.decoding import with_router
 from citer_hf.evaluation.examples import read_examples
-from citer_hf.evaluation.provenance import versions
+from citer_hf.evaluation.provenance import module_fingerprint, versions
 from citer_hf.files import written_beside
 from citer_hf.hidden_states_citer import hidden_size_of
 
@@ -94,6 +94,7 @@ def train(
     trained, last_labels = train_in_rounds(model, tokenizer, labels, chosen, settings, again, place, **arguments)
     facts = report_on(trained, last_labels)
     provenance = {**what, "validation": facts, "history": trained.history, "versions": versions()}
+    provenance["router_sha256"] = module_fingerprint(trained.router)
     if place.state.is_main_process:
         save(model, trained, facts["router_threshold"], out)
         with written_beside(out / PROVENANCE) as file:

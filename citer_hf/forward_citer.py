@@ -1,0 +1,76 @@
+"""What `forward` of a pair computes with tensors alone: where they go, which positions count, the likelihood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor, or the tensors of a dictionary (masks by kind of layer); anything else stays as it is.
+
+    Args:
+        value: An input of a model.
+        device: Where that model is.
+    """
+    if isinstance(value, dict):
+        return {key: to_device(one, device) for key, one in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Select positions as `logits_to_keep` says, for models that do not know it.
+
+    Args:
+        values: `[batch, tokens, ...]`.
+        logits_to_keep: How many of the last, 0 for all, or indices `[kept]`.
+    """
+    if isinstance(logits_to_keep, torch.Tensor):
+        return values[:, logits_to_keep]
+    return values[:, -logits_to_keep:] if logits_to_keep else values
+
+
+def real_text(
+    like: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    finished_rows: torch.Tensor | None,
+    length: int,
+    logits_to_keep: int | torch.Tensor,
+) -> torch.Tensor:
+    """Say which kept positions are real text of unfinished rows.
+
+    Args:
+        like: A tensor `[batch, kept]` on the right device.
+        attention_mask: `[batch, cached + length]`.
+        finished_rows: bool `[batch]`.
+        length: Number of new tokens.
+        logits_to_keep: Which of them are kept.
+
+    Returns:
+        bool `[batch, kept]`.
+    """
+    real = torch.ones_like(like, dtype=torch.bool)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real &= keep(attention_mask[:, -length:], logits_to_keep).to(like.device).bool()
+    if finished_rows is not None:
+        real &= ~finished_rows.to(like.device)[:, None]
+    return real
+
+
+def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.Tensor) -> torch.Tensor:
+    """Log-likelihood of every token when the router draws the writer (Co-LLM's marginal likelihood).
+
+    Args:
+        scores: `p_slm`, `[batch, kept]`.
+        slm_logits: `[batch, kept, vocabulary]`.
+        llm_logits: `[batch, kept, vocabulary]`.
+
+    Returns:
+        Log-probabilities, `[batch, kept, vocabulary]`.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    p_slm = scores.float()[..., None]
+    by_slm = slm_logits.float().log_softmax(-1) + p_slm.clamp_min(tiny).log()
+    by_llm = llm_logits.float().log_softmax(-1) + (1 - p_slm).clamp_min(tiny).log()
+    return torch.logaddexp(by_slm, by_llm)
