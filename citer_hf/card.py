@@ -134,7 +134,7 @@ class Facts:
         """The measured points of this router, from few to many LLM tokens."""
         return [] if self.results is None else self.results.methods.get(self.method, [])
 
-    def reference(self, role: str) -> dict[str, str]:
+    def reference(self, role: str) -> dict[str, Any]:
         """Where a base model is.
 
         Args:
@@ -197,7 +197,9 @@ def make_card(facts: Facts, repo_id: str, metadata: dict[str, Any] | None = None
         repo_id: Where the repository will be on the Hub.
         metadata: What a user has put into the card's metadata.
     """
-    bases = [name for role in ("slm", "llm") if (name := facts.reference(role).get("name_or_path"))]
+    references = [facts.reference(role) for role in ("slm", "llm")]
+    named = [one for reference in references for one in (reference, reference.get("adapter") or {})]
+    bases = [name for one in named if (name := one.get("name_or_path"))]
     # The Hub's relation for a small set of weights that works on top of a model as it is.
     known: dict[str, Any] = {"base_model": bases, "base_model_relation": "adapter"} if bases else {}
     metadata = metadata or {}
@@ -280,13 +282,16 @@ def parts(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def place(reference: dict[str, str], role: str) -> str:
-    """Say where a base model is.
+def place(reference: dict[str, Any], role: str) -> str:
+    """Say where a base model is, and its adapter if it has one.
 
     Args:
         reference: What the configuration says.
         role: `slm` or `llm`.
     """
+    if reference.get("adapter"):
+        base = {key: value for key, value in reference.items() if key != "adapter"}
+        return f"{place(base, role)} with the adapter {place(reference['adapter'], role)}"
     name, revision = reference.get("name_or_path"), reference.get("revision")
     if name is None:
         return f"in the folder `{reference['subfolder']}`" if "subfolder" in reference else "in `model.safetensors`"

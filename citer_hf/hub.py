@@ -91,12 +91,13 @@ def check_references(facts: Facts) -> None:
     if facts.config.get("model_type") != "citer":
         raise ValueError(f"directory: expected a router repository, got a {facts.config.get('model_type')} model.")
     for role in ("slm", "llm"):
-        name = facts.reference(role).get("name_or_path")
-        if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
-            raise ValueError(
-                f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save it "
-                "from a pair that was loaded by repository ids, or with save_base_models=True."
-            )
+        reference = facts.reference(role)
+        for name in (reference.get("name_or_path"), (reference.get("adapter") or {}).get("name_or_path")):
+            if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
+                raise ValueError(
+                    f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save "
+                    "it from a pair that was loaded by repository ids, or with save_base_models=True."
+                )
 
 
 def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:

@@ -1,0 +1,418 @@
+"""Adapters of PEFT on a base model: every way to give one, saving by reference and inside, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from citer_hf import CiterForCausalLM
+
+from .conftest import left_padded, random_prompts
+from .reference import naive_generate
+from .repositories import save_base_models
+
+peft = pytest.importorskip("peft")
+# PEFT asks transformers by an attribute's old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+load = CiterForCausalLM.from_pretrained
+ROLES = ("slm", "llm")
+TEXT = torch.tensor([list(range(5, 17))])
+LAYERS = ["q_proj", "v_proj", "down_proj"]
+
+
+def with_adapter(base: Path | Any, seed: int = 0, **options: Any) -> Any:
+    """A model with a random adapter that changes its text."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path) else base
+    options = {"target_modules": LAYERS, "init_lora_weights": False, "r": 4, **options}
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, **options)).eval()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Two models, and an adapter for each, in directories."""
+    save_base_models(tmp_path)
+    for seed, role in enumerate(ROLES):
+        with_adapter(tmp_path / role, seed).save_pretrained(tmp_path / f"{role}-lora")
+    return tmp_path
+
+
+def pair_with(home: Path, slm: Any = None, **options: Any) -> CiterForCausalLM:
+    torch.manual_seed(7)
+    return CiterForCausalLM.from_pair(
+        home / "slm-lora" if slm is None else slm, home / "llm", router="linear", **options
+    )
+
+
+def logits(model: Any, threshold: float) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TEXT, router_threshold=threshold).logits
+
+
+def bare_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TEXT).logits
+
+
+def loaded_by_transformers(home: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(home / "slm")
+    model.load_adapter(str(home / "slm-lora"))
+    return model
+
+
+WAYS = {
+    "path": lambda home: {"slm": home / "slm-lora"},
+    "both names": lambda home: {"slm": home / "slm", "slm_adapter_name_or_path": home / "slm-lora"},
+    "PeftModel": lambda home: {"slm": with_adapter(home / "slm")},
+    "load_adapter": lambda home: {"slm": loaded_by_transformers(home)},
+    "from_pretrained": lambda home: {"slm": AutoModelForCausalLM.from_pretrained(home / "slm-lora")},
+    "afterwards": lambda home: {"slm": home / "slm"},
+}
+
+
+# ---- running ----
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_given_in_any_way_writes_as_merged_weights_do(home, way):
+    model = pair_with(home, **WAYS[way](home))
+    if way == "afterwards":
+        model.slm.load_adapter(str(home / "slm-lora"))
+    merged = with_adapter(home / "slm").merge_and_unload()
+    naive = SimpleNamespace(slm=merged, llm=model.llm, router=model.router, config=model.config)
+    rows = random_prompts((5, 9, 12))
+    threshold = float(model(**left_padded(rows)).router_scores.detach().median())
+    texts = []
+    for row in rows:
+        text, to_llm, scores, expected = naive_generate(naive, row, 8, threshold, eos=(2, 5))
+        out = model.generate(
+            torch.tensor([row]),
+            router_threshold=threshold,
+            max_new_tokens=8,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        assert out.sequences[0, len(row) :].tolist() == text
+        assert torch.allclose(torch.cat(out.logits), expected, atol=1e-4)
+        routing = out.past_key_values.routing
+        assert routing.to_llm[0].tolist() == to_llm
+        assert routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
+        texts.append(text)
+    width = max(map(len, rows))
+    batch = model.generate(**left_padded(rows), router_threshold=threshold, max_new_tokens=8)[:, width:]
+    for row, text in zip(batch.tolist(), texts, strict=True):
+        assert row[: len(text)] == text and not any(row[len(text) :])
+
+
+def test_threshold_zero_is_the_adapted_model_itself(home):
+    adapted, bare = with_adapter(home / "slm"), AutoModelForCausalLM.from_pretrained(home / "slm")
+    model = pair_with(home)
+    expected = adapted.generate(input_ids=TEXT, max_new_tokens=8)
+    assert torch.equal(model.generate(TEXT, router_threshold=0, max_new_tokens=8), expected)
+    assert not torch.equal(bare.generate(TEXT, max_new_tokens=8), expected)
+    assert torch.equal(logits(model, 0), bare_logits(adapted))
+
+
+def test_an_adapter_on_the_llm_works_alike(home):
+    model = CiterForCausalLM.from_pair(home / "slm", home / "llm-lora", router="confidence")
+    model.save_pretrained(home / "router")
+    adapted = with_adapter(home / "llm", 1)
+    for pair in (model, load(home / "router")):
+        assert torch.equal(logits(pair, 2), bare_logits(adapted))
+        assert torch.equal(logits(pair, 0), bare_logits(AutoModelForCausalLM.from_pretrained(home / "slm")))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("afterwards", [False, True])
+def test_an_adapter_on_the_head_does_not_hide_the_state_that_the_router_reads(home, options, afterwards):
+    model = pair_with(home, slm=home / "slm" if afterwards else with_adapter(home / "slm", **options))
+    if afterwards:
+        with_adapter(model.slm, **options)
+    with torch.no_grad():
+        for parameter in model.slm.lm_head.parameters():
+            parameter.add_(0.01)
+    ids = TEXT[0].tolist()
+    text, _, scores, _ = naive_generate(model, ids, 6, 0.5, eos=(2, 5))
+    out = model.generate(TEXT, router_threshold=0.5, max_new_tokens=6, return_dict_in_generate=True)
+    assert out.sequences[0, len(ids) :].tolist() == text
+    assert out.past_key_values.routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
+    model.save_pretrained(home / "router")
+    assert torch.equal(logits(load(home / "router"), 0), logits(model, 0))
+
+
+def test_another_adapter_and_none_can_be_chosen_in_the_pair(home):
+    model = pair_with(home)
+    first, other = logits(model, 0), with_adapter(home / "slm", 5)
+    other.save_pretrained(home / "other")
+    model.slm.load_adapter(str(home / "other"), adapter_name="other")
+    model.slm.set_adapter("other")
+    assert torch.equal(logits(model, 0), bare_logits(other))
+    model.slm.disable_adapters()
+    bare = bare_logits(AutoModelForCausalLM.from_pretrained(home / "slm"))
+    assert torch.equal(logits(model, 0), bare)
+    model.save_pretrained(home / "without")
+    assert torch.equal(logits(load(home / "without"), 0), bare)
+    model.slm.enable_adapters()
+    model.save_pretrained(home / "with other")
+    assert torch.equal(logits(load(home / "with other"), 0), bare_logits(other))
+    model.slm.set_adapter("default")
+    model.save_pretrained(home / "first")
+    assert torch.equal(logits(load(home / "first"), 0), first)
+
+
+# ---- saving ----
+
+
+def references(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return {role: config[f"{role}_reference"] for role in ROLES}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("holds", [False, True])
+def test_a_saved_router_gives_the_same_with_its_adapter(home, way, holds):
+    model = pair_with(home, **WAYS[way](home))
+    if way == "afterwards":
+        with_adapter(model.slm)
+    model.save_pretrained(home / "router", save_base_models=holds)
+    said = references(home / "router")["slm"]
+    inside = {"subfolder": "slm_adapter"}
+    by_name = {"name_or_path": str(home / "slm-lora")}
+    assert said["adapter"] == (by_name if way in ("path", "both names") and not holds else inside)
+    assert {key: said[key] for key in said if key != "adapter"} == (
+        {"subfolder": "slm"} if holds else {"name_or_path": str(home / "slm")}
+    )
+    if holds:
+        for folder in ("slm", "llm", "slm-lora"):
+            (home / folder).rename(home / f"{folder} was")
+        bare, kept = (
+            load_file(home / "slm was" / "model.safetensors"),
+            load_file(home / "router/slm/model.safetensors"),
+        )
+        assert bare.keys() == kept.keys() and all(torch.equal(bare[key], kept[key]) for key in bare)
+    again = load(home / "router")
+    again.save_pretrained(home / "again")
+    for pair in (again, AutoModelForCausalLM.from_pretrained(home / "router"), load(home / "again")):
+        for threshold in (0, 0.5, 2):
+            assert torch.equal(logits(pair, threshold), logits(model, threshold))
+    assert (references(home / "again")["slm"]["adapter"] == by_name) == (said["adapter"] == by_name)
+
+
+def test_an_adapter_trained_in_the_pair_is_saved_with_it(home):
+    model = pair_with(home)
+    for name, parameter in model.slm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model.slm(TEXT, labels=TEXT).loss.backward()
+    with torch.no_grad():
+        for parameter in model.slm.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad
+    model.save_pretrained(home / "router")
+    assert references(home / "router")["slm"]["adapter"] == {"subfolder": "slm_adapter"}
+    assert torch.equal(logits(load(home / "router"), 0), logits(model, 0))
+    assert not torch.equal(logits(pair_with(home), 0), logits(model, 0))
+
+
+def test_models_that_have_no_name_are_saved_with_their_adapters(home):
+    slm, llm = (
+        AutoModelForCausalLM.from_config(copy.deepcopy(AutoModelForCausalLM.from_pretrained(home / role).config))
+        for role in ROLES
+    )
+    for model in (slm, llm):
+        model.config._name_or_path = model.name_or_path = ""
+    pair = CiterForCausalLM.from_pair(with_adapter(slm), with_adapter(llm, 1), router="linear")
+    pair.save_pretrained(home / "router")
+    assert references(home / "router") == {
+        role: {"subfolder": role, "adapter": {"subfolder": f"{role}_adapter"}} for role in ROLES
+    }
+    again = load(home / "router")
+    assert all(torch.equal(logits(again, threshold), logits(pair, threshold)) for threshold in (0, 0.5, 2))
+    # PEFT itself reads what was saved.
+    own = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(home / "router/slm"), home / "router/slm_adapter"
+    )
+    assert torch.equal(bare_logits(own), logits(pair, 0))
+
+
+def test_models_and_adapters_that_have_moved_are_found_by_their_new_names(home):
+    model = pair_with(home)
+    model.save_pretrained(home / "router")
+    for name in ("slm", "slm-lora"):
+        (home / name).rename(home / f"{name}-new")
+    with pytest.raises(
+        OSError, match=r"(?s)slm_adapter: the SLM's adapter could not .*slm_adapter_name_or_path=\.\.\."
+    ):
+        load(home / "router", slm_name_or_path=home / "slm-new")
+    new = {"slm_name_or_path": home / "slm-new", "slm_adapter_name_or_path": home / "slm-lora-new"}
+    assert torch.equal(logits(load(home / "router", **new), 0), logits(model, 0))
+
+
+def test_a_router_is_trained_on_an_adapted_model(home):
+    pytest.importorskip("pyarrow")
+    from citer_hf.training import label_preferences, train
+    from citer_hf.training.router_trainer import TrainingSettings
+
+    from .chat_pairs import character_tokenizer
+    from .training_data import has_letter, task
+
+    for role in ROLES:
+        character_tokenizer().save_pretrained(home / role)
+    model = pair_with(home)
+    label_preferences(model, task(), has_letter, home / "labels")
+    settings = TrainingSettings(learning_rates=(1e-2,), epochs=2, batch_size=64, patience=1)
+    before = {key: value.clone() for key, value in model.slm.state_dict().items()}
+    train(model, home / "labels", out=home / "trained", settings=settings)
+    assert all(torch.equal(before[key], value) for key, value in model.slm.state_dict().items())
+    assert references(home / "trained")["slm"]["adapter"] == {"name_or_path": str(home / "slm-lora")}
+    trained = load(home / "trained")
+    assert trained.config.router["type"] == "mlp"
+    assert torch.equal(logits(trained, 0), bare_logits(with_adapter(home / "slm")))
+
+
+# ---- on the pair as a whole ----
+
+
+def test_an_adapter_on_the_pair_as_a_whole_is_pefts_to_save_and_load(home):
+    pair_with(home, slm=home / "slm").save_pretrained(home / "router")
+    pair = load(home / "router")
+    before = logits(pair, 0)
+    whole = with_adapter(pair, target_modules=r"slm\..*\.(q_proj|v_proj)")
+    assert {name.split(".")[2] for name, value in whole.named_parameters() if value.requires_grad} == {"slm"}
+    whole(input_ids=TEXT, labels=TEXT, router_threshold=0).loss.backward()
+    assert all(value.grad is not None for value in whole.parameters() if value.requires_grad)
+    assert not torch.equal(logits(whole, 0), before)
+    whole.save_pretrained(home / "whole")
+    again = peft.PeftModel.from_pretrained(load(home / "router"), home / "whole")
+    assert torch.equal(logits(again, 0), logits(whole, 0))
+    generate = {"input_ids": TEXT, "router_threshold": 0.5, "max_new_tokens": 6}
+    assert torch.equal(again.generate(**generate), whole.generate(**generate))
+    with pytest.raises(ValueError, match=r"slm: its adapter 'default' was attached to the pair as a whole.*pair\.slm"):
+        pair.save_pretrained(home / "lost")
+    assert not (home / "lost").exists()
+    with pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(pair, adapter\)"):
+        AutoModelForCausalLM.from_pretrained(home / "whole")
+
+
+# ---- what is refused ----
+
+
+def change(folder: Path, file: str = "config.json", **changes: Any) -> None:
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | changes))
+
+
+def test_what_cannot_work_is_refused_with_the_reason(home):
+    model = pair_with(home)
+    with pytest.raises(ValueError, match=r"load_adapter: a pair has two models.*model\.slm\.load_adapter"):
+        model.load_adapter(str(home / "slm-lora"))
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=r"slm: PROMPT_TUNING puts its adapter before the prompt"):
+        pair_with(home, slm=peft.get_peft_model(AutoModelForCausalLM.from_pretrained(home / "slm"), prompt))
+    with pytest.raises(ValueError, match=r"slm_adapter_name_or_path: this model is loaded already"):
+        pair_with(home, slm=model.slm, slm_adapter_name_or_path=home / "slm-lora")
+    with pytest.raises(ValueError, match=r"slm, slm_adapter_name_or_path: both name an adapter"):
+        pair_with(home, slm_adapter_name_or_path=home / "slm-lora")
+    with pytest.raises(ValueError, match=r"slm: the adapter .*llm-lora does not fit LlamaForCausalLM"):
+        pair_with(home, slm=home / "slm", slm_adapter_name_or_path=home / "llm-lora")
+    with_adapter(home / "slm", 3).save_pretrained(home / "other")
+    model.slm.load_adapter(str(home / "other"), adapter_name="other")
+    model.slm.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"slm: it runs with several adapters, \['default', 'other'\]"):
+        model.save_pretrained(home / "router")
+    model.slm.set_adapter("default")
+    for module in model.slm.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    with pytest.raises(ValueError, match=r"merged into its weights. Call unmerge_adapter"):
+        model.save_pretrained(home / "router", save_base_models=True)
+
+
+def test_without_peft_it_says_what_to_install(home, monkeypatch):
+    pair_with(home).save_pretrained(home / "router")
+    monkeypatch.setattr("citer_hf.adapter_files_citer.is_peft_available", lambda: False)
+    for make in (lambda: load(home / "router"), lambda: pair_with(home)):
+        with pytest.raises(ImportError, match=r"slm: the adapter .*slm-lora needs PEFT.*pip install peft"):
+            make()
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
+
+
+@pytest.fixture
+def router(home: Path) -> Path:
+    """A router that holds its models and its adapter."""
+    pair_with(home).save_pretrained(home / "router", save_base_models=True)
+    return home / "router"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"subfolder": "../slm-lora"},
+        {"name_or_path": "../slm-lora"},
+        {"name_or_path": "a/b", "revision": "../x"},
+        "a",
+    ],
+    ids=str,
+)
+def test_a_reference_to_an_adapter_that_leads_out_is_not_followed(router, nothing_is_read, reference):
+    change(router, slm_reference={"subfolder": "slm", "adapter": reference})
+    with pytest.raises(ValueError, match=r"slm_adapter_reference: .*expected"):
+        load(router)
+
+
+def test_links_to_weights_elsewhere_are_not_read(router, nothing_is_read, home):
+    place = router / "slm_adapter" / "adapter_model.safetensors"
+    place.unlink()
+    place.symlink_to(home / "slm-lora" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="leads out of the router's directory"):
+        load(router)
+
+
+def test_an_adapter_beside_a_base_model_that_the_router_does_not_name_is_not_loaded(router, nothing_is_read, home):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (router / "llm" / name).write_bytes((home / "llm-lora" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"llm: .*holds an adapter that this router was not saved with"):
+        load(router)
+
+
+def test_weights_of_an_adapter_are_read_from_safetensors_only(router, nothing_is_read):
+    file = router / "slm_adapter" / "adapter_model.safetensors"
+    torch.save(load_file(file), router / "slm_adapter" / "adapter_model.bin")
+    file.unlink()
+    with pytest.raises(OSError, match=r"has no adapter_model.safetensors; adapters are read from safetensors only"):
+        load(router)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "has the setting megatron_config"),
+        ({"peft_type": "XLORA", "adapters": {"0": "/tmp/x"}}, "has the setting adapters"),
+        ({"r": 1 << 40}, "claims to have rank"),
+        ({"rank_pattern": {"q_proj": 1 << 40}}, "claims to have rank"),
+    ],
+    ids=["imports", "other adapters", "rank", "rank of a layer"],
+)
+def test_an_adapter_that_wants_more_than_its_weights_is_not_loaded(router, nothing_is_read, setting, message):
+    change(router / "slm_adapter", "adapter_config.json", **setting)
+    with pytest.raises(ValueError, match=message):
+        load(router)
+
+
+def test_the_base_model_that_a_saved_adapter_names_is_not_followed(router, home):
+    expected = logits(load(router), 0)
+    change(
+        router / "slm_adapter", "adapter_config.json", base_model_name_or_path=str(home / "llm"), revision="no-such"
+    )
+    assert torch.equal(logits(load(router), 0), expected)
