@@ -52,7 +52,7 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter) -> None:
         problem: Any = None
         try:
             info = model.load_adapter(adapter.folder)
-            wrong = {*info.missing_keys, *info.unexpected_keys, *info.mismatched_keys}
+            wrong = {*not_loaded(model, info.missing_keys), *info.unexpected_keys, *info.mismatched_keys}
             problem = f"{sorted(map(str, wrong))[:3]} are missing, not known, or of another shape" if wrong else None
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             problem = error
@@ -62,6 +62,18 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter) -> None:
                 f"{model.name_or_path}: {problem}. Was it made for another model?"
             )
     setattr(model.peft_config["default"], ORIGIN, adapter.reference)
+
+
+def not_loaded(model: PreTrainedModel, missing: set[str]) -> list[str]:
+    """Return the weights that a file should have had, without those that are one with a weight of it.
+
+    Args:
+        model: The model.
+        missing: Names of weights that are not in the file.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+    return [name for name in missing if id(weights.get(name)) not in loaded]
 
 
 def is_of_peft(module: nn.Module) -> bool:
@@ -170,9 +182,11 @@ def without_adapter(role: str, model: Any) -> Any:
         if layer is None:
             kept[key] = tensor
             continue
-        part, _, rest = key[len(layer) + 1 :].partition(".")
-        if part in ("base_layer", "original_module"):
-            kept[f"{layer}.{rest}"] = tensor
+        # The layer itself lies in its wrapper, or one wrapper deeper.
+        parts = key[len(layer) + 1 :].split(".")
+        inside = [index for index, part in enumerate(parts) if part in ("base_layer", "original_module")]
+        if inside:
+            kept[".".join([layer, *parts[inside[0] + 1 :]])] = tensor
     with torch.device("meta"):
         bare = type(model)(model.config)
     bare.load_state_dict(kept, assign=True)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .adapter_files_citer import Adapter, saved_adapter, split_off_adapter
-from .adapters_citer import attach_adapter, unwrapped
+from .adapters_citer import adapter_layers, attach_adapter, unwrapped
 from .base_models_citer import (
     HUB_KEYWORDS,
     ROLES,
@@ -267,6 +267,17 @@ class CiterLoadingMixin:
             "load_adapter: a pair has two models. Load the adapter into one of them: model.slm.load_adapter(...) or "
             "model.llm.load_adapter(...)."
         )
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the weights that both models share between their own layers.
+
+        Args:
+            args: As in transformers.
+            kwargs: As in transformers.
+        """
+        # A tied layer that PEFT has wrapped is not found by its name; what was tied before still is.
+        if not any(adapter_layers(getattr(self, role)) for role in ROLES):
+            super().tie_weights(*args, **kwargs)  # type: ignore[misc]
 
     def load_tokenizer(self) -> Any:
         """Return the pair's shared tokenizer, or `None` when neither model came with one."""

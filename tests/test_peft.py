@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from citer_hf import CiterForCausalLM
 
 from .conftest import left_padded, random_prompts
+from .families import tiny_model
 from .reference import naive_generate
 from .repositories import save_base_models
 
@@ -77,6 +78,12 @@ WAYS = {
     "afterwards": lambda home: {"slm": home / "slm"},
 }
 
+ON_THE_HEAD = [
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"modules_to_save": ["lm_head", "embed_tokens"]},
+    {"trainable_token_indices": [5, 6]},
+]
+
 
 # ---- running ----
 
@@ -130,22 +137,45 @@ def test_an_adapter_on_the_llm_works_alike(home):
         assert torch.equal(logits(pair, 0), bare_logits(AutoModelForCausalLM.from_pretrained(home / "slm")))
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("options", ON_THE_HEAD)
 @pytest.mark.parametrize("afterwards", [False, True])
 def test_an_adapter_on_the_head_does_not_hide_the_state_that_the_router_reads(home, options, afterwards):
     model = pair_with(home, slm=home / "slm" if afterwards else with_adapter(home / "slm", **options))
     if afterwards:
         with_adapter(model.slm, **options)
     with torch.no_grad():
-        for parameter in model.slm.lm_head.parameters():
-            parameter.add_(0.01)
+        for name, parameter in model.slm.named_parameters():
+            if "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name:
+                parameter.add_(0.01)
     ids = TEXT[0].tolist()
     text, _, scores, _ = naive_generate(model, ids, 6, 0.5, eos=(2, 5))
     out = model.generate(TEXT, router_threshold=0.5, max_new_tokens=6, return_dict_in_generate=True)
     assert out.sequences[0, len(ids) :].tolist() == text
     assert out.past_key_values.routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
-    model.save_pretrained(home / "router")
-    assert torch.equal(logits(load(home / "router"), 0), logits(model, 0))
+    for holds in (False, True):
+        model.save_pretrained(home / "router", save_base_models=holds)
+        assert torch.equal(logits(load(home / "router"), 0), logits(model, 0))
+    bare = AutoModelForCausalLM.from_pretrained(home / "slm").state_dict()
+    kept = AutoModelForCausalLM.from_pretrained(home / "router" / "slm").state_dict()
+    assert all(torch.equal(bare[key], kept[key]) for key in bare)
+
+
+@pytest.mark.parametrize("options", ON_THE_HEAD)
+def test_tied_embeddings_stay_tied_under_an_adapter(home, options):
+    tiny_model("llama", seed=1, tie_word_embeddings=True).save_pretrained(home / "tied")
+    adapted = with_adapter(home / "tied", **options)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    expected = bare_logits(adapted)
+    model = pair_with(home, slm=adapted)
+    model.tie_weights()
+    for holds in (False, True):
+        model.save_pretrained(home / "router", save_base_models=holds)
+        assert torch.equal(logits(load(home / "router"), 0), expected)
+    kept = load_file(home / "router" / "slm" / "model.safetensors")
+    assert kept.keys() == load_file(home / "tied" / "model.safetensors").keys()
 
 
 def test_another_adapter_and_none_can_be_chosen_in_the_pair(home):
@@ -219,6 +249,20 @@ def test_an_adapter_trained_in_the_pair_is_saved_with_it(home):
     assert references(home / "router")["slm"]["adapter"] == {"subfolder": "slm_adapter"}
     assert torch.equal(logits(load(home / "router"), 0), logits(model, 0))
     assert not torch.equal(logits(pair_with(home), 0), logits(model, 0))
+
+
+def test_a_quantized_model_keeps_its_adapter_beside_it(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    save_base_models(tmp_path, 64, 128)
+    with_adapter(tmp_path / "slm").save_pretrained(tmp_path / "slm-lora")
+    quantized = {"slm_quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    model = pair_with(tmp_path, **quantized)
+    model.save_pretrained(tmp_path / "router")
+    assert torch.equal(logits(load(tmp_path / "router", **quantized), 0), logits(model, 0))
+    full = logits(load(tmp_path / "router"), 0)
+    assert torch.equal(full, bare_logits(with_adapter(tmp_path / "slm"))) and not torch.equal(full, logits(model, 0))
+    with pytest.raises(ValueError, match=r"slm: LlamaForCausalLM cannot be saved as it is loaded"):
+        model.save_pretrained(tmp_path / "held", save_base_models=True)
 
 
 def test_models_that_have_no_name_are_saved_with_their_adapters(home):
