@@ -59,7 +59,8 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter) -> None:
         if problem is not None:
             raise ValueError(
                 f"{role}: the adapter {adapter.name} does not fit {type(model).__name__} from "
-                f"{model.name_or_path}: {problem}. Was it made for another model?"
+                f"{model.name_or_path}: {problem}. Was it made for another model, or does it need a newer "
+                "transformers?"
             )
     setattr(model.peft_config["default"], ORIGIN, adapter.reference)
 

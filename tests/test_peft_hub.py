@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from .adapters import OLD_NAME, change, with_adapter
 from .hub_server import running_hub
 from .repositories import save_base_models
 from .test_hub import TOKEN, Client, files, head_of
-from .test_peft import change, with_adapter
 from .test_remote_code import WITHOUT_THE_PACKAGE
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = OLD_NAME
 
 PUSH = """
     from huggingface_hub import HfApi
