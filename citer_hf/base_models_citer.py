@@ -18,8 +18,6 @@ ROLES = ("slm", "llm")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 LOADING_KEYWORDS = frozenset(inspect.signature(PreTrainedModel.from_pretrained).parameters) | frozenset(
     [
-        "adapter_kwargs",
-        "adapter_name",
         "allow_all_kernels",
         "attn_implementation",
         "code_revision",
@@ -166,7 +164,7 @@ def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, A
     return {device: max(size - taken.get(device, 0), 0) for device, size in sizes.items()}
 
 
-def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, str] | None:
+def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None:
     """Say where a base model came from, or `None` when it has never been on disk.
 
     Args:
@@ -212,7 +210,7 @@ def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> 
 
 
 def locate_base_model(
-    role: str, path: str, reference: dict[str, str] | None, keywords: dict[str, Any], repository: dict[str, Any]
+    role: str, path: str, reference: dict[str, Any] | None, keywords: dict[str, Any], repository: dict[str, Any]
 ) -> str:
     """Say where a base model of a saved router is, and complete the keywords it is loaded with.
 
@@ -241,7 +239,7 @@ def locate_base_model(
     if name is not None:
         if folder:
             keywords.setdefault("subfolder", folder)
-        return name
+        return str(name)
     # A folder of the router's own repository, wherever that is now.
     folder = os.path.join(repository.get("subfolder", ""), folder)
     if os.path.isdir(path):
@@ -293,13 +291,16 @@ def check_same_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None
         )
 
 
-def shared_tokenizer(sources: dict[str, Any], keywords: dict[str, dict[str, Any]], configs: dict[str, Any]) -> Any:
+def shared_tokenizer(
+    sources: dict[str, Any], keywords: dict[str, dict[str, Any]], configs: dict[str, Any], adapters: dict[str, Any]
+) -> Any:
     """Return the tokenizer that both models share, or `None` when neither comes with one.
 
     Args:
         sources: Repository id, path or loaded model of each.
         keywords: The keywords of each.
         configs: The configuration of each.
+        adapters: The `Adapter` of each, if it has one; a tokenizer in it is preferred.
 
     Raises:
         ValueError: when they have different ones.
@@ -308,11 +309,24 @@ def shared_tokenizer(sources: dict[str, Any], keywords: dict[str, dict[str, Any]
     for role in ROLES:
         source = sources[role]
         name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
-        tokenizers[role] = load_tokenizer(name, **hub_keywords(keywords[role])) if name else None
+        tokenizers[role] = own_tokenizer(name, keywords[role], adapters[role])
     check_tokenizers(tokenizers["slm"], tokenizers["llm"])
     tokenizer = tokenizers["llm"] if tokenizers["llm"] is not None else tokenizers["slm"]
     check_table_sizes(tokenizer, configs["slm"], configs["llm"])
     return tokenizer
+
+
+def own_tokenizer(source: str, keywords: dict[str, Any], adapter: Any) -> Any:
+    """Return the tokenizer of one model, or `None` when it comes with none.
+
+    Args:
+        source: Path or repository id, empty for a model that has none.
+        keywords: The keywords of the model.
+        adapter: Its `Adapter`, if it has one; a tokenizer in its folder is preferred.
+    """
+    if adapter is not None and os.path.isfile(os.path.join(adapter.folder, "tokenizer_config.json")):
+        return load_tokenizer(adapter.folder, trust_remote_code=False)
+    return load_tokenizer(source, **hub_keywords(keywords)) if source else None
 
 
 def is_broken_transfer(error: BaseException) -> bool:
@@ -328,7 +342,7 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
     """Context in which a base model's loading error says which model it was and what to do.
 
     Args:
-        role: `slm` or `llm`.
+        role: `slm`, `llm`, `slm_adapter` or `llm_adapter`.
         source: Where the model was looked for.
         keywords: The keywords it was loaded with.
     """
@@ -350,8 +364,9 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
         ):
             return
         revision = f" at revision {self.revision}" if self.revision else ""
+        title = self.role[:3].upper() + ("'s adapter" if self.role.endswith("_adapter") else "")
         raise OSError(
-            f"{self.role}: the {self.role.upper()} could not be loaded from {self.source}{revision}: {error}\n"
+            f"{self.role}: the {title} could not be loaded from {self.source}{revision}: {error}\n"
             f"If it has moved, pass {self.role}_name_or_path=... (and {self.role}_revision=...); if a file is "
             "damaged, download it anew with force_download=True."
         ) from error

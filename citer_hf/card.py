@@ -123,7 +123,8 @@ def make_card(facts: Facts, repo_id: str, metadata: dict[str, Any] | None = None
         repo_id: Where the repository will be on the Hub.
         metadata: What a user has put into the card's metadata.
     """
-    bases = list(dict.fromkeys(base[0] for role in ("slm", "llm") if (base := facts.base(role))))
+    named = [name for role in ("slm", "llm") for name in models_of(facts, role)]
+    bases = list(dict.fromkeys(named))
     # The Hub's relation for a small set of weights that works on top of a model as it is: the router does, whether the
     # models lie elsewhere or beside it. They are not merged, tuned or quantized by being put there.
     known: dict[str, Any] = {"base_model": bases, "base_model_relation": "adapter"} if bases else {}
@@ -207,21 +208,53 @@ def parts(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def place(reference: dict[str, str], base: tuple[str, str] | None) -> str:
+def place(reference: dict[str, Any], base: tuple[str, str] | None) -> str:
     """Say where a base model is, and which one it is.
 
     Args:
         reference: What the configuration says.
         base: Id and commit of the published model, if it is one.
     """
-    link = ""
-    if base is not None:
-        name, revision = base
-        link = f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
+    link = "" if base is None else link_to(*base)
+    adapter = adapter_of(reference)
+    with_adapter = ""
+    if adapter:
+        name, revision = adapter.get("name_or_path"), adapter.get("revision", "")
+        with_adapter = " with the adapter " + (link_to(name, revision) if name else f"in `{adapter['subfolder']}`")
     if "name_or_path" in reference:
-        return link
+        return link + with_adapter
     folder = f"in the folder `{reference['subfolder']}`" if "subfolder" in reference else "in `model.safetensors`"
-    return f"{folder}, loaded from {link}" if link else folder
+    return (f"{folder}, loaded from {link}" if link else folder) + with_adapter
+
+
+def models_of(facts: Facts, role: str) -> list[str]:
+    """Return the published models behind a base model: itself, and its adapter if it has one.
+
+    Args:
+        facts: What the repository's files say.
+        role: `slm` or `llm`.
+    """
+    base, adapter = facts.base(role), adapter_of(facts.reference(role)).get("name_or_path")
+    return [*([] if base is None else base[:1]), *([adapter] if adapter else [])]
+
+
+def adapter_of(reference: dict[str, Any]) -> dict[str, str]:
+    """Return where the adapter of a base model is; nothing when it has none.
+
+    Args:
+        reference: What the configuration says.
+    """
+    return reference.get("adapter") or {}
+
+
+def link_to(name: str, revision: str) -> str:
+    """Return a link to a repository at a commit.
+
+    Args:
+        name: Repository id.
+        revision: The commit, or nothing.
+    """
+    return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
 
 
 def results_text(facts: Facts) -> str:

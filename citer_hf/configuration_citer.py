@@ -23,7 +23,7 @@ class CiterConfig(PreTrainedConfig):
         router_threshold: The SLM writes a token when the router's score reaches this number; at least 0.
             0 is the SLM alone, anything above 1 the LLM alone (CITER, section 3: τ).
         slm_reference: Where the SLM's weights are: `{"name_or_path", "revision", ...}`. `None` means that they
-            are in this repository's own `model.safetensors`.
+            are in this repository's own `model.safetensors`. `adapter` in it says where its adapter is, likewise.
         llm_reference: The same for the LLM.
         use_cache: Whether `forward` returns a cache when it is not told.
         citer_version: Version of this format that wrote the configuration.
@@ -42,8 +42,8 @@ class CiterConfig(PreTrainedConfig):
         llm_config: PreTrainedConfig | dict[str, Any] | None = None,
         router: str | dict[str, Any] = "confidence",
         router_threshold: float = 0.5,
-        slm_reference: dict[str, str] | None = None,
-        llm_reference: dict[str, str] | None = None,
+        slm_reference: dict[str, Any] | None = None,
+        llm_reference: dict[str, Any] | None = None,
         use_cache: bool = True,
         citer_version: int = CONFIG_VERSION,
         **kwargs: Any,

@@ -90,7 +90,7 @@ class Facts:
         """The measured points of this router, from few to many LLM tokens."""
         return [] if self.results is None else self.results.methods.get(self.method, [])
 
-    def reference(self, role: str) -> dict[str, str]:
+    def reference(self, role: str) -> dict[str, Any]:
         """Where a base model is.
 
         Args:

@@ -131,12 +131,13 @@ def check_references(facts: Facts) -> None:
         ValueError: which names the model.
     """
     for role in ("slm", "llm"):
-        name = facts.reference(role).get("name_or_path")
-        if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
-            raise ValueError(
-                f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save it "
-                "from a pair that was loaded by repository ids, or with save_base_models=True."
-            )
+        reference = facts.reference(role)
+        for name in (reference.get("name_or_path"), (reference.get("adapter") or {}).get("name_or_path")):
+            if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
+                raise ValueError(
+                    f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save "
+                    "it from a pair that was loaded by repository ids, or with save_base_models=True."
+                )
 
 
 def check_facts(facts: Facts, folder: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from .adapter_files_citer import Adapter, saved_adapter, split_off_adapter
+from .adapters_citer import adapter_layers, attach_adapter, unwrapped
 from .base_models_citer import (
     HUB_KEYWORDS,
     ROLES,
@@ -19,10 +21,10 @@ from .base_models_citer import (
     check_unchanged,
     commit_of,
     commits_of,
-    hub_keywords,
     is_broken_transfer,
     load_models,
     locate_base_model,
+    own_tokenizer,
     reference_to,
     shared_tokenizer,
     split_keywords,
@@ -73,28 +75,33 @@ class CiterLoadingMixin:
             router_threshold: The SLM writes a token when its score reaches this. Default: that of the saved router,
                 otherwise 0.5.
             kwargs: For `from_pretrained` of both models; with the prefix `slm_` or `llm_` for one of them.
-                `quantization_config` without a prefix is for the LLM alone.
+                `quantization_config` without a prefix is for the LLM alone. `slm_adapter_name_or_path` and
+                `slm_adapter_revision` name an adapter (PEFT) for the SLM.
 
         Raises:
             ValueError: when the models, the router, the threshold or a keyword do not fit.
             OSError: when a model cannot be loaded.
         """
-        sources: dict[str, Any] = {"slm": slm, "llm": llm}
+        sources: dict[str, Any] = {role: unwrapped(role, model) for role, model in (("slm", slm), ("llm", llm))}
         keywords = split_keywords(kwargs)
+        adapters: dict[str, Adapter | None] = {}
+        for role in ROLES:
+            sources[role], adapters[role] = split_off_adapter(role, sources[role], keywords[role])
         configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
         for role in ROLES:
             check_keywords(role, keywords[role], kwargs, configs[role])
         chosen = choose_router(router, router_threshold, {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs})
         needs_weights(chosen.spec, chosen.module, configs["slm"])
-        tokenizer = shared_tokenizer(sources, keywords, configs)
+        tokenizer = shared_tokenizer(sources, keywords, configs, adapters)
         models = load_models(sources, keywords)
+        attach_adapters(models, adapters)
         config = CiterConfig(
             slm_config=models["slm"].config,
             llm_config=models["llm"].config,
             router=chosen.spec,
             router_threshold=chosen.threshold,
-            slm_reference=reference_to(slm, keywords["slm"]),
-            llm_reference=reference_to(llm, keywords["llm"]),
+            slm_reference=reference_to(sources["slm"], keywords["slm"]),
+            llm_reference=reference_to(sources["llm"], keywords["llm"]),
         )
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=chosen.module)  # type: ignore[call-arg]
         if chosen.weights is not None:
@@ -117,7 +124,8 @@ class CiterLoadingMixin:
             model_args: As in transformers.
             config: A configuration to use instead of the repository's.
             kwargs: As for any transformers model, for both base models; with the prefix `slm_` or `llm_` for one of
-                them, `slm_name_or_path` and `slm_revision` say where it is now. `quantization_config` without a
+                them, `slm_name_or_path` and `slm_revision` say where it is now, `slm_adapter_name_or_path` and
+                `slm_adapter_revision` where its adapter is. `quantization_config` without a
                 prefix is for the LLM alone, `revision`, `subfolder` and `trust_remote_code` for the router alone.
                 `router_threshold` replaces the saved one; `router` is an instance of a router class of one's own.
 
@@ -194,6 +202,11 @@ class CiterLoadingMixin:
             # A push while this loads must not mix two states of the repository.
             repository["revision"] = commit_of(path, repository) or repository.get("revision")
         wants_info = kwargs.pop("output_loading_info", False)
+        if (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+            raise ValueError(
+                f"{path}: an adapter for the pair as a whole loads with PeftModel.from_pretrained(pair, adapter) of "
+                "PEFT, after CiterForCausalLM.from_pretrained."
+            )
         for key in [key for key in kwargs if key.startswith("_") or key in ("adapter_kwargs", "state_dict")]:
             del kwargs[key]
         for key in ("attn_implementation", "experts_implementation"):
@@ -202,13 +215,19 @@ class CiterLoadingMixin:
 
         keywords = split_keywords(kwargs)
         sources: dict[str, Any] = {}
+        adapters: dict[str, Adapter | None] = {}
         moved = [role for role in ROLES if keywords[role].get("name_or_path")]
         for role in ROLES:
             # Nobody is asked whether code of a model may run that the user has not chosen by name.
             keywords[role].setdefault("trust_remote_code", False)
-            sources[role] = locate_base_model(
-                role, path, getattr(config, f"{role}_reference"), keywords[role], repository
-            )
+            reference = getattr(config, f"{role}_reference")
+            sources[role] = locate_base_model(role, path, reference, keywords[role], repository)
+            if role in moved and not keywords[role].get("adapter_name_or_path"):
+                # It may be an adapter that is for the same model.
+                sources[role], adapters[role] = split_off_adapter(role, sources[role], keywords[role])
+            if adapters.get(role) is None:
+                of_adapter = (reference or {}).get("adapter")
+                adapters[role] = saved_adapter(role, path, of_adapter, sources[role], keywords[role], repository)
         configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
         for role in ROLES:
             check_keywords(role, keywords[role], kwargs, configs[role])
@@ -221,10 +240,11 @@ class CiterLoadingMixin:
         for role in ROLES:
             if role not in moved and not may_have_changed(getattr(config, f"{role}_reference"), keywords[role]):
                 continue
-            found = load_tokenizer(sources[role], **hub_keywords(keywords[role]))
+            found = own_tokenizer(sources[role], keywords[role], adapters[role])
             saved = load_tokenizer(path, trust_remote_code=False, **files)
             check_same_tokenizer(role, sources[role], found, saved)
         models = load_models(sources, keywords)
+        attach_adapters(models, adapters)
 
         config.slm_config, config.llm_config = models["slm"].config, models["llm"].config
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=router)  # type: ignore[call-arg]
@@ -237,6 +257,32 @@ class CiterLoadingMixin:
         model = place(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, info | {"error_msgs": []}) if wants_info else model
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse an adapter for both models at once: it would match layers of both, and its names fit neither.
+
+        Args:
+            args: As in transformers.
+            kwargs: As in transformers.
+
+        Raises:
+            ValueError: always; it says what to do.
+        """
+        raise ValueError(
+            "load_adapter: a pair has two models. Load the adapter into one of them: model.slm.load_adapter(...) or "
+            "model.llm.load_adapter(...)."
+        )
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the weights that both models share between their own layers.
+
+        Args:
+            args: As in transformers.
+            kwargs: As in transformers.
+        """
+        # A tied layer that PEFT has wrapped is not found by its name; what was tied before still is.
+        if not any(adapter_layers(getattr(self, role)) for role in ROLES):
+            super().tie_weights(*args, **kwargs)  # type: ignore[misc]
 
     def load_tokenizer(self) -> Any:
         """Return the pair's shared tokenizer, or `None` when neither model came with one."""
@@ -270,7 +316,19 @@ def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
     return model
 
 
-def may_have_changed(reference: dict[str, str], keywords: dict[str, Any]) -> bool:
+def attach_adapters(models: dict[str, PreTrainedModel], adapters: dict[str, Adapter | None]) -> None:
+    """Put the adapters into the models that have one.
+
+    Args:
+        models: The two models.
+        adapters: The adapter of each, if it has one.
+    """
+    for role, adapter in adapters.items():
+        if adapter is not None:
+            attach_adapter(role, models[role], adapter)
+
+
+def may_have_changed(reference: dict[str, Any], keywords: dict[str, Any]) -> bool:
     """Say whether a base model that is where the router says may be another one than when the router was saved.
 
     It may not in the router's own repository, nor at the commit that the router was saved with.

@@ -279,7 +279,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         # Reading the values waits for the device: once per text, not once per token.
         if cache is None or cache.get_seq_length() == 0:
             check_threshold_tensor(threshold)
-        return threshold.to(self.slm.device)[:, None]
+        return threshold.to(self._device_near(threshold))[:, None]
 
     def _needs_llm(self, to_llm: torch.Tensor, cache: CiterCache | None) -> bool:
         # An exported graph cannot depend on what the router decides. Another thread's compilation is none of ours.
@@ -363,7 +363,12 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         logits = self._call("llm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs).logits
         if "logits_to_keep" not in self._accepted["llm"]:
             logits = keep(logits, logits_to_keep)
-        return logits[..., : self.vocab_size].to(self.slm.device)
+        return logits[..., : self.vocab_size].to(self._device_near(input_ids))
+
+    def _device_near(self, inputs: torch.Tensor) -> torch.device:
+        """Return where the SLM's output is: where its input is, when all of its weights are offloaded."""
+        device: torch.device = self.slm.device
+        return inputs.device if device.type == "meta" else device
 
     def _call(
         self,

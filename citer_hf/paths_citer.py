@@ -12,19 +12,21 @@ REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_reference(role: str, reference: Any, router_path: str) -> None:
-    """Refuse a reference to a base model that leads anywhere else than where a router may point.
+    """Refuse a reference to a base model, or to its adapter, that leads anywhere else than where a router may point.
 
     A router in a local directory may name another local directory by its absolute path; one from the Hub may not.
 
     Args:
-        role: `slm` or `llm`.
+        role: `slm`, `llm`, `slm_adapter` or `llm_adapter`. An adapter's own reference, in that of its model, is
+            checked by itself.
         reference: What the router's configuration says.
         router_path: Path or repository id of the router.
 
     Raises:
         ValueError: which names the setting and what it says.
     """
-    if not isinstance(reference, dict) or not all(isinstance(value, str) for value in reference.values()):
+    values = [value for key, value in reference.items() if key != "adapter"] if isinstance(reference, dict) else [None]
+    if not all(isinstance(value, str) for value in values):
         raise ValueError(
             f"{role}_reference: expected a dictionary of texts, got {reference!r}. Save the router again."
         )

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import safe_save_file, unwrap_model
 
+from .adapters_citer import active_adapter, adapter_origin, save_adapter, without_adapter
 from .base_models_citer import commit_of
 
 # Where `trust_remote_code=True` finds the classes: in the core's files, which lie beside the weights.
@@ -100,13 +101,22 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
     state_dict = kwargs.pop("state_dict", None)
     config = copy.deepcopy(model.config)
     for role in ("slm", "llm"):
+        base = getattr(model, role)
+        adapter = active_adapter(role, base)
         reference = getattr(config, f"{role}_reference")
+        reference = None if reference is None else {key: reference[key] for key in reference if key != "adapter"}
         if save_base_models or reference is None:
-            save_base_model(role, getattr(model, role), os.path.join(folder, role), **kwargs)
+            save_base_model(role, base, os.path.join(folder, role), **kwargs)
             reference = {"subfolder": role} | origin_of(model, role, reference)
         elif "name_or_path" not in reference and model._repository is not None:
             path, hub = model._repository
             reference = reference_from_elsewhere(reference, path, hub, os.path.dirname(folder))
+        if adapter is not None:
+            origin = None if save_base_models else adapter_origin(base, adapter)
+            if origin is None:
+                origin = {"subfolder": f"{role}_adapter"}
+                save_adapter(base, os.path.join(folder, origin["subfolder"]), reference.get("name_or_path"))
+            reference = {**reference, "adapter": origin}
         setattr(config, f"{role}_reference", reference)
     state_dict = model.router.state_dict(prefix="router.") if state_dict is None else state_dict
     weights = {key: tensor.contiguous() for key, tensor in state_dict.items() if key.startswith("router.")}
@@ -142,8 +152,8 @@ def origin_of(model: Any, role: str, reference: dict[str, str] | None) -> dict[s
 
 
 def reference_from_elsewhere(
-    reference: dict[str, str], path: str, hub: dict[str, Any], save_directory: str
-) -> dict[str, str]:
+    reference: dict[str, Any], path: str, hub: dict[str, Any], save_directory: str
+) -> dict[str, Any]:
     """Say where a base model is that lies in a folder of the repository which the pair was loaded from.
 
     Args:
@@ -198,7 +208,7 @@ def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:
     """
     names = ("max_shard_size", "variant", "save_original_format")
     try:
-        model.save_pretrained(folder, **{key: kwargs[key] for key in names if key in kwargs})
+        without_adapter(role, model).save_pretrained(folder, **{key: kwargs[key] for key in names if key in kwargs})
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"{role}: {type(model).__name__} cannot be saved as it is loaded ({error}). Leave save_base_models "

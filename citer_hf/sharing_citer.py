@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils.hub import PushToHubMixin
 
+from .adapters_citer import adapter_layers
 from .saving_citer import AUTO_MAP, save_atomically, save_code, save_router_repository, save_tokenizer
 
 PUSH_KEYWORDS = ("private", "token", "create_pr", "revision", "commit_message", "commit_description", "tags")
@@ -30,7 +31,7 @@ class CiterSharingMixin:
         """Save the router, the configuration, the generation settings and the tokenizer, all or nothing.
 
         The base models are referred to by name and revision. A base model that has no name (it was never saved or
-        loaded) is saved along with the router.
+        loaded) is saved along with the router; so is an adapter that was not loaded by its name.
 
         Args:
             save_directory: Where to; made when it is not there.
@@ -45,7 +46,9 @@ class CiterSharingMixin:
         """
         model: Any = self
         references = (model.config.slm_reference, model.config.llm_reference)
-        if not save_base_models and references == (None, None):
+        # An adapter has files of its own, which say what it is.
+        is_whole = references == (None, None) and not adapter_layers(model)
+        if not save_base_models and is_whole:
             save_atomically(save_directory, lambda folder: self._save_whole(folder, **kwargs))
         else:
             save_atomically(

@@ -1,0 +1,64 @@
+"""Tiny models with random adapters of PEFT, in directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from citer_hf import CiterForCausalLM
+
+from .repositories import save_base_models
+
+peft = pytest.importorskip("peft")
+# PEFT asks transformers by an attribute's old name.
+OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+ROLES = ("slm", "llm")
+TEXT = torch.tensor([list(range(5, 17))])
+LAYERS = ["q_proj", "v_proj", "down_proj"]
+
+
+def with_adapter(base: Path | Any, seed: int = 0, **options: Any) -> Any:
+    """A model with a random adapter that changes its text."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path) else base
+    options = {"target_modules": LAYERS, "init_lora_weights": False, "r": 4, **options}
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, **options)).eval()
+
+
+def save_models_with_adapters(folder: Path) -> Path:
+    """Save two models, and an adapter for each."""
+    save_base_models(folder)
+    for seed, role in enumerate(ROLES):
+        with_adapter(folder / role, seed).save_pretrained(folder / f"{role}-lora")
+    return folder
+
+
+def pair_with(home: Path, slm: Any = None, **options: Any) -> CiterForCausalLM:
+    """A pair of the adapted SLM and the LLM."""
+    torch.manual_seed(7)
+    return CiterForCausalLM.from_pair(
+        home / "slm-lora" if slm is None else slm, home / "llm", router="linear", **options
+    )
+
+
+def logits(model: Any, threshold: float) -> torch.Tensor:
+    """A pair's logits of a fixed text."""
+    with torch.no_grad():
+        return model(TEXT, router_threshold=threshold).logits
+
+
+def bare_logits(model: Any) -> torch.Tensor:
+    """Another model's logits of that text."""
+    with torch.no_grad():
+        return model(TEXT).logits
+
+
+def change(folder: Path, file: str = "config.json", **changes: Any) -> None:
+    """Change settings in a file of JSON."""
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | changes))

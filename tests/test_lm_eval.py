@@ -1,0 +1,205 @@
+"""EleutherAI's evaluation harness, unmodified: `lm_eval --model hf` on a router directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from citer_hf import CiterForCausalLM
+
+from .chat_pairs import character_tokenizer
+from .reference import naive_generate, naive_logits
+from .repositories import save_base_models
+
+lm_eval = pytest.importorskip("lm_eval")
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: {target}
+metric_list: [{{metric: {metric}, aggregation: {aggregation}, higher_is_better: true}}]
+{more}
+"""
+STOPS = ("qu", "z")
+TASKS = {
+    "written": {
+        "kind": "generate_until",
+        "target": "a",
+        "metric": "exact_match",
+        "aggregation": "mean",
+        "more": "generation_kwargs: {until: [qu, z], max_gen_toks: 12}",
+    },
+    "chosen": {
+        "kind": "multiple_choice",
+        "target": 0,
+        "metric": "acc",
+        "aggregation": "mean",
+        "more": "doc_to_choice: '{{choices}}'\ntarget_delimiter: ''",
+    },
+    "read": {
+        "kind": "loglikelihood_rolling",
+        "target": "'{{question}}'",
+        "metric": "word_perplexity",
+        "aggregation": "weighted_perplexity",
+        "more": "",
+    },
+}
+GENERATED = 12
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a router on them, and three tasks with five problems of different lengths."""
+    home = tmp_path_factory.mktemp("lm_eval")
+    save_base_models(home)
+    tokenizer = character_tokenizer()
+    for role in ("slm", "llm"):
+        # A limit of the model's own would win over the tasks'.
+        settings = GenerationConfig.from_pretrained(home / role)
+        settings.max_new_tokens = None
+        settings.save_pretrained(home / role)
+        tokenizer.save_pretrained(home / role)
+    torch.manual_seed(0)
+    pair = CiterForCausalLM.from_pair(home / "slm", home / "llm", router="linear")
+    with torch.no_grad():
+        pair.router.score.weight.normal_(std=0.3)
+    pair.save_pretrained(home / "router")
+    answers = ("a", "bc", "def", "g", "hijk", "lm", "n", "o", "pq", "r")
+    questions = ("how many", "a longer question: 12 + 7 =", "x", "what is the last one?", "of six or seven,")
+    problems = [
+        {"question": question, "choices": answers[2 * index : 2 * index + 2]}
+        for index, question in enumerate(questions)
+    ]
+    (home / "tasks").mkdir()
+    data = home / "tasks" / "problems.jsonl"
+    data.write_text("\n".join(json.dumps(problem) for problem in problems))
+    for name, task in TASKS.items():
+        (home / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name, data=data, cache=home / "cache", **task))
+    return home
+
+
+def evaluate(
+    home: Path, model: str | CiterForCausalLM, batch_size: int, gen_kwargs: str = "", **options: Any
+) -> tuple[Any, Any]:
+    """The scores of every task, and what the model answered to every request."""
+    from lm_eval.tasks import TaskManager
+
+    arguments = {"pretrained": str(home / model) if isinstance(model, str) else model, **options}
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"dtype": "float32", **arguments},
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(home / "tasks"), include_defaults=False),
+        batch_size=batch_size,
+        device="cpu",
+        gen_kwargs=gen_kwargs or None,
+        bootstrap_iters=0,
+    )
+    return results["results"], {name: [one["resps"] for one in results["samples"][name]] for name in TASKS}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("role", "threshold"), [("slm", 0), ("llm", 1.5)])
+def test_the_ends_of_the_threshold_have_exactly_the_scores_of_the_bare_models(home, role, threshold, batch_size):
+    bare = evaluate(home, role, batch_size)
+    assert evaluate(home, "router", batch_size, router_threshold=threshold) == bare
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_threshold_in_between_scores_every_token_by_the_model_that_writes_it(home, batch_size):
+    threshold = 0.5
+    model = CiterForCausalLM.from_pretrained(home / "router")
+    tokenizer = model.load_tokenizer()
+    _, answers = evaluate(home, "router", batch_size, router_threshold=threshold)
+    by_llm = []
+
+    def log_likelihood(context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        total, greedy = 0.0, True
+        for index, token in enumerate(continuation):
+            logits, _, to_llm = naive_logits(model, context + continuation[:index], threshold)
+            by_llm.append(to_llm)
+            total += float(logits.log_softmax(-1)[token])
+            greedy &= int(logits.argmax()) == token
+        return total, greedy
+
+    for index, line in enumerate((home / "tasks" / "problems.jsonl").read_text().splitlines()):
+        problem = json.loads(line)
+        question = tokenizer(problem["question"])["input_ids"]
+        for choice, (answer,) in zip(problem["choices"], answers["chosen"][index], strict=True):
+            expected = log_likelihood(question, tokenizer(choice)["input_ids"])
+            assert answer[0] == pytest.approx(expected[0], abs=1e-4) and answer[1] == expected[1]
+        # A text without a context starts after the first token of texts.
+        expected = log_likelihood([tokenizer.bos_token_id], question)
+        assert answers["read"][index][0] == pytest.approx([expected[0]], abs=1e-4)
+        text, *_ = naive_generate(model, question, GENERATED, threshold, eos=(2, 5))
+        written = tokenizer.decode(text, skip_special_tokens=True)
+        for stop in STOPS:
+            written = written.split(stop)[0]
+        assert answers["written"][index] == [[written]]
+    assert 0.2 < sum(by_llm) / len(by_llm) < 0.8
+
+
+def test_a_threshold_for_generation_leaves_likelihoods_as_they_are(home):
+    _, answers = evaluate(home, "router", 3, gen_kwargs="router_threshold=0")
+    _, expected = evaluate(home, "router", 3)
+    assert answers == expected | {"written": evaluate(home, "slm", 3)[1]["written"]} != expected
+
+
+def test_a_model_that_is_loaded_already_scores_as_its_directory_does(home):
+    loaded = CiterForCausalLM.from_pretrained(home / "router", router_threshold=0.5)
+    results = evaluate(home, loaded, 3, tokenizer=loaded.load_tokenizer())
+    assert results == evaluate(home, "router", 3, router_threshold=0.5)
+    assert results == evaluate(home, "router", 3)
+    assert results != evaluate(home, "router", 3, router_threshold=0)
+
+
+def test_other_ways_to_load_and_to_batch_change_nothing(home, tmp_path):
+    expected = evaluate(home, "router", 3)
+    # Without a GPU, this leaves all weights on disk.
+    spread = {"parallelize": True, "offload_folder": str(tmp_path)}
+    assert evaluate(home, "router", 3, **spread) == expected
+    assert evaluate(home, "router", "auto")[1]["written"] == expected[1]["written"]
+
+
+def test_longer_texts_than_the_smaller_context_are_cut_there(home):
+    from lm_eval.models.huggingface import HFLM
+
+    assert HFLM(pretrained=str(home / "router"), device="cpu").max_length == 256
+    short = CiterForCausalLM.from_pretrained(home / "router")
+    short.config.slm_config.max_position_embeddings = 100
+    assert HFLM(pretrained=short, tokenizer=short.load_tokenizer()).max_length == 100
+
+
+def test_the_command_line_runs_the_code_in_the_repository(home, tmp_path):
+    arguments = f"pretrained={home / 'router'},trust_remote_code=True,router_threshold=1.5,dtype=float32"
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--device", "cpu"]
+    command += ["--tasks", ",".join(TASKS), "--include_path", str(home / "tasks"), "--batch_size", "3"]
+    command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **offline}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "modules").rglob("modeling_citer.py"))
+    _, expected = evaluate(home, "llm", 3)
+    for name in TASKS:
+        (file,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")
+        found = [json.loads(line)["resps"] for line in file.read_text().splitlines()]
+        assert found == as_text(expected[name])
+
+
+def as_text(value: Any) -> Any:
+    """The way in which the harness writes answers."""
+    return [as_text(one) for one in value] if isinstance(value, list | tuple) else str(value)
