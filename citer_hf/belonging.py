@@ -76,7 +76,7 @@ def method_in(results: Results, config: Mapping[str, Any], router: str | None) -
     runs = results.provenance.get("runs") or [results.provenance]
     for role in ("slm", "llm"):
         for run in runs:
-            _check_model(role, (run.get(role) or {}).get("reference"), config.get(f"{role}_reference"))
+            _check_model(role.upper(), (run.get(role) or {}).get("reference"), config.get(f"{role}_reference"))
     measured = [(name, found) for run in runs for name, found in (run.get("routers_sha256") or {}).items()]
     if not measured or router is None:
         return None
@@ -90,20 +90,23 @@ def method_in(results: Results, config: Mapping[str, Any], router: str | None) -
     )
 
 
-def _check_model(role: str, measured: Mapping[str, str] | None, saved: Mapping[str, str] | None) -> None:
+def _check_model(role: str, measured: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> None:
     """Refuse results of another base model, as far as repository ids tell: directories may be copies of anything."""
+    adapters = [(one or {}).get("adapter") for one in (measured, saved)]
+    if any(adapters):
+        _check_model(f"{role}'s adapter", *adapters)
     then, now = published(measured), published(saved)
     if then is None or now is None:
         return
     if then[0] != now[0] or (then[1] and now[1] and then[1] != now[1]):
         was, is_now = (f"{name} at {commit[:12]}" if commit else name for name, commit in (then, now))
         raise ForeignFactsError(
-            f"results.json: it measured the {role.upper()} {was}, but the router here has {is_now}. Put the results "
+            f"results.json: it measured the {role} {was}, but the router here has {is_now}. Put the results "
             "of this pair there, or remove results.json and curve.png."
         )
 
 
-def published(reference: Mapping[str, str] | None) -> tuple[str, str] | None:
+def published(reference: Mapping[str, Any] | None) -> tuple[str, str] | None:
     """Return the repository id of a base model and its commit (or nothing), `None` where it is in a directory.
 
     Args:

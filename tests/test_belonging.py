@@ -139,6 +139,19 @@ def test_results_of_another_pair_are_those_of_another_router(root, tmp_path, the
         assert "measured the LLM team/large" in facts.foreign[0] and "team/large" in facts.foreign[0]
 
 
+@pytest.mark.parametrize(("name", "belongs"), [("me/lora", True), ("me/other", False)])
+def test_results_with_another_adapter_are_those_of_another_router(root, tmp_path, name, belongs):
+    pair = make_pair(root, "confidence")
+    pair.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    measured = {"name_or_path": "team/small", "adapter": {"name_or_path": "me/lora"}}
+    config["slm_reference"] = measured | {"adapter": {"name_or_path": name}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_results(tmp_path, {"confidence": module_fingerprint(pair.router)}, slm={"reference": measured})
+    facts = Facts.read(tmp_path)
+    assert bool(facts.points) == belongs and (belongs or "SLM's adapter me/lora" in facts.foreign[0])
+
+
 def test_a_mean_over_seeds_is_of_each_of_them(root, directory):
     fingerprints = [module_fingerprint(make_pair(root, seed=seed).router) for seed in (0, 1)]
     for first in (0, 1):
