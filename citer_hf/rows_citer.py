@@ -210,7 +210,7 @@ class Rows:
         self._note_call()
         if logits.device.type != "cpu":
             torch.accelerator.synchronize(logits.device)
-        self.pace.note("llm", time.perf_counter() - began)
+        self.pace.note("llm", time.perf_counter() - began, unseen)
         return logits
 
     def _read_prompts_with_llm(self) -> torch.Tensor:

@@ -74,7 +74,7 @@ class StaticRows(Rows):
         # Whoever counts calls, or looks at its neighbours, is asked about what is written and nothing else.
         self._guesses = all(map(is_known, decoding.processors))
         self._guess: tuple[Any, ...] | None = None
-        self._call_began: float | None = None
+        self._call_began: tuple[float, int] | None = None
         work.offset.copy_((self.first_position - self.start).expand(self.batch, 1))
         threshold = torch.as_tensor(decoding.threshold, dtype=work.threshold.dtype)
         work.threshold.copy_(threshold.expand(self.batch, 1))
@@ -156,7 +156,7 @@ class StaticRows(Rows):
         with self._reading():
             logits, settled = catch_up(self.model, self.work, unread)
         self._note_call()
-        self._call_began = began if settled else None
+        self._call_began = (began, unread) if settled else None
         return logits
 
     def _decided(self, moving: list[int], scores: list[float], decisions: list[bool]) -> list[int]:
@@ -195,7 +195,8 @@ class StaticRows(Rows):
     def _append(self, rows: list[int], *chosen: Any) -> None:
         # The host has just waited for the tokens, and so for the pass of the LLM before them.
         if self._call_began is not None:
-            self.pace.note("llm", time.perf_counter() - self._call_began)
+            began, unread = self._call_began
+            self.pace.note("llm", time.perf_counter() - began, unread)
             self._call_began = None
         super()._append(rows, *chosen)
 

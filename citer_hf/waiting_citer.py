@@ -56,30 +56,60 @@ def _cheapest(unfinished: int, share: float, step_ratio: float) -> int:
 class Pace:
     """How long an SLM step and a call of the LLM take.
 
+    Calls that come less often read more tokens of each row, and take longer for it. What is compared is a call that
+    reads as many as an SLM step: where an LLM is no dearer than the SLM, longer calls must not make it look so.
+
     Until both have been seen, an SLM step is taken to cost a tenth of a call.
     """
 
     def __init__(self) -> None:
-        self._seconds = {"slm": 0.0, "llm": 0.0}
-        self._count = {"slm": 0, "llm": 0}
+        self._slm, self._llm = Durations(), Durations()
 
-    def note(self, model: str, seconds: float) -> None:
+    def note(self, model: str, seconds: float, tokens: int = 1) -> None:
         """Add a measurement.
 
         Args:
             model: `slm` or `llm`.
             seconds: What one forward pass took.
+            tokens: Tokens that it read of each row.
         """
-        self._seconds[model] += seconds
-        self._count[model] += 1
+        (self._slm if model == "slm" else self._llm).add(seconds, tokens)
 
     @property
     def ratio(self) -> float:
-        """Time of an SLM step over time of an LLM call."""
-        if not all(self._count.values()):
+        """Time of an SLM step over time of an LLM call that reads as many tokens."""
+        if not (self._slm.count and self._llm.count):
             return 0.1
-        slm, llm = (self._seconds[name] / self._count[name] for name in ("slm", "llm"))
-        return slm / llm
+        return self._slm.of_one_token() / self._llm.of_one_token()
+
+
+class Durations:
+    """Running sums of how long passes over different numbers of tokens took."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._seconds = self._tokens = self._squares = self._products = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """Add a pass.
+
+        Args:
+            seconds: What it took.
+            tokens: Tokens that it read.
+        """
+        self.count += 1
+        self._seconds += seconds
+        self._tokens += tokens
+        self._squares += tokens * tokens
+        self._products += tokens * seconds
+
+    def of_one_token(self) -> float:
+        """Return the seconds of a pass over one token, on the straight line through the passes that were seen."""
+        seconds, tokens = self._seconds / self.count, self._tokens / self.count
+        spread = self._squares / self.count - tokens * tokens
+        slope = (self._products / self.count - tokens * seconds) / spread if spread > 0 else 0.0
+        # A pass over fewer tokens takes no longer, and no less than its part.
+        return min(max(seconds - slope * (tokens - 1), seconds / tokens), seconds)
 
 
 def pressure(waiting: list[int], unfinished: list[int]) -> float:
