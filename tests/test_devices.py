@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,8 @@ from citer_hf import CiterForCausalLM
 bases = sys.argv[1]
 made = {}
 for name, options in (("whole", {}), ("sharded", {"llm_distributed_config": DistributedConfig(tp_plan="auto")})):
-    model = CiterForCausalLM.from_pair(bases + "/slm", bases + "/llm", router="confidence", **options)
-    text, settings = torch.arange(3, 15)[None], {"max_new_tokens": 8, "router_threshold": 0.05}
+    model = CiterForCausalLM.from_pair(bases + "/slm", bases + "/llm", router="random", **options)
+    text, settings = torch.arange(3, 15)[None], {"max_new_tokens": 8, "router_threshold": 0.5}
     out = model.generate(text, do_sample=False, return_dict_in_generate=True, **settings)
     greedy, share = out.sequences, out.past_key_values.routing.llm_share
     assert 0 < share < 1, share
@@ -129,4 +130,9 @@ def test_an_llm_that_two_processes_share_writes_the_same_on_both(bases: Path, tm
     pytest.importorskip("transformers.distributed")
     script = tmp_path / "script.py"
     script.write_text(TENSOR_PARALLEL)
-    assert run(TORCHRUN, script, bases).count("SAME") == 2
+    shutil.copytree(bases, tmp_path / "bases")
+    # transformers 5.17 divides a head by whole rows only.
+    llm = AutoModelForCausalLM.from_pretrained(bases / "llm")
+    llm.resize_token_embeddings(64, mean_resizing=False)
+    llm.save_pretrained(tmp_path / "bases" / "llm")
+    assert run(TORCHRUN, script, tmp_path / "bases").count("SAME") == 2
