@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from citer_hf.evaluation import evaluate as module
+from citer_hf.evaluation import writing
 from citer_hf.evaluation.costs import PairCosts, scoring_cost
 from citer_hf.evaluation.evaluate import evaluate, method_name
 from citer_hf.evaluation.points import bootstrap_interval
@@ -150,8 +151,10 @@ def test_a_run_that_was_interrupted_goes_on_where_it_stopped(pair: Any, tmp_path
     whole = run(pair, checker=Interrupted(-1), out=tmp_path / "whole")
     out = tmp_path / "out"
     decodes: list[Any] = []
-    decode = module.decode
-    monkeypatch.setattr(module, "decode", lambda *a, **k: decodes.append(k.get("router_threshold")) or decode(*a, **k))
+    decode = writing.decode
+    monkeypatch.setattr(
+        writing, "decode", lambda *a, **k: decodes.append(k.get("router_threshold")) or decode(*a, **k)
+    )
     for at in (8, 14, 24):
         with pytest.raises(KeyboardInterrupt):
             run(pair, checker=Interrupted(at), out=out)
@@ -159,8 +162,8 @@ def test_a_run_that_was_interrupted_goes_on_where_it_stopped(pair: Any, tmp_path
     resumed = run(pair, checker=Interrupted(-1), out=out)
     assert comparable(resumed) == comparable(whole)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
-    # Only the point at which a run was interrupted is decoded again, twice in all: once it was still at the ends.
-    measured = [one for one in decodes if one not in (None, 0.5)]
+    # Only the batch at which a run was interrupted is decoded again, twice in all: once it was still at the ends.
+    measured = [one for one in decodes if one is not None]
     assert len(measured) == len({*measured}) + 2
     done = run(pair, checker=Interrupted(1), out=out)
     assert comparable(done) == comparable(resumed)
@@ -214,7 +217,7 @@ def test_a_checker_that_raises_is_named_with_the_row(pair: Any):
     with pytest.raises(ValueError, match=r"checker .*choosy: it raised KeyError .* at row 13 ") as caught:
         run(pair, checker=choosy)
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(TypeError, match="expected it to return a Verdict, got bool at row 11"):
+    with pytest.raises(TypeError, match="expected it to return a Verdict, got bool at row 13"):
         run(pair, checker=lambda text, example: True)
 
 

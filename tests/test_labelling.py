@@ -20,6 +20,7 @@ from citer_hf.training.labelling import label_preferences
 from citer_hf.training.labels import Labels
 from citer_hf.training.rollouts import RollOut, cut_into_batches, roll_out
 
+from . import launching
 from .chat_pairs import save_demo_pair
 from .families import EOS
 from .reference import naive_generate
@@ -269,11 +270,8 @@ def test_a_killed_run_goes_on_to_the_same_labels(on_disk: tuple[Path, Path], tmp
 
 @pytest.mark.slow
 def test_two_processes_give_the_labels_of_one(on_disk: tuple[Path, Path], tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    subprocess.run([sys.executable, *launch, *command(*on_disk, tmp_path / "two")], env=environment, check=True)
-    subprocess.run([sys.executable, *command(*on_disk, tmp_path / "one")], env=environment, check=True)
+    launching.run(launching.TWO, *command(*on_disk, tmp_path / "two"))
+    launching.run(launching.ONE, *command(*on_disk, tmp_path / "one"))
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 

@@ -18,7 +18,9 @@ from citer_hf.waiting_citer import rows_to_wait_for
 
 __all__ = [
     "BATCH_TOKENS",
+    "Alone",
     "Decoded",
+    "batches",
     "check_room",
     "cut",
     "decode",
@@ -98,7 +100,7 @@ def decode(
     writer = _Writer(model, alone)
     texts = Decoded([[]] * len(prompts), [[]] * len(prompts), [[]] * len(prompts), 0.0, 0)
     seconds, llm_calls = 0.0, 0
-    for rows, new_tokens in _batches(lengths, max_new_tokens, limit, batch_tokens):
+    for rows, new_tokens in batches(lengths, max_new_tokens, limit, batch_tokens):
         threshold: Any = router_threshold if thresholds is None else [thresholds[row] for row in rows]
         with evaluating(model.router):
             batch = writer.write([prompts[row] for row in rows], new_tokens, threshold)
@@ -167,10 +169,16 @@ def _view(model: Any) -> Any:
     return copy.copy(model)
 
 
-def _batches(
+def batches(
     lengths: Sequence[int], max_new_tokens: int, limit: int | None, batch_tokens: int
 ) -> Iterator[tuple[list[int], int]]:
     """Group prompts of like lengths, the longest first, so that memory that is too small shows at once.
+
+    Args:
+        lengths: Tokens of each prompt.
+        max_new_tokens: Where to stop a text that does not end by itself.
+        limit: Longest text that the pair can read, in tokens, or `None`.
+        batch_tokens: Prompt and new tokens of all rows of a batch, at most, if that leaves one row.
 
     Yields:
         Rows of a batch, and how many new tokens each may get: rows near the end of the context get what is left.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,22 @@ import numpy as np
 from torch import nn
 
 from citer_hf import CiterForCausalLM
+from citer_hf.processes import process_state, wait_for_all
 
 from .checkers import Checker
 from .costs import PairCosts, TextCost, scoring_cost
-from .decoding import BATCH_TOKENS, Decoded, check_room, decode, with_router
+from .decoding import BATCH_TOKENS, Alone, check_room, decode, with_router
 from .examples import Example
 from .grading import Grader
 from .points import Point, TextResult, make_point
-from .progress import Steps, progress_bar
+from .progress import progress_bar
 from .provenance import anonymous, data_fingerprint, describe_run, fingerprint, model_fingerprint, module_fingerprint
 from .report import write_report
 from .results import SHARES, Results, make_results
-from .scoring import check_scores, score_texts, spread_thresholds
-from .store import Store
+from .scoring import score_texts, spread_thresholds
+from .store import RESULTS, Store
 from .tokens import encode_prompt
+from .writing import Texts, Way, Writer
 
 __all__ = ["evaluate", "method_name"]
 
@@ -64,6 +66,9 @@ def evaluate(
     All decode greedily, the same problems in the same batches. Costs are those of each text decoded alone. A run that
     was interrupted goes on where it stopped when it is repeated with the same arguments and the same `out`.
 
+    Run under `accelerate launch` with an `out`, which all processes see, they divide the batches; every process calls
+    this. The results are the same for any number of processes; `seconds` are added up over them.
+
     Args:
         model: The pair.
         examples: The problems, each with an answer.
@@ -84,7 +89,8 @@ def evaluate(
     Raises:
         ValueError: for problems without answers, prompts that fill the context, senseless shares or thresholds, or a
             router that gives NaN.
-        ValueError: when the checker raises.
+        ValueError: when the checker raises, or the processes have different arguments.
+        ConnectionError: when another process has ended before its work was done.
         FileExistsError: when `out` holds anything else.
     """
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
@@ -109,30 +115,48 @@ def evaluate(
         "models_sha256": model_fingerprint(model),
         "routers_sha256": {name: module_fingerprint(router) for name, router in routers.items()},
     }
+    # Without a directory there is nothing to share: then every process does everything.
+    process, processes = (0, 1) if out is None else position()
     store = Store(out, fingerprint(settings))
+    if processes > 1:
+        wait_for_all()
+        store.check_agreement()
     if store.finished is not None:
         return Results.read(store.finished)
 
-    with progress_bar(len(examples) * (2 + len(shares) * len(set(routers) - set(query_level)))) as steps:
-        run = _Run(model, prompts, grader, store, settings, steps)
+    per_token = {name: router for name, router in routers.items() if name not in query_level}
+    with progress_bar(len(examples) * (2 + len(shares) * len(per_token)) // processes, shown=process == 0) as steps:
+        sizes = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
+        limit = model.config.max_position_embeddings
+        writer = Writer(prompts, grader, store, steps, sizes, limit, process, processes)
+        run = _Run(model, prompts, writer, store, settings)
         run.warm_up()
-        ends = {"slm": run.end("slm"), "llm": run.end("llm")}
-        per_token = {name: router for name, router in routers.items() if name not in query_level}
+        ends = run.ends()
         sweeps = run.sweeps(per_token, ends["llm"], shares, thresholds)
-        steps.expect(len(examples) * (2 + sum(map(len, sweeps.values()))))
+        steps.expect(len(examples) * (2 + sum(map(len, sweeps.values()))) // processes)
+        texts = run.texts(per_token, sweeps)
+    if process == 0:
         methods = {
-            name: [run.point(name, router, threshold) for threshold in sweeps[name]]
+            name: run.points(router, texts[name], sweeps[name])
             if name in per_token
             else run.query_points(name, router, ends, shares, thresholds.get(name))
             for name, router in routers.items()
         }
-    provenance = describe_run(model) | settings | {"problems": len(examples), "arguments": anonymous(arguments or {})}
-    provenance["fingerprint"] = fingerprint(settings)
-    results = make_results({name: end.point for name, end in ends.items()}, methods, provenance)
-    if out is not None:
-        write_report(results, out)
-        store.forget()
-    return results
+        provenance = describe_run(model) | settings | {"problems": len(examples), "processes": processes}
+        provenance |= {"arguments": anonymous(arguments or {}), "fingerprint": fingerprint(settings)}
+        results = make_results({name: end.point for name, end in ends.items()}, methods, provenance)
+        if out is not None:
+            write_report(results, out)
+            store.forget()
+    if processes > 1:
+        wait_for_all()
+    return results if out is None or process == 0 else Results.read(out / RESULTS)
+
+
+def position() -> tuple[int, int]:
+    """Return the number of this process, from 0, and how many there are."""
+    state = process_state()
+    return state.process_index, state.num_processes
 
 
 def _check_sweep(
@@ -155,7 +179,6 @@ class _End:
 
     tokens: list[list[int]]
     results: list[TextResult]
-    seconds: float
     point: Point
 
 
@@ -165,24 +188,21 @@ class _Run:
     Args:
         model: The pair.
         prompts: Token ids of each prompt.
-        grader: Judges the texts.
+        writer: Writes and judges the texts.
         store: Remembers what is done.
         settings: `max_new_tokens`, `batch_tokens` and `seed`.
-        steps: Told about every text.
     """
 
     def __init__(
         self,
         model: CiterForCausalLM,
         prompts: list[list[int]],
-        grader: Grader,
+        writer: Writer,
         store: Store,
         settings: Mapping[str, Any],
-        steps: Steps,
     ):
-        self.model, self.prompts, self.grader, self.store, self.steps = model, prompts, grader, store, steps
-        self.max_new_tokens, self.batch_tokens = settings["max_new_tokens"], settings["batch_tokens"]
-        self.seed = settings["seed"]
+        self.model, self.prompts, self.writer, self.store = model, prompts, writer, store
+        self.batch_tokens, self.seed = settings["batch_tokens"], settings["seed"]
         self.costs = PairCosts(model)
 
     def warm_up(self) -> None:
@@ -190,40 +210,22 @@ class _Run:
         for alone in ("slm", "llm", None):
             decode(self.model, self.prompts[:2], max_new_tokens=2, alone=alone, router_threshold=0.5)
 
-    def decode(self, model: CiterForCausalLM, **options: Any) -> Decoded:
-        """Write a text for every problem."""
-        sizes = {"max_new_tokens": self.max_new_tokens, "batch_tokens": self.batch_tokens}
-        return decode(model, self.prompts, **sizes, progress=self.steps.advance, **options)
+    def ends(self) -> dict[str, _End]:
+        """Measure each model alone."""
+        names: tuple[Alone, ...] = ("slm", "llm")
+        ways = [Way(f"end-{name}", f"{name.upper()} alone", self.model, alone=name) for name in names]
+        return {name: self._end(name, texts) for name, texts in zip(names, self.writer.write(ways), strict=True)}
 
-    def _remember(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what came of a text for every problem, written now or in an earlier run."""
-        if self.store.holds(key):
-            self.steps.skip(len(self.prompts))
-        found: dict[str, Any] = self.store.remember(key, compute)
-        return found
-
-    def end(self, name: str) -> _End:
-        """Measure one model alone."""
-        self.steps.name(f"{name.upper()} alone")
-
-        def compute() -> dict[str, Any]:
-            decoded = self.decode(self.model, alone=name)
-            return {"tokens": decoded.tokens, "seconds": decoded.seconds}
-
-        found = self._remember(f"end-{name}", compute)
-        tokens, seconds, by_llm = found["tokens"], found["seconds"], name == "llm"
+    def _end(self, name: str, texts: Texts) -> _End:
+        by_llm = name == "llm"
         results = [
-            TextResult(
-                verdict.correct,
-                verdict.extracted is not None,
-                len(text),
-                len(text) * by_llm,
-                self.costs.alone(by_llm, len(prompt), len(text)),
+            TextResult(correct, extracted, len(text), len(text) * by_llm, self.costs.alone(by_llm, prompt, len(text)))
+            for correct, extracted, text, prompt in zip(
+                texts.correct, texts.extracted, texts.tokens, map(len, self.prompts), strict=True
             )
-            for verdict, text, prompt in zip(self.grader.grade(tokens), tokens, self.prompts, strict=True)
         ]
         threshold = LLM_ALONE if by_llm else SLM_ALONE
-        return _End(tokens, results, seconds, make_point(results, threshold, seconds, self.seed))
+        return _End(texts.tokens, results, make_point(results, threshold, texts.seconds, self.seed))
 
     def sweeps(
         self,
@@ -233,41 +235,43 @@ class _Run:
         given: Mapping[str, Sequence[float]],
     ) -> dict[str, list[float]]:
         """Choose the thresholds of each router: those that are given, or by its scores along the LLM's texts."""
-        self.steps.name("scores")
+        self.writer.steps.name("scores")
 
         def compute() -> dict[str, list[float]]:
             scored = score_texts(self.model, chosen, self.prompts, llm.tokens, self.batch_tokens)
             return {name: spread_thresholds(np.concatenate(of_one), shares) for name, of_one in scored.scores.items()}
 
         chosen = {name: router for name, router in routers.items() if name not in given}
-        found: dict[str, list[float]] = self.store.remember("thresholds", compute) if chosen else {}
+        if chosen and self.writer.process == 0:
+            self.store.remember("thresholds", compute)
+        if self.writer.processes > 1:
+            wait_for_all()
+        found: dict[str, list[float]] = self.store.recall("thresholds") if chosen else {}
         return {name: found[name] if name in found else sorted(set(given[name])) for name in routers}
 
-    def point(self, name: str, router: nn.Module, threshold: float) -> Point:
-        """Measure one router at one threshold."""
-        self.steps.name(f"{name} at {threshold:.4g}")
-
-        def compute() -> dict[str, Any]:
-            return self._point(name, router, threshold).as_dict()
-
-        return Point.from_dict(self._remember(f"{name}-{threshold!r}", compute))
-
-    def _point(self, name: str, router: nn.Module, threshold: float) -> Point:
-        decoded = self.decode(with_router(self.model, router), router_threshold=threshold)
-        check_scores(name, np.concatenate([np.asarray(scores) for scores in decoded.scores]))
-        scoring = scoring_cost(router)
-        verdicts = self.grader.grade(decoded.tokens)
-        results = [
-            TextResult(
-                verdict.correct,
-                verdict.extracted is not None,
-                len(by_llm),
-                sum(by_llm),
-                self.costs.routed(scoring, len(prompt), by_llm),
-            )
-            for verdict, by_llm, prompt in zip(verdicts, decoded.to_llm, self.prompts, strict=True)
+    def texts(self, routers: Mapping[str, nn.Module], sweeps: Mapping[str, Sequence[float]]) -> dict[str, list[Texts]]:
+        """Write the texts of every router at each of its thresholds."""
+        ways = [
+            Way(f"{name}-{threshold!r}", f"{name} at {threshold:.4g}", pair, name, threshold)
+            for name, pair in ((name, with_router(self.model, router)) for name, router in routers.items())
+            for threshold in sweeps[name]
         ]
-        return make_point(results, threshold, decoded.seconds, self.seed)
+        written = iter(self.writer.write(ways))
+        return {name: [next(written) for _ in sweeps[name]] for name in routers}
+
+    def points(self, router: nn.Module, written: Sequence[Texts], thresholds: Sequence[float]) -> list[Point]:
+        """Measure one router at its thresholds."""
+        scoring = scoring_cost(router)
+        return [self._point(scoring, texts, threshold) for texts, threshold in zip(written, thresholds, strict=True)]
+
+    def _point(self, scoring: TextCost, texts: Texts, threshold: float) -> Point:
+        results = [
+            TextResult(correct, extracted, len(by_llm), sum(by_llm), self.costs.routed(scoring, len(prompt), by_llm))
+            for correct, extracted, by_llm, prompt in zip(
+                texts.correct, texts.extracted, texts.to_llm, self.prompts, strict=True
+            )
+        ]
+        return make_point(results, threshold, texts.seconds, self.seed)
 
     def query_points(
         self,

@@ -33,17 +33,19 @@ class Grader:
         self.examples, self.tokenizer = examples, tokenizer
         self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
 
-    def grade(self, texts: Sequence[Sequence[int]]) -> list[Verdict]:
-        """Judge a text for every problem.
+    def grade(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> list[Verdict]:
+        """Judge a text for every problem, or for some.
 
         Args:
             texts: New tokens of each.
+            rows: Numbers of the problems from 0, one per text. Default: all.
 
         Raises:
             ValueError: when the checker raises, with the row.
             TypeError: when it returns no `Verdict`.
         """
-        keys = [(row, tuple(text)) for row, text in enumerate(texts)]
+        problems = range(len(texts)) if rows is None else rows
+        keys = [(row, tuple(text)) for row, text in zip(problems, texts, strict=True)]
         new = [key for key in keys if key not in self._known]
         for row, text in new:
             response = self.tokenizer.decode(list(text), skip_special_tokens=True)

@@ -48,7 +48,7 @@ class Point:
         llm_calls: Forward passes of the LLM that a text takes part in when it is decoded alone.
         bytes: Weights read, keys and values read and written, of both models and the router, decoded alone.
         flops: Floating-point operations, decoded alone.
-        seconds: Wall-clock time of `generate`, in the batches as they ran.
+        seconds: Time of `generate`, in the batches as they ran, added up where several processes divided them.
         extracted: Share of problems in whose text the checker found an answer.
     """
 

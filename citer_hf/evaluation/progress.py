@@ -81,12 +81,13 @@ class Steps:
 
 
 @contextmanager
-def progress_bar(total: int | None, units: str = "texts") -> Iterator[Steps]:
+def progress_bar(total: int | None, units: str = "texts", shown: bool = True) -> Iterator[Steps]:
     """Show a bar with an estimate of the time left on stderr, and nothing where that is no terminal.
 
     Args:
         total: Texts to write, as far as is known.
         units: What is counted.
+        shown: Whether this process is the one that shows it.
     """
     console = Console(stderr=True)
     columns = (
@@ -99,6 +100,6 @@ def progress_bar(total: int | None, units: str = "texts") -> Iterator[Steps]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         bar.add_task("", total=total)
         yield Steps(bar)

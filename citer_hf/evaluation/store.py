@@ -21,7 +21,7 @@ class Store:
     """Remembers what was computed, in `unfinished/` of an output directory.
 
     Args:
-        directory: The output directory, made when it is not there; `None` to remember nothing.
+        directory: The output directory, made when it is not there; `None` to remember in memory alone.
         fingerprint: Of everything that the results depend on.
 
     Raises:
@@ -33,6 +33,8 @@ class Store:
 
     def __init__(self, directory: Path | None, fingerprint: str):
         self.finished: Path | None = None
+        self._values: dict[str, Any] = {}
+        self._fingerprint = fingerprint
         self._folder = None if directory is None else directory / UNFINISHED
         if directory is None or self._folder is None:
             return
@@ -65,13 +67,28 @@ class Store:
                 f"{directory} exists and holds something else ({names}). Choose another directory, or remove it."
             )
 
+    def check_agreement(self) -> None:
+        """Refuse to go on with processes that work on something else, once all of them have opened the directory.
+
+        Raises:
+            ValueError: when this process is one of them.
+        """
+        if self._folder is None or self.finished is not None:
+            return
+        found = _read(self._folder / FINGERPRINT) or {}
+        if found.get("fingerprint") != self._fingerprint:
+            raise ValueError(
+                f"{self._folder.parent}: the processes have other arguments, models, routers or data than each other. "
+                "Give all of them the same; a router with fresh weights needs the same seed everywhere."
+            )
+
     def holds(self, key: str) -> bool:
         """Say whether something is remembered.
 
         Args:
             key: What it is remembered under.
         """
-        return self._folder is not None and _read(self._path(key)) is not None
+        return key in self._values if self._folder is None else _read(self._path(key)) is not None
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return what is remembered under a key, or compute it and remember it.
@@ -80,13 +97,28 @@ class Store:
             key: Any text.
             compute: Gives something that JSON can hold.
         """
+        if not self.holds(key):
+            value = compute()
+            if self._folder is None:
+                self._values[key] = value
+            else:
+                _write(self._path(key), {"value": value})
+        return self.recall(key)
+
+    def recall(self, key: str) -> Any:
+        """Return what is remembered under a key.
+
+        Args:
+            key: Any text.
+
+        Raises:
+            KeyError: when nothing is.
+        """
         if self._folder is None:
-            return compute()
-        path = self._path(key)
-        found = _read(path)
+            return self._values[key]
+        found = _read(self._path(key))
         if found is None:
-            found = {"value": compute()}
-            _write(path, found)
+            raise KeyError(f"{key}: {self._path(key)} is not there. Has another program removed it?")
         return found["value"]
 
     def _path(self, key: str) -> Path:

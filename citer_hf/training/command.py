@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from accelerate import PartialState
 from torch import nn
 from transformers.utils.hub import cached_file
 
@@ -24,6 +23,7 @@ from citer_hf.evaluation.progress import Steps, progress_bar
 from citer_hf.evaluation.results import SHARES
 from citer_hf.evaluation.table import print_tables
 from citer_hf.hidden_states_citer import hidden_size_of
+from citer_hf.processes import alone, from_main_process, process_state
 
 from .baselines import train_baselines
 from .fingerprint import check_made_with, made_with
@@ -57,8 +57,9 @@ def load_pair(name: str, dtype: str, device_map: str | None, trust_remote_code: 
         device_map: Where they go.
         trust_remote_code: Whether to run code that the repository brings.
     """
-    state = PartialState()
-    where: Any = {"": state.device} if state.num_processes > 1 and device_map == "auto" else device_map
+    state = process_state()
+    several = state.num_processes > 1 and device_map == "auto"
+    where: Any = ({"": state.device} if state.device.type != "cpu" else "cpu") if several else device_map
     return CiterForCausalLM.from_pretrained(name, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
 
 
@@ -122,7 +123,7 @@ def label(model: Any, data: str, checker: str, out: Path, **options: Any) -> Non
     """
     with going_on(out), reporting() as report:
         labels = label_preferences(model, data, checker, out, report=report, **options)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         counts = labels.info["counts"]
         cases = ", ".join(f"{counts['cases'][case] / counts['tokens']:.1%}" for case in ("1", "2", "3"))
         typer.echo(
@@ -143,7 +144,7 @@ def train(model: Any, labels: Path, out: Path, report_to: str, **options: Any) -
     """
     with going_on(out), reporting() as report:
         provenance = train_router(model, labels, out, report=report, report_to=report_to, **options)
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         facts = provenance["validation"]
         auc = "–" if facts["auc"] is None else f"{facts['auc']:.3f}"
         typer.echo(
@@ -190,8 +191,10 @@ def evaluate(
         if baselines is not None:
             labels = Labels.load(baselines)
             check_made_with(labels.info["made_with"], made_with(model, load_tokenizer(model)), baselines)
-            with reporting() as report:
-                routers |= train_baselines(labels, TrainingSettings(seed=seed), report, methods)
+            if process_state().is_main_process:
+                with reporting() as report, alone():
+                    routers |= train_baselines(labels, TrainingSettings(seed=seed), report, methods)
+            routers = from_main_process(routers)
         routers |= {name_of(directory): saved_router(directory, hidden_size_of(model.slm)) for directory in compare}
         routers = {name: router.to(model.slm.device) for name, router in routers.items()}
         results = measure(
@@ -206,6 +209,8 @@ def evaluate(
             arguments={"baselines": baselines, "compare": list(compare)},
             **options,
         )
+    if not process_state().is_main_process:
+        return
     print_tables(results)
     typer.echo(f"results.json, results.md and curve.png are in {out}.")
 
@@ -287,7 +292,7 @@ def reporting() -> Iterator[Callable[[str, int, int], None]]:
     Yields:
         A function to call with a description, units done, and units in all.
     """
-    shown = PartialState().is_main_process
+    shown = process_state().is_main_process
     with progress_bar(None, "units") as steps:
         yield Reporter(steps) if shown else lambda what, done, total: None
 

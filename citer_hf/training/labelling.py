@@ -20,6 +20,7 @@ from citer_hf.evaluation.checkers import Checker, get_checker
 from citer_hf.evaluation.decoding import BATCH_TOKENS
 from citer_hf.evaluation.examples import read_examples
 from citer_hf.evaluation.tokens import Encoded, encode
+from citer_hf.processes import wait_for_all
 
 from .cards import write_card
 from .fingerprint import fingerprint_of_questions, made_with
@@ -115,7 +116,7 @@ def label_preferences(
         write_shards(out, read, questions, outcomes, answers)
         write_card(out, arguments, read, outcomes, answers)
         shutil.rmtree(out / WORK)
-    place.state.wait_for_everyone()
+    wait_for_all()
     return Labels.load(out)
 
 

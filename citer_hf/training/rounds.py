@@ -12,6 +12,7 @@ import torch
 from citer_hf.evaluation.checkers import Checker
 from citer_hf.evaluation.decoding import with_router
 from citer_hf.files import written_beside
+from citer_hf.processes import alone, wait_for_all
 from citer_hf.routing_citer import build_router
 
 from .labels import Labels
@@ -75,8 +76,9 @@ def train_in_rounds(
         file = place.folder / f"round-{number}.pt"
         if not file.exists() and place.state.is_main_process:
             place.report(f"training, round {number}", 0, 1)
-            save(train_router(labels, objective, place.folder / f"round-{number}", settings, **arguments), file)
-        place.state.wait_for_everyone()
+            with alone():
+                save(train_router(labels, objective, place.folder / f"round-{number}", settings, **arguments), file)
+        wait_for_all()
         trained = load(file, labels)
         place.report(f"training, round {number}", 1, 1)
         if number < rounds.count:

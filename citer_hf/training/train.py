@@ -15,6 +15,7 @@ from citer_hf.evaluation.examples import read_examples
 from citer_hf.evaluation.provenance import module_fingerprint, versions
 from citer_hf.files import written_beside
 from citer_hf.hidden_states_citer import hidden_size_of
+from citer_hf.processes import wait_for_all
 
 from .fingerprint import check_made_with, made_with
 from .labelling import load_tokenizer
@@ -101,7 +102,7 @@ def train(
             file.write((json.dumps(provenance, indent=2) + "\n").encode())
         draw_training(trained, objective, out / "training.png")
         shutil.rmtree(out / WORK)
-    place.state.wait_for_everyone()
+    wait_for_all()
     return provenance
 
 

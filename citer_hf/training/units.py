@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import PartialState
 
 from citer_hf.files import written_beside
+from citer_hf.processes import process_state, wait_for_all
 
 __all__ = ["Workplace", "read_table", "write_table"]
 
@@ -35,14 +35,14 @@ class Workplace:
 
     def __init__(self, folder: Path, arguments: dict[str, Any], report: Callable[[str, int, int], None]):
         self.folder, self.report = folder, report
-        self.state = PartialState()
+        self.state = process_state()
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / ARGUMENTS
         arguments = json.loads(json.dumps(arguments))
         if not begun.exists() and self.state.is_main_process:
             with written_beside(begun) as file:
                 file.write(json.dumps(arguments, indent=2).encode())
-        self.state.wait_for_everyone()
+        wait_for_all()
         found = json.loads(begun.read_text())
         different = sorted(key for key in found.keys() | arguments.keys() if found.get(key) != arguments.get(key))
         if different:
@@ -71,7 +71,7 @@ class Workplace:
             if not files[number].exists():
                 write_table(compute(units[number]), files[number])
         self.report(name, len(mine), len(mine))
-        self.state.wait_for_everyone()
+        wait_for_all()
         return files
 
 

@@ -1,0 +1,103 @@
+"""A column of prompts through a pipeline, through `map` and through a trainer: the text of each row alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TextGenerationPipeline,
+    pipeline,
+)
+from transformers.pipelines.pt_utils import KeyDataset
+
+from citer_hf import CiterForCausalLM
+from citer_hf.demo import PAIR
+from citer_hf.demo.problems import problems
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "router_threshold": 0.9}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextGenerationPipeline:
+    model = CiterForCausalLM.from_pretrained(PAIR, dtype=torch.float32)
+    return pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(PAIR))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Dataset:
+    """Prompts of many lengths; some texts end early."""
+    told = [one.prompt for one in problems("test", 0, 10)]
+    return Dataset.from_dict({"prompt": told + [" ".join(one.split()[:4]) for one in told[:3]]})
+
+
+@pytest.fixture(scope="module")
+def alone(pipe: Any, prompts: Dataset) -> dict[str, list[Any]]:
+    """The text of every row and the LLM's share of it, one row after the other."""
+    found: dict[str, list[Any]] = {"text": [], "llm_share": []}
+    for prompt in prompts["prompt"]:
+        inputs = pipe.tokenizer(prompt, return_tensors="pt")
+        out = pipe.model.generate(**inputs, **OPTIONS, return_dict_in_generate=True)
+        written = out.sequences[0, inputs["input_ids"].shape[1] :]
+        found["text"].append(pipe.tokenizer.decode(written, skip_special_tokens=True))
+        found["llm_share"].append(out.past_key_values.routing.llm_share)
+    assert len({*found["llm_share"]}) > 2 and len({len(text) for text in found["text"]}) > 2
+    return found
+
+
+def test_a_pipeline_over_a_column_writes_what_each_row_gets_alone(pipe: Any, prompts: Dataset, alone: Any) -> None:
+    outputs = pipe(KeyDataset(prompts, "prompt"), batch_size=4, return_full_text=False, **OPTIONS)
+    texts = [row[0]["generated_text"] for row in tqdm(outputs, total=len(prompts), disable=True)]
+    assert texts == alone["text"]
+
+
+def test_a_map_over_a_dataset_writes_it_too_with_the_llm_share_of_each_row(
+    pipe: Any, prompts: Dataset, alone: Any
+) -> None:
+    def write(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        inputs = pipe.tokenizer(batch["prompt"], return_tensors="pt", padding=True, padding_side="left")
+        out = pipe.model.generate(**inputs, **OPTIONS, return_dict_in_generate=True)
+        routing = out.past_key_values.routing
+        written = out.sequences[:, inputs["input_ids"].shape[1] :]
+        return {
+            "text": pipe.tokenizer.batch_decode(written, skip_special_tokens=True),
+            "llm_share": (routing.to_llm.sum(dim=1) / routing.unfinished.sum(dim=1)).tolist(),
+        }
+
+    mapped = prompts.map(write, batched=True, batch_size=4, new_fingerprint="written")
+    assert mapped["text"][:] == alone["text"]
+    assert mapped["llm_share"][:] == pytest.approx(alone["llm_share"])
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_a_trainer_predicts_it_too(pipe: Any, prompts: Dataset, alone: Any, tmp_path: Path, with_labels: bool) -> None:
+    tokenizer = pipe.tokenizer
+    encoded = prompts.map(lambda batch: tokenizer(batch["prompt"]), batched=True, remove_columns=["prompt"])
+    if with_labels:
+        encoded = encoded.map(lambda row: {"labels": row["input_ids"]})
+    settings: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    trainer = Seq2SeqTrainer(
+        model=pipe.model,
+        args=Seq2SeqTrainingArguments(
+            str(tmp_path), predict_with_generate=True, per_device_eval_batch_size=4, **settings
+        ),
+        data_collator=(DataCollatorForSeq2Seq if with_labels else DataCollatorWithPadding)(tokenizer),
+        processing_class=tokenizer,
+    )
+    found = trainer.predict(encoded, **OPTIONS)
+    tokens = torch.tensor(found.predictions).masked_fill(torch.tensor(found.predictions) == -100, 0)
+    longest = [max(len(row) for row in encoded["input_ids"][start : start + 4]) for start in range(0, len(encoded), 4)]
+    texts = [
+        tokenizer.decode(row[longest[index // 4] :], skip_special_tokens=True) for index, row in enumerate(tokens)
+    ]
+    assert texts == alone["text"]
+    assert ("test_loss" in found.metrics) == with_labels

@@ -1,0 +1,115 @@
+"""Several processes: what they measure, label and train is what one does, and one that dies costs nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from citer_hf.evaluation.writing import deal
+
+from .launching import ONE, TORCHRUN, TWO, run, start
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
+    run(ONE, "-m", "citer_hf.cli", "demo", "--export", file, "--problems", 12, "--split", "train")
+    return file
+
+
+def evaluation(data: Path, out: Path) -> list[Any]:
+    sizes = ["--max-new-tokens", 40, "--batch-tokens", 700, "--device-map", "cpu"]
+    return ["-m", "citer_hf.cli", "evaluate", "demo", "--data", data, "--checker", "math", "--out", out, *sizes]
+
+
+def measured(out: Path) -> tuple[str, int]:
+    """What does not depend on the clock, and the number of processes."""
+    values = json.loads((out / "results.json").read_text())
+    for one in [*values["ends"].values(), *(point for method in values["methods"].values() for point in method)]:
+        assert one.pop("seconds") > 0
+    processes = values["provenance"].pop("processes")
+    for clock_or_place in ("date", "arguments"):
+        values["provenance"].pop(clock_or_place)
+    values["provenance"]["machine"].pop("threads")
+    return json.dumps(values), processes
+
+
+@pytest.fixture(scope="module")
+def results_of_one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("one") / "out"
+    run(ONE, *evaluation(data, out), "--shares", "0.1,0.4")
+    return measured(out)[0]
+
+
+@pytest.mark.parametrize(
+    "launcher", [TWO, pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["accelerate", "torchrun"]
+)
+def test_two_processes_measure_what_one_does(
+    data: Path, results_of_one: str, tmp_path: Path, launcher: list[str]
+) -> None:
+    said = run(launcher, *evaluation(data, tmp_path / "out"), "--shares", "0.1,0.4")
+    values, processes = measured(tmp_path / "out")
+    assert processes == 2
+    assert values == results_of_one
+    assert said.count("results.json, results.md and curve.png are in") == 1
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(
+    data: Path, results_of_one: str, tmp_path: Path
+) -> None:
+    arguments = [*evaluation(data, tmp_path / "out"), "--shares", "0.1,0.4"]
+    process = start(TWO, *arguments)
+    unfinished = tmp_path / "out" / "unfinished"
+    while process.poll() is None and len(list(unfinished.glob("end-*"))) < 2:
+        time.sleep(0.02)
+    workers = [one for one in psutil.Process(process.pid).children() if "evaluate" in one.cmdline()]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "SIGKILL" in said or "Another process has ended" in said
+    assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)
+    done = {path: path.stat().st_mtime_ns for path in unfinished.glob("end-*.json")}
+    assert done and not (tmp_path / "out" / "results.json").exists()
+    assert all(json.loads(path.read_text()) for path in done)
+    run(ONE, *arguments)
+    assert measured(tmp_path / "out")[0] == results_of_one
+
+
+def test_units_are_dealt_evenly_and_each_once() -> None:
+    assert deal(range(6), 2) == [[0, 3, 4], [1, 2, 5]]
+    assert deal(range(5), 3) == [[0], [1, 4], [2, 3]]
+    assert deal(range(2), 4) == [[0], [1], [], []]
+    assert deal(range(3), 1) == [[0, 1, 2]]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    citer, train, test = ("-m", "citer_hf.cli"), tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    run(ONE, *citer, "demo", "--export", train, "--problems", 30, "--split", "train")
+    run(ONE, *citer, "demo", "--export", test, "--problems", 6)
+    sizes = ["--max-new-tokens", 40, "--device-map", "cpu"]
+    run(ONE, *citer, "label", "demo", "--data", train, "--checker", "math", "--out", tmp_path / "labels", *sizes)
+    found = {}
+    for name, launcher in (("one", ONE), ("two", TWO)):
+        router, out = tmp_path / name / "router", tmp_path / name / "out"
+        run(launcher, *citer, "train", "demo", "--labels", tmp_path / "labels", "--out", router, "--device-map", "cpu")
+        baselines = ["--baselines", tmp_path / "labels", "--methods", "co-llm,random", "--shares", "0.3"]
+        baselines += ["--checker", "math"]
+        run(
+            launcher, *citer, "evaluate", router, "--data", test, "--checker", "math", "--out", out, *sizes, *baselines
+        )
+        found[name] = (load_file(router / "model.safetensors"), *measured(out))
+    (ours, values, processes), (of_one, values_of_one, _) = found["two"], found["one"]
+    assert processes == 2
+    assert ours.keys() == of_one.keys() and all(torch.equal(ours[key], of_one[key]) for key in ours)
+    assert values == values_of_one
