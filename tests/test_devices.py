@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from citer_hf import CiterForCausalLM
 
+from .conftest import make_pair
 from .launching import TORCHRUN, run
 from .repositories import save_base_models
 
@@ -103,6 +104,43 @@ def test_a_copy_shares_nothing_and_copies_generate_at_once(bases: Path) -> None:
         for weight in replicas[0].parameters():
             weight.zero_()
     assert torch.equal(model.generate(TEXT, **GREEDY), expected)
+
+
+def test_a_copy_of_a_router_that_reads_the_slms_embeddings_reads_the_copys() -> None:
+    model = make_pair(router={"type": "r2r"}, threshold=0.4)
+    hidden, logits = torch.randn(1, 3, 32), torch.randn(1, 3, 61)
+    with torch.no_grad():
+        expected, replica = model.router(hidden, logits), copy.deepcopy(model)
+        replica.slm.get_input_embeddings().weight.normal_()
+        assert torch.equal(model.router(hidden, logits), expected)
+        assert not torch.equal(replica.router(hidden, logits), expected)
+
+
+DATA_PARALLEL = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tests.conftest import make_pair
+dist.init_process_group("gloo")
+texts = torch.arange(5, 29).reshape(2, 12)
+torch.manual_seed(0)
+pair = make_pair(router={"type": "mlp", "dropout": 0.0}).train()
+replica = DistributedDataParallel(pair)
+mine = texts[dist.get_rank()][None]
+replica(input_ids=mine, labels=mine).loss.backward()
+found = [weight.grad.clone() for weight in pair.router.parameters()]
+pair.zero_grad()
+pair(input_ids=texts, labels=texts).loss.backward()
+for ours, theirs in zip(found, pair.router.parameters(), strict=True):
+    torch.testing.assert_close(ours, theirs.grad)
+assert all(weight.grad is None for part in (pair.slm, pair.llm) for weight in part.parameters())
+print("SAME")
+"""
+
+
+def test_a_router_is_trained_by_replicas_as_by_one_model_with_the_whole_batch(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(DATA_PARALLEL)
+    assert run(TORCHRUN, script).count("SAME") == 2
 
 
 TENSOR_PARALLEL = """
