@@ -159,7 +159,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot.
 
-    Interrupted, the same command goes on.
+    Interrupted, the same command goes on. Under `accelerate launch`, processes divide the work.
     """
     with plain_errors():
         from citer_hf.training import command
