@@ -32,15 +32,13 @@ class Draws:
         """Draw a token for some rows.
 
         Args:
-            probabilities: `[batch, vocabulary]`.
-            columns: For each of these rows, which of its tokens is drawn, from 0.
+            probabilities: Of these rows, `[rows, vocabulary]`.
+            columns: For each of these rows, in the same order, which of its tokens is drawn, from 0.
 
         Returns:
-            A token for every row, `[batch]`; those of other rows mean nothing.
+            `[rows]`.
         """
-        numbers = torch.ones_like(probabilities)
-        for row, column in columns.items():
-            numbers[row] = self._column(column)[row]
+        numbers = torch.stack([self._column(column)[row] for row, column in columns.items()])
         return (probabilities / numbers).argmax(dim=-1)
 
     def forget(self, before: int) -> None:

@@ -74,3 +74,18 @@ def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.T
     by_slm = slm_logits.float().log_softmax(-1) + p_slm.clamp_min(tiny).log()
     by_llm = llm_logits.float().log_softmax(-1) + (1 - p_slm).clamp_min(tiny).log()
     return torch.logaddexp(by_slm, by_llm)
+
+
+def in_one_piece(logits_to_keep: int | torch.Tensor, input_ids: torch.Tensor) -> int | torch.Tensor:
+    """Let a model copy the last positions of several rows before its head multiplies them.
+
+    A slice of them lies in pieces, which torch multiplies row by row, reading the whole vocabulary table for each.
+
+    Args:
+        logits_to_keep: How many of the last positions, or which.
+        input_ids: What is read, `[batch, tokens]`.
+    """
+    rows, tokens = input_ids.shape
+    if isinstance(logits_to_keep, torch.Tensor) or rows == 1 or not 0 < logits_to_keep < tokens:
+        return logits_to_keep
+    return torch.arange(tokens - logits_to_keep, tokens, device=input_ids.device)

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_citer import CiterCache
 from .compiled_citer import CompiledSteps
 from .configuration_citer import CiterConfig, check_threshold_value
-from .forward_citer import keep, marginal, real_text, to_device
+from .forward_citer import in_one_piece, keep, marginal, real_text, to_device
 from .generation_citer import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache, check_threshold_tensor
 from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, set_heard, watch, watched
 from .loading_citer import CiterLoadingMixin
@@ -385,7 +385,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         if "position_ids" in accepted:
             inputs["position_ids"] = position_ids
         if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = logits_to_keep
+            inputs["logits_to_keep"] = in_one_piece(logits_to_keep, input_ids)
         device = model.device
         if device != input_ids.device and device.type != "meta":
             input_ids = input_ids.to(device)

@@ -52,7 +52,6 @@ def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = 
     Returns:
         What `generate` returns.
     """
-    policy = policy or rows_to_wait_for
     rows.write(range(rows.batch), logits[:, -1])
     while rows.unfinished:
         writing: list[int] = []
@@ -124,11 +123,12 @@ class Rows:
         """Share of the tokens that the LLM writes, as seen so far; a fifth before anything was seen."""
         return (self._tokens_deferred + 1) / (self._tokens_decided + 5)
 
-    def enough_wait(self, policy: WaitingPolicy) -> bool:
+    def enough_wait(self, policy: WaitingPolicy | None) -> bool:
         """Whether the LLM should be called now: when enough rows wait, or no row can go on without it."""
         if not self.moving:
             return True
-        enough = policy(len(self.unfinished), self.llm_share, self.pace.ratio)
+        seen = len(self.unfinished), self.llm_share, self.pace.ratio
+        enough = rows_to_wait_for(*seen, self.pace.growth) if policy is None else policy(*seen)
         return pressure(self._written_of(self.waiting), self._written_of(self.unfinished)) >= enough
 
     def _written_of(self, rows: list[int]) -> list[int]:
@@ -308,7 +308,10 @@ class Rows:
         if not processors:
             return raw
         if all(map(reads_no_text, processors)):
-            return processors(self.text[:, : self.width], raw)
+            if len(rows) == self.batch:
+                return processors(self.text[:, : self.width], raw)
+            index = self._index(rows)
+            return raw.index_copy(0, index, processors(self.text[index, : self.width], raw[index]))
         processed = raw.clone()
         for row in rows:
             of_row = LogitsProcessorList([processor_of_row(one, row) for one in processors])
@@ -316,13 +319,19 @@ class Rows:
         return processed
 
     def _choose(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
-        """Return a token for every row, `[batch]`: the likeliest, or one that is drawn."""
+        """Return the likeliest token of each row, or one drawn, `[batch]`; those of other rows mean nothing."""
         if not self.decoding.settings.do_sample:
             return scores.argmax(dim=-1)
         if self.draws is None:
             self.draws = Draws(self.batch, scores.shape[-1], scores.device)
         self.draws.forget(min(self.written[row] for row in self.unfinished))
-        return self.draws.choose(scores.softmax(dim=-1), {row: self.written[row] for row in rows})
+        # Going through the whole vocabulary again for rows that get no token takes as long as a small model's step.
+        index = self._index(rows)
+        drawn = self.draws.choose(scores[index].softmax(dim=-1), {row: self.written[row] for row in rows})
+        return drawn.new_zeros(self.batch).index_copy(0, index, drawn)
+
+    def _index(self, rows: list[int]) -> torch.Tensor:
+        return torch.tensor(rows).to(self.device, non_blocking=True)
 
     def _keep(self, rows: list[int], raw: torch.Tensor, processed: torch.Tensor) -> None:
         """Keep logits and scores, token by token, where they are to be returned."""

@@ -12,43 +12,48 @@ MOST_SLM_STEPS = 1.45
 LAG = 16
 # Beyond this, what is best grows in proportion, and predicting it would take longer than it saves.
 MOST_ROWS = 16
-# Rows end one after the other, and the last ones wait for nobody: parting must promise more than it costs.
-MARGIN = 1.1
+# Rows that part end one after the other, which takes SLM steps for fewer and fewer of them; the shorter the texts, the
+# more of their length. And parting must promise more than it costs.
+LAST_STEPS = 0.15
+MARGIN = 1.05
 # With an SLM step this dear, one call less is worth an SLM step more only as long as both are about as frequent.
 DEAREST_STEP = 0.3
 
 
-def rows_to_wait_for(unfinished: int, llm_share: float, step_ratio: float) -> int:
+def rows_to_wait_for(unfinished: int, llm_share: float, step_ratio: float, growth: float = 0.0) -> int:
     """Choose how many waiting rows trigger a call of the LLM; 1 is lock-step.
 
-    Time per position is proportional to `step_ratio · (SLM steps) + (LLM calls)`, both predicted by
-    `passes_per_position`. Among the numbers that predict a gain over lock-step and at most 1.45 SLM steps per
-    position, the cheapest is taken. For 8 rows and an LLM share of 0.2 that is 5, for 16 rows 10.
+    Time per position is proportional to `step_ratio · (SLM steps) + (LLM calls) + growth`, steps and calls predicted
+    by `passes_per_position`. Every token is read once, and every call reads about one more of each row than it has to,
+    since the row that has most to read decides how wide it is; in lock-step all rows have as much to read. Among the
+    numbers that predict a gain over lock-step and at most 1.45 SLM steps per position, the cheapest is taken. For 8
+    rows and an LLM share of 0.2 that is 5, for 16 rows 10.
 
     Args:
         unfinished: Rows whose text has not ended.
         llm_share: Share of the tokens that the LLM writes, as seen so far, from 0 to 1.
-        step_ratio: Time of an SLM step over time of an LLM call, as measured.
+        step_ratio: Time of an SLM step over time of an LLM call that reads one token of each row, as measured.
+        growth: What such a call takes more for another token of each row, as a part of its time.
 
     Returns:
         From 1 to `unfinished`.
     """
     if unfinished > MOST_ROWS:
-        return round(rows_to_wait_for(MOST_ROWS, llm_share, step_ratio) * unfinished / MOST_ROWS)
+        return round(rows_to_wait_for(MOST_ROWS, llm_share, step_ratio, growth) * unfinished / MOST_ROWS)
     # Steps of 0.02 and of 0.05, so that few predictions are ever made.
     share = min(max(round(llm_share * 50), 1), 49) / 50
-    return _cheapest(unfinished, share, max(round(step_ratio * 20), 1) / 20)
+    return _cheapest(unfinished, share, max(round(step_ratio * 20), 1) / 20, round(growth * 20) / 20)
 
 
 @lru_cache(maxsize=4096)
-def _cheapest(unfinished: int, share: float, step_ratio: float) -> int:
+def _cheapest(unfinished: int, share: float, step_ratio: float, growth: float) -> int:
     options = [passes_per_position(unfinished, waiting, share) for waiting in range(1, unfinished + 1)]
-    lock_step = step_ratio + options[0][0]
+    lock_step = step_ratio + (1 - growth) * options[0][0] + growth
     weight = min(step_ratio, DEAREST_STEP)
     allowed = [
         waiting
         for waiting, (calls, steps) in enumerate(options, 1)
-        if steps <= MOST_SLM_STEPS and (step_ratio * steps + calls) * MARGIN <= lock_step
+        if steps <= MOST_SLM_STEPS and (step_ratio * (steps + LAST_STEPS) + calls + growth) * MARGIN <= lock_step
     ]
     return min(allowed, key=lambda waiting: weight * options[waiting - 1][1] + options[waiting - 1][0], default=1)
 
@@ -82,9 +87,14 @@ class Pace:
             return 0.1
         return self._slm.of_one_token() / self._llm.of_one_token()
 
+    @property
+    def growth(self) -> float:
+        """What a call of the LLM takes more for another token of each row, as a part of one that reads one token."""
+        return self._llm.of_another_token() / self._llm.of_one_token() if self._llm.count else 0.0
+
 
 class Durations:
-    """Running sums of how long passes over different numbers of tokens took."""
+    """Running sums of how long passes over different numbers of tokens took, and the straight line through them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -103,13 +113,17 @@ class Durations:
         self._squares += tokens * tokens
         self._products += tokens * seconds
 
-    def of_one_token(self) -> float:
-        """Return the seconds of a pass over one token, on the straight line through the passes that were seen."""
+    def of_another_token(self) -> float:
+        """Return the seconds that another token takes: none, where it is not known, and at most a token's part."""
         seconds, tokens = self._seconds / self.count, self._tokens / self.count
         spread = self._squares / self.count - tokens * tokens
         slope = (self._products / self.count - tokens * seconds) / spread if spread > 0 else 0.0
-        # A pass over fewer tokens takes no longer, and no less than its part.
-        return min(max(seconds - slope * (tokens - 1), seconds / tokens), seconds)
+        return min(max(slope, 0.0), seconds / tokens)
+
+    def of_one_token(self) -> float:
+        """Return the seconds of a pass over one token."""
+        seconds, tokens = self._seconds / self.count, self._tokens / self.count
+        return seconds - self.of_another_token() * (tokens - 1)
 
 
 def pressure(waiting: list[int], unfinished: list[int]) -> float:
