@@ -38,7 +38,10 @@ class Draws:
         Returns:
             `[rows]`.
         """
-        numbers = torch.stack([self._column(column)[row] for row, column in columns.items()])
+        if len(columns) == self._shape[0] and len(set(columns.values())) == 1:
+            numbers = self._column(next(iter(columns.values())))
+        else:
+            numbers = torch.stack([self._column(column)[row] for row, column in columns.items()])
         return (probabilities / numbers).argmax(dim=-1)
 
     def forget(self, before: int) -> None:

@@ -265,11 +265,13 @@ class Rows:
         """
         if not writing:
             return
+        began = time.perf_counter()
         chosen = list(writing)
         raw = self._raw(logits)
         processed = self._processed(chosen, raw)
         tokens = self._choose(chosen, processed)
         self._append(chosen, raw, processed, tokens, tokens.tolist())
+        self.pace.note_writing(time.perf_counter() - began)
 
     def _raw(self, logits: torch.Tensor) -> torch.Tensor:
         # A copy where processors may change it.
@@ -325,6 +327,8 @@ class Rows:
         if self.draws is None:
             self.draws = Draws(self.batch, scores.shape[-1], scores.device)
         self.draws.forget(min(self.written[row] for row in self.unfinished))
+        if len(rows) == self.batch:
+            return self.draws.choose(scores.softmax(dim=-1), dict(enumerate(self.written)))
         # Going through the whole vocabulary again for rows that get no token takes as long as a small model's step.
         index = self._index(rows)
         drawn = self.draws.choose(scores[index].softmax(dim=-1), {row: self.written[row] for row in rows})

@@ -80,6 +80,14 @@ class Pace:
         """
         (self._slm if model == "slm" else self._llm).add(seconds, tokens)
 
+    def note_writing(self, seconds: float) -> None:
+        """Add what choosing and writing tokens took, which every SLM step is followed by.
+
+        Args:
+            seconds: What it took.
+        """
+        self._slm.lengthen(seconds)
+
     @property
     def ratio(self) -> float:
         """Time of an SLM step over time of an LLM call that reads as many tokens."""
@@ -112,6 +120,15 @@ class Durations:
         self._tokens += tokens
         self._squares += tokens * tokens
         self._products += tokens * seconds
+
+    def lengthen(self, seconds: float) -> None:
+        """Add to what passes over one token took.
+
+        Args:
+            seconds: How much.
+        """
+        self._seconds += seconds
+        self._products += seconds
 
     def of_another_token(self) -> float:
         """Return the seconds that another token takes: none, where it is not known, and at most a token's part."""
