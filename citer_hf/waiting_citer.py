@@ -15,9 +15,12 @@ MOST_ROWS = 16
 # Rows that part end one after the other, which takes SLM steps for fewer and fewer of them; the shorter the texts, the
 # more of their length. And parting must promise more than it costs.
 LAST_STEPS = 0.15
-MARGIN = 1.05
+MARGIN = 1.08
 # With an SLM step this dear, one call less is worth an SLM step more only as long as both are about as frequent.
 DEAREST_STEP = 0.3
+# Seconds. What shorter calls of the LLM take is overhead of the host and noise, and says nothing of the models: the
+# SLM is then taken for the cheaper one, as it is in every pair that is worth routing.
+SHORTEST_CALL = 3e-3
 
 
 def rows_to_wait_for(unfinished: int, llm_share: float, step_ratio: float, growth: float = 0.0) -> int:
@@ -93,12 +96,19 @@ class Pace:
         """Time of an SLM step over time of an LLM call that reads as many tokens."""
         if not (self._slm.count and self._llm.count):
             return 0.1
-        return self._slm.of_one_token() / self._llm.of_one_token()
+        ratio = self._slm.of_one_token() / self._llm.of_one_token()
+        return min(ratio, 0.5) if self._llm_is_tiny else ratio
 
     @property
     def growth(self) -> float:
         """What a call of the LLM takes more for another token of each row, as a part of one that reads one token."""
-        return self._llm.of_another_token() / self._llm.of_one_token() if self._llm.count else 0.0
+        if not self._llm.count or self._llm_is_tiny:
+            return 0.0
+        return self._llm.of_another_token() / self._llm.of_one_token()
+
+    @property
+    def _llm_is_tiny(self) -> bool:
+        return self._llm.of_one_token() < SHORTEST_CALL
 
 
 class Durations:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from citer_hf.waiting_citer import passes_per_position, pressure, rows_to_wait_for
+from citer_hf.waiting_citer import Pace, passes_per_position, pressure, rows_to_wait_for
 
 
 def play(rows: int, waiting: int, share: float, steps: int = 20_000) -> tuple[float, float]:
@@ -55,3 +55,38 @@ def test_rows_that_lag_behind_press_more_than_rows_that_are_ahead():
     unfinished = [10, 10, 50, 50]
     assert pressure([10], unfinished) > 1 > pressure([50], unfinished)
     assert pressure([30, 30], [30, 30, 30]) == 2
+
+
+def timed(steps: list[float], calls: list[tuple[float, int]]) -> Pace:
+    """What was measured, in milliseconds; of calls, also the tokens that they read."""
+    pace = Pace()
+    for took in steps:
+        pace.note("slm", took / 1000)
+    for took, tokens in calls:
+        pace.note("llm", took / 1000, tokens)
+    return pace
+
+
+def test_longer_calls_do_not_make_the_llm_look_dearer():
+    pace = timed([10, 10], [(14, 3), (16, 4), (20, 6)])
+    assert pace.ratio == pytest.approx(1.0) and pace.growth == pytest.approx(0.2)
+    assert rows_to_wait_for(8, 0.2, pace.ratio, pace.growth) == 1
+
+
+def test_writing_is_a_part_of_the_slms_step():
+    pace = timed([8, 8], [(20, 1)])
+    pace.note_writing(4 / 1000)
+    assert pace.ratio == pytest.approx(0.5)
+
+
+def test_calls_of_one_length_tell_nothing_of_longer_ones():
+    assert timed([5], [(10, 4), (10, 4)]).growth == 0
+
+
+def test_times_too_short_to_tell_take_the_slm_for_the_cheaper_model():
+    pace = timed([2], [(2, 1), (2.5, 3)])
+    assert pace.ratio == 0.5 and pace.growth == 0
+
+
+def test_what_another_token_costs_speaks_against_waiting():
+    assert rows_to_wait_for(16, 0.5, 0.3) > 1 == rows_to_wait_for(16, 0.5, 0.3, 0.3)
