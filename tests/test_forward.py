@@ -202,3 +202,16 @@ def test_resizing_the_vocabulary_resizes_both(text):
     with torch.no_grad():
         output = model(input_ids=torch.tensor([[65, 69]]), router_threshold=2.0)
     assert output.logits.shape[-1] == model.config.vocab_size == 70
+
+
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_the_head_multiplies_the_last_positions_of_a_batch_in_one_piece(pair, role):
+    heads = []
+    hook = getattr(pair, role).lm_head.register_forward_pre_hook(
+        lambda module, inputs: heads.append((tuple(inputs[0].shape[:2]), inputs[0].is_contiguous()))
+    )
+    try:
+        pair(**left_padded(random_prompts((5, 9, 12))), logits_to_keep=1, router_threshold=2.0)
+    finally:
+        hook.remove()
+    assert heads == [((3, 1), True)]
