@@ -145,8 +145,18 @@ def load_models(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) ->
             models[role] = source
         else:
             with explained(role, source, own):
-                models[role] = AutoModelForCausalLM.from_pretrained(source, **own)
+                models[role] = AutoModelForCausalLM.from_pretrained(source, **own, **for_adapters(own))
     return models
+
+
+def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return how an adapter beside a model is looked for: where files are looked for, which transformers 5.17 forgets.
+
+    Args:
+        keywords: The keywords of the model.
+    """
+    files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
+    return {"adapter_kwargs": files} if files and "adapter_kwargs" not in keywords else {}
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:

@@ -145,8 +145,12 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
 
-def test_a_chat_on_a_terminal(chat_directory: Path) -> None:
-    terminal = Terminal(*CITER, "chat", str(chat_directory), "--max-new-tokens", "200")
+def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
+    # An answer long enough for Ctrl-C to come before its end, however busy the machine is.
+    model = chat_pair(max_position_embeddings=50_000)
+    model.slm.config.max_position_embeddings = 50_000
+    model.save_pretrained(tmp_path / "pair", save_base_models=True)
+    terminal = Terminal(*CITER, "chat", str(tmp_path / "pair"), "--max-new-tokens", "40000")
     terminal.wait_for("/help lists the commands.")
     terminal.wait_for("> ")
     terminal.type("hello\n")
