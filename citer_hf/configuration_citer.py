@@ -12,6 +12,8 @@ CONFIG_VERSION = 1
 # A second name for `token`, under which it arrives in every version of transformers.
 TOKEN = "_token_of_from_pretrained"
 
+MOST_LAYERS = 10_000
+
 
 class CiterConfig(PreTrainedConfig):
     """Configuration of a pair of causal language models and the router that chooses between them token by token.
@@ -101,7 +103,7 @@ class CiterConfig(PreTrainedConfig):
             kwargs: Attributes to override, and `return_unused_kwargs`.
 
         Raises:
-            ValueError: when the dictionary belongs to a model of another type.
+            ValueError: when the dictionary belongs to a model of another type, or claims what no model has.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -109,6 +111,8 @@ class CiterConfig(PreTrainedConfig):
                 f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
                 "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
             )
+        for role in ("slm", "llm"):
+            check_layers(role, config_dict.get(f"{role}_config"))
         unknown = sorted(key for key in set(config_dict) - _known_keys() if not key.startswith("_"))
         if unknown:
             warnings.warn(
@@ -220,6 +224,25 @@ def check_threshold_value(threshold: float) -> float:
             f"{threshold!r}."
         )
     return value
+
+
+def check_layers(role: str, config: Any) -> None:
+    """Refuse a configuration with more layers than any model has: transformers makes each before it sees any weight.
+
+    Args:
+        role: `slm` or `llm`.
+        config: The JSON form of a model's configuration.
+
+    Raises:
+        ValueError: which says how many it claims.
+    """
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        claimed = config.get(name) if isinstance(config, dict) else None
+        if isinstance(claimed, int) and claimed > MOST_LAYERS:
+            raise ValueError(
+                f"config: {role}_config says that {name} is {claimed}, expected at most {MOST_LAYERS}. The file is "
+                "damaged, or means harm."
+            )
 
 
 def table_size(config: PreTrainedConfig) -> int:

@@ -198,6 +198,13 @@ def test_a_base_model_that_claims_to_be_huge_takes_no_memory(router, name):
         load(router)
 
 
+def test_a_configuration_with_endless_layers_is_refused_before_any_is_made(router, nothing_is_read):
+    config = json.loads((router / "config.json").read_text())
+    change(router, llm_config=config["llm_config"] | {"num_hidden_layers": 1 << 44})
+    with pytest.raises(ValueError, match="llm_config says that num_hidden_layers is 17592186044416"):
+        load(router)
+
+
 @pytest.mark.parametrize("name", ["top_logprobs", "hidden_size"])
 def test_a_router_that_claims_to_be_huge_takes_no_memory(router, nothing_is_read, name):
     change(router, router={"type": "mlp", name: 1 << 44})
