@@ -380,3 +380,27 @@ def test_tokens_are_in_no_output_and_in_no_file(client, pushed, loaded, troubled
     for folder in ("router", "held", "again", "refused"):
         for file in (client.folder / folder).rglob("*"):
             assert not file.is_file() or not any(secret.encode() in file.read_bytes() for secret in secrets)
+
+
+SERVE = """
+    import subprocess
+    import openai
+
+    command = [sys.executable, "-m", "citer_hf.cli", "serve", "me/router", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_TOKEN": TOKEN})
+    line = next(line for line in process.stderr if line.startswith("Serving"))
+    client = openai.OpenAI(base_url=line.split(" at ")[1].split()[0], api_key="none", max_retries=0)
+    ids = IDS[0].tolist()
+    answer = client.completions.create(model="me/router", prompt=ids, max_tokens=8, temperature=0)
+    model = CiterForCausalLM.from_pretrained("me/router", token=TOKEN)
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False)[0, len(ids):]
+    said["served"] = [answer.model, answer.choices[0].text]
+    said["expected"] = ["me/router", model.load_tokenizer().decode(expected, skip_special_tokens=True)]
+    process.terminate()
+    process.wait(60)
+"""
+
+
+def test_a_router_is_served_by_its_id(client, pushed):
+    said = client.run(SERVE)
+    assert said["served"] == said["expected"]
