@@ -11,8 +11,8 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .base_models_citer import HUB_KEYWORDS, explained
-from .paths_citer import REPOSITORY_ID, check_folder, check_reference, leads_out
+from .base_models_citer import HUB_KEYWORDS, explained, file_keywords, folder_of_router
+from .paths_citer import REPOSITORY_ID, check_reference, leads_out
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -143,16 +143,11 @@ def locate_adapter(
         ValueError: when that is a place where it may not be.
     """
     check_reference(f"{role}_adapter", reference, path)
-    folder = reference.get("subfolder", "")
     if reference.get("name_or_path") is not None:
         fixed = {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
         return reference["name_or_path"], {**hub, **fixed}
-    folder = os.path.join(repository.get("subfolder", ""), folder)
-    if os.path.isdir(path):
-        check_folder(path, folder)
-        return os.path.join(path, folder), hub
-    fixed = {"subfolder": folder, "revision": repository.get("revision")}
-    return path, {**hub, **{key: value for key, value in fixed.items() if value}}
+    place, there = folder_of_router(path, reference.get("subfolder", ""), repository)
+    return place, {**hub, **there}
 
 
 def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple[Any, Adapter | None]:
@@ -169,7 +164,7 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
         ImportError: when PEFT is not installed.
     """
     name = keywords.pop("adapter_name_or_path", None)
-    hub = {key: keywords[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if keywords.get(key)}
+    hub = file_keywords(keywords)
     if isinstance(source, nn.Module):
         if name is not None:
             raise ValueError(
@@ -225,10 +220,9 @@ def saved_adapter(
         if named is None and "name_or_path" not in reference:
             # It belongs to the router, and is saved with it again.
             adapter = adapter._replace(reference=reference)
-    of_base = {key: keywords[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if keywords.get(key)}
     with explained(role, base, keywords):
-        unexpected = not keywords.get("gguf_file") and find_adapter_config_file(base, **of_base) is not None
-    if unexpected and (adapter is None or os.path.realpath(adapter.folder) != os.path.realpath(base)):
+        held = not keywords.get("gguf_file") and find_adapter_config_file(base, **file_keywords(keywords)) is not None
+    if held and (adapter is None or os.path.realpath(adapter.folder) != os.path.realpath(base)):
         raise ValueError(
             f"{role}: {base} holds an adapter that this router was not saved with. It is not loaded; if you trust it, "
             f"pass {role}_name_or_path={base!r}."

@@ -102,6 +102,15 @@ def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
     return {key: keywords[key] for key in names if key in keywords}
 
 
+def file_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Select what says where any file of a repository is.
+
+    Args:
+        keywords: The keywords of a model, an adapter or a router.
+    """
+    return {key: keywords[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if keywords.get(key)}
+
+
 def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedConfig:
     """Return the configuration of a base model, without loading its weights.
 
@@ -156,7 +165,7 @@ def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
         keywords: The keywords of the model.
     """
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
-    return {"adapter_kwargs": files} if files and "adapter_kwargs" not in keywords else {}
+    return {"adapter_kwargs": files} if files else {}
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:
@@ -250,15 +259,28 @@ def locate_base_model(
         if folder:
             keywords.setdefault("subfolder", folder)
         return str(name)
-    # A folder of the router's own repository, wherever that is now.
+    place, there = folder_of_router(path, folder, repository)
+    keywords.update(there)
+    return place
+
+
+def folder_of_router(path: str, folder: str, repository: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Say where a folder of a router's own repository is, wherever that is now, and how its files are fetched.
+
+    Args:
+        path: Path or repository id of the router.
+        folder: The folder.
+        repository: The keywords of the router's own repository.
+
+    Raises:
+        ValueError: when it leads out of the router's directory.
+    """
     folder = os.path.join(repository.get("subfolder", ""), folder)
     if os.path.isdir(path):
         check_folder(path, folder)
-        return os.path.join(path, folder)
-    keywords["subfolder"] = folder
-    if repository.get("revision"):
-        keywords["revision"] = repository["revision"]
-    return path
+        return os.path.join(path, folder), {}
+    revision = {"revision": repository["revision"]} if repository.get("revision") else {}
+    return path, {"subfolder": folder, **revision}
 
 
 def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreTrainedConfig) -> None:

@@ -202,21 +202,21 @@ def parts(facts: Facts) -> list[tuple[str, str]]:
         facts: What the repository's files say.
     """
     return [
-        *((role.upper(), place(facts.reference(role), facts.base(role))) for role in ("slm", "llm")),
+        *((role.upper(), place(facts, role)) for role in ("slm", "llm")),
         ("router", f"`{facts.config['router']['type']}`"),
         ("threshold", f"{facts.config.get('router_threshold', 0.5):.4g}"),
     ]
 
 
-def place(reference: dict[str, Any], base: tuple[str, str] | None) -> str:
+def place(facts: Facts, role: str) -> str:
     """Say where a base model is, and which one it is.
 
     Args:
-        reference: What the configuration says.
-        base: Id and commit of the published model, if it is one.
+        facts: What the repository's files say.
+        role: `slm` or `llm`.
     """
+    reference, adapter, base = facts.reference(role), facts.adapter(role), facts.base(role)
     link = "" if base is None else link_to(*base)
-    adapter = adapter_of(reference)
     with_adapter = ""
     if adapter:
         name, revision = adapter.get("name_or_path"), adapter.get("revision", "")
@@ -234,17 +234,8 @@ def models_of(facts: Facts, role: str) -> list[str]:
         facts: What the repository's files say.
         role: `slm` or `llm`.
     """
-    base, adapter = facts.base(role), adapter_of(facts.reference(role)).get("name_or_path")
+    base, adapter = facts.base(role), facts.adapter(role).get("name_or_path")
     return [*([] if base is None else base[:1]), *([adapter] if adapter else [])]
-
-
-def adapter_of(reference: dict[str, Any]) -> dict[str, str]:
-    """Return where the adapter of a base model is; nothing when it has none.
-
-    Args:
-        reference: What the configuration says.
-    """
-    return reference.get("adapter") or {}
 
 
 def link_to(name: str, revision: str) -> str:

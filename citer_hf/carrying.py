@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file
 
-from .base_models_citer import HUB_KEYWORDS, ROLES, commit_of
+from .base_models_citer import ROLES, commit_of, file_keywords
 from .belonging import check_provenance, method_in
 from .card import CARD
 from .configuration_citer import CiterConfig
@@ -99,7 +99,7 @@ def files_of(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
         source: Path or repository id.
         hub: The keywords it was loaded with.
     """
-    options = {key: hub[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if hub.get(key)}
+    options = file_keywords(dict(hub))
     commit = None if os.path.isdir(source) else commit_of(source, dict(hub))
     return options | ({"revision": commit} if commit else {})
 

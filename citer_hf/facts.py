@@ -98,6 +98,14 @@ class Facts:
         """
         return self.config.get(f"{role}_reference") or {}
 
+    def adapter(self, role: str) -> dict[str, str]:
+        """Where the adapter of a base model is; nothing when it has none.
+
+        Args:
+            role: `slm` or `llm`.
+        """
+        return self.reference(role).get("adapter") or {}
+
     def base(self, role: str) -> tuple[str, str] | None:
         """Return the published model that a base model is, or was when it was saved along: its id and its commit.
 

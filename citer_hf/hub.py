@@ -131,8 +131,7 @@ def check_references(facts: Facts) -> None:
         ValueError: which names the model.
     """
     for role in ("slm", "llm"):
-        reference = facts.reference(role)
-        for name in (reference.get("name_or_path"), (reference.get("adapter") or {}).get("name_or_path")):
+        for name in (part.get("name_or_path") for part in (facts.reference(role), facts.adapter(role))):
             if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
                 raise ValueError(
                     f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save "

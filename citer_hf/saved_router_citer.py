@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
-from .base_models_citer import HUB_KEYWORDS, is_broken_transfer
+from .base_models_citer import file_keywords, is_broken_transfer
 from .configuration_citer import CiterConfig, check_threshold_value
 from .paths_citer import check_folder
 from .routing_citer import CUSTOM_ROUTER, ROUTERS, build_router
@@ -112,11 +112,12 @@ def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.
     Raises:
         OSError: when the file is missing or damaged.
     """
-    hub = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if repository.get(key)}
     if os.path.isdir(path):
         check_folder(path)
     try:
-        file = cached_file(path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+        file = cached_file(
+            path, ROUTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **file_keywords(repository)
+        )
     except Exception as error:
         if not is_broken_transfer(error):
             raise

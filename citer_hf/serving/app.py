@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import fastapi
@@ -121,12 +121,7 @@ class Server:
             request: The request.
             body: Its body.
         """
-        self.check_name(body.model)
-        arrived = time.monotonic()
-        # Templates and tokenizers take their time over long texts, and others wait for the event loop.
-        prompt = await run_in_threadpool(chat_prompt, self.engine.tokenizer, body)
-        reply = ChatReply(f"chatcmpl-{uuid.uuid4().hex}", self.names[0], body.n or 1)
-        return await self._answer(request, body, [prompt], reply, arrived)
+        return await self._answer(request, body, lambda: [chat_prompt(self.engine.tokenizer, body)], ChatReply)
 
     async def complete(self, request: fastapi.Request, body: CompletionRequest) -> Response:
         """Continue texts.
@@ -135,12 +130,9 @@ class Server:
             request: The request.
             body: Its body.
         """
-        self.check_name(body.model)
-        arrived = time.monotonic()
-        vocabulary = self.engine.model.vocab_size
-        prompts = await run_in_threadpool(text_prompts, self.engine.tokenizer, body, vocabulary)
-        reply = CompletionReply(f"cmpl-{uuid.uuid4().hex}", self.names[0], len(prompts) * (body.n or 1))
-        return await self._answer(request, body, prompts, reply, arrived)
+        engine = self.engine
+        prompts = partial(text_prompts, engine.tokenizer, body, engine.model.vocab_size)
+        return await self._answer(request, body, prompts, CompletionReply)
 
     def _plan(self, body: Request, prompts: list[list[int]], arrived: float) -> list[Answer]:
         """Return the answers that a request asks for, those to one prompt side by side."""
@@ -161,9 +153,16 @@ class Server:
         ]
 
     async def _answer(
-        self, request: fastapi.Request, body: Request, prompts: list[list[int]], reply: Reply, arrived: float
+        self, request: fastapi.Request, body: Request, read: Callable[[], list[list[int]]], kind: type[Reply]
     ) -> Response:
-        pieces = self._pieces(request, self._plan(body, prompts, arrived))
+        """Answer a request whose prompts `read` reads."""
+        self.check_name(body.model)
+        arrived = time.monotonic()
+        # Templates and tokenizers take their time over long texts, and others wait for the event loop.
+        prompts = await run_in_threadpool(read)
+        answers = await run_in_threadpool(self._plan, body, prompts, arrived)
+        reply = kind(self.names[0], len(answers))
+        pieces = self._pieces(request, answers)
         if body.stream:
             # What is refused is refused with its status, which a stream that has begun cannot have any more.
             first = await anext(pieces, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from typing import Any
 
 from transformers.cli.serving.utils import ReasoningText, ToolCall
@@ -47,16 +48,16 @@ class Reply:
     """The answers to one request, as they are written.
 
     Args:
-        request_id: Its id.
         model: The name under which the model is served.
         choices: Number of answers.
     """
 
+    prefix: str
     whole_object: str
     chunk_object: str
 
-    def __init__(self, request_id: str, model: str, choices: int):
-        self.head = {"id": request_id, "created": int(time.time()), "model": model}
+    def __init__(self, model: str, choices: int):
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.pieces: list[list[Any]] = [[] for _ in range(choices)]
         self.reasons: list[str | None] = [None] * choices
 
@@ -121,6 +122,7 @@ def is_content(piece: Any) -> bool:
 class CompletionReply(Reply):
     """The answers of `/v1/completions`."""
 
+    prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
     def _told(self, index: int, piece: Any) -> dict[str, Any]:
@@ -133,6 +135,7 @@ class CompletionReply(Reply):
 class ChatReply(Reply):
     """The answers of `/v1/chat/completions`."""
 
+    prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
