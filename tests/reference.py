@@ -11,7 +11,7 @@ import torch
 @torch.no_grad()
 def naive_logits(model: Any, ids: Sequence[int], threshold: float) -> tuple[torch.Tensor, float, bool]:
     """Logits of the token that follows `ids`, the router's score, and whether the LLM gives the logits."""
-    input_ids = torch.tensor([list(ids)])
+    input_ids = torch.tensor([list(ids)], device=model.slm.device)
     slm_logits = model.slm(input_ids, use_cache=False).logits[0, -1, : model.config.vocab_size]
     hidden = model.slm.base_model(input_ids, use_cache=False).last_hidden_state[0, -1]
     score = float(model.router(hidden, slm_logits))

@@ -103,7 +103,8 @@ def assert_rows_are_those_of_the_naive_loop(model: Any, output: Any, rows: list[
         assert not output.sequences[index, width + len(text) :].any()
         assert routing.to_llm[index, : len(text)].tolist() == to_llm
         assert not routing.unfinished[index, len(text) :].any()
-        torch.testing.assert_close(routing.scores[index, : len(text)], torch.tensor(scores), atol=1e-3, rtol=1e-3)
+        found = routing.scores[index, : len(text)].cpu()
+        torch.testing.assert_close(found, torch.tensor(scores), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
