@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SMALL = (
+SMALL = shlex.split(
     "--slm tiny --llm tiny --device cpu --dtype float32 --shares 0.5 --prompt-length 4 --max-new-tokens 4 --repeats 1"
-).split()
+)
 
 
 @pytest.fixture
