@@ -128,7 +128,7 @@ class Rows:
         if not self.moving:
             return True
         seen = len(self.unfinished), self.llm_share, self.pace.ratio
-        enough = rows_to_wait_for(*seen, self.pace.growth) if policy is None else policy(*seen)
+        enough = rows_to_wait_for(*seen, self.pace.growth, self.columns) if policy is None else policy(*seen)
         return pressure(self._written_of(self.waiting), self._written_of(self.unfinished)) >= enough
 
     def _written_of(self, rows: list[int]) -> list[int]:

@@ -12,18 +12,20 @@ MOST_SLM_STEPS = 1.45
 LAG = 16
 # Beyond this, what is best grows in proportion, and predicting it would take longer than it saves.
 MOST_ROWS = 16
-# Rows that part end one after the other, which takes SLM steps for fewer and fewer of them; the shorter the texts, the
-# more of their length. And parting must promise more than it costs.
-LAST_STEPS = 0.15
+# Rows that part end one after the other, which takes SLM steps for fewer and fewer of them: of rows that are played with
+# dice, about six more, and one for twenty positions. And parting must promise more than it costs.
+LAST_STEPS, DRIFT = 6, 0.05
 MARGIN = 1.08
 # With an SLM step this dear, one call less is worth an SLM step more only as long as both are about as frequent.
 DEAREST_STEP = 0.3
-# Seconds. What shorter calls of the LLM take is overhead of the host and noise, and says nothing of the models: the
+# Seconds. What shorter calls of the LLM take is overhead of the host and noise, and says little of the models: the
 # SLM is then taken for the cheaper one, as it is in every pair that is worth routing.
-SHORTEST_CALL = 3e-3
+SHORTEST_CALL, CHEAPER = 3e-3, 0.9
 
 
-def rows_to_wait_for(unfinished: int, llm_share: float, step_ratio: float, growth: float = 0.0) -> int:
+def rows_to_wait_for(
+    unfinished: int, llm_share: float, step_ratio: float, growth: float = 0.0, length: int = 512
+) -> int:
     """Choose how many waiting rows trigger a call of the LLM; 1 is lock-step.
 
     Time per position is proportional to `step_ratio · (SLM steps) + (LLM calls) + growth`, steps and calls predicted
@@ -37,26 +39,27 @@ def rows_to_wait_for(unfinished: int, llm_share: float, step_ratio: float, growt
         llm_share: Share of the tokens that the LLM writes, as seen so far, from 0 to 1.
         step_ratio: Time of an SLM step over time of an LLM call that reads one token of each row, as measured.
         growth: What such a call takes more for another token of each row, as a part of its time.
+        length: Most new tokens of a row.
 
     Returns:
         From 1 to `unfinished`.
     """
     if unfinished > MOST_ROWS:
-        return round(rows_to_wait_for(MOST_ROWS, llm_share, step_ratio, growth) * unfinished / MOST_ROWS)
+        return round(rows_to_wait_for(MOST_ROWS, llm_share, step_ratio, growth, length) * unfinished / MOST_ROWS)
     # Steps of 0.02 and of 0.05, so that few predictions are ever made.
     share = min(max(round(llm_share * 50), 1), 49) / 50
-    return _cheapest(unfinished, share, max(round(step_ratio * 20), 1) / 20, round(growth * 20) / 20)
+    return _cheapest(unfinished, share, max(round(step_ratio * 20), 1) / 20, round(growth * 20) / 20, length)
 
 
 @lru_cache(maxsize=4096)
-def _cheapest(unfinished: int, share: float, step_ratio: float, growth: float) -> int:
+def _cheapest(unfinished: int, share: float, step_ratio: float, growth: float, length: int) -> int:
     options = [passes_per_position(unfinished, waiting, share) for waiting in range(1, unfinished + 1)]
     lock_step = step_ratio + (1 - growth) * options[0][0] + growth
-    weight = min(step_ratio, DEAREST_STEP)
+    weight, at_the_end = min(step_ratio, DEAREST_STEP), LAST_STEPS / length + DRIFT
     allowed = [
         waiting
         for waiting, (calls, steps) in enumerate(options, 1)
-        if steps <= MOST_SLM_STEPS and (step_ratio * (steps + LAST_STEPS) + calls + growth) * MARGIN <= lock_step
+        if steps <= MOST_SLM_STEPS and (step_ratio * (steps + at_the_end) + calls + growth) * MARGIN <= lock_step
     ]
     return min(allowed, key=lambda waiting: weight * options[waiting - 1][1] + options[waiting - 1][0], default=1)
 
@@ -97,7 +100,7 @@ class Pace:
         if not (self._slm.count and self._llm.count):
             return 0.1
         ratio = self._slm.of_one_token() / self._llm.of_one_token()
-        return min(ratio, 0.5) if self._llm_is_tiny else ratio
+        return min(ratio, CHEAPER) if self._llm_is_tiny else ratio
 
     @property
     def growth(self) -> float:
@@ -182,16 +185,14 @@ def passes_per_position(rows: int, waiting: int, llm_share: float) -> tuple[floa
     Returns:
         LLM calls and SLM steps per position.
     """
-    chances = [1.0] + [0.0] * (waiting - 1)
-    steps = moved = 0.0
-    while (left := sum(chances)) > 1e-6:
-        after = [0.0] * waiting
-        steps += left
-        for already, chance in enumerate(chances):
-            moving = rows - already
-            moved += chance * moving
-            for joining in range(waiting - already):
-                odds = comb(moving, joining) * llm_share**joining * (1 - llm_share) ** (moving - joining)
-                after[already + joining] += chance * odds
-        chances = after
+    # Rows only ever join those that wait, so that one pass over the states is enough.
+    visits = [1.0] + [0.0] * (waiting - 1)
+    for already in range(waiting):
+        moving = rows - already
+        visits[already] /= 1 - (1 - llm_share) ** moving
+        for joining in range(1, waiting - already):
+            odds = comb(moving, joining) * llm_share**joining * (1 - llm_share) ** (moving - joining)
+            visits[already + joining] += visits[already] * odds
+    steps = sum(visits)
+    moved = sum(count * (rows - already) for already, count in enumerate(visits))
     return rows / moved, steps * rows / moved

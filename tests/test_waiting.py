@@ -85,7 +85,11 @@ def test_calls_of_one_length_tell_nothing_of_longer_ones():
 
 def test_times_too_short_to_tell_take_the_slm_for_the_cheaper_model():
     pace = timed([2], [(2, 1), (2.5, 3)])
-    assert pace.ratio == 0.5 and pace.growth == 0
+    assert pace.ratio == 0.9 and pace.growth == 0
+
+
+def test_ends_of_short_texts_speak_against_waiting():
+    assert rows_to_wait_for(8, 0.2, 0.9, length=512) > 1 == rows_to_wait_for(8, 0.2, 0.9, length=32)
 
 
 def test_what_another_token_costs_speaks_against_waiting():
