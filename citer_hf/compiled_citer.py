@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,8 +38,13 @@ class Step:
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any] | None):
         self._function = function
-        self._compiled = None if options is None else torch.compile(own_code(function), **options)
+        self._compiled: Callable[..., Any] | None = None
         self._calls = 0
+        if options is not None:
+            own = own_code(function)
+            self._compiled = torch.compile(own, **options)
+            # The compiler keeps what it has made as long as there is the code.
+            weakref.finalize(self, reset_code, own.__code__).atexit = False
 
     @property
     def settled(self) -> bool:
@@ -58,7 +64,8 @@ class Step:
         if self._compiled is not None:
             try:
                 result = self._compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            # The second: compiled too often, such as for one router after another.
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
                 self._compiled = None
                 logger.warning_once(
                     "cache_implementation='static': a pass of this pair cannot be compiled and runs as it is, which "
@@ -129,7 +136,9 @@ def new_workspace(
     """
     compiled = slm_options is not None or llm_options is not None
     capacity = max(1 << (length - 1).bit_length(), 256) + 64 if compiled else -(-(length + 1) // 64) * 64
-    work = Workspace(rows, capacity, model.slm.device, compiled)
+    # It outlives the generation that it is made for, which may run in inference mode.
+    with torch.inference_mode(False):
+        work = Workspace(rows, capacity, model.slm.device, compiled)
     work.steps = {
         "slm_step": Step(slm_step, slm_options),
         "slm_pass": Step(slm_pass, slm_options),
@@ -202,7 +211,7 @@ def compile_options(model: Any, part: Any, settings: GenerationConfig) -> dict[s
     options = (config or part._default_compile_config()).to_dict()
     # A pass that breaks into several graphs costs what it costs uncompiled, and more time to compile; and every pass
     # has one length.
-    return {**options, "fullgraph": True, "dynamic": bool(options.get("dynamic"))}
+    return {**options, "fullgraph": True, "dynamic": False}
 
 
 def why_not_compiled(model: Any, part: Any) -> str:
@@ -240,6 +249,15 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     code: Any = function.__code__
     return types.FunctionType(code.replace(), function.__globals__, function.__name__)
+
+
+def reset_code(code: types.CodeType) -> None:
+    """Let the compiler forget what it has made of some code.
+
+    Args:
+        code: Of a function that nobody will call again.
+    """
+    torch._dynamo.eval_frame.reset_code(code)  # type: ignore[attr-defined]
 
 
 def prepare_thread(device: torch.device) -> None:

@@ -19,6 +19,16 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
+def below(scores: torch.Tensor, threshold: float | torch.Tensor) -> Any:
+    """Say which scores do not reach the threshold, where the LLM writes.
+
+    Args:
+        scores: `p_slm`, `[batch, tokens]`.
+        threshold: A number, or one per row, `[batch, 1]`; rounded to the precision of the scores, as numbers are.
+    """
+    return scores < (threshold.to(scores.dtype) if isinstance(threshold, torch.Tensor) else threshold)
+
+
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Select positions as `logits_to_keep` says, for models that do not know it.
 

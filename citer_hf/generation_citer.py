@@ -24,9 +24,10 @@ from .decoding_citer import Decoding, Stops
 from .layers_citer import all_grow, growing_cache
 from .one_row_citer import decode_one_row
 from .routing_citer import Routing
-from .rows_citer import WaitingPolicy, decode_rows
+from .rows_citer import decode_rows
 from .rows_support_citer import rows_can_part
 from .static_citer import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
+from .waiting_citer import waiting_policy
 
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
@@ -128,7 +129,7 @@ class CiterGenerationMixin(GenerationMixin):
             check_cache_implementation(generation_config.cache_implementation)
             model_kwargs["past_key_values"] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
-                wanted = generation_config.max_cache_len or 0
+                wanted = check_max_cache_len(generation_config.max_cache_len)
                 model_kwargs["past_key_values"].max_cache_len = max(max_cache_length, wanted)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
@@ -345,26 +346,6 @@ def is_plain(model: PreTrainedModel) -> bool:
     return not (moved or getattr(model, "is_quantized", False) or getattr(model, "_tp_size", None))
 
 
-def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | None:
-    """Return the policy that a user means.
-
-    Args:
-        waiting_rows: How many waiting rows trigger a call of the LLM, or a function that says so.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if waiting_rows is None or callable(waiting_rows):
-        return waiting_rows
-    if isinstance(waiting_rows, bool) or not isinstance(waiting_rows, int) or waiting_rows < 1:
-        raise ValueError(
-            "waiting_rows: expected how many rows wait for the LLM before it is called, 1 (lock-step) or more, or a "
-            "function of (unfinished rows, LLM share, time of an SLM step over that of an LLM call), got "
-            f"{waiting_rows!r}. Leave it out for the measured default."
-        )
-    return lambda unfinished, llm_share, step_ratio: waiting_rows
-
-
 def check_cache(cache: Any) -> None:
     """Refuse a cache that has no room for the LLM.
 
@@ -396,6 +377,23 @@ def check_cache_implementation(name: str | None) -> None:
             f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {name!r}, which a pair of "
             "models does not support. Leave it out for a dynamic cache."
         )
+
+
+def check_max_cache_len(length: int | None) -> int:
+    """Return the room that a static cache has at least.
+
+    Args:
+        length: The `max_cache_len` of `generate`, in tokens.
+
+    Raises:
+        ValueError: when it is no number of tokens.
+    """
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise ValueError(
+            f"max_cache_len: expected a number of tokens from 1, got {length!r}. Leave it out for as many as the text "
+            "may need."
+        )
+    return length or 0
 
 
 def check_threshold_tensor(threshold: torch.Tensor) -> None:

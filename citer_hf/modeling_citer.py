@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_citer import CiterCache
 from .compiled_citer import CompiledSteps
 from .configuration_citer import CiterConfig, check_threshold_value
-from .forward_citer import in_one_piece, keep, marginal, real_text, to_device
+from .forward_citer import below, in_one_piece, keep, marginal, real_text, to_device
 from .generation_citer import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache, check_threshold_tensor
 from .hidden_states_citer import Watched, hidden_size_of, mark_initialized, set_heard, watch, watched
 from .loading_citer import CiterLoadingMixin
@@ -227,12 +227,15 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         threshold = self._threshold(router_threshold, input_ids.shape[0], past_key_values)
         inputs = {"attention_mask": attention_mask, "use_cache": past_key_values is not None}
 
+        if not torch.compiler.is_compiling():
+            # Somebody may have put another head on the SLM.
+            watch(self.slm)
         slm_cache = None if past_key_values is None else past_key_values.slm
         slm_kwargs = {**{name: True for name in SLM_OUTPUTS if getattr(self.config, name)}, **kwargs}
         slm_output, hidden = self._run_slm(input_ids, position_ids, slm_cache, logits_to_keep, inputs, slm_kwargs)
         slm_logits = slm_output.logits[..., : self.vocab_size]
         scores = self.router(hidden, slm_logits)
-        to_llm = scores < threshold
+        to_llm = below(scores, threshold)
         if finished_rows is not None:
             to_llm &= ~finished_rows.to(to_llm.device)[:, None]
         if past_key_values is not None:

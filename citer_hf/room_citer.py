@@ -8,6 +8,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from .forward_citer import below
 from .layers_citer import room_like, show
 from .masks_citer import MaskKinds, attention_masks, mask_kinds
 
@@ -144,7 +145,7 @@ class Workspace:
         self.readable = zeros(capacity, torch.bool)
         self.control = zeros(3, torch.long)
         self.offset = zeros(1, torch.long)
-        self.threshold = zeros(1, torch.float32)
+        self.threshold = zeros(1, torch.float32 if device.type == "mps" else torch.float64)
         self._from_host = torch.zeros((rows, 3), dtype=torch.long, pin_memory=device.type == "cuda")
         self.rooms: dict[str, Room] = {}
         self.steps: dict[Any, Any] = {}
@@ -244,7 +245,7 @@ def decide(
         `p_slm`, whether the LLM writes, and the SLM's most likely token, each `[rows, 1]`.
     """
     scores = model.router(hidden, logits)
-    return scores, scores < work.threshold.to(scores.dtype), logits.argmax(-1)
+    return scores, below(scores, work.threshold), logits.argmax(-1)
 
 
 def slm_step(model: Any, work: Workspace) -> tuple[torch.Tensor, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from transformers.generation import LogitsProcessorList
 
 from .decoding_citer import Decoding
 from .draws_citer import Draws
+from .forward_citer import below
 from .layers_citer import RowsCache
 from .masks_citer import attention_masks, mask_kinds
 from .rows_support_citer import processor_of_row, reads_no_text
-from .waiting_citer import Pace, pressure, rows_to_wait_for
-
-WaitingPolicy = Callable[[int, float, float], int]
+from .waiting_citer import Pace, WaitingPolicy, pressure, rows_to_wait_for
 
 # Columns that ended rows read at once when the cache is handed back: bounds the memory for their logits.
 CHUNK = 16
@@ -152,7 +150,7 @@ class Rows:
         last = torch.tensor(self.written, device=self.device)[:, None] - 1
         self.readable.scatter_(1, self.start + last, True)
         logits, scores = self._run_slm(last, max(self.written))
-        decisions = (scores < self.decoding.threshold).squeeze(1).tolist()
+        decisions = below(scores, self.decoding.threshold).squeeze(1).tolist()
         kept_scores = scores.squeeze(1).tolist()
         self.pace.note("slm", time.perf_counter() - began)
         moving = [row for row in self.unfinished if row not in self.waiting]
@@ -187,7 +185,7 @@ class Rows:
         Returns:
             Its logits after the last token of each row, `[batch, vocabulary]`.
         """
-        if self.cache.llm_length < self.start:
+        if self.cache.llm_length < self.start and not self._read_prompts_alone():
             return self._read_prompts_with_llm()
         if self.llm_cache is None:
             self.llm_cache = self._room_for_rows(self.cache.llm)
@@ -212,6 +210,22 @@ class Rows:
             torch.accelerator.synchronize(logits.device)
         self.pace.note("llm", time.perf_counter() - began, unseen)
         return logits
+
+    def _read_prompts_alone(self) -> bool:
+        """Let the LLM read the prompts by a pass of their own, where it has to, and say whether it did.
+
+        The layers of sliding windows keep only what the last token sees, and rows that are behind see more.
+        """
+        cache = self.cache
+        windows = any(getattr(layer, "sliding_window", None) is not None for layer in cache.llm.layers)
+        if not windows or len(set(self.written)) == 1:
+            return False
+        ids, positions = cache.unseen_tokens()
+        inputs = {"attention_mask": self.readable[:, : self.start].to(ids.dtype), "use_cache": True}
+        self.model._run_llm(ids, positions, cache.llm, 1, inputs, {})
+        cache.mark_seen()
+        cache.routing.llm_calls += 1
+        return True
 
     def _read_prompts_with_llm(self) -> torch.Tensor:
         """The same, when it has not seen the prompts yet, which all end at one place.
@@ -298,8 +312,11 @@ class Rows:
     def _has_ended(self, row: int, token: int) -> bool:
         stops = self.decoding.stops
         return stops.reached(self.width + self.written[row], token) or (
-            bool(stops.others) and stops.met(self._text_of(row))
+            bool(stops.others) and stops.met(self._text_for_criteria(row))
         )
+
+    def _text_for_criteria(self, row: int) -> torch.Tensor:
+        return self._text_of(row)
 
     def _text_of(self, row: int) -> torch.Tensor:
         return self.text[row : row + 1, : self.width + self.written[row]]
@@ -369,7 +386,8 @@ class Rows:
 
     def _read_to_the_end(self, length: int) -> None:
         """Let rows that ended early read the padding that follows, which every other row's cache has too."""
-        self.readable[:, self.start : self.start + length] = True
+        # Nobody reads the last token of the longest row: what nobody has read must not be seen.
+        self.readable[:, self.start : self.start + length - 1] = True
         for first in range(min(self.written) - 1, length - 1, CHUNK):
             last = min(first + CHUNK, length - 1)
             columns = torch.arange(first, last, device=self.device).expand(self.batch, -1)

@@ -106,10 +106,17 @@ def criteria_part_rows(decoding: Decoding) -> bool:
         decoding: What is asked for.
     """
     stops = decoding.stops
-    if any(type(one) not in (MaxTimeCriteria, StopStringCriteria) for one in stops.others):
-        return False
     # Without end tokens, transformers does not pad rows that have stopped: they go on until all have.
-    return bool(stops.end_tokens) or not stops.others
+    return criteria_are_known(decoding) and (bool(stops.end_tokens) or not stops.others)
+
+
+def criteria_are_known(decoding: Decoding) -> bool:
+    """Say whether all stopping criteria look at a row's text and the clock, and at nothing else.
+
+    Args:
+        decoding: What is asked for.
+    """
+    return all(type(one) in (MaxTimeCriteria, StopStringCriteria) for one in decoding.stops.others)
 
 
 def ever_mixed(threshold: float | torch.Tensor) -> bool:

@@ -13,8 +13,16 @@ from .compiled_citer import catch_up, read_and_decide
 from .decoding_citer import Decoding
 from .layers_citer import layers_can_part
 from .room_citer import Room, Workspace, read_with_slm
-from .rows_citer import Rows, WaitingPolicy, write_rows
-from .rows_support_citer import ARCHITECTURES, criteria_part_rows, ever_mixed, is_known, processors_part_rows
+from .rows_citer import Rows, write_rows
+from .rows_support_citer import (
+    ARCHITECTURES,
+    criteria_are_known,
+    criteria_part_rows,
+    ever_mixed,
+    is_known,
+    processors_part_rows,
+)
+from .waiting_citer import WaitingPolicy
 
 logger = logging.get_logger(__name__)
 
@@ -70,11 +78,15 @@ class StaticRows(Rows):
         super().__init__(model, decoding)
         self._new: list[list[int]] = [[] for _ in range(self.batch)]
         # What is written where the text has to be looked at is written at once, and all at the end otherwise.
-        self._text_is_read = bool(decoding.processors or decoding.stops.others)
+        self._text_is_read = bool(decoding.processors) or not criteria_are_known(decoding)
         # Whoever counts calls, or looks at its neighbours, is asked about what is written and nothing else.
         self._guesses = all(map(is_known, decoding.processors))
         self._guess: tuple[Any, ...] | None = None
         self._call_began: tuple[float, int] | None = None
+        # The host needs the answers of criteria, and would wait for each that a device gives.
+        self._text_of_host: torch.Tensor | None = None
+        if decoding.stops.others and criteria_are_known(decoding):
+            self._text_of_host = self.text.clone().cpu()
         work.offset.copy_((self.first_position - self.start).expand(self.batch, 1))
         threshold = torch.as_tensor(decoding.threshold, dtype=work.threshold.dtype)
         work.threshold.copy_(threshold.expand(self.batch, 1))
@@ -145,7 +157,7 @@ class StaticRows(Rows):
             Its logits after the last token of each row, `[batch, vocabulary]`.
         """
         self._guess = None
-        if self.cache.llm_length < self.start:
+        if self.cache.llm_length < self.start and not self._read_prompts_alone():
             self._flush()
             return self._read_prompts_with_llm()
         if self.llm_cache is None:
@@ -202,6 +214,8 @@ class StaticRows(Rows):
 
     def _put(self, rows: list[int], tokens: torch.Tensor, ids: list[int]) -> None:
         for row in rows:
+            if self._text_of_host is not None:
+                self._text_of_host[row, self.width + self.written[row]] = ids[row]
             self._new[row].append(ids[row])
         if self._text_is_read:
             super()._put(rows, tokens, ids)
@@ -213,8 +227,13 @@ class StaticRows(Rows):
         if self.batch > 1 or not others or self.decoding.stops.reached(self.width + self.written[row], token):
             return super()._has_ended(row, token)
         return self.decoding.stops.met(
-            self._text_of(row), tuple(self.decoding.scores) if self.decoding.keeps_scores else None
+            self._text_for_criteria(row), tuple(self.decoding.scores) if self.decoding.keeps_scores else None
         )
+
+    def _text_for_criteria(self, row: int) -> torch.Tensor:
+        if self._text_of_host is None:
+            return super()._text_for_criteria(row)
+        return self._text_of_host[row : row + 1, : self.width + self.written[row]]
 
     def _flush(self) -> None:
         """Write to the device's text what the host alone knows."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from math import comb
+from collections.abc import Callable
+from functools import lru_cache, partial
+from math import comb, sqrt
+from numbers import Real
+from typing import Any
+
+# Takes the number of unfinished rows, the LLM share seen so far, and the time of an SLM step over that of an LLM call;
+# returns how many waiting rows trigger a call.
+WaitingPolicy = Callable[[int, float, float], int]
 
 # Rows that wait make the others' text longer than theirs. Up to this many SLM steps per token the text of the slowest
 # row, and so the answer to the whole batch, is not held up by more than the LLM calls saved are worth.
 MOST_SLM_STEPS = 1.45
-# A row that lags by this many tokens counts for two.
-LAG = 16
+# A row that lags by this many tokens, over the square root of the number of rows, counts for two: the more rows, the
+# further the last of them lags.
+LAG = 40
 # Beyond this, what is best grows in proportion, and predicting it would take longer than it saves.
 MOST_ROWS = 16
-# Rows that part end one after the other, which takes SLM steps for fewer and fewer of them: of rows that are played with
-# dice, about six more, and one for twenty positions. And parting must promise more than it costs.
+# Rows that part end one after the other, which takes SLM steps for fewer and fewer of them: played with dice, about
+# six more, and one for twenty positions. And parting must promise more than it costs.
 LAST_STEPS, DRIFT = 6, 0.05
 MARGIN = 1.08
 # With an SLM step this dear, one call less is worth an SLM step more only as long as both are about as frequent.
@@ -21,6 +29,49 @@ DEAREST_STEP = 0.3
 # Seconds. What shorter calls of the LLM take is overhead of the host and noise, and says little of the models: the
 # SLM is then taken for the cheaper one, as it is in every pair that is worth routing.
 SHORTEST_CALL, CHEAPER = 3e-3, 0.9
+
+
+def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | None:
+    """Return the policy that a user means.
+
+    Args:
+        waiting_rows: How many waiting rows trigger a call of the LLM, or a function that says so.
+
+    Raises:
+        ValueError: for anything else; also when the function is asked and does not say.
+    """
+    if waiting_rows is None:
+        return None
+    if callable(waiting_rows):
+        return partial(answer_of, waiting_rows)
+    if isinstance(waiting_rows, bool) or not isinstance(waiting_rows, int) or waiting_rows < 1:
+        raise ValueError(
+            "waiting_rows: expected how many rows wait for the LLM before it is called, 1 (lock-step) or more, or a "
+            "function of (unfinished rows, LLM share, time of an SLM step over that of an LLM call), got "
+            f"{waiting_rows!r}. Leave it out for the measured default."
+        )
+    return lambda unfinished, llm_share, step_ratio: waiting_rows
+
+
+def answer_of(policy: WaitingPolicy, unfinished: int, llm_share: float, step_ratio: float) -> int:
+    """Ask a user's policy.
+
+    Args:
+        policy: The policy.
+        unfinished: Rows whose text has not ended.
+        llm_share: Share of the tokens that the LLM writes, as seen so far.
+        step_ratio: Time of an SLM step over time of an LLM call.
+
+    Raises:
+        ValueError: when it returns no number.
+    """
+    enough: Any = policy(unfinished, llm_share, step_ratio)
+    if not isinstance(enough, Real):
+        raise ValueError(
+            f"waiting_rows: expected a function that returns a number of rows, got {enough!r} for "
+            f"({unfinished}, {llm_share:.3g}, {step_ratio:.3g}). Return 1 for lock-step."
+        )
+    return enough  # type: ignore[return-value]
 
 
 def rows_to_wait_for(
@@ -160,14 +211,14 @@ def pressure(waiting: list[int], unfinished: list[int]) -> float:
     """Count waiting rows, those that lag behind for more than one and those that are ahead for less.
 
     Rows that drift apart end one after the other, and the last of them go on alone. Left to chance, that costs 16
-    rows of 512 tokens 0.08 SLM steps per position.
+    rows of 512 tokens 0.08 SLM steps per position; `LAG` halves that, and what calls it costs is 0.01.
 
     Args:
         waiting: Tokens written of each row that waits.
         unfinished: Tokens written of each row whose text has not ended.
     """
-    mean = sum(unfinished) / len(unfinished)
-    return sum(min(max(1 + (mean - written) / LAG, 0.2), 3.0) for written in waiting)
+    mean, weight = sum(unfinished) / len(unfinished), sqrt(len(unfinished)) / LAG
+    return sum(min(max(1 + (mean - written) * weight, 0.0), 6.0) for written in waiting)
 
 
 @lru_cache(maxsize=4096)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -228,6 +230,78 @@ def test_an_error_in_the_middle_leaves_a_cache_that_no_later_text_overwrites():
     text = torch.cat([prompt, torch.tensor([[7, 8]])], dim=1)
     again = model.generate(text, past_key_values=cache, **GREEDY)
     assert torch.equal(again, model.generate(text, **GREEDY))
+
+
+class Made:
+    """What a compiler has made."""
+
+    def __init__(self, graph: Any):
+        self.forward = graph.forward
+
+
+def counted() -> tuple[Callable[..., Any], weakref.WeakSet[Made]]:
+    """A compiler that compiles nothing, and what of all that it has made is still there."""
+    alive: weakref.WeakSet[Made] = weakref.WeakSet()
+
+    def compiler(graph: Any, inputs: list[torch.Tensor]) -> Any:
+        made = Made(graph)
+        alive.add(made)
+        return lambda *args: made.forward(*args)
+
+    return compiler, alive
+
+
+def test_compiled_passes_of_forgotten_batch_sizes_are_freed():
+    model, (backend, alive) = make_pair(hidden_size=48), counted()
+    for rows in (1, 2, 3, 4):
+        model.generate(**left_padded(random_prompts((4,) * rows)), **SLM_ALONE, **compiling(backend))
+    most = len(alive)
+    for rows in (5, 6, 7, 1):
+        model.generate(**left_padded(random_prompts((4,) * rows)), **SLM_ALONE, **compiling(backend))
+    gc.collect()
+    assert len(alive) == most == 4
+
+
+def test_compiled_passes_go_with_their_model_and_with_an_error():
+    model, (backend, alive) = make_pair(hidden_size=48), counted()
+    prompt = torch.tensor(random_prompts((9,)))
+
+    def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 10:
+            raise RuntimeError("the lights went out")
+        return scores
+
+    with pytest.raises(RuntimeError, match="the lights"):
+        model.generate(prompt, **SLM_ALONE, **compiling(backend), logits_processor=[broken])
+    gc.collect()
+    assert not alive
+    model.generate(prompt, **SLM_ALONE, **compiling(backend))
+    assert alive
+    del model
+    gc.collect()
+    assert not alive
+
+
+def test_a_text_written_in_inference_mode_leaves_room_for_others():
+    model, prompt = make_pair(hidden_size=48), torch.tensor(random_prompts((9,)))
+    plain = model.generate(prompt, **GREEDY)
+    with torch.inference_mode():
+        assert torch.equal(plain, model.generate(prompt, **GREEDY, **compiling()))
+    assert torch.equal(plain, model.generate(prompt, **GREEDY, **compiling()))
+
+
+def test_a_pass_that_was_compiled_too_often_runs_as_it_is(warned):
+    model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
+    for seed in range(12):
+        model.router.seed = seed
+        assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
+    assert len([one for one in warned() if one.startswith("cache_implementation")]) == 1
+
+
+def test_passes_have_one_length_whatever_the_compiler_is_told(warned):
+    model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
+    assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling(dynamic=True)))
+    assert GRAPHS and not warned()
 
 
 def test_any_thread_may_record_graphs():

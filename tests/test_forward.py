@@ -215,3 +215,11 @@ def test_the_head_multiplies_the_last_positions_of_a_batch_in_one_piece(pair, ro
     finally:
         hook.remove()
     assert heads == [((3, 1), True)]
+
+
+def test_another_head_may_be_put_on_the_slm(text):
+    model = make_pair(router="confidence")
+    model.slm.lm_head = torch.nn.Linear(model.slm.lm_head.in_features, model.slm.lm_head.out_features, bias=False)
+    ids = text["input_ids"] if isinstance(text, dict) else text
+    output = model(ids, router_threshold=0.0)
+    torch.testing.assert_close(output.logits, model.slm(ids).logits)

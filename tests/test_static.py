@@ -339,6 +339,50 @@ def test_catch_ups_have_a_few_lengths(period, count_calls):
     assert set(lengths[1:]) <= {*BUCKETS, 70} and set(steps[1:]) == {1}
 
 
+@pytest.mark.parametrize("lead", [1, 2, 16, 17])
+def test_padding_of_a_row_that_ends_early_sees_nothing_that_nobody_has_read(lead):
+    """The lead of the longest row decides how the padding is divided into passes."""
+    model, batch = pair_of("llama", "qwen2", "confidence"), left_padded(random_prompts((5, 9)))
+    wanted = {**GREEDY, "max_new_tokens": 24, "eos_token_id": None, "router_threshold": 0.3}
+    free = model.generate(**batch, **wanted)[:, 9:].tolist()
+    end = next(place for place, token in enumerate(free[0]) if token not in free[0][:place] + free[1])
+    wanted |= {"max_new_tokens": end + 1 + lead, "eos_token_id": free[0][end]}
+    growing, static = (
+        model.generate(**batch, **wanted, **options, output_logits=True, return_dict_in_generate=True)
+        for options in ({}, STATIC)
+    )
+    torch.testing.assert_close(static.logits, growing.logits, atol=1e-5, rtol=1e-4)
+    for ours, theirs in zip(static.past_key_values.slm.layers, growing.past_key_values.slm.layers, strict=True):
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-4)
+
+
+class Constant(nn.Module):
+    """A router that is always as sure."""
+
+    def __init__(self, score: float, dtype: torch.dtype):
+        super().__init__()
+        self.score, self.dtype = score, dtype
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full(hidden.shape[:-1], self.score, dtype=self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.7, torch.full((4,), 0.7), torch.full((4,), 0.7, dtype=torch.float64)])
+def test_a_score_that_just_reaches_the_threshold_is_the_slms(dtype, threshold):
+    model, batch = make_pair(router=Constant(0.7, dtype), hidden_size=48), left_padded(random_prompts(ROWS))
+    for options in ({}, {"waiting_rows": 1}, STATIC):
+        wanted = {**GREEDY, **options, "eos_token_id": None, "return_dict_in_generate": True}
+        output = model.generate(**batch, **wanted, router_threshold=threshold)
+        assert output.past_key_values.routing.llm_share == 0
+
+
+@pytest.mark.parametrize("length", [0, -1, "x", 2.5])
+def test_room_that_is_no_number_of_tokens_is_refused(pair, length):
+    with pytest.raises(ValueError, match="max_cache_len: expected a number of tokens from 1"):
+        pair.generate(**single(), **GREEDY, **STATIC, max_cache_len=length)
+
+
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLING, {**GREEDY, "repetition_penalty": 1.3}])
 @pytest.mark.parametrize("lengths", [(9,), ROWS])
 def test_the_host_waits_once_per_pass(pair, mode, lengths, count_calls, monkeypatch):

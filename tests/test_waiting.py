@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 
@@ -55,6 +56,39 @@ def test_rows_that_lag_behind_press_more_than_rows_that_are_ahead():
     unfinished = [10, 10, 50, 50]
     assert pressure([10], unfinished) > 1 > pressure([50], unfinished)
     assert pressure([30, 30], [30, 30, 30]) == 2
+
+
+def play_rows(rows: int, share: float, length: int, seed: int) -> tuple[float, float]:
+    """LLM calls and SLM steps per position of texts that end, by the policy, with dice."""
+    dice = random.Random(seed)
+    written, waits, unfinished = [1] * rows, [], list(range(rows))
+    calls, steps, decided, deferred = 1, 1, 0, 0
+    while unfinished:
+        writing = []
+        if len(waits) < len(unfinished):
+            steps += 1
+            moving = [row for row in unfinished if row not in waits]
+            joining = [row for row in moving if dice.random() < share]
+            decided, deferred = decided + len(moving), deferred + len(joining)
+            writing, waits = [row for row in moving if row not in joining], waits + joining
+        enough = rows_to_wait_for(len(unfinished), (deferred + 1) / (decided + 5), 0.1, length=length)
+        counted = pressure([written[row] for row in waits], [written[row] for row in unfinished])
+        if waits and (len(waits) == len(unfinished) or counted >= enough):
+            calls, writing, waits = calls + 1, writing + waits, []
+        for row in writing:
+            written[row] += 1
+        unfinished = [row for row in unfinished if written[row] < length]
+    return calls / length, steps / length
+
+
+@pytest.mark.parametrize(("rows", "most_calls"), [(8, 0.32), (16, 0.34)])
+def test_a_fifth_of_512_tokens_takes_few_calls_and_steps(rows, most_calls):
+    """How many tokens chance defers decides as much as the policy: nine texts of ten keep to both bounds."""
+    played = [play_rows(rows, 0.2, 512, seed) for seed in range(40)]
+    kept = sum(calls <= most_calls and steps <= 1.45 for calls, steps in played)
+    assert kept >= 32
+    assert statistics.mean(calls for calls, _ in played) < most_calls - 0.01
+    assert statistics.mean(steps for _, steps in played) < 1.44
 
 
 def timed(steps: list[float], calls: list[tuple[float, int]]) -> Pace:
