@@ -140,6 +140,34 @@ def test_waiting_rows_save_time_where_the_llm_is_dear():
     assert waiting.break_even_share > lock_step.break_even_share
 
 
+@pytest.mark.parametrize("share", [3e-5, 1e-9, 1e-17, 5e-324])
+@pytest.mark.parametrize(("rows", "waiting"), [(1, None), (4, None), (4, 3), (8, 5)])
+def test_a_share_next_to_nothing_costs_next_to_nothing(rows: int, waiting: int | None, share: float):
+    none = projected(batch_size=rows, share=0.0, flops=1e9)
+    hardly = projected(batch_size=rows, share=share, waiting_rows=waiting, flops=1e9)
+    assert hardly.llm_passes_per_position == pytest.approx(rows * share, rel=1e-3)
+    assert hardly.time_per_token_s == pytest.approx(none.time_per_token_s, rel=0.05)
+    # There is never more to catch up on than the text.
+    assert hardly.catch_up_tokens == 100
+
+
+def test_rows_that_hardly_ever_wait_are_as_many_as_dice_would_show():
+    rare = projected(batch_size=8, share=0.9 / (8 * 512), waiting_rows=5)
+    played = [asynchronous_passes(8, rare.share, 5, seed=seed) for seed in range(60)]
+    calls, steps = (sum(counts) / len(counts) for counts in zip(*played, strict=True))
+    assert rare.llm_passes_per_position == pytest.approx(calls, rel=0.3)
+    assert rare.slm_steps_per_position == pytest.approx(steps, rel=0.1)
+
+
+def test_many_rows_are_played_in_proportion():
+    few, many = (asynchronous_passes(rows, 0.2, 5 * rows // 8, tokens=512) for rows in (64, 512))
+    assert few == pytest.approx(many, rel=0.06)
+    # To play these would take ten minutes.
+    huge = projected(batch_size=100_000, share=0.2, waiting_rows=62_500)
+    assert (huge.llm_passes_per_position, huge.slm_steps_per_position) == pytest.approx(many, rel=0.06)
+    assert huge.catch_up_tokens == pytest.approx(5)
+
+
 def qwen3_pair() -> tuple[ModelCost, ModelCost]:
     """Costs of Qwen3-0.6B and Qwen3-32B in bf16."""
     small = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072}

@@ -130,7 +130,7 @@ def table(projections: Sequence[Projection]) -> str:
     for one in projections:
         shown.add_row(
             str(one.batch_size),
-            f"{one.share:.0%}",
+            f"{100 * one.share:.3g}%",
             "-" if one.waiting_rows is None else str(one.waiting_rows),
             *(f"{1e3 * seconds:.2f}" for seconds in (one.slm_step_s, one.catch_up_s)),
             *(f"{count:.2f}" for count in (one.llm_passes_per_position, one.slm_steps_per_position)),

@@ -31,6 +31,8 @@ ACTIVATION_BYTES = 2
 # Length and number of the texts in which waiting rows are simulated.
 SIMULATED_TOKENS = 512
 SIMULATED_SEEDS = 4
+# Beyond this, passes per position hang on the part of the rows that waits alone, and playing all would take minutes.
+MOST_SIMULATED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,8 @@ def project(
     def times(at_share: float) -> tuple[float, float, float, float, float]:
         """SLM step and catch-up in seconds, tokens of a catch-up, LLM passes and SLM steps per position."""
         llm_passes, slm_steps, rows, tokens = _passes(batch_size, at_share, waiting_rows)
+        # Where the LLM is hardly ever called, there is no more to catch up on than the text.
+        tokens = min(tokens, context)
         slm_step = machine.seconds(slm, batch_size / slm_steps, 1, context)
         catch_up = machine.seconds(llm, rows, tokens, context, tensor_parallel) if llm_passes else 0.0
         return slm_step, catch_up, tokens, llm_passes, slm_steps
@@ -300,11 +304,25 @@ def _passes(rows: int, share: float, waiting_rows: int | None) -> tuple[float, f
     if share == 0:
         return 0.0, 1.0, 0.0, 0.0
     if waiting_rows is None:
-        any_row = 1 - (1 - share) ** rows
+        # In this form a share too small to change 1 is not lost.
+        any_row = 1.0 if share == 1 else -math.expm1(rows * math.log1p(-share))
         return any_row, 1.0, rows, 1 / any_row
+    calls, steps = _waiting_passes(rows, share, waiting_rows)
+    return calls, steps, rows * share / calls, 1 / share
+
+
+def _waiting_passes(rows: int, share: float, waiting_rows: int) -> tuple[float, float]:
+    """LLM passes and SLM steps per position of rows that wait, of many rows in proportion."""
+    if rows > MOST_SIMULATED_ROWS:
+        waiting_rows = max(round(waiting_rows * MOST_SIMULATED_ROWS / rows), 1)
+        rows = MOST_SIMULATED_ROWS
+    rare = rows * share
+    if rare * SIMULATED_TOKENS < 1:
+        # Dice would hardly ever show a row that waits. It waits until the others end, at half of its text on average.
+        return rare, 1 + rare * SIMULATED_TOKENS / 2 * (waiting_rows > 1)
     played = [asynchronous_passes(rows, share, waiting_rows, seed=seed) for seed in range(SIMULATED_SEEDS)]
     calls, steps = (sum(counts) / SIMULATED_SEEDS for counts in zip(*played, strict=True))
-    return calls, steps, rows * share / calls, 1 / share
+    return calls, steps
 
 
 def _break_even(per_position: Callable[[float], float], llm_step: float) -> float:
