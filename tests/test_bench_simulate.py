@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ LARGE = ModelCost(
     kv_bytes_per_token=4,
     active_parameters=5_000,
     num_layers=8,
+    num_heads=8,
     num_kv_heads=4,
     hidden_size=64,
     resident_bytes=12_000,
@@ -93,6 +95,24 @@ def test_tensor_parallelism_divides_the_llm_and_adds_all_reduces():
     assert four.slm_step_s == projected().slm_step_s
     assert four.tokens_per_s_per_gpu == pytest.approx(four.tokens_per_s / 4)
     assert four.bytes_per_gpu == pytest.approx(12_000 / 4 + 100 * 4 / 4 + 100)
+
+
+def test_more_devices_than_key_value_heads_keep_copies_of_them():
+    link = {"interconnect": 1e18, "all_reduce_latency": 0.0}
+    eight = projected(tensor_parallel=8, **link)
+    assert eight.llm_step_s == pytest.approx((10_000 / 8 + 404 / 4) * 1e-6)
+    assert eight.bytes_per_gpu == pytest.approx(12_000 / 8 + 100 * 4 / 4 + 100)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(128, 1, 7), (28, 4, 7), (28, 4, 8), (8, 8, 16), (1, 1, 2)])
+def test_heads_that_cannot_be_shared_out_evenly_are_refused(heads: int, kv_heads: int, degree: int):
+    large = replace(LARGE, num_heads=heads, num_kv_heads=kv_heads)
+    with pytest.raises(ValueError, match=f"^tensor_parallel: .* {heads} attention heads.* got {degree}. Give 1[ ,.]"):
+        project(SMALL, large, bandwidth=1e6, share=0.2, tensor_parallel=degree)
+
+
+def test_a_model_without_attention_is_divided_as_one_likes():
+    project(SMALL, replace(LARGE, num_heads=0, num_kv_heads=1), bandwidth=1e6, share=0.2, tensor_parallel=3)
 
 
 def test_replicas_add_tokens_but_not_per_device():
@@ -209,7 +229,7 @@ def test_published_speeds_of_a_real_pair_are_met_roughly():
         ({"context": 0}, "context: .* got 0"),
         ({"replicas": 0}, "replicas: .* got 0"),
         ({"tensor_parallel": 0}, "tensor_parallel: .* got 0"),
-        ({"tensor_parallel": 3}, "tensor_parallel: .* 4 key-value heads, got 3. Give 1, 2 or 4."),
+        ({"tensor_parallel": 3}, "tensor_parallel: .* 8 attention heads and 4 key-value heads .*got 3. Give 1, 2, 4 or 8."),
         ({"batch_size": 4, "waiting_rows": 5}, "waiting_rows: .* 1 to 4, got 5"),
     ],
 )
@@ -291,7 +311,7 @@ def test_a_file_that_is_no_configuration_or_no_router_is_refused(tmp_path: Path)
         (["demo", "--gpu", "h100", "--llm-bits", "99"], "--llm-bits: .* Correct --llm-bits."),
         (["demo", "--gpu", "h100", "--replicas", "0"], "--replicas: .* Correct --replicas."),
         (["demo", "--gpu", "h100", "--tensor-parallel", "0"], "--tensor-parallel: .* Correct --tensor-parallel."),
-        (["demo", "--gpu", "h100", "--tensor-parallel", "3"], "--tensor-parallel: expected a divisor"),
+        (["demo", "--gpu", "h100", "--tensor-parallel", "3"], "--tensor-parallel: expected a number of devices"),
         (["--slm", "none.json", "--llm", "none.json", "--gpu", "h100"], "--slm: .* got 'none.json'"),
         (["--slm", str(PAIR), "--llm", str(PAIR), "--gpu", "h100"], "--slm: expected one model"),
         (["demo"], "--simulate: give the machine"),

@@ -34,6 +34,7 @@ class ModelCost:
         head_parameters: Those of the head, which runs only for the positions whose logits are asked for.
         resident_bytes: Bytes of all weights that lie in memory: embedding tables and idle experts too.
         num_layers: Number of layers.
+        num_heads: Query heads of a layer; 0 for a model without attention.
         num_kv_heads: Key-value heads of a layer; 1 for multi-head latent attention.
         attention_width: Sum over the layers without a window of `heads * (query width + value width)`, in elements:
             a query that looks at n positions takes `2 * n * attention_width` operations.
@@ -51,6 +52,7 @@ class ModelCost:
     head_parameters: int = 0
     resident_bytes: int = 0
     num_layers: int = 1
+    num_heads: int = 1
     num_kv_heads: int = 1
     attention_width: int = 0
     windowed_attention_width: int = 0
@@ -185,6 +187,7 @@ def _cost(skeleton: PreTrainedModel, stored: _Stored, kv_itemsize: float) -> Mod
         head_parameters=_head(skeleton).weight.numel(),
         resident_bytes=round(stored.shared + stored.experts + stored.tables),
         num_layers=int(config.num_hidden_layers),
+        num_heads=heads if layers else 0,
         num_kv_heads=max((layer.heads for layer in layers), default=1),
         attention_width=sum(width for width, layer in zip(widths, layers, strict=True) if layer.window is None),
         windowed_attention_width=sum(width for width, layer in zip(widths, layers, strict=True) if layer.window),

@@ -134,9 +134,7 @@ class _Machine:
 
     def seconds(self, cost: ModelCost, rows: float, tokens: float, context: int, degree: int = 1) -> float:
         """Time of a forward pass of `rows` rows over `tokens` tokens each: memory or arithmetic, the slower one."""
-        # One head of keys and values cannot be divided: every device keeps it whole.
-        kv_degree = degree if cost.num_kv_heads > 1 else 1
-        kv = rows * (cost.kv_bytes_read(context) + tokens * cost.kv_bytes_per_token) / kv_degree
+        kv = rows * (cost.kv_bytes_read(context) + tokens * cost.kv_bytes_per_token) / _kv_parts(cost, degree)
         memory = (cost.weight_bytes_read(rows * tokens) / degree + kv) / self.bandwidth
         arithmetic = rows * operations(cost, tokens, context) / degree / self.flops if self.flops else 0.0
         return max(memory, arithmetic) + self.overhead + self.exchange_seconds(cost, rows * tokens, degree)
@@ -171,7 +169,8 @@ def project(
     Every token takes one SLM step of its row. Each is left to the LLM independently, with probability `share`. In
     lock-step the LLM is called when any row needs it, and all rows catch up; otherwise when `waiting_rows` rows wait,
     and these catch up, on `1 / share` tokens on average. Tensor parallelism divides the LLM and adds two all-reduces
-    per layer; the SLM is not divided, and runs while the LLM's other devices idle. Replicas do not share anything.
+    per layer; every device holds a key-value head at least. The SLM is not divided, and runs while the LLM's other
+    devices idle. Replicas do not share anything.
 
     Not modelled: reading the prompt, the router (a few SLM-wide vectors), padding of rows that catch up on different
     lengths, deferrals that come in clusters, growth of the cache during the text, dequantization, and small matrix
@@ -232,8 +231,7 @@ def project(
 
     slm_step, catch_up, tokens, llm_passes, slm_steps = times(share)
     pair = alone(per_position(share))
-    caches = batch_size * (context * llm.kv_bytes_per_token / (tensor_parallel if llm.num_kv_heads > 1 else 1))
-    caches += batch_size * context * slm.kv_bytes_per_token
+    caches = batch_size * context * (llm.kv_bytes_per_token / _kv_parts(llm, tensor_parallel) + slm.kv_bytes_per_token)
     return Projection(
         share=share,
         batch_size=batch_size,
@@ -372,10 +370,23 @@ def check_number(name: str, value: float, least: float, most: float, what: str) 
         raise ValueError(f"{name}: expected {what}, got {value!r}. Correct {name}.")
 
 
+def _kv_parts(cost: ModelCost, degree: int) -> int:
+    """Parts into which keys and values are divided: a head never is, so that more devices than heads keep copies."""
+    return min(degree, cost.num_kv_heads)
+
+
 def _check_heads(llm: ModelCost, degree: int) -> None:
-    if llm.num_kv_heads > 1 and llm.num_kv_heads % degree:
-        divisors = [str(count) for count in range(1, llm.num_kv_heads + 1) if llm.num_kv_heads % count == 0]
+    heads, kv_heads = llm.num_heads, llm.num_kv_heads
+    if not heads:
+        return
+    possible = [
+        str(count)
+        for count in range(1, heads + 1)
+        if heads % count == 0 and max(count, kv_heads) % min(count, kv_heads) == 0
+    ]
+    if str(degree) not in possible:
+        kinds = f"{heads} attention heads" + (f" and {kv_heads} key-value heads" if kv_heads > 1 else "")
         raise ValueError(
-            f"tensor_parallel: expected a divisor of the LLM's {llm.num_kv_heads} key-value heads, got {degree}. "
-            f"Give {', '.join(divisors[:-1])} or {divisors[-1]}."
+            f"tensor_parallel: expected a number of devices that shares out the LLM's {kinds} evenly, got {degree}. "
+            f"Give {' or '.join(filter(None, [', '.join(possible[:-1]), possible[-1]]))}."
         )
