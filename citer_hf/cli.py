@@ -123,8 +123,14 @@ def bench(
     bandwidth: Annotated[
         float | None, typer.Option(metavar="GB/S", help="With --simulate: of the memory; overrides --gpu's.")
     ] = None,
-    slm_bits: Annotated[float, typer.Option(metavar="N", help="With --simulate: bits per weight of the SLM.")] = 16,
-    llm_bits: Annotated[float, typer.Option(metavar="N", help="With --simulate: bits per weight of the LLM.")] = 16,
+    slm_bits: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="With --simulate: bits per weight of the SLM. [default: as its config says]"),
+    ] = None,
+    llm_bits: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="With --simulate: bits per weight of the LLM. [default: as its config says]"),
+    ] = None,
     tensor_parallel: Annotated[int, typer.Option(metavar="N", help="With --simulate: devices of the LLM.")] = 1,
     replicas: Annotated[int, typer.Option(metavar="N", help="With --simulate: copies of the pair.")] = 1,
 ) -> None:

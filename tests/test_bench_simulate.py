@@ -229,7 +229,10 @@ def test_published_speeds_of_a_real_pair_are_met_roughly():
         ({"context": 0}, "context: .* got 0"),
         ({"replicas": 0}, "replicas: .* got 0"),
         ({"tensor_parallel": 0}, "tensor_parallel: .* got 0"),
-        ({"tensor_parallel": 3}, "tensor_parallel: .* 8 attention heads and 4 key-value heads .*got 3. Give 1, 2, 4 or 8."),
+        (
+            {"tensor_parallel": 3},
+            "tensor_parallel: .* 8 attention heads and 4 key-value heads .*got 3. Give 1, 2, 4 or 8.",
+        ),
         ({"batch_size": 4, "waiting_rows": 5}, "waiting_rows: .* 1 to 4, got 5"),
     ],
 )

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from citer_hf.configuration_citer import CiterConfig
 from citer_hf.waiting_citer import rows_to_wait_for
 
-from .costs import cost_of_config
+from .costs import ModelCost, cost_of_config
 from .simulate import DEVICES, Projection, check_number, project
+from .stored import StoredWeights, weights_of_config
 
 __all__ = ["named_as_options", "simulate_command", "table", "to_json"]
 
@@ -42,9 +43,9 @@ def simulate_command(
     device: str | None = None,
     bandwidth_gb_s: float | None = None,
     tflops: float | None = None,
-    slm_bits: float = 16,
-    llm_bits: float = 16,
-    kv_bits: float = 16,
+    slm_bits: float | None = None,
+    llm_bits: float | None = None,
+    kv_bits: float | None = None,
     shares: Sequence[float] = (0.1, 0.2, 0.35),
     batch_sizes: Sequence[int] = (1,),
     waiting_rows: int | None = None,
@@ -58,9 +59,9 @@ def simulate_command(
         device: Name of an entry of `DEVICES`, at its published peak.
         bandwidth_gb_s: Bandwidth of the memory in GB/s, such as `citer bench` measures; overrides the device's.
         tflops: Peak in 10¹² operations per second; overrides the device's.
-        slm_bits: Bits per weight of the SLM, see `cost_of_config`.
+        slm_bits: Bits per weight of the SLM, see `cost_of_config`; `None` for what its configuration says.
         llm_bits: Bits per weight of the LLM.
-        kv_bits: Bits per element of both caches.
+        kv_bits: Bits per element of both caches; `None` for those of the weights that are not quantized, 16 at least.
         shares: Shares of LLM tokens.
         batch_sizes: Rows per replica.
         waiting_rows: Waiting rows that trigger a call of the LLM, 1 for lock-step alone; `None` leaves it to the
@@ -73,9 +74,11 @@ def simulate_command(
     """
     machine: dict[str, Any] = {**_machine(device, bandwidth_gb_s, tflops), **options}
     for name, bits in (("slm_bits", slm_bits), ("llm_bits", llm_bits), ("kv_bits", kv_bits)):
-        check_number(name, bits, 1, 64, "bits per number from 1 to 64, such as 16, 8 or 4.5")
+        if bits is not None:
+            check_number(name, bits, 1, 64, "bits per number from 1 to 64, such as 16, 8 or 4.5")
     small, large = _pair(slm, llm)
-    costs = cost_of_config(small, slm_bits, kv_bits), cost_of_config(large, llm_bits, kv_bits)
+    stored = weights_of_config(small, slm_bits, "slm_bits"), weights_of_config(large, llm_bits, "llm_bits")
+    costs = _cost(small, stored[0], kv_bits), _cost(large, stored[1], kv_bits)
     projections = []
     for batch_size in batch_sizes:
         for share in shares:
@@ -86,7 +89,11 @@ def simulate_command(
             if min(waiting, batch_size) > 1:
                 machine_and_rows = {**machine, "waiting_rows": min(waiting, batch_size)}
                 projections.append(project(*costs, share=share, batch_size=batch_size, **machine_and_rows))
-    return projections
+    known: dict[str, Any] = {
+        **{"slm_bits": stored[0].bits, "slm_bits_from": stored[0].source},
+        **{"llm_bits": stored[1].bits, "llm_bits_from": stored[1].source},
+    }
+    return [replace(one, **known) for one in projections]
 
 
 @contextmanager
@@ -144,6 +151,9 @@ def table(projections: Sequence[Projection]) -> str:
     Console(file=text, width=200).print(shown)
     gigabytes = max((one.bytes_per_gpu for one in projections), default=0) / 1e9
     lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+    for one in projections[:1]:
+        lines.append(f"Bits per weight of the SLM: {one.slm_bits:.4g} ({one.slm_bits_from}).")
+        lines.append(f"Bits per weight of the LLM: {one.llm_bits:.4g} ({one.llm_bits_from}).")
     return "\n".join([*lines, f"Projected, not measured. The fullest device holds {gigabytes:.3g} GB."])
 
 
@@ -154,6 +164,10 @@ def to_json(projections: Sequence[Projection]) -> str:
         projections: What to write.
     """
     return json.dumps([asdict(one) for one in projections], indent=2)
+
+
+def _cost(config: PreTrainedConfig, stored: StoredWeights, kv_bits: float | None) -> ModelCost:
+    return cost_of_config(config, stored.bits, kv_bits or stored.other_bits, stored.other_bits, stored.skipped)
 
 
 def _pair(slm: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig]:

@@ -100,6 +100,10 @@ class Projection:
         speedup: Over the LLM alone.
         break_even_share: Share of LLM tokens up to which the pair is faster than the LLM alone, same rows, same mode.
         bytes_per_gpu: Weights of both models and their caches on the fullest device.
+        slm_bits: Bits per weight of the SLM's matrices, where they are known.
+        slm_bits_from: Where that number comes from.
+        llm_bits: The same of the LLM.
+        llm_bits_from: Likewise.
     """
 
     share: float
@@ -122,6 +126,10 @@ class Projection:
     speedup: float
     break_even_share: float
     bytes_per_gpu: float
+    slm_bits: float | None = None
+    slm_bits_from: str | None = None
+    llm_bits: float | None = None
+    llm_bits_from: str | None = None
 
 
 @dataclass(frozen=True)
