@@ -17,21 +17,25 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from citer_hf.configuration_citer import CiterConfig
+from citer_hf.configuration_citer import CiterConfig, context_length
 from citer_hf.waiting_citer import rows_to_wait_for
 
 from .costs import ModelCost, cost_of_config
-from .simulate import DEVICES, Projection, check_number, project
+from .devices import DEVICES
+from .simulate import Projection, check_number, check_whole, project
 from .stored import StoredWeights, weights_of_config
 
 __all__ = ["named_as_options", "simulate_command", "table", "to_json"]
 
+# Tokens in the cache, unless told otherwise or the pair reads fewer.
+CONTEXT = 1024
 # What the command line calls the arguments of `simulate_command`.
 OPTIONS = {
     "device": "--gpu",
     "bandwidth_gb_s": "--bandwidth",
     "slm": "--slm",
     "llm": "--llm",
+    "context": "--prompt-length, --max-new-tokens",
     **{name: "--" + name.replace("_", "-") for name in ("slm_bits", "llm_bits", "tensor_parallel", "replicas")},
 }
 
@@ -48,6 +52,7 @@ def simulate_command(
     kv_bits: float | None = None,
     shares: Sequence[float] = (0.1, 0.2, 0.35),
     batch_sizes: Sequence[int] = (1,),
+    context: int | None = None,
     waiting_rows: int | None = None,
     **options: Any,
 ) -> list[Projection]:
@@ -64,9 +69,10 @@ def simulate_command(
         kv_bits: Bits per element of both caches; `None` for those of the weights that are not quantized, 16 at least.
         shares: Shares of LLM tokens.
         batch_sizes: Rows per replica.
+        context: Tokens in the cache of every row; `None` for 1024, or the longest text of the pair if that is shorter.
         waiting_rows: Waiting rows that trigger a call of the LLM, 1 for lock-step alone; `None` leaves it to the
             policy that `generate` follows.
-        options: What else `project` takes: `context`, `overhead`, `tensor_parallel`, `replicas`, ...
+        options: What else `project` takes: `overhead`, `tensor_parallel`, `replicas`, ...
 
     Raises:
         ValueError: for an argument out of its range, an unknown device, or a router where a model is expected.
@@ -77,6 +83,7 @@ def simulate_command(
         if bits is not None:
             check_number(name, bits, 1, 64, "bits per number from 1 to 64, such as 16, 8 or 4.5")
     small, large = _pair(slm, llm)
+    machine["context"] = _context(context, small, large)
     stored = weights_of_config(small, slm_bits, "slm_bits"), weights_of_config(large, llm_bits, "llm_bits")
     costs = _cost(small, stored[0], kv_bits), _cost(large, stored[1], kv_bits)
     projections = []
@@ -168,6 +175,19 @@ def to_json(projections: Sequence[Projection]) -> str:
 
 def _cost(config: PreTrainedConfig, stored: StoredWeights, kv_bits: float | None) -> ModelCost:
     return cost_of_config(config, stored.bits, kv_bits or stored.other_bits, stored.other_bits, stored.skipped)
+
+
+def _context(context: int | None, *pair: PreTrainedConfig) -> int:
+    limits = [limit for limit in map(context_length, pair) if limit is not None]
+    if context is None:
+        return min([CONTEXT, *limits])
+    check_whole("context", context, "tokens")
+    if limits and context > min(limits):
+        raise ValueError(
+            f"context: expected at most {min(limits)} tokens in all, the pair's context (max_position_embeddings), "
+            f"got {context}. Correct context."
+        )
+    return context
 
 
 def _pair(slm: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig]:

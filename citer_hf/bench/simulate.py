@@ -11,14 +11,7 @@ from functools import lru_cache
 from .costs import ModelCost
 from .costs import flops as operations
 
-__all__ = [
-    "DEVICES",
-    "Alone",
-    "Device",
-    "Projection",
-    "asynchronous_passes",
-    "project",
-]
+__all__ = ["Alone", "Projection", "asynchronous_passes", "project"]
 
 # Seconds of a forward pass that are neither memory nor arithmetic, when it is replayed as a CUDA graph: the launch,
 # sampling and the host. Published: 5.4 ms for an SLM of 28 layers (TokenRouter). Eager, it is several times that.
@@ -33,31 +26,6 @@ SIMULATED_TOKENS = 512
 SIMULATED_SEEDS = 4
 # Beyond this, passes per position hang on the part of the rows that waits alone, and playing all would take minutes.
 MOST_SIMULATED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the maker publishes about one device; no program reaches quite as much.
-
-    Attributes:
-        bandwidth: Of its memory, bytes per second.
-        flops: Dense bf16 operations per second; `None` when no figure is published.
-    """
-
-    bandwidth: float
-    flops: float | None
-
-
-# Published peaks. The CPU: two channels of DDR5-5200.
-DEVICES = {
-    "h200": Device(4800e9, 989e12),
-    "h100": Device(3350e9, 989e12),
-    "a100-80gb": Device(2039e9, 312e12),
-    "a100-40gb": Device(1555e9, 312e12),
-    "l40s": Device(864e9, 362e12),
-    "rtx4090": Device(1008e9, 165e12),
-    "cpu-ddr5": Device(83e9, None),
-}
 
 
 @dataclass(frozen=True)
