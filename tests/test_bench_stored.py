@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from typer.testing import CliRunner
 
 from citer_hf.bench.costs import cost_of_config, cost_of_model
 from citer_hf.bench.projections import simulate_command, table
 from citer_hf.bench.stored import is_skipped, weights_of_config
+from citer_hf.cli import app
 
 from .families import tiny_config, tiny_model
 
@@ -179,10 +181,6 @@ def test_keys_and_values_have_the_bits_of_the_dtype(tmp_path: Path):
 
 
 def test_a_command_that_meets_an_unknown_quantization_says_what_to_give(tmp_path: Path):
-    from typer.testing import CliRunner
-
-    from citer_hf.cli import app
-
     slm, llm = pair_of(tmp_path, quantization_config={"quant_method": "hqq"})
     command = ["bench", "--simulate", "--slm", slm, "--llm", llm, "--gpu", "h100"]
     result = CliRunner().invoke(app, command)

@@ -200,7 +200,12 @@ def _pair(slm: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig
 def _config(argument: str, name: str, router: bool = False) -> Any:
     path = Path(name).expanduser()
     if path.is_file():
-        content = PreTrainedConfig._dict_from_json_file(path)
+        try:
+            content = PreTrainedConfig._dict_from_json_file(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{argument}: expected a model's config.json, got {name!r}. It is no JSON: {error}."
+            ) from None
         if "model_type" not in content:
             raise ValueError(f"{argument}: expected a model's config.json, got {name!r}. It has no model_type.")
         config = AutoConfig.for_model(content.pop("model_type"), **content)
