@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .bench.devices import DEVICES
+from .cli_bench import refuse_options
 from .cli_convert import convert
 from .cli_hub import push
 from .cli_method import calibrate, evaluate, label, train
@@ -78,6 +80,7 @@ def chat(
 
 @app.command()
 def bench(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A router's directory or repository id, or `demo`.")
     ] = None,
@@ -119,12 +122,18 @@ def bench(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Run nothing: project the pair on a machine, from configurations alone.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="With --simulate: a100, h100, l40s, ...")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help=f"With --simulate: {', '.join(DEVICES)}.")] = None,
     bandwidth: Annotated[
         float | None, typer.Option(metavar="GB/S", help="With --simulate: of the memory; overrides --gpu's.")
     ] = None,
-    slm_bits: Annotated[float, typer.Option(metavar="N", help="With --simulate: bits per weight of the SLM.")] = 16,
-    llm_bits: Annotated[float, typer.Option(metavar="N", help="With --simulate: bits per weight of the LLM.")] = 16,
+    slm_bits: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="With --simulate: bits per weight of the SLM. [default: as its config says]"),
+    ] = None,
+    llm_bits: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="With --simulate: bits per weight of the LLM. [default: as its config says]"),
+    ] = None,
     tensor_parallel: Annotated[int, typer.Option(metavar="N", help="With --simulate: devices of the LLM.")] = 1,
     replicas: Annotated[int, typer.Option(metavar="N", help="With --simulate: copies of the pair.")] = 1,
 ) -> None:
@@ -132,6 +141,7 @@ def bench(
     with plain_errors():
         from citer_hf.bench import command, options
 
+        refuse_options(context, simulate)
         forced = options.parse_numbers("--shares", shares)
         routed = options.parse_numbers("--thresholds", thresholds)
         wanted = options.BenchOptions(

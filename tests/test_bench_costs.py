@@ -56,6 +56,7 @@ def test_compressed_keys_and_values_count_as_they_are_cached():
     cost = cost_of_model(model)
     assert cost == cost_of_config(config, bits=32, kv_bits=32)
     assert cost.kv_bytes_read(7) == cache_bytes(cache)
+    assert (cost.num_heads, cost.num_kv_heads) == (4, 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])

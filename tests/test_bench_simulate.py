@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import Qwen3Config
-from typer.testing import CliRunner
 
 from citer_hf.bench.costs import ModelCost, cost_of_config
+from citer_hf.bench.devices import DEVICES
 from citer_hf.bench.projections import simulate_command, table, to_json
-from citer_hf.bench.simulate import DEVICES, Projection, asynchronous_passes, project
-from citer_hf.cli import app
+from citer_hf.bench.simulate import Projection, asynchronous_passes, project
 from citer_hf.demo import PAIR
 from citer_hf.waiting_citer import passes_per_position
 
@@ -26,6 +25,7 @@ LARGE = ModelCost(
     kv_bytes_per_token=4,
     active_parameters=5_000,
     num_layers=8,
+    num_heads=8,
     num_kv_heads=4,
     hidden_size=64,
     resident_bytes=12_000,
@@ -95,6 +95,24 @@ def test_tensor_parallelism_divides_the_llm_and_adds_all_reduces():
     assert four.bytes_per_gpu == pytest.approx(12_000 / 4 + 100 * 4 / 4 + 100)
 
 
+def test_more_devices_than_key_value_heads_keep_copies_of_them():
+    link = {"interconnect": 1e18, "all_reduce_latency": 0.0}
+    eight = projected(tensor_parallel=8, **link)
+    assert eight.llm_step_s == pytest.approx((10_000 / 8 + 404 / 4) * 1e-6)
+    assert eight.bytes_per_gpu == pytest.approx(12_000 / 8 + 100 * 4 / 4 + 100)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(128, 1, 7), (28, 4, 7), (28, 4, 8), (8, 8, 16), (1, 1, 2)])
+def test_heads_that_cannot_be_shared_out_evenly_are_refused(heads: int, kv_heads: int, degree: int):
+    large = replace(LARGE, num_heads=heads, num_kv_heads=kv_heads)
+    with pytest.raises(ValueError, match=f"^tensor_parallel: .* {heads} attention heads.* got {degree}. Give 1[ ,.]"):
+        project(SMALL, large, bandwidth=1e6, share=0.2, tensor_parallel=degree)
+
+
+def test_a_model_without_attention_is_divided_as_one_likes():
+    project(SMALL, replace(LARGE, num_heads=0, num_kv_heads=1), bandwidth=1e6, share=0.2, tensor_parallel=3)
+
+
 def test_replicas_add_tokens_but_not_per_device():
     one, three = projected(), projected(replicas=3)
     assert three.tokens_per_s == pytest.approx(3 * one.tokens_per_s)
@@ -140,6 +158,34 @@ def test_waiting_rows_save_time_where_the_llm_is_dear():
     assert waiting.break_even_share > lock_step.break_even_share
 
 
+@pytest.mark.parametrize("share", [3e-5, 1e-9, 1e-17, 5e-324])
+@pytest.mark.parametrize(("rows", "waiting"), [(1, None), (4, None), (4, 3), (8, 5)])
+def test_a_share_next_to_nothing_costs_next_to_nothing(rows: int, waiting: int | None, share: float):
+    none = projected(batch_size=rows, share=0.0, flops=1e9)
+    hardly = projected(batch_size=rows, share=share, waiting_rows=waiting, flops=1e9)
+    assert hardly.llm_passes_per_position == pytest.approx(rows * share, rel=1e-3)
+    assert hardly.time_per_token_s == pytest.approx(none.time_per_token_s, rel=0.05)
+    # There is never more to catch up on than the text.
+    assert hardly.catch_up_tokens == 100
+
+
+def test_rows_that_hardly_ever_wait_are_as_many_as_dice_would_show():
+    rare = projected(batch_size=8, share=0.9 / (8 * 512), waiting_rows=5)
+    played = [asynchronous_passes(8, rare.share, 5, seed=seed) for seed in range(60)]
+    calls, steps = (sum(counts) / len(counts) for counts in zip(*played, strict=True))
+    assert rare.llm_passes_per_position == pytest.approx(calls, rel=0.3)
+    assert rare.slm_steps_per_position == pytest.approx(steps, rel=0.1)
+
+
+def test_many_rows_are_played_in_proportion():
+    few, many = (asynchronous_passes(rows, 0.2, 5 * rows // 8, tokens=512) for rows in (64, 512))
+    assert few == pytest.approx(many, rel=0.06)
+    # To play these would take ten minutes.
+    huge = projected(batch_size=100_000, share=0.2, waiting_rows=62_500)
+    assert (huge.llm_passes_per_position, huge.slm_steps_per_position) == pytest.approx(many, rel=0.06)
+    assert huge.catch_up_tokens == pytest.approx(5)
+
+
 def qwen3_pair() -> tuple[ModelCost, ModelCost]:
     """Costs of Qwen3-0.6B and Qwen3-32B in bf16."""
     small = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072}
@@ -181,7 +227,10 @@ def test_published_speeds_of_a_real_pair_are_met_roughly():
         ({"context": 0}, "context: .* got 0"),
         ({"replicas": 0}, "replicas: .* got 0"),
         ({"tensor_parallel": 0}, "tensor_parallel: .* got 0"),
-        ({"tensor_parallel": 3}, "tensor_parallel: .* 4 key-value heads, got 3. Give 1, 2 or 4."),
+        (
+            {"tensor_parallel": 3},
+            "tensor_parallel: .* 8 attention heads and 4 key-value heads .*got 3. Give 1, 2, 4 or 8.",
+        ),
         ({"batch_size": 4, "waiting_rows": 5}, "waiting_rows: .* 1 to 4, got 5"),
     ],
 )
@@ -203,10 +252,10 @@ def test_a_pair_is_projected_from_two_configurations(tmp_path: Path):
         file.write_text(tiny_config("llama", hidden_size=width).to_json_string())
         files.append(str(file))
     done = simulate_command(
-        *files, bandwidth_gb_s=1.0, overhead=0.0, llm_bits=8, shares=[0.1, 0.2], batch_sizes=[1, 8]
+        *files, bandwidth_gb_s=1.0, overhead=0.0, llm_bits=8, shares=[0.1, 0.2], batch_sizes=[1, 8], context=100
     )
     cost = cost_of_config(tiny_config("llama", hidden_size=1024), bits=8)
-    assert done[0].llm_step_s == pytest.approx((cost.weight_bytes + 1025 * cost.kv_bytes_per_token) / 1e9)
+    assert done[0].llm_step_s == pytest.approx((cost.weight_bytes + 101 * cost.kv_bytes_per_token) / 1e9)
     # One row waits for nobody; of eight, it is shown both ways.
     assert [(one.batch_size, one.share) for one in done] == [(1, 0.1), (1, 0.2), *[(8, 0.1)] * 2, *[(8, 0.2)] * 2]
     assert [one.waiting_rows is None for one in done] == [True, True, True, False, True, False]
@@ -233,6 +282,8 @@ def test_projections_are_shown_and_saved_line_by_line():
         ([str(PAIR)], {"bandwidth_gb_s": -1}, ValueError, "bandwidth_gb_s: .* got -1"),
         ([str(PAIR)], {"device": "h100", "tflops": 0}, ValueError, "tflops: .* got 0"),
         ([str(PAIR)], {"device": "h100", "llm_bits": 0}, ValueError, "llm_bits: .* got 0"),
+        ([str(PAIR)], {"device": "h100", "context": 0}, ValueError, "context: .* got 0"),
+        ([str(PAIR)], {"device": "h100", "context": 100_000}, ValueError, "context: expected at most .* got 100000"),
         ([str(PAIR), "other"], {"device": "h100"}, ValueError, "slm: expected one model"),
         (["none.json"], {"device": "h100"}, FileNotFoundError, "slm: .* 'none.json'"),
     ],
@@ -249,34 +300,9 @@ def test_a_file_that_is_no_configuration_or_no_router_is_refused(tmp_path: Path)
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"^slm: .* no model_type"):
         simulate_command(str(file), device="h100")
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"^slm: expected a model's config.json, got .*config.json'. It is no JSON: "):
+        simulate_command(str(file), device="h100")
     file.write_text(tiny_config("llama").to_json_string())
     with pytest.raises(ValueError, match=r"^slm: expected a router, .* Give two models"):
         simulate_command(str(file), device="h100")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["demo", "--gpu", "abacus"], "--gpu: expected one of .*got 'abacus'. Choose one, or give --bandwidth."),
-        (["demo", "--bandwidth", "-1"], "--bandwidth: .* got -1.0. Correct --bandwidth."),
-        (["demo", "--gpu", "h100", "--slm-bits", "0"], "--slm-bits: .* Correct --slm-bits."),
-        (["demo", "--gpu", "h100", "--llm-bits", "99"], "--llm-bits: .* Correct --llm-bits."),
-        (["demo", "--gpu", "h100", "--replicas", "0"], "--replicas: .* Correct --replicas."),
-        (["demo", "--gpu", "h100", "--tensor-parallel", "0"], "--tensor-parallel: .* Correct --tensor-parallel."),
-        (["demo", "--gpu", "h100", "--tensor-parallel", "3"], "--tensor-parallel: expected a divisor"),
-        (["--slm", "none.json", "--llm", "none.json", "--gpu", "h100"], "--slm: .* got 'none.json'"),
-        (["--slm", str(PAIR), "--llm", str(PAIR), "--gpu", "h100"], "--slm: expected one model"),
-        (["demo"], "--simulate: give the machine"),
-    ],
-)
-def test_the_command_line_names_its_options(arguments: list[str], message: str):
-    result = CliRunner().invoke(app, ["bench", "--simulate", *arguments])
-    assert result.exit_code == 1
-    assert re.match(f"Error: {message}", result.stderr)
-
-
-def test_a_model_where_a_router_is_expected_is_called_by_its_place(tmp_path: Path):
-    (tmp_path / "config.json").write_text(tiny_config("llama").to_json_string())
-    result = CliRunner().invoke(app, ["bench", "--simulate", str(tmp_path), "--gpu", "h100"])
-    assert result.exit_code == 1
-    assert result.stderr.startswith("Error: MODEL: expected a router")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from .stored import is_skipped
 
 __all__ = ["ModelCost", "bytes_moved", "cost_of_config", "cost_of_model", "flops"]
 
@@ -34,6 +36,7 @@ class ModelCost:
         head_parameters: Those of the head, which runs only for the positions whose logits are asked for.
         resident_bytes: Bytes of all weights that lie in memory: embedding tables and idle experts too.
         num_layers: Number of layers.
+        num_heads: Query heads of a layer; 0 for a model without attention.
         num_kv_heads: Key-value heads of a layer; 1 for multi-head latent attention.
         attention_width: Sum over the layers without a window of `heads * (query width + value width)`, in elements:
             a query that looks at n positions takes `2 * n * attention_width` operations.
@@ -51,6 +54,7 @@ class ModelCost:
     head_parameters: int = 0
     resident_bytes: int = 0
     num_layers: int = 1
+    num_heads: int = 1
     num_kv_heads: int = 1
     attention_width: int = 0
     windowed_attention_width: int = 0
@@ -97,26 +101,46 @@ def cost_of_model(model: PreTrainedModel) -> ModelCost:
         ValueError: when the model has no head.
     """
     skeleton = _skeleton(model.config, type(model))
-    return _cost(skeleton, _stored_bytes(model, _expert_fraction(model.config)), model.dtype.itemsize)
+    stored = _stored_bytes(model, _expert_fraction(model.config), lambda weight, _: _tensor_bytes(weight))
+    return _cost(skeleton, stored, model.dtype.itemsize)
 
 
-def cost_of_config(config: PreTrainedConfig, bits: float = 16, kv_bits: float = 16) -> ModelCost:
+def cost_of_config(
+    config: PreTrainedConfig,
+    bits: float = 16,
+    kv_bits: float = 16,
+    other_bits: float | None = None,
+    skipped: Sequence[str] = (),
+) -> ModelCost:
     """Count what a model would cost, from its configuration alone; no weights are needed or allocated.
 
     Args:
         config: Configuration of a causal language model.
         bits: Bits per weight of the layers' matrices, with what the quantization stores beside them (nf4 with blocks
-            of 64 is 4.5, or 4.127 with double quantization). Below 16, the head, norms and biases stay at 16.
+            of 64 is 4.5, or 4.127 with double quantization).
         kv_bits: Bits per element of the keys and values.
+        other_bits: Bits per weight of the head, tables, norms and biases; `None` for 16, or `bits` if that is more.
+        skipped: Modules whose matrices have `other_bits` too, see `is_skipped`.
 
     Raises:
         ValueError: for a number of bits that is not above 0, or a configuration of no causal language model.
     """
-    for name, value in (("bits", bits), ("kv_bits", kv_bits)):
+    other_bits = max(bits, 16) if other_bits is None else other_bits
+    for name, value in (("bits", bits), ("kv_bits", kv_bits), ("other_bits", other_bits)):
         if not 0 < value <= 64:
             raise ValueError(f"{name}: expected a number of bits above 0, such as 16, 8 or 4.5, got {value!r}.")
     skeleton = _skeleton(config, AutoModelForCausalLM)
-    stored = _stored_bytes(skeleton, _expert_fraction(config), bits)
+    whole = {
+        id(weight)
+        for name, module in skeleton.named_modules()
+        if is_skipped(name, skipped)
+        for weight in module.parameters(recurse=False)
+    }
+
+    def size(weight: torch.Tensor, is_matrix: bool) -> float:
+        return weight.numel() * (bits if is_matrix and id(weight) not in whole else other_bits) / 8
+
+    stored = _stored_bytes(skeleton, _expert_fraction(config), size)
     return _cost(skeleton, stored, kv_bits / 8)
 
 
@@ -185,6 +209,7 @@ def _cost(skeleton: PreTrainedModel, stored: _Stored, kv_itemsize: float) -> Mod
         head_parameters=_head(skeleton).weight.numel(),
         resident_bytes=round(stored.shared + stored.experts + stored.tables),
         num_layers=int(config.num_hidden_layers),
+        num_heads=heads if layers else 0,
         num_kv_heads=max((layer.heads for layer in layers), default=1),
         attention_width=sum(width for width, layer in zip(widths, layers, strict=True) if layer.window is None),
         windowed_attention_width=sum(width for width, layer in zip(widths, layers, strict=True) if layer.window),
@@ -256,14 +281,10 @@ def _read_weights(model: PreTrainedModel, expert_fraction: float) -> Iterator[tu
         yield weight, False, True
 
 
-def _stored_bytes(model: PreTrainedModel, expert_fraction: float, bits: float | None = None) -> _Stored:
-    """Add up the weights that are read, as they are stored or, when given, at a number of bits."""
-
-    def size(weight: torch.Tensor, is_matrix: bool) -> float:
-        if bits is None:
-            return _tensor_bytes(weight)
-        return weight.numel() * (bits if is_matrix else max(bits, 16)) / 8
-
+def _stored_bytes(
+    model: PreTrainedModel, expert_fraction: float, size: Callable[[torch.Tensor, bool], float]
+) -> _Stored:
+    """Add up the weights that are read, each of the size that a function of it and of being a layer's matrix gives."""
     shared = experts = 0.0
     read = set()
     for weight, is_expert, is_head in _read_weights(model, expert_fraction):

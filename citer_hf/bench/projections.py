@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,25 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from citer_hf.configuration_citer import CiterConfig
+from citer_hf.configuration_citer import CiterConfig, context_length
 from citer_hf.waiting_citer import rows_to_wait_for
 
-from .costs import cost_of_config
-from .simulate import DEVICES, Projection, check_number, project
+from .costs import ModelCost, cost_of_config
+from .devices import DEVICES
+from .simulate import Projection, check_number, check_whole, project
+from .stored import StoredWeights, weights_of_config
 
 __all__ = ["named_as_options", "simulate_command", "table", "to_json"]
 
+# Tokens in the cache, unless told otherwise or the pair reads fewer.
+CONTEXT = 1024
 # What the command line calls the arguments of `simulate_command`.
 OPTIONS = {
     "device": "--gpu",
     "bandwidth_gb_s": "--bandwidth",
     "slm": "--slm",
     "llm": "--llm",
+    "context": "--prompt-length, --max-new-tokens",
     **{name: "--" + name.replace("_", "-") for name in ("slm_bits", "llm_bits", "tensor_parallel", "replicas")},
 }
 
@@ -42,11 +47,12 @@ def simulate_command(
     device: str | None = None,
     bandwidth_gb_s: float | None = None,
     tflops: float | None = None,
-    slm_bits: float = 16,
-    llm_bits: float = 16,
-    kv_bits: float = 16,
+    slm_bits: float | None = None,
+    llm_bits: float | None = None,
+    kv_bits: float | None = None,
     shares: Sequence[float] = (0.1, 0.2, 0.35),
     batch_sizes: Sequence[int] = (1,),
+    context: int | None = None,
     waiting_rows: int | None = None,
     **options: Any,
 ) -> list[Projection]:
@@ -58,14 +64,15 @@ def simulate_command(
         device: Name of an entry of `DEVICES`, at its published peak.
         bandwidth_gb_s: Bandwidth of the memory in GB/s, such as `citer bench` measures; overrides the device's.
         tflops: Peak in 10¹² operations per second; overrides the device's.
-        slm_bits: Bits per weight of the SLM, see `cost_of_config`.
+        slm_bits: Bits per weight of the SLM, see `cost_of_config`; `None` for what its configuration says.
         llm_bits: Bits per weight of the LLM.
-        kv_bits: Bits per element of both caches.
+        kv_bits: Bits per element of both caches; `None` for those of the weights that are not quantized, 16 at least.
         shares: Shares of LLM tokens.
         batch_sizes: Rows per replica.
+        context: Tokens in the cache of every row; `None` for 1024, or the longest text of the pair if that is shorter.
         waiting_rows: Waiting rows that trigger a call of the LLM, 1 for lock-step alone; `None` leaves it to the
             policy that `generate` follows.
-        options: What else `project` takes: `context`, `overhead`, `tensor_parallel`, `replicas`, ...
+        options: What else `project` takes: `overhead`, `tensor_parallel`, `replicas`, ...
 
     Raises:
         ValueError: for an argument out of its range, an unknown device, or a router where a model is expected.
@@ -73,9 +80,12 @@ def simulate_command(
     """
     machine: dict[str, Any] = {**_machine(device, bandwidth_gb_s, tflops), **options}
     for name, bits in (("slm_bits", slm_bits), ("llm_bits", llm_bits), ("kv_bits", kv_bits)):
-        check_number(name, bits, 1, 64, "bits per number from 1 to 64, such as 16, 8 or 4.5")
+        if bits is not None:
+            check_number(name, bits, 1, 64, "bits per number from 1 to 64, such as 16, 8 or 4.5")
     small, large = _pair(slm, llm)
-    costs = cost_of_config(small, slm_bits, kv_bits), cost_of_config(large, llm_bits, kv_bits)
+    machine["context"] = _context(context, small, large)
+    stored = weights_of_config(small, slm_bits, "slm_bits"), weights_of_config(large, llm_bits, "llm_bits")
+    costs = _cost(small, stored[0], kv_bits), _cost(large, stored[1], kv_bits)
     projections = []
     for batch_size in batch_sizes:
         for share in shares:
@@ -86,7 +96,11 @@ def simulate_command(
             if min(waiting, batch_size) > 1:
                 machine_and_rows = {**machine, "waiting_rows": min(waiting, batch_size)}
                 projections.append(project(*costs, share=share, batch_size=batch_size, **machine_and_rows))
-    return projections
+    known: dict[str, Any] = {
+        **{"slm_bits": stored[0].bits, "slm_bits_from": stored[0].source},
+        **{"llm_bits": stored[1].bits, "llm_bits_from": stored[1].source},
+    }
+    return [replace(one, **known) for one in projections]
 
 
 @contextmanager
@@ -130,7 +144,7 @@ def table(projections: Sequence[Projection]) -> str:
     for one in projections:
         shown.add_row(
             str(one.batch_size),
-            f"{one.share:.0%}",
+            f"{100 * one.share:.3g}%",
             "-" if one.waiting_rows is None else str(one.waiting_rows),
             *(f"{1e3 * seconds:.2f}" for seconds in (one.slm_step_s, one.catch_up_s)),
             *(f"{count:.2f}" for count in (one.llm_passes_per_position, one.slm_steps_per_position)),
@@ -144,6 +158,9 @@ def table(projections: Sequence[Projection]) -> str:
     Console(file=text, width=200).print(shown)
     gigabytes = max((one.bytes_per_gpu for one in projections), default=0) / 1e9
     lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+    for one in projections[:1]:
+        lines.append(f"Bits per weight of the SLM: {one.slm_bits:.4g} ({one.slm_bits_from}).")
+        lines.append(f"Bits per weight of the LLM: {one.llm_bits:.4g} ({one.llm_bits_from}).")
     return "\n".join([*lines, f"Projected, not measured. The fullest device holds {gigabytes:.3g} GB."])
 
 
@@ -156,6 +173,23 @@ def to_json(projections: Sequence[Projection]) -> str:
     return json.dumps([asdict(one) for one in projections], indent=2)
 
 
+def _cost(config: PreTrainedConfig, stored: StoredWeights, kv_bits: float | None) -> ModelCost:
+    return cost_of_config(config, stored.bits, kv_bits or stored.other_bits, stored.other_bits, stored.skipped)
+
+
+def _context(context: int | None, *pair: PreTrainedConfig) -> int:
+    limits = [limit for limit in map(context_length, pair) if limit is not None]
+    if context is None:
+        return min([CONTEXT, *limits])
+    check_whole("context", context, "tokens")
+    if limits and context > min(limits):
+        raise ValueError(
+            f"context: expected at most {min(limits)} tokens in all, the pair's context (max_position_embeddings), "
+            f"got {context}. Correct context."
+        )
+    return context
+
+
 def _pair(slm: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     if llm is not None:
         return _config("slm", slm), _config("llm", llm)
@@ -166,7 +200,12 @@ def _pair(slm: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig
 def _config(argument: str, name: str, router: bool = False) -> Any:
     path = Path(name).expanduser()
     if path.is_file():
-        content = PreTrainedConfig._dict_from_json_file(path)
+        try:
+            content = PreTrainedConfig._dict_from_json_file(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{argument}: expected a model's config.json, got {name!r}. It is no JSON: {error}."
+            ) from None
         if "model_type" not in content:
             raise ValueError(f"{argument}: expected a model's config.json, got {name!r}. It has no model_type.")
         config = AutoConfig.for_model(content.pop("model_type"), **content)

@@ -11,14 +11,7 @@ from functools import lru_cache
 from .costs import ModelCost
 from .costs import flops as operations
 
-__all__ = [
-    "DEVICES",
-    "Alone",
-    "Device",
-    "Projection",
-    "asynchronous_passes",
-    "project",
-]
+__all__ = ["Alone", "Projection", "asynchronous_passes", "project"]
 
 # Seconds of a forward pass that are neither memory nor arithmetic, when it is replayed as a CUDA graph: the launch,
 # sampling and the host. Published: 5.4 ms for an SLM of 28 layers (TokenRouter). Eager, it is several times that.
@@ -31,31 +24,8 @@ ACTIVATION_BYTES = 2
 # Length and number of the texts in which waiting rows are simulated.
 SIMULATED_TOKENS = 512
 SIMULATED_SEEDS = 4
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the maker publishes about one device; no program reaches quite as much.
-
-    Attributes:
-        bandwidth: Of its memory, bytes per second.
-        flops: Dense bf16 operations per second; `None` when no figure is published.
-    """
-
-    bandwidth: float
-    flops: float | None
-
-
-# Published peaks. The CPU: two channels of DDR5-5200.
-DEVICES = {
-    "h200": Device(4800e9, 989e12),
-    "h100": Device(3350e9, 989e12),
-    "a100-80gb": Device(2039e9, 312e12),
-    "a100-40gb": Device(1555e9, 312e12),
-    "l40s": Device(864e9, 362e12),
-    "rtx4090": Device(1008e9, 165e12),
-    "cpu-ddr5": Device(83e9, None),
-}
+# Beyond this, passes per position hang on the part of the rows that waits alone, and playing all would take minutes.
+MOST_SIMULATED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -98,6 +68,10 @@ class Projection:
         speedup: Over the LLM alone.
         break_even_share: Share of LLM tokens up to which the pair is faster than the LLM alone, same rows, same mode.
         bytes_per_gpu: Weights of both models and their caches on the fullest device.
+        slm_bits: Bits per weight of the SLM's matrices, where they are known.
+        slm_bits_from: Where that number comes from.
+        llm_bits: The same of the LLM.
+        llm_bits_from: Likewise.
     """
 
     share: float
@@ -120,6 +94,10 @@ class Projection:
     speedup: float
     break_even_share: float
     bytes_per_gpu: float
+    slm_bits: float | None = None
+    slm_bits_from: str | None = None
+    llm_bits: float | None = None
+    llm_bits_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,9 +110,7 @@ class _Machine:
 
     def seconds(self, cost: ModelCost, rows: float, tokens: float, context: int, degree: int = 1) -> float:
         """Time of a forward pass of `rows` rows over `tokens` tokens each: memory or arithmetic, the slower one."""
-        # One head of keys and values cannot be divided: every device keeps it whole.
-        kv_degree = degree if cost.num_kv_heads > 1 else 1
-        kv = rows * (cost.kv_bytes_read(context) + tokens * cost.kv_bytes_per_token) / kv_degree
+        kv = rows * (cost.kv_bytes_read(context) + tokens * cost.kv_bytes_per_token) / _kv_parts(cost, degree)
         memory = (cost.weight_bytes_read(rows * tokens) / degree + kv) / self.bandwidth
         arithmetic = rows * operations(cost, tokens, context) / degree / self.flops if self.flops else 0.0
         return max(memory, arithmetic) + self.overhead + self.exchange_seconds(cost, rows * tokens, degree)
@@ -169,7 +145,8 @@ def project(
     Every token takes one SLM step of its row. Each is left to the LLM independently, with probability `share`. In
     lock-step the LLM is called when any row needs it, and all rows catch up; otherwise when `waiting_rows` rows wait,
     and these catch up, on `1 / share` tokens on average. Tensor parallelism divides the LLM and adds two all-reduces
-    per layer; the SLM is not divided, and runs while the LLM's other devices idle. Replicas do not share anything.
+    per layer; every device holds a key-value head at least. The SLM is not divided, and runs while the LLM's other
+    devices idle. Replicas do not share anything.
 
     Not modelled: reading the prompt, the router (a few SLM-wide vectors), padding of rows that catch up on different
     lengths, deferrals that come in clusters, growth of the cache during the text, dequantization, and small matrix
@@ -214,6 +191,8 @@ def project(
     def times(at_share: float) -> tuple[float, float, float, float, float]:
         """SLM step and catch-up in seconds, tokens of a catch-up, LLM passes and SLM steps per position."""
         llm_passes, slm_steps, rows, tokens = _passes(batch_size, at_share, waiting_rows)
+        # Where the LLM is hardly ever called, there is no more to catch up on than the text.
+        tokens = min(tokens, context)
         slm_step = machine.seconds(slm, batch_size / slm_steps, 1, context)
         catch_up = machine.seconds(llm, rows, tokens, context, tensor_parallel) if llm_passes else 0.0
         return slm_step, catch_up, tokens, llm_passes, slm_steps
@@ -228,8 +207,7 @@ def project(
 
     slm_step, catch_up, tokens, llm_passes, slm_steps = times(share)
     pair = alone(per_position(share))
-    caches = batch_size * (context * llm.kv_bytes_per_token / (tensor_parallel if llm.num_kv_heads > 1 else 1))
-    caches += batch_size * context * slm.kv_bytes_per_token
+    caches = batch_size * context * (llm.kv_bytes_per_token / _kv_parts(llm, tensor_parallel) + slm.kv_bytes_per_token)
     return Projection(
         share=share,
         batch_size=batch_size,
@@ -300,11 +278,25 @@ def _passes(rows: int, share: float, waiting_rows: int | None) -> tuple[float, f
     if share == 0:
         return 0.0, 1.0, 0.0, 0.0
     if waiting_rows is None:
-        any_row = 1 - (1 - share) ** rows
+        # In this form a share too small to change 1 is not lost.
+        any_row = 1.0 if share == 1 else -math.expm1(rows * math.log1p(-share))
         return any_row, 1.0, rows, 1 / any_row
+    calls, steps = _waiting_passes(rows, share, waiting_rows)
+    return calls, steps, rows * share / calls, 1 / share
+
+
+def _waiting_passes(rows: int, share: float, waiting_rows: int) -> tuple[float, float]:
+    """LLM passes and SLM steps per position of rows that wait, of many rows in proportion."""
+    if rows > MOST_SIMULATED_ROWS:
+        waiting_rows = max(round(waiting_rows * MOST_SIMULATED_ROWS / rows), 1)
+        rows = MOST_SIMULATED_ROWS
+    rare = rows * share
+    if rare * SIMULATED_TOKENS < 1:
+        # Dice would hardly ever show a row that waits. It waits until the others end, at half of its text on average.
+        return rare, 1 + rare * SIMULATED_TOKENS / 2 * (waiting_rows > 1)
     played = [asynchronous_passes(rows, share, waiting_rows, seed=seed) for seed in range(SIMULATED_SEEDS)]
     calls, steps = (sum(counts) / SIMULATED_SEEDS for counts in zip(*played, strict=True))
-    return calls, steps, rows * share / calls, 1 / share
+    return calls, steps
 
 
 def _break_even(per_position: Callable[[float], float], llm_step: float) -> float:
@@ -354,10 +346,23 @@ def check_number(name: str, value: float, least: float, most: float, what: str) 
         raise ValueError(f"{name}: expected {what}, got {value!r}. Correct {name}.")
 
 
+def _kv_parts(cost: ModelCost, degree: int) -> int:
+    """Parts into which keys and values are divided: a head never is, so that more devices than heads keep copies."""
+    return min(degree, cost.num_kv_heads)
+
+
 def _check_heads(llm: ModelCost, degree: int) -> None:
-    if llm.num_kv_heads > 1 and llm.num_kv_heads % degree:
-        divisors = [str(count) for count in range(1, llm.num_kv_heads + 1) if llm.num_kv_heads % count == 0]
+    heads, kv_heads = llm.num_heads, llm.num_kv_heads
+    if not heads:
+        return
+    possible = [
+        str(count)
+        for count in range(1, heads + 1)
+        if heads % count == 0 and max(count, kv_heads) % min(count, kv_heads) == 0
+    ]
+    if str(degree) not in possible:
+        kinds = f"{heads} attention heads" + (f" and {kv_heads} key-value heads" if kv_heads > 1 else "")
         raise ValueError(
-            f"tensor_parallel: expected a divisor of the LLM's {llm.num_kv_heads} key-value heads, got {degree}. "
-            f"Give {', '.join(divisors[:-1])} or {divisors[-1]}."
+            f"tensor_parallel: expected a number of devices that shares out the LLM's {kinds} evenly, got {degree}. "
+            f"Give {' or '.join(filter(None, [', '.join(possible[:-1]), possible[-1]]))}."
         )
