@@ -53,7 +53,8 @@ class MlpRouter(Router):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.sigmoid(self.log_odds(inputs))
         weight, bias, vector, offset = self.folded()
-        return torch.sigmoid(torch.relu(nn.functional.linear(inputs, weight, bias)) @ vector + offset)
+        hidden = torch.relu(nn.functional.linear(inputs, weight, bias))
+        return torch.sigmoid(nn.functional.linear(hidden, vector, offset).squeeze(-1))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logit of `p_slm`, layer by layer.
@@ -68,12 +69,16 @@ class MlpRouter(Router):
         return self.score(self.dropout(contracted)).squeeze(-1)
 
     def folded(self) -> MlpWeights:
-        """Return the evaluation form: weight `[2H, H]` and bias `[2H]`, and after the ReLU vector `[2H]` and offset.
+        """Return the evaluation form: weight `[2H, H]` and bias `[2H]`, and after the ReLU `[1, 2H]` and offset `[1]`.
 
         It is computed again when a weight has changed since the last call.
         """
-        tensors = [*self.parameters(), *self.buffers()]
-        state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        # One by one: what goes through all of a module's tensors takes as long as the router itself.
+        layers = (self.expand, self.contract, self.score)
+        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        if self.norm is not None:
+            tensors += [*self.norm.parameters(), *self.norm.buffers()]
+        state = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors])
         if self._folded is None or self._folded[0] != state:
             self._folded = (state, self._fold())
         return self._folded[1]
@@ -87,8 +92,8 @@ class MlpRouter(Router):
             scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
             weight = scale[:, None] * weight
             bias = scale * (bias - self.norm.running_mean) + self.norm.bias
-        vector = (self.score.weight @ self.contract.weight).squeeze(0)
-        offset = (self.score.weight @ self.contract.bias + self.score.bias).squeeze(0)
+        vector = self.score.weight @ self.contract.weight
+        offset = self.score.weight @ self.contract.bias + self.score.bias
         return weight, bias, vector, offset
 
 
@@ -129,10 +134,10 @@ def top_logprobs(logits: torch.Tensor, count: int) -> torch.Tensor:
     Returns:
         fp32, `[..., count]`.
     """
-    logits = logits.float()
-    largest = logits.topk(min(count, logits.shape[-1]), dim=-1).values - logits.logsumexp(-1, keepdim=True)
-    padded = nn.functional.pad(largest, (0, count - largest.shape[-1]), value=LEAST_LOGPROB)
-    return padded.clamp_min(LEAST_LOGPROB)
+    largest = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]), dim=-1).values
+    if largest.shape[-1] < count:
+        largest = nn.functional.pad(largest, (0, count - largest.shape[-1]), value=LEAST_LOGPROB)
+    return largest.clamp_min(LEAST_LOGPROB)
 
 
 class ConfidenceRouter(Router):

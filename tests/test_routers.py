@@ -91,7 +91,7 @@ def test_the_folded_form_is_citers(mlp):
 def test_the_folded_form_has_two_products(mlp):
     with torch.no_grad():
         weight, bias, vector, offset = mlp.folded()
-    assert (weight.shape, bias.shape, vector.shape, offset.shape) == ((32, HIDDEN), (32,), (32,), ())
+    assert (weight.shape, bias.shape, vector.shape, offset.shape) == ((32, HIDDEN), (32,), (1, 32), (1,))
 
 
 @pytest.mark.parametrize("change", ["step", "load", "cast", "copy"])
