@@ -220,7 +220,7 @@ def test_break_even_says_why_there_is_none(slm_step: float, said: str) -> None:
     assert found.share is None and said in found.reason
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_next", "lfm2"])
 def test_the_curve_times_every_length_behind_the_same_cache(family: str) -> None:
     model = make_pair(slm=family, llm=family)
     with count_passes(model) as passes:
@@ -234,6 +234,15 @@ def test_the_curve_times_every_length_behind_the_same_cache(family: str) -> None
 
 def test_catch_ups_that_the_context_has_no_room_for_are_left_out(pair: CiterForCausalLM) -> None:
     assert sorted(measure_curve(pair, prompt_length=240, rows=1, longest=16).llm) == [1, 2, 3, 4, 8, 16]
+
+
+def test_the_curve_ends_with_the_context() -> None:
+    # Absolute positions: a token more would have none.
+    model = make_pair(slm="gpt2", llm="gpt2")
+    measured = measure_curve(model, prompt_length=255, rows=1, longest=1)
+    assert list(measured.llm) == [1] and measured.last_slope == 0
+    assert measured.seconds_per_token(0.5) == pytest.approx(measured.slm_step + 0.5 * measured.llm[1])
+    assert break_even(measured).share is not None or break_even(measured).reason
 
 
 def test_bytes_are_weights_once_per_pass_and_the_cache() -> None:
