@@ -116,42 +116,6 @@ def test_prompts_come_from_a_file_in_full_batches(tmp_path: Path, jsonl: bool) -
     assert all(row["positions"] == 2 * 4 and row["tokens"] == 16 for row in report["rows"])
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
-    time_one = Bench._time
-
-    def interrupted(bench: Bench, contender: Any) -> Any:
-        if contender.kind == "floor":
-            raise KeyboardInterrupt
-        return time_one(bench, contender)
-
-    monkeypatch.setattr(Bench, "_time", interrupted)
-    file = tmp_path / "plot.svg"
-    result = invoke("bench", "demo", *QUICK, "--shares", "0.5", "--plot", file, *["--json"] * as_json)
-    assert result.exit_code == 130 and file.exists()
-    if as_json:
-        report = json.loads(result.stdout)
-        assert report["interrupted"] and not report["complete"]
-        names = [row["name"] for row in report["rows"]]
-        assert names == ["LLM alone", "SLM alone", "assisted generation", "CITER, share 0.5"]
-        assert report["rows"][3]["relative_to_floor"] is None and len(report["rows"][3]["seconds"]) == 1
-    else:
-        assert "Interrupted" in result.stdout and "CITER, share 0.5" in result.stdout and "floor," not in result.stdout
-
-
-def test_ctrl_c_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    file = tmp_path / "plot.png"
-    monkeypatch.setattr(Bench, "_observe", interrupted)
-    result = invoke("bench", "demo", *QUICK, "--json", "--plot", file)
-    assert result.exit_code == 130 and json.loads(result.stdout)["rows"] == [] and not file.exists()
-    assert "Interrupted before" in invoke("bench", "demo", *QUICK).stdout
-    monkeypatch.setattr(command, "load", interrupted)
-    assert invoke("bench", "demo", *QUICK).exit_code == 130
-
-
 def test_the_model_is_left_as_it_was(saved: Path) -> None:
     model = CiterForCausalLM.from_pretrained(saved)
     before = (model.router, model.generation_config, model.slm.generation_config, model.llm.generation_config)
@@ -233,62 +197,3 @@ def test_bench_refuses_prompts_it_cannot_read(tmp_path: Path, text: str | bytes,
     assert result.exit_code == 1 and "--prompts" in result.stderr and result.stderr.count("\n") == 1
     for part in said:
         assert part in result.stderr
-
-
-@pytest.mark.parametrize("part", ["slm", "llm", "both"])
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-        MemoryError(),
-    ],
-    ids=["accelerator", "cpu", "python"],
-)
-def test_out_of_memory_while_generating_names_the_model(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, part: str, error: Exception
-) -> None:
-    real_load = command.load
-
-    def load(*args: Any) -> Any:
-        model = real_load(*args)
-        failing = model if part == "both" else getattr(model, part)
-
-        def fail(*inputs: Any, **kwargs: Any) -> Any:
-            raise error
-
-        monkeypatch.setattr(failing, "generate", fail)
-        return model
-
-    monkeypatch.setattr(command, "load", load)
-    result = invoke("bench", "demo", *QUICK, "--no-assisted")
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1
-    which = {"slm": "the SLM while", "llm": "the LLM while", "both": "both models while"}[part]
-    for said in (
-        which,
-        "GB",
-        "of weights",
-        "--dtype bfloat16",
-        "--batch-size",
-        "--prompt-length",
-        "quantized",
-        "--device",
-    ):
-        assert said in result.stderr
-
-
-@pytest.mark.parametrize(("free", "which"), [(10, "the SLM could not"), (1 << 40, "the LLM could not")])
-def test_out_of_memory_while_loading_names_the_model(
-    monkeypatch: pytest.MonkeyPatch, saved: Path, free: int, which: str
-) -> None:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", fail)
-    monkeypatch.setattr(CiterForCausalLM, "from_pair", fail)
-    monkeypatch.setattr(command, "available_memory", lambda device: free)
-    for source in (["demo"], ["--slm", saved / "slm", "--llm", saved / "llm"]):
-        result = invoke("bench", *source, "--device", "cpu")
-        assert result.exit_code == 1 and result.stderr.count("\n") == 1
-        for said in (which, "weights need about", "--dtype bfloat16", "--batch-size", "--device"):
-            assert said in result.stderr

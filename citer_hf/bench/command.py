@@ -120,7 +120,7 @@ def load(source: Source, device: str, available: int) -> Any:
     keywords: dict[str, Any] = {"dtype": source.dtype, "device_map": device}
     if source.trust_remote_code:
         keywords["trust_remote_code"] = True
-    with explain_out_of_memory(device, available, lambda: loading(*configs(source), source.dtype, available)):
+    with explain_out_of_memory(device, available, lambda _: loading(*configs(source), source.dtype)):
         if source.model is not None:
             model = CiterForCausalLM.from_pretrained(source.model, **keywords)
         else:

@@ -14,7 +14,7 @@ from .costs import ModelCost, cost_of_model
 from .counting import Passes, count_passes
 from .curve import CostCurve, break_even, measure_curve
 from .machine import Machine, PeakMemory, available_memory, describe_machine, watch_memory
-from .memory import DoesNotFitError, both_models, explain_out_of_memory, one_model
+from .memory import DoesNotFitError, both_models, explain_out_of_memory, one_model, who_ran
 from .options import BenchOptions, check_context
 from .prompts import Batch, make_batches
 from .results import BenchReport, Measurement, Spread, compare
@@ -136,8 +136,6 @@ class Bench:
                     self.decisions.note(contender, number, text)
                     tokens += text.tokens.numel()
                     by_llm += 0 if text.to_llm is None else int(text.to_llm.sum())
-        except DoesNotFitError:
-            raise
         except Exception as error:
             if contender.required:
                 raise
@@ -167,11 +165,13 @@ class Bench:
         return seconds, first / len(self.batches)
 
     def _explained(self, contender: Contender | None) -> Any:
-        def describe() -> str:
+        def describe(error: Exception) -> str:
             longest = max(batch.length for batch in self.batches)
             tokens = self.options.batch_size * (longest + self.options.max_new_tokens)
-            if contender is not None and contender.kind in (ALONE, SLM):
+            name = who_ran(error, self.model.slm, self.model.llm)
+            if name is None and contender is not None and contender.kind in (ALONE, SLM):
                 name = contender.kind.split()[0]
+            if name is not None:
                 return one_model(name, getattr(self.model, name.lower()), tokens)
             return both_models(self.model.slm, self.model.llm, tokens)
 
