@@ -67,8 +67,8 @@ def not_loaded(error: Exception, role: str, source: Any, needed: float) -> Excep
     """
     kind = next(kind for kind in KINDS if isinstance(error, kind))
     return kind(
-        f"{role.upper()}: out of memory while it was loaded from {source}. It needs about {needed / GB:.3g} GB for its "
-        "weights, before any quantization. What helps: weights in fewer bytes "
+        f"{role.upper()}: out of memory while it was loaded from {source}. It needs about {needed / GB:.3g} GB for "
+        "its weights, before any quantization. What helps: weights in fewer bytes "
         f"({role}_quantization_config=..., or dtype=torch.bfloat16); weights on all devices and the disk "
         '(device_map="auto", offload_folder=...); another device '
         f'(device_map="cpu"). What was raised: {error}'

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
-from citer_hf.bench import command, machine
+from citer_hf.bench import machine
 from citer_hf.bench.run import Bench
 
 from .chat_pairs import invoke, save_demo_pair

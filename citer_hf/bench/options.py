@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,6 +107,10 @@ class BenchOptions:
         wanted = [Setting(share=share) for share in self.shares]
         wanted += [Setting(threshold=threshold) for threshold in self.thresholds]
         return tuple(dict.fromkeys(wanted))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything above, for JSON."""
+        return asdict(self) | {"prompts": None if self.prompts is None else str(self.prompts)}
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...]:
