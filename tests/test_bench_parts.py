@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
+from citer_hf.bench import machine
 from citer_hf.bench.clock import Clock
 from citer_hf.bench.contenders import CITER, LOCK_STEP, Decisions, contenders, greedy_without_end
 from citer_hf.bench.costs import ModelCost
 from citer_hf.bench.counting import Pass, Passes, count_passes
 from citer_hf.bench.curve import CostCurve, break_even, measure_curve
 from citer_hf.bench.forced import ForcedRouter, decides_by
+from citer_hf.bench.machine import watch_memory
 from citer_hf.bench.options import BenchOptions, Setting, check_context, check_plot, parse_numbers
 from citer_hf.bench.prompts import Batch, file_batches, pad, synthetic_batch
 from citer_hf.bench.results import Spread, ratios
+from citer_hf.bench.run import Bench
 
 from .conftest import make_pair, random_prompts
 
@@ -256,6 +262,36 @@ def test_a_clock_gives_seconds() -> None:
     assert Clock(torch.device("cpu")).seconds(lambda: sum(range(1000))) > 0
 
 
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="memory cannot be asked back here"
+)
+def test_memory_that_ran_free_before_is_not_counted() -> None:
+    process = psutil.Process()
+    blocks = [bytearray(b"x" * 60_000) for _ in range(4000)]
+    full = process.memory_info().rss
+    # The C library gives back what is free at the end of its heap by itself.
+    blocks[:-1] = []
+    with watch_memory(torch.device("cpu")) as memory:
+        pass
+    assert memory.peak < full - 2000 * 60_000
+    assert blocks
+
+
+def test_what_imports_modules_for_good_is_observed_last(
+    pair: CiterForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
+    observe, kinds = Bench._observe, []
+    monkeypatch.setattr(Bench, "_observe", lambda bench, one: (kinds.append(one.kind), observe(bench, one)))
+    options = BenchOptions(shares=(0.5,), prompt_length=4, max_new_tokens=2, repeats=1, warmup=0)
+    report = Bench(pair, options, "pair").run()
+    assert kinds == ["LLM alone", "SLM alone", "CITER", "floor", "assisted generation"]
+    assert [row.kind for row in report.rows] == ["LLM alone", "SLM alone", "assisted generation", "CITER", "floor"]
+
+
 # ---- options and prompts ----------------------------------------------------------------------------------------
 
 
@@ -300,9 +336,6 @@ def test_ratios_compare_neighbours() -> None:
 
 
 def test_an_optional_contender_that_fails_is_noted(pair: CiterForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from citer_hf.bench import machine
-    from citer_hf.bench.run import Bench
-
     monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
     options = BenchOptions(shares=(0.5,), batch_size=2, prompt_length=4, max_new_tokens=2, repeats=1, warmup=0)
     report = Bench(pair, options, "pair").run()
