@@ -89,20 +89,22 @@ def test_a_batch_is_measured_in_lock_step_too_and_without_assistance() -> None:
     report = bench_json("demo", "--shares", "0.5", "--batch-size", 3)
     kinds = [row["kind"] for row in report["rows"]]
     assert kinds == ["LLM alone", "SLM alone", "CITER", "CITER in lock-step", "floor"]
-    lock_step, floor = report["rows"][3:]
+    citer, lock_step, floor = report["rows"][2:]
     assert lock_step["llm_passes_per_position"] == floor["llm_passes_per_position"]
+    assert citer["llm_share"] == lock_step["llm_share"] == floor["llm_share"]
     assert all(row["tokens"] == 3 * row["positions"] for row in report["rows"])
     assert "assisted generation was not measured" in report["notes"][0]
 
 
 def test_the_same_seed_makes_the_same_decisions() -> None:
     def decided(seed: int) -> list[Any]:
-        report = bench_json("demo", "--shares", "0.3,0.5", "--seed", seed, "--no-assisted", "--batch-size", 4)
-        # When rows wait for each other depends on what steps were measured to take, which is never quite the same.
-        rows = [row for row in report["rows"] if row["kind"] != "CITER"]
-        return [(row["llm_share"], row["llm_passes_per_position"]) for row in rows]
+        options = ("--shares", "0.3,0.5", "--seed", seed, "--no-assisted", "--max-new-tokens", 20)
+        # How much is read tells where the LLM has written; how often it does, all seeds have in common.
+        return [(row["llm_share"], row["bytes_moved"]) for row in bench_json("demo", *options)["rows"]]
 
-    assert decided(1) == decided(1) != decided(2)
+    first, other = decided(1), decided(2)
+    assert decided(1) == first != other
+    assert [share for share, _ in first] == [share for share, _ in other] == [1, 0, 0.3, 0.3, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("jsonl", [False, True])

@@ -20,7 +20,7 @@ from citer_hf.bench.contenders import CITER, LOCK_STEP, Decisions, contenders, g
 from citer_hf.bench.costs import ModelCost
 from citer_hf.bench.counting import Pass, Passes, count_passes
 from citer_hf.bench.curve import CostCurve, break_even, measure_curve
-from citer_hf.bench.forced import ForcedRouter, decides_by
+from citer_hf.bench.forced import ForcedRouter, decides_by, forced_numbers, replayed_numbers
 from citer_hf.bench.machine import watch_memory
 from citer_hf.bench.options import BenchOptions, Setting, check_context, check_plot, parse_numbers
 from citer_hf.bench.prompts import Batch, file_batches, pad, synthetic_batch
@@ -51,63 +51,78 @@ def texts(model: Any, batch: Batch, options: BenchOptions) -> dict[str, torch.Te
 # ---- forced shares ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_a_forced_share_is_kept(share: float) -> None:
-    hidden, threshold = torch.zeros(8, 500, 4), Setting(share=share).router_threshold
-    to_llm = ForcedRouter(seed=1)(hidden, hidden) < threshold
-    assert to_llm.shape == (8, 500)
-    assert float(to_llm.float().mean()) == pytest.approx(share, abs=0.02 * (0 < share < 1))
+def deferred(tokens: int, share: float, seed: int = 0, text: int = 0) -> torch.Tensor:
+    return forced_numbers(tokens, seed, text)[:tokens] < Setting(share=share).router_threshold
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("tokens", [1, 7, 24, 64, 1000])
+def test_a_forced_share_is_as_exact_as_the_text_is_long(share: float, tokens: int) -> None:
+    for seed in range(5):
+        assert abs(int(deferred(tokens, share, seed).sum()) - share * tokens) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_forced_share_is_what_the_pair_has_of_the_llm(shipped: Any, rows: int) -> None:
+    batch = synthetic_batch(shipped.vocab_size, 8, rows, seed=0)
+    for seed in range(3):
+        options = BenchOptions(shares=(0.2,), seed=seed, batch_size=rows, max_new_tokens=64, assisted=False)
+        to_llm = contenders(shipped, options, Decisions())[2].decode(batch, 0, False).to_llm
+        # Rows that wait use up numbers of which they need none.
+        assert float(to_llm.float().mean()) == pytest.approx(0.2, abs=0.5 / 64 if rows == 1 else 0.08)
 
 
 def test_forced_decisions_are_independent_between_rows_and_tokens() -> None:
-    hidden = torch.zeros(2, 20_000, 1)
-    first, second = ForcedRouter()(hidden, hidden)
-    for one, other in ((first, second), (first[1:], first[:-1])):
-        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.03
+    # One call gives each row a number.
+    rows = forced_numbers(2 * 20_000).view(-1, 2).T
+    for lag in (1, 2, 8, 20_000):
+        for one, other in ((rows[0], rows[1]), (rows[0, lag:], rows[0, :-lag]), (rows[0, lag:], rows[1, :-lag])):
+            assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.03
 
 
-def test_forced_decisions_come_again_after_a_reset_and_differ_between_texts() -> None:
-    router, hidden = ForcedRouter(seed=3), torch.zeros(2, 5, 4)
-    router.reset(1)
-    once = router(hidden, hidden)
-    assert not torch.equal(router(hidden, hidden), once)
-    router.reset(2)
-    assert not torch.equal(router(hidden, hidden), once)
-    router.reset(1)
-    assert torch.equal(router(hidden, hidden), once)
+def test_forced_decisions_come_again_and_differ_between_texts_and_seeds() -> None:
+    first = forced_numbers(50, 3, 1)
+    assert torch.equal(forced_numbers(50, 3, 1), first)
+    for seed, text in ((3, 2), (4, 1), (4, 0), (1 << 62, 1), (-3, 1)):
+        assert not torch.equal(forced_numbers(50, seed, text), first)
 
 
 def test_forced_decisions_neither_use_nor_change_the_global_generator() -> None:
-    router, hidden = ForcedRouter(), torch.zeros(1, 3, 4)
     torch.manual_seed(0)
     expected = torch.rand(3)
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        router.reset()
-        score = router(hidden, hidden)
-        if seed == 0:
-            assert torch.equal(torch.rand(3), expected)
-            first = score
-    assert torch.equal(score, first)
+    torch.manual_seed(0)
+    numbers = forced_numbers(3)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(1)
+    assert torch.equal(forced_numbers(3), numbers)
 
 
-def test_the_table_for_accelerators_gives_new_numbers_and_begins_again() -> None:
-    router, device = ForcedRouter(seed=2), torch.device("cpu")
-    router.reset(1)
-    first, second = (router._look_up(torch.Size((3, 2)), device) for _ in range(2))
-    assert first.shape == (3, 2) and not torch.equal(first, second)
-    router.reset(1)
-    assert torch.equal(router._look_up(torch.Size((3, 2)), device), first)
+def test_a_forced_router_gives_its_numbers_one_after_the_other_and_begins_again() -> None:
+    router, hidden = ForcedRouter(torch.arange(7.0)), torch.zeros(3, 1, 4)
+    calls = [router(hidden, hidden) for _ in range(3)]
+    assert all(scores.shape == (3, 1) for scores in calls)
+    # Of the last numbers there are too few for all rows.
+    assert [scores.flatten().tolist() for scores in calls] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    router.reset()
+    assert torch.equal(router(hidden, hidden), calls[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9, 1.0])
+def test_decisions_are_repeated_at_the_threshold_of_any_share(share: float) -> None:
+    to_llm = deferred(12, share).view(3, 4)
+    router, hidden = ForcedRouter(replayed_numbers(to_llm)), torch.zeros(3, 1, 4)
+    threshold = Setting(share=share).router_threshold
+    assert torch.equal(torch.cat([router(hidden, hidden) < threshold for _ in range(4)], dim=1), to_llm)
 
 
 def test_the_own_router_comes_back_whatever_happens(pair: CiterForCausalLM) -> None:
-    own = pair.router
-    with pytest.raises(KeyboardInterrupt), decides_by(pair, Setting(share=0.5)):
-        assert isinstance(pair.router, ForcedRouter)
+    own, forced = pair.router, ForcedRouter(torch.zeros(1))
+    with pytest.raises(KeyboardInterrupt), decides_by(pair, forced):
+        assert pair.router is forced
         raise KeyboardInterrupt
     assert pair.router is own
-    with decides_by(pair, Setting(threshold=0.5)) as forced:
-        assert forced is None and pair.router is own
+    with decides_by(pair, None):
+        assert pair.router is own
 
 
 # ---- the loops --------------------------------------------------------------------------------------------------
@@ -131,8 +146,30 @@ def test_the_loops_write_the_text_of_the_pair_also_in_padded_batches(slm: str, l
     model = make_pair(slm, llm)
     options = BenchOptions(shares=(0.3,), batch_size=3, max_new_tokens=10, released_loop=True, assisted=False)
     written = texts(model, pad(random_prompts()), options)
-    for loop in ("floor", "released loop"):
-        assert torch.equal(written[f"{loop}, share 0.3"], written[f"{LOCK_STEP}, share 0.3"])
+    for way in ("floor", "released loop", LOCK_STEP):
+        assert torch.equal(written[f"{way}, share 0.3"], written["CITER, share 0.3"]), way
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_rows_that_wait_their_lock_step_and_their_floor_make_the_same_decisions(
+    shipped: Any, cache: str | None
+) -> None:
+    options = BenchOptions(
+        shares=(0.2, 0.5), batch_size=6, max_new_tokens=48, cache_implementation=cache, assisted=False
+    )
+    decisions, decided, written = Decisions(), {}, {}
+    batch = synthetic_batch(shipped.vocab_size, 8, 6, seed=1)
+    for contender in contenders(shipped, options, decisions)[2:]:
+        with count_passes(shipped) as passes:
+            text = contender.decode(batch, 0, False)
+        decisions.note(contender, 0, text)
+        decided[contender.name], written[contender.name] = text.to_llm, text.tokens
+        if contender.kind == CITER:
+            assert len(passes.slm) > 48, "no row has waited"
+    for setting in options.settings:
+        first, *others = (f"{way}, {setting.label}" for way in (CITER, LOCK_STEP, "floor"))
+        for other in others:
+            assert torch.equal(decided[other], decided[first]) and torch.equal(written[other], written[first])
 
 
 @pytest.mark.parametrize(("slm", "llm"), [("llama", "gemma2"), ("gpt2", "qwen2")])
@@ -143,11 +180,11 @@ def test_everything_writes_the_same_with_static_caches(slm: str, llm: str, lengt
     growing = texts(model, batch, options)
     static = texts(model, batch, replace(options, cache_implementation="static"))
     assert list(static) == list(growing)
-    pairs = CITER if len(lengths) == 1 else LOCK_STEP
-    assert torch.equal(static["floor, share 0.3"], static[f"{pairs}, share 0.3"])
+    ways = ("floor", CITER) if len(lengths) == 1 else ("floor", CITER, LOCK_STEP)
+    assert all(torch.equal(static[f"{way}, share 0.3"], static["CITER, share 0.3"]) for way in ways)
     for name in growing:
-        # Forced decisions are drawn by the call, and rows that wait change their order.
-        if len(lengths) == 1 or name != "CITER, share 0.3":
+        # How long rows wait, and so what they decide, depends on measured times.
+        if len(lengths) == 1 or "share 0.3" not in name:
             assert torch.equal(static[name], growing[name]), name
 
 

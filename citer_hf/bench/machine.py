@@ -122,8 +122,8 @@ class PeakMemory:
 
     Attributes:
         before: Bytes when the run began, the weights of both models included.
-        peak: The most during the run, in bytes. What ran before counts only by what it keeps: free memory is given back
-            when a run begins, on a CPU where that can be asked for (Linux with glibc).
+        peak: The most during the run, in bytes. What ran before counts only by what it keeps: free memory is given
+            back when a run begins, on a CPU where that can be asked for (Linux with glibc).
     """
 
     before: int = 0

@@ -22,7 +22,7 @@ class Setting:
     """How the pair decides who writes: by a forced share, or by its own router at a threshold.
 
     Attributes:
-        share: Probability with which each token goes to the LLM, independently of all others; or `None`.
+        share: Share of the tokens that goes to the LLM, at positions that are drawn at random; or `None`.
         threshold: Threshold of the model's own router; or `None`.
     """
 
@@ -40,7 +40,7 @@ class Setting:
         if self.share is None:
             assert self.threshold is not None
             return self.threshold
-        # Numbers drawn from [0, 1) can round to 1 in no dtype that a router has, but nothing should hang on that.
+        # Forced scores lie between 0 and 1, but what is close to 1 could round to it.
         return 2.0 if self.share == 1 else self.share
 
 

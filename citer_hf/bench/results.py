@@ -61,8 +61,9 @@ class Measurement:
         bytes_moved: Weights and keys and values read and written by all forward passes of a repetition.
         bandwidth_fraction: `bytes_moved` per second of the median repetition, over the machine's memory bandwidth.
         speedup: How many times as fast as the LLM alone, repetition by repetition.
-        relative_to_floor: How many times as long as the floor of the same setting, repetition by repetition. In a
-            batch the floor follows the decisions of the lock-step run; a share's are drawn anew for rows that wait.
+        relative_to_floor: How many times as long as the floor of the same setting, repetition by repetition. The floor
+            and the lock-step run follow the decisions of CITER's untimed run. CITER's own repetitions send the same
+            share to the LLM, in a batch at other positions where its rows wait a little longer or shorter than then.
     """
 
     name: str
