@@ -11,6 +11,7 @@ import pytest
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
 from citer_hf.bench import machine
+from citer_hf.bench.prompts import read_prompts
 from citer_hf.bench.run import Bench
 
 from .chat_pairs import invoke, save_demo_pair
@@ -107,11 +108,20 @@ def test_the_same_seed_makes_the_same_decisions() -> None:
     assert [share for share, _ in first] == [share for share, _ in other] == [1, 0, 0.3, 0.3, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("jsonl", [False, True])
-def test_prompts_come_from_a_file_in_full_batches(tmp_path: Path, jsonl: bool) -> None:
+@pytest.mark.parametrize("kind", ["lines", "JSON lines", "JSON list of texts", "JSON list of objects"])
+def test_prompts_come_from_a_file_in_full_batches(tmp_path: Path, kind: str) -> None:
     prompts = ["Tom has 3 apples.", "Then he has 2 times as many apples.", "How many?"]
     file = tmp_path / "prompts"
-    file.write_text("\n\n".join(json.dumps({"prompt": text}) if jsonl else text for text in prompts) + "\n")
+    objects = [{"prompt": text} for text in prompts]
+    file.write_text(
+        {
+            "lines": "\n\n".join(prompts) + "\n",
+            "JSON lines": "\n\n".join(map(json.dumps, objects)) + "\n",
+            "JSON list of texts": json.dumps(prompts),
+            "JSON list of objects": json.dumps(objects, indent=2),
+        }[kind]
+    )
+    assert read_prompts(file) == prompts
     report = bench_json("demo", "--prompts", file, "--batch-size", 2, "--shares", "0.5")
     assert len(report["options"]["prompt_length"]) == 2
     assert all(row["positions"] == 2 * 4 and row["tokens"] == 16 for row in report["rows"])
@@ -157,6 +167,17 @@ def test_a_plot_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         (["demo", "--device", "cuda:99"], ("--device", "cuda:99", "There is: cpu")),
         (["demo", "--device", "toaster"], ("--device", "toaster", "There is: cpu")),
         (["demo", "--dtype", "float17"], ("--dtype", "float17", "bfloat16")),
+        (["demo", "--dtype", "float8_e4m3fn"], ("--dtype", "float8_e4m3fn", "bfloat16")),
+        (["demo", "--seed", str(1 << 63)], ("--seed", str(1 << 63))),
+        (["demo", "--plot", "/proc/speed.png"], ("--plot", "speed.png", "/proc")),
+        (
+            ["demo", "--device", "cpu", "--cache-implementation", "offloaded"],
+            ("--cache-implementation", "offloaded", "CPU"),
+        ),
+        (
+            ["demo", "--prompt-length", "300", "--max-new-tokens", "300"],
+            ("shorter prompts, and less than 256 for --max-new-tokens",),
+        ),
         (["demo", "--prompt-length", "300"], ("--prompt-length", "300", "256")),
         (["demo", "--prompt-length", "250", "--max-new-tokens", "20"], ("--max-new-tokens", "270", "256", "6")),
         (["demo", "--batch-size", "0"], ("--batch-size", "0")),
@@ -181,15 +202,43 @@ def test_bench_refuses_in_one_line_what_means_nothing(arguments: list[str], said
         assert part in result.stderr
 
 
+def test_bench_refuses_a_plot_that_is_a_directory_before_it_measures(tmp_path: Path) -> None:
+    file = tmp_path / "speed.png"
+    file.mkdir()
+    result = invoke("bench", "demo", "--plot", file)
+    assert result.exit_code == 1 and not result.stdout and "is a directory" in result.stderr
+
+
+def test_bench_refuses_a_router_as_one_of_two_models(saved: Path) -> None:
+    for slm, llm, said in ((saved, saved / "llm", "--slm"), (saved / "slm", saved, "--llm")):
+        result = invoke("bench", "--slm", slm, "--llm", llm, "--device", "cpu")
+        assert result.exit_code == 1 and not result.stdout and result.stderr.count("\n") == 1
+        assert f"{said}: expected one language model" in result.stderr
+
+
+def test_what_only_looks_like_json_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    for text in ("[1, 2, 3]", "[Tom] has 3 apples.", "[]", '"quoted"'):
+        file.write_text(text)
+        assert read_prompts(file) == [text]
+
+
+def test_large_seeds_are_seeds() -> None:
+    assert bench_json("demo", "--seed", 99999999999999, "--shares", "0.5", "--no-assisted")["complete"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("\n \n", ("is empty",)),
         ('{"prompt": "a"}\n{"text": "b"}\n', ("line 2", '"prompt"')),
         ('{"prompt": 3}\n', ("line 1", '"prompt"')),
+        ('{"prompt": "a"}\n\n\n{"text": "b"}\n', ("line 4 ", '"text"')),
+        ('["a", {"text": "b"}]', ("entry 2", '"text"')),
+        ('["a", ""]', ("entry 2",)),
         (b"\xff\xfe\x00", ("no UTF-8",)),
     ],
-    ids=["empty", "no prompt", "no text", "binary"],
+    ids=["empty", "no prompt", "no text", "blank lines", "list", "empty text", "binary"],
 )
 def test_bench_refuses_prompts_it_cannot_read(tmp_path: Path, text: str | bytes, said: tuple[str, ...]) -> None:
     file = tmp_path / "prompts"

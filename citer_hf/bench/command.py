@@ -152,6 +152,12 @@ def load(source: Source, device: str, available: int) -> Any:
         else:
             assert source.slm is not None and source.llm is not None
             model = CiterForCausalLM.from_pair(source.slm, source.llm, router="confidence", **keywords)
+    for option, part in (("--slm", model.slm), ("--llm", model.llm)):
+        if isinstance(part.config, CiterConfig):
+            raise ValueError(
+                f"{option}: expected one language model, got a router with both of its models, "
+                f"{part.config.name_or_path}. Give a router as MODEL, or name the model itself."
+            )
     return model.eval()
 
 

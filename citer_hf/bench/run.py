@@ -16,7 +16,7 @@ from .counting import Passes, count_passes
 from .curve import CostCurve, break_even, measure_curve
 from .machine import Machine, PeakMemory, available_memory, describe_machine, watch_memory
 from .memory import both_models, explain_out_of_memory, one_model, who_ran
-from .options import BenchOptions, check_context
+from .options import BenchOptions, check_cache, check_context
 from .prompts import Batch, make_batches
 from .results import BenchReport, Measurement, Spread, compare
 
@@ -66,6 +66,7 @@ class Bench:
         check_cache_implementation(options.cache_implementation)
         self.model, self.options, self.name = model, options, name
         device = model.slm.device
+        check_cache(options.cache_implementation, device)
         tokenizer = None if options.prompts is None else model.load_tokenizer()
         batches = make_batches(
             options.prompts, tokenizer, model.vocab_size, options.prompt_length, options.batch_size, options.seed
