@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,17 @@ def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
 
 
+@pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """Signals that end a program, also where the tests run in the background and ignore some."""
+    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def fail_while(monkeypatch: pytest.MonkeyPatch, part: str, kind: str, error: Exception, after: int = 0) -> None:
     """Let the forward pass of one model, or `generate` of the pair, fail while a contender of this kind runs."""
     real_load, observe, time = command.load, Bench._observe, Bench._time
@@ -64,7 +76,10 @@ def fail_while(monkeypatch: pytest.MonkeyPatch, part: str, kind: str, error: Exc
         def run(bench: Bench, contender: Any) -> Any:
             calls.append(contender.kind)
             running.append(contender.kind if calls.count(kind) > after else "")
-            return method(bench, contender)
+            try:
+                return method(bench, contender)
+            finally:
+                running.clear()
 
         return run
 
