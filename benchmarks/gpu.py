@@ -54,6 +54,8 @@ def measure(model: Any, name: str, rows: int, cache: str, wanted: argparse.Names
     print_report(report)
     if report.interrupted:
         raise KeyboardInterrupt
+    if report.error is not None:
+        raise RuntimeError(report.error)
     return report.as_dict()
 
 

@@ -38,8 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from citer_hf import CiterForCausalLM
 from citer_hf.bench.contenders import greedy_without_end
-from citer_hf.bench.forced import decides_by
-from citer_hf.bench.options import Setting
+from citer_hf.bench.forced import ForcedRouter, decides_by
 
 SHARE, NEW_TOKENS, LENGTHS = 0.2, 256, (400, 4000)
 LONG_PROMPT, LAST_TOKENS = 8184, 8
@@ -133,7 +132,8 @@ def measure_time(directory: Path) -> None:
     short, long = LENGTHS
     found: dict[str, list[tuple[float, float]]] = {}
     cases = {f"{short}": (short, 0), f"{long}": (long, 0), f"{short}, control": (short, long - short)}
-    with greedy_without_end(model), decides_by(model, Setting(share=SHARE)) as router:
+    router = ForcedRouter(torch.zeros(1))
+    with greedy_without_end(model), decides_by(model, router):
         for _ in range(ROUNDS + 1):
             for name, (length, extra) in cases.items():
                 watch = Stopwatch(extra)

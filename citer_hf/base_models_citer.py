@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash
 
+from .memory_citer import is_out_of_memory, not_loaded, weight_bytes_of
 from .pair_citer import check_config, check_model, check_table_sizes, check_tokenizers, load_tokenizer
 from .paths_citer import check_folder, check_reference
 
@@ -373,6 +374,8 @@ def is_broken_transfer(error: BaseException) -> bool:
 class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
     """Context in which a base model's loading error says which model it was and what to do.
 
+    Out of memory keeps its type; whatever else a file or the network brings about becomes an `OSError`.
+
     Args:
         role: `slm`, `llm`, `slm_adapter` or `llm_adapter`.
         source: Where the model was looked for.
@@ -380,7 +383,7 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
     """
 
     def __init__(self, role: str, source: Any, keywords: dict[str, Any]):
-        self.role, self.source, self.revision = role, source, keywords.get("revision")
+        self.role, self.source, self.keywords = role, source, keywords
 
     def __enter__(self) -> None:
         return None
@@ -391,11 +394,15 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
                 f"{self.role}: {self.source} brings code of its own. If you trust it, pass "
                 f"{self.role}_trust_remote_code=True; trust_remote_code is for the router alone."
             ) from error
+        if isinstance(error, Exception) and self.role in ROLES and is_out_of_memory(error):
+            config = AutoConfig.from_pretrained(self.source, **hub_keywords(self.keywords))
+            needed = weight_bytes_of(config, self.keywords)
+            raise not_loaded(error, self.role, self.source, needed) from error
         if error is None or not (
             isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_broken_transfer(error)
         ):
             return
-        revision = f" at revision {self.revision}" if self.revision else ""
+        revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
         title = self.role[:3].upper() + ("'s adapter" if self.role.endswith("_adapter") else "")
         raise OSError(
             f"{self.role}: the {title} could not be loaded from {self.source}{revision}: {error}\n"

@@ -1,12 +1,13 @@
-"""Out of memory while one of the two models runs, said in words that help."""
+"""Out of memory while one of the two models is loaded or runs, said in words that help."""
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 GB = 1e9
 ALLOCATION_FAILED = re.compile(
@@ -35,6 +36,43 @@ def weight_bytes(model: PreTrainedModel) -> float:
         model: One of the two models.
     """
     return float(sum(part.nbytes for part in (*model.parameters(), *model.buffers())))
+
+
+def weight_bytes_of(config: PreTrainedConfig, keywords: dict[str, Any]) -> float:
+    """Count the bytes of a model's weights, unquantized, without loading any.
+
+    Args:
+        config: Its configuration.
+        keywords: The keywords that it is to be loaded with.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype: Any = keywords.get("dtype", keywords.get("torch_dtype"))
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    trust = {"trust_remote_code": True} if keywords.get("trust_remote_code") else {}
+    with torch.device("meta"):
+        return weight_bytes(AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **trust))
+
+
+def not_loaded(error: Exception, role: str, source: Any, needed: float) -> Exception:
+    """Return an error of the same type which says which model could not be loaded and what helps.
+
+    Args:
+        error: What was raised, for which `is_out_of_memory` holds.
+        role: `slm` or `llm`.
+        source: Path or repository id of that model.
+        needed: Bytes of its weights.
+    """
+    kind = next(kind for kind in KINDS if isinstance(error, kind))
+    return kind(
+        f"{role.upper()}: out of memory while it was loaded from {source}. It needs about {needed / GB:.3g} GB for "
+        "its weights, before any quantization. What helps: weights in fewer bytes "
+        f"({role}_quantization_config=..., or dtype=torch.bfloat16); weights on all devices and the disk "
+        '(device_map="auto", offload_folder=...); another device '
+        f'(device_map="cpu"). What was raised: {error}'
+    )
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> float:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
+from citer_hf.bench import machine
 from citer_hf.bench.clock import Clock
 from citer_hf.bench.contenders import CITER, LOCK_STEP, Decisions, contenders, greedy_without_end
 from citer_hf.bench.costs import ModelCost
 from citer_hf.bench.counting import Pass, Passes, count_passes
 from citer_hf.bench.curve import CostCurve, break_even, measure_curve
-from citer_hf.bench.forced import ForcedRouter, decides_by
+from citer_hf.bench.forced import ForcedRouter, decides_by, forced_numbers, replayed_numbers
+from citer_hf.bench.machine import watch_memory
 from citer_hf.bench.options import BenchOptions, Setting, check_context, check_plot, parse_numbers
 from citer_hf.bench.prompts import Batch, file_batches, pad, synthetic_batch
 from citer_hf.bench.results import Spread, ratios
+from citer_hf.bench.run import Bench
 
 from .conftest import make_pair, random_prompts
 
@@ -45,63 +51,78 @@ def texts(model: Any, batch: Batch, options: BenchOptions) -> dict[str, torch.Te
 # ---- forced shares ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_a_forced_share_is_kept(share: float) -> None:
-    hidden, threshold = torch.zeros(8, 500, 4), Setting(share=share).router_threshold
-    to_llm = ForcedRouter(seed=1)(hidden, hidden) < threshold
-    assert to_llm.shape == (8, 500)
-    assert float(to_llm.float().mean()) == pytest.approx(share, abs=0.02 * (0 < share < 1))
+def deferred(tokens: int, share: float, seed: int = 0, text: int = 0) -> torch.Tensor:
+    return forced_numbers(tokens, seed, text)[:tokens] < Setting(share=share).router_threshold
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("tokens", [1, 7, 24, 64, 1000])
+def test_a_forced_share_is_as_exact_as_the_text_is_long(share: float, tokens: int) -> None:
+    for seed in range(5):
+        assert abs(int(deferred(tokens, share, seed).sum()) - share * tokens) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_forced_share_is_what_the_pair_has_of_the_llm(shipped: Any, rows: int) -> None:
+    batch = synthetic_batch(shipped.vocab_size, 8, rows, seed=0)
+    for seed in range(3):
+        options = BenchOptions(shares=(0.2,), seed=seed, batch_size=rows, max_new_tokens=64, assisted=False)
+        to_llm = contenders(shipped, options, Decisions())[2].decode(batch, 0, False).to_llm
+        # Rows that wait use up numbers of which they need none.
+        assert float(to_llm.float().mean()) == pytest.approx(0.2, abs=0.5 / 64 if rows == 1 else 0.08)
 
 
 def test_forced_decisions_are_independent_between_rows_and_tokens() -> None:
-    hidden = torch.zeros(2, 20_000, 1)
-    first, second = ForcedRouter()(hidden, hidden)
-    for one, other in ((first, second), (first[1:], first[:-1])):
-        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.03
+    # One call gives each row a number.
+    rows = forced_numbers(2 * 20_000).view(-1, 2).T
+    for lag in (1, 2, 8, 20_000):
+        for one, other in ((rows[0], rows[1]), (rows[0, lag:], rows[0, :-lag]), (rows[0, lag:], rows[1, :-lag])):
+            assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.03
 
 
-def test_forced_decisions_come_again_after_a_reset_and_differ_between_texts() -> None:
-    router, hidden = ForcedRouter(seed=3), torch.zeros(2, 5, 4)
-    router.reset(1)
-    once = router(hidden, hidden)
-    assert not torch.equal(router(hidden, hidden), once)
-    router.reset(2)
-    assert not torch.equal(router(hidden, hidden), once)
-    router.reset(1)
-    assert torch.equal(router(hidden, hidden), once)
+def test_forced_decisions_come_again_and_differ_between_texts_and_seeds() -> None:
+    first = forced_numbers(50, 3, 1)
+    assert torch.equal(forced_numbers(50, 3, 1), first)
+    for seed, text in ((3, 2), (4, 1), (4, 0), (1 << 62, 1), (-3, 1)):
+        assert not torch.equal(forced_numbers(50, seed, text), first)
 
 
 def test_forced_decisions_neither_use_nor_change_the_global_generator() -> None:
-    router, hidden = ForcedRouter(), torch.zeros(1, 3, 4)
     torch.manual_seed(0)
     expected = torch.rand(3)
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        router.reset()
-        score = router(hidden, hidden)
-        if seed == 0:
-            assert torch.equal(torch.rand(3), expected)
-            first = score
-    assert torch.equal(score, first)
+    torch.manual_seed(0)
+    numbers = forced_numbers(3)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(1)
+    assert torch.equal(forced_numbers(3), numbers)
 
 
-def test_the_table_for_accelerators_gives_new_numbers_and_begins_again() -> None:
-    router, device = ForcedRouter(seed=2), torch.device("cpu")
-    router.reset(1)
-    first, second = (router._look_up(torch.Size((3, 2)), device) for _ in range(2))
-    assert first.shape == (3, 2) and not torch.equal(first, second)
-    router.reset(1)
-    assert torch.equal(router._look_up(torch.Size((3, 2)), device), first)
+def test_a_forced_router_gives_its_numbers_one_after_the_other_and_begins_again() -> None:
+    router, hidden = ForcedRouter(torch.arange(7.0)), torch.zeros(3, 1, 4)
+    calls = [router(hidden, hidden) for _ in range(3)]
+    assert all(scores.shape == (3, 1) for scores in calls)
+    # Of the last numbers there are too few for all rows.
+    assert [scores.flatten().tolist() for scores in calls] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    router.reset()
+    assert torch.equal(router(hidden, hidden), calls[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9, 1.0])
+def test_decisions_are_repeated_at_the_threshold_of_any_share(share: float) -> None:
+    to_llm = deferred(12, share).view(3, 4)
+    router, hidden = ForcedRouter(replayed_numbers(to_llm)), torch.zeros(3, 1, 4)
+    threshold = Setting(share=share).router_threshold
+    assert torch.equal(torch.cat([router(hidden, hidden) < threshold for _ in range(4)], dim=1), to_llm)
 
 
 def test_the_own_router_comes_back_whatever_happens(pair: CiterForCausalLM) -> None:
-    own = pair.router
-    with pytest.raises(KeyboardInterrupt), decides_by(pair, Setting(share=0.5)):
-        assert isinstance(pair.router, ForcedRouter)
+    own, forced = pair.router, ForcedRouter(torch.zeros(1))
+    with pytest.raises(KeyboardInterrupt), decides_by(pair, forced):
+        assert pair.router is forced
         raise KeyboardInterrupt
     assert pair.router is own
-    with decides_by(pair, Setting(threshold=0.5)) as forced:
-        assert forced is None and pair.router is own
+    with decides_by(pair, None):
+        assert pair.router is own
 
 
 # ---- the loops --------------------------------------------------------------------------------------------------
@@ -125,8 +146,30 @@ def test_the_loops_write_the_text_of_the_pair_also_in_padded_batches(slm: str, l
     model = make_pair(slm, llm)
     options = BenchOptions(shares=(0.3,), batch_size=3, max_new_tokens=10, released_loop=True, assisted=False)
     written = texts(model, pad(random_prompts()), options)
-    for loop in ("floor", "released loop"):
-        assert torch.equal(written[f"{loop}, share 0.3"], written[f"{LOCK_STEP}, share 0.3"])
+    for way in ("floor", "released loop", LOCK_STEP):
+        assert torch.equal(written[f"{way}, share 0.3"], written["CITER, share 0.3"]), way
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_rows_that_wait_their_lock_step_and_their_floor_make_the_same_decisions(
+    shipped: Any, cache: str | None
+) -> None:
+    options = BenchOptions(
+        shares=(0.2, 0.5), batch_size=6, max_new_tokens=48, cache_implementation=cache, assisted=False
+    )
+    decisions, decided, written = Decisions(), {}, {}
+    batch = synthetic_batch(shipped.vocab_size, 8, 6, seed=1)
+    for contender in contenders(shipped, options, decisions)[2:]:
+        with count_passes(shipped) as passes:
+            text = contender.decode(batch, 0, False)
+        decisions.note(contender, 0, text)
+        decided[contender.name], written[contender.name] = text.to_llm, text.tokens
+        if contender.kind == CITER:
+            assert len(passes.slm) > 48, "no row has waited"
+    for setting in options.settings:
+        first, *others = (f"{way}, {setting.label}" for way in (CITER, LOCK_STEP, "floor"))
+        for other in others:
+            assert torch.equal(decided[other], decided[first]) and torch.equal(written[other], written[first])
 
 
 @pytest.mark.parametrize(("slm", "llm"), [("llama", "gemma2"), ("gpt2", "qwen2")])
@@ -137,11 +180,11 @@ def test_everything_writes_the_same_with_static_caches(slm: str, llm: str, lengt
     growing = texts(model, batch, options)
     static = texts(model, batch, replace(options, cache_implementation="static"))
     assert list(static) == list(growing)
-    pairs = CITER if len(lengths) == 1 else LOCK_STEP
-    assert torch.equal(static["floor, share 0.3"], static[f"{pairs}, share 0.3"])
+    ways = ("floor", CITER) if len(lengths) == 1 else ("floor", CITER, LOCK_STEP)
+    assert all(torch.equal(static[f"{way}, share 0.3"], static["CITER, share 0.3"]) for way in ways)
     for name in growing:
-        # Forced decisions are drawn by the call, and rows that wait change their order.
-        if len(lengths) == 1 or name != "CITER, share 0.3":
+        # How long rows wait, and so what they decide, depends on measured times.
+        if len(lengths) == 1 or "share 0.3" not in name:
             assert torch.equal(static[name], growing[name]), name
 
 
@@ -220,7 +263,7 @@ def test_break_even_says_why_there_is_none(slm_step: float, said: str) -> None:
     assert found.share is None and said in found.reason
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_next"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_next", "lfm2"])
 def test_the_curve_times_every_length_behind_the_same_cache(family: str) -> None:
     model = make_pair(slm=family, llm=family)
     with count_passes(model) as passes:
@@ -236,6 +279,15 @@ def test_catch_ups_that_the_context_has_no_room_for_are_left_out(pair: CiterForC
     assert sorted(measure_curve(pair, prompt_length=240, rows=1, longest=16).llm) == [1, 2, 3, 4, 8, 16]
 
 
+def test_the_curve_ends_with_the_context() -> None:
+    # Absolute positions: a token more would have none.
+    model = make_pair(slm="gpt2", llm="gpt2")
+    measured = measure_curve(model, prompt_length=255, rows=1, longest=1)
+    assert list(measured.llm) == [1] and measured.last_slope == 0
+    assert measured.seconds_per_token(0.5) == pytest.approx(measured.slm_step + 0.5 * measured.llm[1])
+    assert break_even(measured).share is not None or break_even(measured).reason
+
+
 def test_bytes_are_weights_once_per_pass_and_the_cache() -> None:
     slm, llm = ModelCost(100, 2, 0), ModelCost(1000, 10, 0)
     passes = Passes(slm=[Pass(2, 5, 0), Pass(2, 1, 5)], llm=[Pass(2, 6, 0)])
@@ -245,6 +297,36 @@ def test_bytes_are_weights_once_per_pass_and_the_cache() -> None:
 
 def test_a_clock_gives_seconds() -> None:
     assert Clock(torch.device("cpu")).seconds(lambda: sum(range(1000))) > 0
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="memory cannot be asked back here"
+)
+def test_memory_that_ran_free_before_is_not_counted() -> None:
+    process = psutil.Process()
+    blocks = [bytearray(b"x" * 60_000) for _ in range(4000)]
+    full = process.memory_info().rss
+    # The C library gives back what is free at the end of its heap by itself.
+    blocks[:-1] = []
+    with watch_memory(torch.device("cpu")) as memory:
+        pass
+    assert memory.peak < full - 2000 * 60_000
+    assert blocks
+
+
+def test_what_imports_modules_for_good_is_observed_last(
+    pair: CiterForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
+    observe, kinds = Bench._observe, []
+    monkeypatch.setattr(Bench, "_observe", lambda bench, one: (kinds.append(one.kind), observe(bench, one)))
+    options = BenchOptions(shares=(0.5,), prompt_length=4, max_new_tokens=2, repeats=1, warmup=0)
+    report = Bench(pair, options, "pair").run()
+    assert kinds == ["LLM alone", "SLM alone", "CITER", "floor", "assisted generation"]
+    assert [row.kind for row in report.rows] == ["LLM alone", "SLM alone", "assisted generation", "CITER", "floor"]
 
 
 # ---- options and prompts ----------------------------------------------------------------------------------------
@@ -291,9 +373,6 @@ def test_ratios_compare_neighbours() -> None:
 
 
 def test_an_optional_contender_that_fails_is_noted(pair: CiterForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from citer_hf.bench import machine
-    from citer_hf.bench.run import Bench
-
     monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
     options = BenchOptions(shares=(0.5,), batch_size=2, prompt_length=4, max_new_tokens=2, repeats=1, warmup=0)
     report = Bench(pair, options, "pair").run()

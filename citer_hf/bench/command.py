@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from transformers import AutoConfig
 
 from citer_hf import CiterConfig, CiterForCausalLM
 
+from .interruption import interruptible
 from .machine import available_memory
 from .memory import explain_out_of_memory, loading
 from .options import BenchOptions, check_device, check_dtype, check_plot
 from .report import print_json, print_report
+from .results import BenchReport
 from .run import Bench
 
 __all__ = ["Source", "bench_command", "load"]
@@ -76,7 +79,7 @@ def bench_command(source: Source, options: BenchOptions, as_json: bool = False, 
         plot: Where to draw the speed-up against the LLM share.
 
     Returns:
-        The exit status: 130 when it was interrupted, otherwise 0.
+        The exit status: 0, 1 when an error ended it, and 128 and the number of a signal when that did (Ctrl-C: 130).
 
     Raises:
         ValueError: for a device, a precision, prompts or a plot that mean nothing.
@@ -85,24 +88,47 @@ def bench_command(source: Source, options: BenchOptions, as_json: bool = False, 
     device = check_device(source.device)
     check_dtype(source.dtype)
     check_plot(plot)
-    available = available_memory(torch.device(device if device != "auto" else check_device(None)))
-    try:
-        model = load(source, device, available)
-        bench = Bench(model, options, source.name, available)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted before anything was measured.")
-        return 130
-    with progress_bar(bench.steps) as progress:
-        report = bench.run(progress)
-    if as_json:
-        print_json(report)
-    else:
-        print_report(report)
-    if plot is not None:
-        from .plot import draw
+    with interruptible() as interruption:
+        try:
+            report = measure(source, options, device)
+            with interruption.waits():
+                (print_json if as_json else print_report)(report)
+            if plot is not None and (report.interrupted or not interruption.has_come):
+                from .plot import draw
 
-        draw(report, plot)
-    return 130 if report.interrupted else 0
+                draw(report, plot)
+        except KeyboardInterrupt:
+            print("Interrupted before everything was told.", file=sys.stderr)
+            return interruption.status
+        if report.error is not None:
+            print(f"Error: {report.error}", file=sys.stderr)
+            return 1
+        return interruption.status if report.interrupted or interruption.has_come else 0
+
+
+def measure(source: Source, options: BenchOptions, device: str) -> BenchReport:
+    """Load a pair and compare, as far as that gets.
+
+    Args:
+        source: The pair.
+        options: What to measure.
+        device: Where.
+
+    Raises:
+        ValueError: for prompts that mean nothing, or parts that do not fit together.
+        OSError: when something cannot be found or read, or a model cannot be loaded.
+    """
+    available = available_memory(torch.device(device if device != "auto" else check_device(None)))
+    bench = None
+    try:
+        bench = Bench(load(source, device, available), options, source.name, available)
+        with progress_bar(bench.steps) as progress:
+            return bench.run(progress)
+    except KeyboardInterrupt:
+        if bench is None:
+            return BenchReport(source.name, options.as_dict(), interrupted=True)
+        bench.interrupted = True
+        return bench.report()
 
 
 def load(source: Source, device: str, available: int) -> Any:
@@ -120,12 +146,18 @@ def load(source: Source, device: str, available: int) -> Any:
     keywords: dict[str, Any] = {"dtype": source.dtype, "device_map": device}
     if source.trust_remote_code:
         keywords["trust_remote_code"] = True
-    with explain_out_of_memory(device, available, lambda: loading(*configs(source), source.dtype, available)):
+    with explain_out_of_memory(device, available, lambda _: loading(*configs(source), source.dtype)):
         if source.model is not None:
             model = CiterForCausalLM.from_pretrained(source.model, **keywords)
         else:
             assert source.slm is not None and source.llm is not None
             model = CiterForCausalLM.from_pair(source.slm, source.llm, router="confidence", **keywords)
+    for option, part in (("--slm", model.slm), ("--llm", model.llm)):
+        if isinstance(part.config, CiterConfig):
+            raise ValueError(
+                f"{option}: expected one language model, got a router with both of its models, "
+                f"{part.config.name_or_path}. Give a router as MODEL, or name the model itself."
+            )
     return model.eval()
 
 

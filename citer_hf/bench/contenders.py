@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from .forced import decides_by
+from .forced import ForcedRouter, decides_by, forced_numbers, replayed_numbers
 from .loops import floor_loop, released_loop
 from .options import BenchOptions, Setting
 from .prompts import Batch
@@ -62,9 +62,10 @@ class Contender:
 
 
 class Decisions:
-    """Who wrote each token of a setting's texts, for the loops that follow the same decisions.
+    """Who wrote each token of a setting's texts, for everything that follows the same decisions.
 
-    A lock-step run decides for the loops when there is one: they are in lock-step too.
+    CITER decides, when an untimed run of it is observed. Its forced scores are given in the order of its calls, and
+    how long rows wait depends on measured times: so in a batch they are repeated by position, not drawn once more.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class Decisions:
             number: Of the batch.
             text: The text.
         """
-        if contender.setting is not None and contender.kind in (CITER, LOCK_STEP) and text.to_llm is not None:
+        if contender.setting is not None and contender.kind == CITER and text.to_llm is not None:
             self._known[contender.setting, number] = text.to_llm
 
     def of(self, setting: Setting, number: int) -> torch.Tensor:
@@ -111,7 +112,8 @@ def contenders(model: Any, options: BenchOptions, decisions: Decisions) -> list[
     for setting in options.settings:
         every.append(Contender(CITER, routes(model, options, setting), setting))
         if options.batch_size > 1:
-            every.append(Contender(LOCK_STEP, routes(model, options, setting, waiting_rows=1), setting, False))
+            repeats = routes(model, options, setting, decisions, waiting_rows=1)
+            every.append(Contender(LOCK_STEP, repeats, setting, False))
         every.append(Contender(FLOOR, follows(floor, model, options, setting, decisions), setting))
         if options.released_loop:
             every.append(Contender(RELEASED, follows(released_loop, model, options, setting, decisions), setting))
@@ -140,20 +142,36 @@ def generates(model: Any, options: BenchOptions, **keywords: Any) -> Decode:
     return decode
 
 
-def routes(model: Any, options: BenchOptions, setting: Setting, **keywords: Any) -> Decode:
+def routes(
+    model: Any, options: BenchOptions, setting: Setting, decisions: Decisions | None = None, **keywords: Any
+) -> Decode:
     """Decode with `generate` of the pair.
 
     Args:
         model: The pair.
         options: What was asked for.
         setting: Who decides.
+        decisions: Where the decisions are that a forced share repeats, in lock-step; without it, it decides anew.
         keywords: For `generate`.
     """
+    # Of each batch, made when it is decoded for the first time, which nobody times.
+    routers: dict[int, ForcedRouter] = {}
+
+    def router_of(batch: Batch, number: int) -> ForcedRouter | None:
+        if setting.share is None:
+            return None
+        if number not in routers:
+            tokens = batch.rows * options.max_new_tokens
+            routers[number] = ForcedRouter(
+                forced_numbers(tokens, options.seed, number)
+                if decisions is None
+                else replayed_numbers(decisions.of(setting, number))
+            )
+        routers[number].reset()
+        return routers[number]
 
     def decode(batch: Batch, number: int, first_only: bool) -> Text:
-        with decides_by(model, setting, options.seed) as forced:
-            if forced is not None:
-                forced.reset(number)
+        with decides_by(model, router_of(batch, number)):
             output = model.generate(
                 batch.input_ids,
                 attention_mask=batch.attention_mask,

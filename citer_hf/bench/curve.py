@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .clock import Clock
 from .loops import last_logits_only
@@ -57,6 +58,8 @@ class CostCurve:
     @property
     def last_slope(self) -> float:
         """Seconds that each further token costs in a long pass; what noise makes negative counts as nothing."""
+        if len(self.llm) == 1:
+            return 0.0
         left, right = sorted(self.llm)[-2:]
         return max((self.llm[right] - self.llm[left]) / (right - left), 0.0)
 
@@ -145,7 +148,7 @@ def measure_curve(
         longest: Most new tokens that there is room for in the context; longer catch-ups are left out.
         progress: Called after each pass that was timed.
     """
-    sizes = [size for size in CATCH_UPS if longest is None or size <= max(longest, 2)]
+    sizes = [size for size in CATCH_UPS if longest is None or size <= max(longest, 1)]
     slm = PassTimer(model.slm, model.vocab_size, prompt_length, rows, seed)
     llm = PassTimer(model.llm, model.vocab_size, prompt_length, rows, seed)
     slm_times: list[float] = []
@@ -191,8 +194,8 @@ class PassTimer:
         Args:
             size: New tokens per row.
         """
-        # Older transformers miscount sliding windows that are taken back.
-        croppable = self.cache.is_croppable and not any(self.cache.is_sliding)
+        # Windows and states forget what a pass pushes out, so that it cannot be taken back.
+        croppable = all(type(layer) is DynamicLayer for layer in self.cache.layers)
         cache = self.cache if croppable else copy.deepcopy(self.cache)
         seconds = self.clock.seconds(lambda: self.read(cache, self.tokens[:, self.length : self.length + size]))
         if croppable:

@@ -9,89 +9,97 @@ from typing import Any
 import torch
 from torch import nn
 
-from .options import Setting
+__all__ = ["ForcedRouter", "decides_by", "forced_numbers", "replayed_numbers"]
 
-__all__ = ["ForcedRouter", "decides_by"]
-
-# More numbers than one generation needs, even in a wide batch; after them the same come again.
-TABLE = 1 << 16
+# Rows that wait read again, and use up more numbers than there are tokens; after these the same come again.
+TURNS = 4
 
 
 class ForcedRouter(nn.Module):
-    """Scores that are drawn at random and independently, so that `router_threshold=p` sends the share p to the LLM.
+    """Scores that are known beforehand, given in the order of the calls.
 
-    The numbers come from a generator of its own: nothing else that draws numbers changes them, and they change
-    nothing else.
+    Like every router that is not of the pair's own kinds it runs between passes that are compiled, never inside one,
+    so that the host may count.
 
     Args:
-        seed: Another seed makes other decisions.
+        numbers: Scores, fp32 `[n]`; after the last the same come again.
     """
 
-    table: torch.Tensor
-    drawn: torch.Tensor
+    numbers: torch.Tensor
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, numbers: torch.Tensor):
         super().__init__()
-        self.seed = seed
-        self._generator = torch.Generator()
-        self.register_buffer("table", torch.empty(0), persistent=False)
-        self.register_buffer("drawn", torch.zeros((), dtype=torch.long), persistent=False)
-        self.reset()
+        self.register_buffer("numbers", numbers, persistent=False)
+        self._given = 0
 
-    def reset(self, text: int = 0) -> None:
-        """Begin again, so that the next text gets the same decisions as the text of that number did before.
-
-        Args:
-            text: Number of the text, from 0.
-        """
-        # Seeds of texts must not meet those of other runs: 0 with text 1 is another sequence than 1 with text 0.
-        self._generator.manual_seed(self.seed * 1_000_003 + text)
-        if self.table.numel():
-            self.table.copy_(torch.rand(TABLE, generator=self._generator))
-            self.drawn.zero_()
+    def reset(self) -> None:
+        """Begin again with the first number."""
+        self._given = 0
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Draw a score for each position.
+        """Give each position its score.
 
         Args:
             hidden: `[..., H]`; its shape and device alone matter.
             logits: `[..., V]`, not looked at.
 
         Returns:
-            Numbers spread evenly over [0, 1), fp32 `[...]`.
+            The next numbers, fp32 `[...]`.
         """
-        if hidden.device.type == "cpu":
-            return torch.rand(hidden.shape[:-1], generator=self._generator)
-        return self._look_up(hidden.shape[:-1], hidden.device)
+        if self.numbers.device != hidden.device:
+            self.numbers = self.numbers.to(hidden.device)
+        shape = hidden.shape[:-1]
+        if self._given + shape.numel() > self.numbers.numel():
+            self._given = 0
+        scores = self.numbers.narrow(0, self._given, shape.numel())
+        self._given += shape.numel()
+        return scores.view(shape)
 
-    def _look_up(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """Take numbers from a table on the device: no copy per token, and right inside a recorded graph."""
-        if self.table.device != device or not self.table.numel():
-            self.table = torch.rand(TABLE, generator=self._generator).to(device)
-            self.drawn = self.drawn.to(device)
-        index = self.drawn + torch.arange(shape.numel(), device=device)
-        self.drawn += shape.numel()
-        return self.table[index % TABLE].view(shape)
+
+def forced_numbers(tokens: int, seed: int = 0, text: int = 0) -> torch.Tensor:
+    """Return scores of which `router_threshold=p` sends the share p to the LLM, as exactly as the length allows.
+
+    They are the numbers 0.5/n, 1.5/n, ... in a random order, for n tokens, and once more in another order for
+    positions that are read again. They come from a generator of their own: nothing else that draws numbers changes
+    them, and they change nothing else.
+
+    Args:
+        tokens: Tokens of the text, all rows together.
+        seed: Another seed gives another order.
+        text: Number of the text, from 0; another text gives another order.
+
+    Returns:
+        Fp32 `[4 * tokens]`.
+    """
+    # Seeds of texts must not meet those of other runs: 0 with text 1 is another sequence than 1 with text 0.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + text) % (1 << 63))
+    order = torch.rand(TURNS, tokens, generator=generator).argsort(dim=1)
+    return ((order + 0.5) / tokens).flatten()
+
+
+def replayed_numbers(to_llm: torch.Tensor) -> torch.Tensor:
+    """Return scores with which rows that move in step repeat decisions, at any `router_threshold` of a forced share.
+
+    Args:
+        to_llm: Who writes each token, bool `[rows, new_tokens]`.
+
+    Returns:
+        Fp32 `[rows * new_tokens]`, position by position.
+    """
+    return (~to_llm).T.flatten().float()
 
 
 @contextmanager
-def decides_by(model: Any, setting: Setting, seed: int = 0) -> Iterator[ForcedRouter | None]:
-    """Let a pair decide as a setting says, and give it its own router back afterwards.
+def decides_by(model: Any, router: nn.Module | None) -> Iterator[None]:
+    """Let a router decide for a pair, and give the pair its own one back afterwards.
 
     Args:
         model: The `CiterForCausalLM`.
-        setting: A share puts a `ForcedRouter` in the place of the router, a threshold leaves it.
-        seed: Of the forced decisions.
-
-    Yields:
-        The forced router, or `None`.
+        router: The router; `None` for the pair's own.
     """
-    if setting.share is None:
-        yield None
-        return
-    own, forced = model.router, ForcedRouter(seed).eval()
-    model.router = forced
+    own = model.router
+    model.router = own if router is None else router
     try:
-        yield forced
+        yield
     finally:
         model.router = own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +15,10 @@ from citer_hf.memory_citer import GB, is_out_of_memory, weight_bytes
 
 from .costs import cost_of_config, cost_of_model
 
-__all__ = ["DoesNotFitError", "both_models", "explain_out_of_memory", "loading", "one_model"]
+__all__ = ["DoesNotFitError", "both_models", "explain_out_of_memory", "loading", "one_model", "who_ran"]
+
+# Up to the settings that help, which have other names here.
+SAID_BY_THE_PAIR = re.compile(r"(SLM|LLM): out of memory .*?(?= What helps:)", re.DOTALL)
 
 
 class DoesNotFitError(OSError):
@@ -21,13 +26,13 @@ class DoesNotFitError(OSError):
 
 
 @contextmanager
-def explain_out_of_memory(device: str, available: int, describe: Callable[[], str]) -> Iterator[None]:
+def explain_out_of_memory(device: str, available: int, describe: Callable[[Exception], str]) -> Iterator[None]:
     """Turn an allocation that failed into an error which says what did not fit and what helps.
 
     Args:
         device: Where it was to fit.
         available: Bytes that were free before any model was loaded.
-        describe: Says which model it was and what it needed; called only then.
+        describe: Says which model it was and what it needed; called only then, and where the pair has not said it.
 
     Raises:
         DoesNotFitError: in the place of whatever was raised.
@@ -37,26 +42,43 @@ def explain_out_of_memory(device: str, available: int, describe: Callable[[], st
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        said = SAID_BY_THE_PAIR.search(str(error))
+        sentence = f"out of memory: {describe(error)}." if said is None else said[0]
         raise DoesNotFitError(
-            f"--device {device}: out of memory: {describe()}, and there were {available / GB:.3g} GB. What helps: "
-            "--dtype bfloat16 (half of float32); a smaller --batch-size, --prompt-length or --max-new-tokens; a "
-            "quantized model, or another --device (auto spreads the models over all there are)."
+            f"--device {device}: {sentence} There were {available / GB:.3g} GB before the models were loaded. What "
+            "helps: --dtype bfloat16 (half of float32); a smaller --batch-size, --prompt-length or --max-new-tokens; "
+            "a quantized model, or another --device (auto spreads the models over all there are)."
         ) from error
 
 
-def loading(slm: PreTrainedConfig, llm: PreTrainedConfig, dtype: str, available: int) -> str:
-    """Say which model did not fit while the two were loaded, and what it needs.
+def who_ran(error: Exception, slm: Any, llm: Any) -> str | None:
+    """Say which model was running when something was raised: no hook that would cost time needs to know it before.
 
     Args:
-        slm: Configuration of the SLM, which is loaded first.
+        error: What was raised.
+        slm: The SLM.
+        llm: The LLM.
+
+    Returns:
+        `SLM`, `LLM`, or `None` where it was neither.
+    """
+    names, found = {id(slm): "SLM", id(llm): "LLM"}, None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # The innermost one: an LLM that is assisted calls the SLM.
+        found = names.get(id(frame.f_locals.get("self")), found)
+    return found
+
+
+def loading(slm: PreTrainedConfig, llm: PreTrainedConfig, dtype: str) -> str:
+    """Say that a pair could not be loaded, and what it needs.
+
+    Args:
+        slm: Configuration of the SLM.
         llm: Configuration of the LLM.
         dtype: The precision asked for.
-        available: Bytes that were free.
     """
-    needed = {"SLM": config_bytes(slm, dtype), "LLM": config_bytes(llm, dtype)}
-    which = "SLM" if needed["SLM"] > available else "LLM"
-    beside = f", beside the SLM's {needed['SLM'] / GB:.3g} GB" if which == "LLM" else ""
-    return f"the {which} could not be loaded; its weights need about {needed[which] / GB:.3g} GB{beside}"
+    small, large = (config_bytes(config, dtype) / GB for config in (slm, llm))
+    return f"the pair could not be loaded; its weights need about {small:.3g} GB (SLM) and {large:.3g} GB (LLM)"
 
 
 def config_bytes(config: PreTrainedConfig, dtype: str) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,10 @@ __all__ = ["DEFAULT_SHARES", "BenchOptions", "Setting", "check_device", "check_d
 
 DEFAULT_SHARES = (0.0, 0.2, 0.5, 1.0)
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+# Narrower ones have no arithmetic of their own in torch.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What torch's generators take.
+LARGEST_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Setting:
     """How the pair decides who writes: by a forced share, or by its own router at a threshold.
 
     Attributes:
-        share: Probability with which each token goes to the LLM, independently of all others; or `None`.
+        share: Share of the tokens that goes to the LLM, at positions that are drawn at random; or `None`.
         threshold: Threshold of the model's own router; or `None`.
     """
 
@@ -39,7 +45,7 @@ class Setting:
         if self.share is None:
             assert self.threshold is not None
             return self.threshold
-        # Numbers drawn from [0, 1) can round to 1 in no dtype that a router has, but nothing should hang on that.
+        # Forced scores lie between 0 and 1, but what is close to 1 could round to it.
         return 2.0 if self.share == 1 else self.share
 
 
@@ -94,6 +100,8 @@ class BenchOptions:
                 raise ValueError(f"{option}: expected a whole number from {least}, got {getattr(self, name)}.")
         if self.warmup < 0:
             raise ValueError(f"--warmup: expected a whole number from 0, got {self.warmup}.")
+        if abs(self.seed) > LARGEST_SEED:
+            raise ValueError(f"--seed: expected a whole number up to {LARGEST_SEED}, got {self.seed}.")
 
     @property
     def static(self) -> bool:
@@ -106,6 +114,10 @@ class BenchOptions:
         wanted = [Setting(share=share) for share in self.shares]
         wanted += [Setting(threshold=threshold) for threshold in self.thresholds]
         return tuple(dict.fromkeys(wanted))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything above, for JSON."""
+        return asdict(self) | {"prompts": None if self.prompts is None else str(self.prompts)}
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...]:
@@ -172,8 +184,7 @@ def check_dtype(name: str) -> str:
     Raises:
         ValueError: when there is no such precision.
     """
-    dtype = getattr(torch, name, None)
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if name != "auto" and getattr(torch, name, None) not in DTYPES:
         raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {name!r}.")
     return name
 
@@ -186,7 +197,7 @@ def check_plot(path: Path | None) -> None:
 
     Raises:
         ValueError: for a kind of file that is not drawn.
-        FileNotFoundError: when there is no such directory.
+        OSError: when there is no such directory, or nothing can be written into it, or the file is a directory.
         ImportError: when matplotlib is not installed.
     """
     if path is None:
@@ -195,8 +206,32 @@ def check_plot(path: Path | None) -> None:
         raise ValueError(f"--plot: expected a file name that ends in {', '.join(PLOT_SUFFIXES)}, got {path.name!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--plot: {path.parent} is no directory to write {path.name} in.")
+    if path.is_dir():
+        raise IsADirectoryError(f"--plot: {path} is a directory. Give the name of a file.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"--plot: {path.name} cannot be written into {path.parent}: {error.strerror}.") from error
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'citer-hf[plot]'")
+
+
+def check_cache(name: str | None, device: torch.device) -> None:
+    """Refuse a kind of cache that there is no use for on a device.
+
+    Args:
+        name: The `cache_implementation` of `generate`.
+        device: Of the pair.
+
+    Raises:
+        ValueError: for keys and values that leave an accelerator where there is none.
+    """
+    if device.type == "cpu" and name is not None and "offloaded" in name:
+        raise ValueError(
+            f"--cache-implementation: {name} moves keys and values from an accelerator to the CPU, but the pair is on "
+            "the CPU. Leave the option out, or give another --device."
+        )
 
 
 def check_context(limit: int | None, lengths: Sequence[int], max_new_tokens: int) -> None:
@@ -211,13 +246,18 @@ def check_context(limit: int | None, lengths: Sequence[int], max_new_tokens: int
         ValueError: when the longest prompt and its text do not fit.
     """
     longest = max(lengths)
-    if limit is not None and longest + max_new_tokens > limit:
+    if limit is None or longest + max_new_tokens <= limit:
+        return
+    context = f"the pair's context (max_position_embeddings) is {limit}"
+    if longest < limit:
         raise ValueError(
             f"--prompt-length, --max-new-tokens: a prompt of {longest} tokens and {max_new_tokens} new ones are "
-            f"{longest + max_new_tokens} tokens, but the pair's context (max_position_embeddings) is {limit}. "
-            f"Give shorter prompts or at most --max-new-tokens {max(limit - longest, 0)}."
-            if longest < limit
-            else f"--prompts, --prompt-length: a prompt of {longest} tokens leaves no room in the pair's context "
-            f"(max_position_embeddings) of {limit}. Give prompts of at most {limit - max_new_tokens} tokens for "
-            f"--max-new-tokens {max_new_tokens}."
+            f"{longest + max_new_tokens} tokens, but {context}. Give shorter prompts or at most --max-new-tokens "
+            f"{limit - longest}."
         )
+    room = limit - max_new_tokens
+    advice = f"Give prompts of at most {room} tokens" if room > 0 else f"Give shorter prompts, and less than {limit}"
+    raise ValueError(
+        f"--prompts, --prompt-length: a prompt of {longest} tokens leaves no room, since {context}. {advice} for "
+        f"--max-new-tokens (now {max_new_tokens})."
+    )

@@ -125,5 +125,5 @@ def title(report: BenchReport) -> str:
     """Say what was measured on what."""
     rows = report.options["batch_size"]
     where = "" if report.machine is None else f" on {report.machine.device}"
-    stopped = " (interrupted)" if report.interrupted else ""
+    stopped = "" if report.complete else " (incomplete)"
     return f"{report.model}{where}, {rows} row{'s' * (rows > 1)}{stopped}"

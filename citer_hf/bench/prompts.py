@@ -80,48 +80,80 @@ def synthetic_batch(vocab_size: int, length: int, rows: int, seed: int) -> Batch
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts: one a line, or JSON lines with a `prompt`. Empty lines are left out.
+    """Read prompts: one a line, or JSON lines with a `prompt`, or one JSON list of either. Empty lines are left out.
 
     Args:
         path: The file.
 
     Raises:
         FileNotFoundError: when there is none.
-        ValueError: when it holds no prompts, or a line of JSON has none.
+        ValueError: when it holds no prompts, or a part of the JSON has none.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--prompts: there is no file {path}. Give a text file with one prompt a line.")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"--prompts: {path} is no UTF-8 text. Give a text file with one prompt a line.") from None
+    entries = json_list(text)
+    if entries is not None:
+        return [prompt_of(entry, f"entry {number} of {path}") for number, entry in enumerate(entries, 1)]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"--prompts: {path} is empty. Give a file with one prompt a line.")
     # A text that begins with a brace is a prompt like any other, unless the whole file looks like JSON lines.
-    if path.suffix == ".jsonl" or all(line.lstrip().startswith("{") for line in lines):
-        return [json_prompt(path, number, line) for number, line in enumerate(lines, 1)]
-    return lines
+    if path.suffix == ".jsonl" or all(line.lstrip().startswith("{") for _, line in lines):
+        return [json_prompt(line, f"line {number} of {path}") for number, line in lines]
+    return [line for _, line in lines]
 
 
-def json_prompt(path: Path, number: int, line: str) -> str:
+def json_list(text: str) -> list[Any] | None:
+    """Return the entries of a JSON list of texts and objects; `None` where the text is none, but may be a prompt.
+
+    Args:
+        text: All of a file.
+    """
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        return None
+    is_list = isinstance(entries, list) and bool(entries) and all(isinstance(one, (str, dict)) for one in entries)
+    return entries if is_list else None
+
+
+def json_prompt(line: str, where: str) -> str:
     """Return the prompt of one line of JSON.
 
     Args:
-        path: The file, for the message.
-        number: Of the line, from 1.
         line: The line.
+        where: It is, for the message.
 
     Raises:
         ValueError: when it is no object with a text called `prompt`.
     """
     try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    return prompt_of(entry if isinstance(entry, dict) else {}, where, line)
+
+
+def prompt_of(entry: Any, where: str, shown: str | None = None) -> str:
+    """Return the prompt of an entry.
+
+    Args:
+        entry: A text, or an object with a `prompt`.
+        where: It is, for the message.
+        shown: How it is written.
+
+    Raises:
+        ValueError: when it is empty, or has none.
+    """
+    prompt = entry.get("prompt") if isinstance(entry, dict) else entry
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(
-            f'--prompts: line {number} of {path} is no JSON object with a "prompt": expected {{"prompt": "text"}}, '
-            f"got {line[:60]!r}."
+            f'--prompts: {where} is no JSON object with a "prompt": expected {{"prompt": "text"}}, got '
+            f"{(shown or json.dumps(entry))[:60]!r}."
         )
     return prompt
 

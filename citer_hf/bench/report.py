@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -37,21 +37,38 @@ def print_report(report: BenchReport) -> None:
         report: The results.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDE, soft_wrap=False)
-    if report.interrupted:
-        print(
-            "Interrupted: this is what was measured until then."
-            if report.rows
-            else "Interrupted before anything was measured."
-        )
-    if report.rows:
-        console.print(table(heading(report), report.rows, SPEED))
-        console.print(table("What it took, per position of the text", report.rows, COST))
+    for line in opening(report):
+        print(line)
+    tables = [(SPEED, "")] if any(row.seconds for row in report.rows) else []
+    tables += [(COST, "What it took, per position of the text")] if report.rows else []
+    for number, (columns, title) in enumerate(tables):
+        told = title if number else "\n".join(filter(None, (heading(report), title)))
+        console.print(table(told, report.rows, columns))
     if report.curve is not None:
         console.print(curve_table(report.curve))
     if report.break_even is not None and report.curve is not None:
         say(console, break_even_text(report.break_even, report.curve.rows))
     for note in report.notes:
         say(console, f"Note: {note}")
+
+
+def opening(report: BenchReport) -> Iterator[str]:
+    """Say of a report that is not complete how much it is.
+
+    Args:
+        report: The results.
+    """
+    if report.complete:
+        return
+    ended = "Interrupted" if report.interrupted else "Ended by an error"
+    if not (report.rows or report.curve):
+        # The error follows, and says enough.
+        if report.interrupted:
+            yield f"{ended} before anything was measured."
+    elif any(row.seconds for row in report.rows):
+        yield f"{ended}: this is what was measured until then."
+    else:
+        yield f"{ended} before anything was timed: this is what was found out until then."
 
 
 def say(console: Console, text: str) -> None:
@@ -70,8 +87,21 @@ def heading(report: BenchReport) -> str:
     return (
         f"{report.model} on {machine.device} ({machine.name}{threads}, {machine.memory_bandwidth / GB:.1f} GB/s), "
         f"{options['dtype']['llm']}\n{rows} row{'s' * (rows > 1)}, prompts of {prompts} tokens, "
-        f"{options['max_new_tokens']} new ones; median of {options['repeats']} (smallest–largest)"
+        f"{options['max_new_tokens']} new ones{repetitions(report.rows)}"
     )
+
+
+def repetitions(rows: Sequence[Measurement]) -> str:
+    """Say of how many repetitions the medians are; a run that did not come to its end has fewer than were wanted.
+
+    Args:
+        rows: The measurements.
+    """
+    counts = sorted({len(row.seconds) for row in rows if row.seconds})
+    if not counts:
+        return ""
+    told = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return f"; median of {told} (smallest–largest)"
 
 
 def table(title: str, rows: Sequence[Measurement], columns: Sequence[Column]) -> Table:
@@ -147,6 +177,6 @@ COST: tuple[Column, ...] = (
     ("LLM\npasses", lambda row: f"{row.llm_passes_per_position:.2f}"),
     ("SLM\npasses", lambda row: f"{row.slm_passes_per_position:.2f}"),
     ("MB moved", lambda row: f"{row.bytes_moved / row.positions / 1e6:,.4g}"),
-    ("of memory\nbandwidth", lambda row: f"{row.bandwidth_fraction:.0%}"),
+    ("of memory\nbandwidth", lambda row: "" if row.bandwidth_fraction is None else f"{row.bandwidth_fraction:.0%}"),
     ("peak\nmemory, GB", lambda row: f"{row.peak_memory_bytes / GB:.2f}"),
 )

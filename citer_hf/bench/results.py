@@ -47,7 +47,8 @@ class Measurement:
         kind: What decoded.
         share: Forced LLM share.
         threshold: Threshold of the model's own router.
-        seconds: Time of each repetition, all batches together.
+        seconds: Time of each repetition, all batches together; none when the bench ended before. Then everything that
+            is derived from them is `None`.
         tokens: Tokens of a repetition, all rows together.
         positions: Positions of a repetition.
         first_token_seconds: Time until `generate` is stopped after its first step, measured by itself, mean of the
@@ -60,8 +61,9 @@ class Measurement:
         bytes_moved: Weights and keys and values read and written by all forward passes of a repetition.
         bandwidth_fraction: `bytes_moved` per second of the median repetition, over the machine's memory bandwidth.
         speedup: How many times as fast as the LLM alone, repetition by repetition.
-        relative_to_floor: How many times as long as the floor of the same setting, repetition by repetition. In a
-            batch the floor follows the decisions of the lock-step run; a share's are drawn anew for rows that wait.
+        relative_to_floor: How many times as long as the floor of the same setting, repetition by repetition. The floor
+            and the lock-step run follow the decisions of CITER's untimed run. CITER's own repetitions send the same
+            share to the LLM, in a batch at other positions where its rows wait a little longer or shorter than then.
     """
 
     name: str
@@ -71,31 +73,31 @@ class Measurement:
     seconds: tuple[float, ...]
     tokens: int
     positions: int
-    first_token_seconds: Spread
+    first_token_seconds: Spread | None
     llm_share: float | None
     llm_passes_per_position: float
     slm_passes_per_position: float
     peak_memory_bytes: int
     memory_growth_bytes: int
     bytes_moved: int
-    bandwidth_fraction: float
+    bandwidth_fraction: float | None
     speedup: Spread | None = None
     relative_to_floor: Spread | None = None
 
     @property
-    def tokens_per_second(self) -> Spread:
+    def tokens_per_second(self) -> Spread | None:
         """Tokens of all rows, over the time that they took together."""
-        return Spread.of([self.tokens / seconds for seconds in self.seconds])
+        return Spread.of([self.tokens / seconds for seconds in self.seconds]) if self.seconds else None
 
     @property
-    def ms_per_token(self) -> Spread:
+    def ms_per_token(self) -> Spread | None:
         """Milliseconds per position."""
-        return Spread.of([seconds / self.positions * 1000 for seconds in self.seconds])
+        return Spread.of([seconds / self.positions * 1000 for seconds in self.seconds]) if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything above, for JSON."""
-        derived = ("tokens_per_second", "ms_per_token")
-        return asdict(self) | {name: asdict(getattr(self, name)) for name in derived}
+        derived = {"tokens_per_second": self.tokens_per_second, "ms_per_token": self.ms_per_token}
+        return asdict(self) | {name: None if value is None else asdict(value) for name, value in derived.items()}
 
 
 def compare(measured: Sequence[Measurement]) -> list[Measurement]:
@@ -119,14 +121,18 @@ def compare(measured: Sequence[Measurement]) -> list[Measurement]:
     return compared
 
 
-def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
+def ratios(above: Sequence[float], below: Sequence[float]) -> Spread | None:
     """Divide repetition by repetition: what slows the machine down for a while slows neighbours down alike.
 
     Args:
         above: Times of one contender.
         below: Times of another; repetitions that one of the two lacks are left out.
+
+    Returns:
+        The spread; `None` when they have no repetition in common.
     """
-    return Spread.of([one / other for one, other in zip(above, below, strict=False)])
+    found = [one / other for one, other in zip(above, below, strict=False)]
+    return Spread.of(found) if found else None
 
 
 @dataclass(frozen=True)
@@ -136,29 +142,37 @@ class BenchReport:
     Attributes:
         model: What was measured.
         options: What was asked for, for the reader.
-        machine: What it ran on; `None` when it was interrupted before that was known.
+        machine: What it ran on; `None` when it ended before that was known.
         rows: One measurement per contender.
         curve: Cost of single forward passes.
         break_even: The LLM share from which on the pair is slower than the LLM alone.
         notes: What was not measured, and why.
-        interrupted: Whether there was to be more.
+        interrupted: Whether a signal, such as Ctrl-C's, came before everything was measured.
+        error: What else ended it before.
     """
 
     model: str
     options: dict[str, Any]
-    machine: Machine | None
-    rows: tuple[Measurement, ...]
-    curve: CostCurve | None
-    break_even: BreakEven | None
-    notes: tuple[str, ...]
-    interrupted: bool
+    machine: Machine | None = None
+    rows: tuple[Measurement, ...] = ()
+    curve: CostCurve | None = None
+    break_even: BreakEven | None = None
+    notes: tuple[str, ...] = ()
+    interrupted: bool = False
+    error: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was measured."""
+        return not self.interrupted and self.error is None
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything above, for JSON."""
         return {
             "model": self.model,
-            "complete": not self.interrupted,
+            "complete": self.complete,
             "interrupted": self.interrupted,
+            "error": self.error,
             "options": self.options,
             "machine": None if self.machine is None else self.machine.as_dict(),
             "rows": [row.as_dict() for row in self.rows],

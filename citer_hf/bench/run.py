@@ -1,21 +1,22 @@
-"""Runs everything that is compared, in turn, and keeps what it has when it is interrupted."""
+"""Runs everything that is compared, in turn, and keeps what it has when it is interrupted or an error ends it."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from citer_hf.generation_citer import check_cache_implementation
 
 from .clock import Clock
-from .contenders import ALONE, SLM, Contender, Decisions, contenders, greedy_without_end
+from .contenders import ALONE, ASSISTED, SLM, Contender, Decisions, contenders, greedy_without_end
 from .costs import ModelCost, cost_of_model
 from .counting import Passes, count_passes
 from .curve import CostCurve, break_even, measure_curve
 from .machine import Machine, PeakMemory, available_memory, describe_machine, watch_memory
-from .memory import DoesNotFitError, both_models, explain_out_of_memory, one_model
-from .options import BenchOptions, check_context
+from .memory import both_models, explain_out_of_memory, one_model, who_ran
+from .options import BenchOptions, check_cache, check_context
 from .prompts import Batch, make_batches
 from .results import BenchReport, Measurement, Spread, compare
 
@@ -33,16 +34,17 @@ class Observed:
         passes: Forward passes of both models.
         memory: Its memory.
         llm_share: Share of the tokens that the LLM wrote.
-        seconds: Time of each repetition.
-        first: Time to the first token of each repetition, mean of the batches.
+        times: Of each repetition, its seconds and those to the first token, mean of the batches.
+        failed: Whether it cannot go on.
     """
 
     contender: Contender
     passes: Passes
     memory: PeakMemory
     llm_share: float | None
-    seconds: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
+    # Two lists could differ in length when Ctrl-C comes between them.
+    times: list[tuple[float, float]] = field(default_factory=list)
+    failed: bool = False
 
 
 class Bench:
@@ -64,6 +66,7 @@ class Bench:
         check_cache_implementation(options.cache_implementation)
         self.model, self.options, self.name = model, options, name
         device = model.slm.device
+        check_cache(options.cache_implementation, device)
         tokenizer = None if options.prompts is None else model.load_tokenizer()
         batches = make_batches(
             options.prompts, tokenizer, model.vocab_size, options.prompt_length, options.batch_size, options.seed
@@ -78,6 +81,7 @@ class Bench:
         self.decisions = Decisions()
         self.contenders = contenders(model, options, self.decisions)
         self.interrupted = False
+        self.error: Exception | None = None
         self.machine: Machine | None = None
         self.curve: CostCurve | None = None
         self.costs: dict[str, ModelCost] = {}
@@ -90,37 +94,39 @@ class Bench:
         return 2 + len(self.contenders) * (1 + self.options.warmup + self.options.repeats)
 
     def run(self, progress: Progress = lambda what: None) -> BenchReport:
-        """Measure everything, or as much as there is time for until Ctrl-C.
+        """Measure everything, or as much as there is time for until Ctrl-C or an error.
 
         Args:
             progress: Called before each step with what it measures.
 
-        Raises:
-            DoesNotFitError: when a model does not fit.
+        Returns:
+            What was measured; it says whether that is everything, and why not.
         """
         try:
             with greedy_without_end(self.model):
                 self._run(progress)
         except KeyboardInterrupt:
             self.interrupted = True
+        except Exception as error:
+            self.error = error
         return self.report()
 
     def _run(self, progress: Progress) -> None:
         progress("memory bandwidth")
         self.costs = {name: cost_of_model(getattr(self.model, name)) for name in ("slm", "llm")}
         self.machine = describe_machine(self.model.slm.device)
-        for contender in self.contenders:
+        # Assisted generation imports modules for good: if it came before others, 100 MB would seem to be theirs.
+        for contender in sorted(self.contenders, key=lambda one: one.kind == ASSISTED):
             progress(contender.name)
             self._observe(contender)
+        self.observed.sort(key=lambda observed: self.contenders.index(observed.contender))
         progress("cost of a step")
         self._measure_curve()
         for repetition in range(-self.options.warmup, self.options.repeats):
             for observed in self.observed:
                 progress(observed.contender.name)
-                seconds, first = self._time(observed.contender)
-                if repetition >= 0:
-                    observed.seconds.append(seconds)
-                    observed.first.append(first)
+                if not observed.failed:
+                    self._repeat(observed, counts=repetition >= 0)
 
     def _observe(self, contender: Contender) -> None:
         """Run a contender once without the clock, and note what would cost time to note."""
@@ -136,17 +142,28 @@ class Bench:
                     self.decisions.note(contender, number, text)
                     tokens += text.tokens.numel()
                     by_llm += 0 if text.to_llm is None else int(text.to_llm.sum())
-        except DoesNotFitError:
-            raise
         except Exception as error:
             if contender.required:
                 raise
-            self.notes.append(f"{contender.name} was not measured: {' '.join(str(error).split())}")
+            self.notes.append(f"{contender.name} was not measured: {in_one_line(error)}")
             return
         share = {ALONE: 1.0, SLM: 0.0}.get(contender.kind)
         if text.to_llm is not None:
             share = by_llm / tokens
         self.observed.append(Observed(contender, passes, memory, share))
+
+    def _repeat(self, observed: Observed, counts: bool) -> None:
+        """Time one repetition."""
+        try:
+            times = self._time(observed.contender)
+        except Exception as error:
+            if observed.contender.required:
+                raise
+            observed.failed = True
+            self.notes.append(f"{observed.contender.name} was not measured to the end: {in_one_line(error)}")
+            return
+        if counts:
+            observed.times.append(times)
 
     def _measure_curve(self) -> None:
         length = self.batches[0].length
@@ -167,11 +184,13 @@ class Bench:
         return seconds, first / len(self.batches)
 
     def _explained(self, contender: Contender | None) -> Any:
-        def describe() -> str:
+        def describe(error: Exception) -> str:
             longest = max(batch.length for batch in self.batches)
             tokens = self.options.batch_size * (longest + self.options.max_new_tokens)
-            if contender is not None and contender.kind in (ALONE, SLM):
+            name = who_ran(error, self.model.slm, self.model.llm)
+            if name is None and contender is not None and contender.kind in (ALONE, SLM):
                 name = contender.kind.split()[0]
+            if name is not None:
                 return one_model(name, getattr(self.model, name.lower()), tokens)
             return both_models(self.model.slm, self.model.llm, tokens)
 
@@ -179,27 +198,25 @@ class Bench:
 
     def report(self) -> BenchReport:
         """Return what has been measured so far."""
-        rows = compare([self._measurement(observed) for observed in self.observed if observed.seconds])
-        options = {key: value for key, value in asdict(self.options).items() if key != "prompts"}
+        rows = compare([self._measurement(observed) for observed in self.observed])
+        dtypes = {name: str(getattr(self.model, name).dtype).split(".")[1] for name in ("slm", "llm")}
         return BenchReport(
             model=self.name,
-            options=options
-            | {
-                "prompts": None if self.options.prompts is None else str(self.options.prompts),
-                "prompt_length": [batch.length for batch in self.batches],
-                "dtype": {name: str(getattr(self.model, name).dtype).split(".")[1] for name in ("slm", "llm")},
-            },
+            options=self.options.as_dict()
+            | {"prompt_length": [batch.length for batch in self.batches], "dtype": dtypes},
             machine=self.machine,
             rows=tuple(rows),
             curve=self.curve,
             break_even=None if self.curve is None else break_even(self.curve),
             notes=tuple(self.notes),
             interrupted=self.interrupted,
+            error=None if self.error is None else in_one_line(self.error),
         )
 
     def _measurement(self, observed: Observed) -> Measurement:
         assert self.machine is not None
-        contender, seconds = observed.contender, Spread.of(observed.seconds)
+        contender = observed.contender
+        seconds, first = ([times[which] for times in observed.times] for which in range(2))
         positions = len(self.batches) * self.options.max_new_tokens
         moved = observed.passes.bytes_moved(self.costs["slm"], self.costs["llm"])
         setting = contender.setting
@@ -208,15 +225,29 @@ class Bench:
             kind=contender.kind,
             share=None if setting is None else setting.share,
             threshold=None if setting is None else setting.threshold,
-            seconds=tuple(observed.seconds),
+            seconds=tuple(seconds),
             tokens=positions * self.options.batch_size,
             positions=positions,
-            first_token_seconds=Spread.of(observed.first),
+            first_token_seconds=Spread.of(first) if first else None,
             llm_share=observed.llm_share,
             llm_passes_per_position=len(observed.passes.llm) / positions,
             slm_passes_per_position=len(observed.passes.slm) / positions,
             peak_memory_bytes=observed.memory.peak,
             memory_growth_bytes=observed.memory.peak - observed.memory.before,
             bytes_moved=round(moved),
-            bandwidth_fraction=moved / seconds.median / self.machine.memory_bandwidth,
+            bandwidth_fraction=(
+                moved / statistics.median(seconds) / self.machine.memory_bandwidth if seconds else None
+            ),
         )
+
+
+def in_one_line(error: Exception) -> str:
+    """Say what went wrong; the kind of an error that nobody has written for a user is said too.
+
+    Args:
+        error: What was raised.
+    """
+    text = " ".join(str(error).split())
+    return (
+        text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}".rstrip(": ")
+    )
