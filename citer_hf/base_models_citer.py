@@ -395,8 +395,12 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
                 f"{self.role}_trust_remote_code=True; trust_remote_code is for the router alone."
             ) from error
         if isinstance(error, Exception) and self.role in ROLES and is_out_of_memory(error):
-            config = AutoConfig.from_pretrained(self.source, **hub_keywords(self.keywords))
-            needed = weight_bytes_of(config, self.keywords)
+            try:
+                config = AutoConfig.from_pretrained(self.source, **hub_keywords(self.keywords))
+                needed = weight_bytes_of(config, self.keywords)
+            except Exception:
+                # There may be no memory left for that either: then the error stays what it is.
+                return
             raise not_loaded(error, self.role, self.source, needed) from error
         if error is None or not (
             isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_broken_transfer(error)

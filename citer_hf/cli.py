@@ -94,7 +94,7 @@ def bench(
         str | None, typer.Option(metavar="X,...", help="Let the model's own router decide at these thresholds.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help='One prompt a line, or JSON lines with a "prompt".')
+        Path | None, typer.Option(metavar="FILE", help='One prompt a line, JSON lines with a "prompt", or a list.')
     ] = None,
     prompt_length: Annotated[int, typer.Option(metavar="N", help="Length of synthetic prompts, in tokens.")] = 128,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Rows that are decoded together.")] = 1,

@@ -64,8 +64,7 @@ class Step:
         if self._compiled is not None:
             try:
                 result = self._compiled(*args)
-            # The second: compiled too often, such as for one router after another.
-            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            except not_compiled() as error:
                 self._compiled = None
                 logger.warning_once(
                     "cache_implementation='static': a pass of this pair cannot be compiled and runs as it is, which "
@@ -249,6 +248,16 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     code: Any = function.__code__
     return types.FunctionType(code.replace(), function.__globals__, function.__name__)
+
+
+def not_compiled() -> tuple[type[Exception], ...]:
+    """Return what the compiler raises where it cannot, and where it was asked too often, by any torch.
+
+    The latter happens for one router after another.
+    """
+    errors: Any = torch._dynamo.exc
+    limits = (getattr(errors, name, None) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit"))
+    return (errors.TorchDynamoException, *filter(None, limits))
 
 
 def reset_code(code: types.CodeType) -> None:

@@ -145,7 +145,7 @@ class Workspace:
         self.readable = zeros(capacity, torch.bool)
         self.control = zeros(3, torch.long)
         self.offset = zeros(1, torch.long)
-        self.threshold = zeros(1, torch.float32 if device.type == "mps" else torch.float64)
+        self.threshold = zeros(1, torch.float64 if device.type in ("cpu", "cuda") else torch.float32)
         self._from_host = torch.zeros((rows, 3), dtype=torch.long, pin_memory=device.type == "cuda")
         self.rooms: dict[str, Room] = {}
         self.steps: dict[Any, Any] = {}

@@ -218,7 +218,8 @@ class Rows:
         """
         cache = self.cache
         windows = any(getattr(layer, "sliding_window", None) is not None for layer in cache.llm.layers)
-        if not windows or len(set(self.written)) == 1:
+        together = len(set(self.written)) == 1 and len(self.unfinished) == self.batch
+        if not windows or together:
             return False
         ids, positions = cache.unseen_tokens()
         inputs = {"attention_mask": self.readable[:, : self.start].to(ids.dtype), "use_cache": True}

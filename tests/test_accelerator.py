@@ -106,5 +106,5 @@ def test_the_bench_measures_time_and_memory_of_the_device(tmp_path):
 
     options = BenchOptions(shares=(0.5,), prompt_length=8, max_new_tokens=8, repeats=2, cache_implementation="static")
     report = Bench(pair_of("llama", "qwen2", router="confidence").to(DEVICE), options, "pair").run()
-    assert report.machine is not None and report.machine.device.startswith("cuda")
+    assert report.complete and report.machine is not None and report.machine.device.startswith("cuda")
     assert all(row.peak_memory_bytes > 0 and min(row.seconds) > 0 for row in report.rows)

@@ -188,6 +188,7 @@ class Independent(nn.Module):
 def test_independent_rows_cost_half_the_calls_of_lock_step(rows, most_calls, most_steps, count_calls, monkeypatch):
     # Measured times, on a busy machine, may tell of an SLM as dear as the LLM.
     monkeypatch.setattr("citer_hf.rows_citer.Pace.ratio", 0.5)
+    monkeypatch.setattr("citer_hf.rows_citer.Pace.growth", 0.0)
     model = make_pair(router=Independent(0.2), hidden_size=48, max_position_embeddings=600)
     model.slm.config.max_position_embeddings = 600
     steps, calls = count_calls(model.slm), count_calls(model.llm)

@@ -206,7 +206,7 @@ def _config(argument: str, name: str, router: bool = False) -> Any:
             raise ValueError(
                 f"{argument}: expected a model's config.json, got {name!r}. It is no JSON: {error}."
             ) from None
-        if "model_type" not in content:
+        if not isinstance(content, dict) or "model_type" not in content:
             raise ValueError(f"{argument}: expected a model's config.json, got {name!r}. It has no model_type.")
         config = AutoConfig.for_model(content.pop("model_type"), **content)
     elif path.suffix == ".json":
