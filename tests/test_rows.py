@@ -217,6 +217,20 @@ def test_an_llm_with_windows_that_reads_late_misses_nothing(llm, cache):
         assert_rows_are_those_of_the_naive_loop(model, output, rows, 40, ())
 
 
+@pytest.mark.parametrize("seed", [3, 40])
+def test_the_cache_goes_on_where_an_llm_with_windows_reads_after_a_row_has_ended(seed):
+    """With seed 40, the LLM first reads for one row when the other has just ended at the same place."""
+    model, batch = pair_of("llama", "mistral_sliding"), left_padded(random_prompts((9, 9), seed))
+    model.router.seed = seed
+    wanted = {**GREEDY, "max_new_tokens": 24, "router_threshold": 0.06, "eos_token_id": list(range(3, 12))}
+    output = model.generate(**batch, **wanted, return_dict_in_generate=True)
+    text = torch.cat([output.sequences, torch.tensor([[7, 8], [9, 10]])], dim=1)
+    wanted = {**GREEDY, "max_new_tokens": 8, "router_threshold": 2.0, "eos_token_id": None, "output_logits": True}
+    wanted |= {"attention_mask": torch.ones_like(text), "return_dict_in_generate": True}
+    again = model.generate(text, past_key_values=output.past_key_values, **wanted)
+    torch.testing.assert_close(again.logits, model.generate(text, **wanted).logits, atol=1e-3, rtol=1e-3)
+
+
 def test_waiting_for_one_row_is_lock_step(count_calls, moves_apart):
     model = make_pair(router=Independent(0.3), hidden_size=48)
     steps = count_calls(model.slm)
