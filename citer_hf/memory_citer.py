@@ -38,6 +38,18 @@ def weight_bytes(model: PreTrainedModel) -> float:
     return float(sum(part.nbytes for part in (*model.parameters(), *model.buffers())))
 
 
+def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy a configuration as it is without quantization.
+
+    Args:
+        config: Of a model.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def weight_bytes_of(config: PreTrainedConfig, keywords: dict[str, Any]) -> float:
     """Count the bytes of a model's weights, unquantized, without loading any.
 
@@ -45,9 +57,7 @@ def weight_bytes_of(config: PreTrainedConfig, keywords: dict[str, Any]) -> float
         config: Its configuration.
         keywords: The keywords that it is to be loaded with.
     """
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = unquantized(config)
     dtype: Any = keywords.get("dtype", keywords.get("torch_dtype"))
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from citer_hf.memory_citer import unquantized
 
 from .stored import is_skipped
 
@@ -223,9 +224,7 @@ def _cost(skeleton: PreTrainedModel, stored: _Stored, kv_itemsize: float) -> Mod
 
 def _skeleton(config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
     """Build the model without memory for its weights."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = unquantized(config)
     # With a padding token, forward looks into its input, which has no content here.
     config.get_text_config(decoder=True).pad_token_id = None
     build = getattr(model_class, "_from_config", None) or model_class.from_config

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
-from citer_hf.memory_citer import GB, is_out_of_memory, weight_bytes
+from citer_hf.memory_citer import GB, is_out_of_memory, weight_bytes, weight_bytes_of
 
-from .costs import cost_of_config, cost_of_model
+from .costs import cost_of_model
 
 __all__ = ["DoesNotFitError", "both_models", "explain_out_of_memory", "loading", "one_model", "who_ran"]
 
@@ -77,14 +76,8 @@ def loading(slm: PreTrainedConfig, llm: PreTrainedConfig, dtype: str) -> str:
         llm: Configuration of the LLM.
         dtype: The precision asked for.
     """
-    small, large = (config_bytes(config, dtype) / GB for config in (slm, llm))
+    small, large = (weight_bytes_of(config, {"dtype": dtype}) / GB for config in (slm, llm))
     return f"the pair could not be loaded; its weights need about {small:.3g} GB (SLM) and {large:.3g} GB (LLM)"
-
-
-def config_bytes(config: PreTrainedConfig, dtype: str) -> float:
-    """Bytes of a model's weights in a precision; `auto` is that of the configuration."""
-    own = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    return float(cost_of_config(config, bits=8 * own.itemsize).resident_bytes)
 
 
 def one_model(name: str, model: Any, tokens: int) -> str:

@@ -62,8 +62,9 @@ class Measurement:
         bandwidth_fraction: `bytes_moved` per second of the median repetition, over the machine's memory bandwidth.
         speedup: How many times as fast as the LLM alone, repetition by repetition.
         relative_to_floor: How many times as long as the floor of the same setting, repetition by repetition. The floor
-            and the lock-step run follow the decisions of CITER's untimed run. CITER's own repetitions send the same
-            share to the LLM, in a batch at other positions where its rows wait a little longer or shorter than then.
+            and the lock-step run follow the decisions of CITER's untimed run. CITER's own repetitions follow them
+            too where rows move in step; rows that wait read again, a little more or less often every time, so that
+            other tokens, and nearly as many, go to the LLM.
     """
 
     name: str
