@@ -78,6 +78,10 @@ def save_demo_pair(folder: Path) -> Path:
     return folder / "pair"
 
 
+# What `citer bench` measures in no time.
+QUICK_BENCH = ("--device", "cpu", "--max-new-tokens", 4, "--prompt-length", 6, "--repeats", 1, "--warmup", 0)
+
+
 def invoke(*arguments: Any, text: str = "") -> Any:
     """Run `citer` in this process."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=text)

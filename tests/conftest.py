@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +82,24 @@ def make_pair(
 def pair() -> CiterForCausalLM:
     """A Llama pair of different widths whose router decides at random, half and half. Not to be changed."""
     return make_pair(hidden_size=48, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny pair like the one that ships."""
+    from .chat_pairs import save_demo_pair
+
+    return save_demo_pair(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `citer bench demo` take the tiny pair, and measure the bandwidth of memory in no time."""
+    import citer_hf.demo
+    from citer_hf.bench import machine
+
+    monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
+    monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
 
 
 @pytest.fixture

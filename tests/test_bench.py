@@ -8,26 +8,14 @@ from typing import Any
 
 import pytest
 
-import citer_hf.demo
 from citer_hf import CiterForCausalLM
-from citer_hf.bench import machine
 from citer_hf.bench.prompts import read_prompts
 from citer_hf.bench.run import Bench
 
-from .chat_pairs import invoke, save_demo_pair
+from .chat_pairs import QUICK_BENCH as QUICK
+from .chat_pairs import invoke
 
-QUICK = ("--device", "cpu", "--max-new-tokens", 4, "--prompt-length", 6, "--repeats", 1, "--warmup", 0)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_demo_pair(tmp_path_factory.mktemp("bench"))
-
-
-@pytest.fixture(autouse=True)
-def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
-    monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
+pytestmark = pytest.mark.usefixtures("small_machine")
 
 
 def bench_json(*arguments: Any) -> dict[str, Any]:

@@ -13,32 +13,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import citer_hf.demo
 from citer_hf import CiterForCausalLM
-from citer_hf.bench import command, interruption, machine, run
+from citer_hf.bench import command, interruption, run
 from citer_hf.bench.run import Bench
 from citer_hf.memory_citer import weight_bytes
 
-from .chat_pairs import invoke, save_demo_pair
+from .chat_pairs import QUICK_BENCH as QUICK
+from .chat_pairs import invoke
 
-QUICK = ("--device", "cpu", "--max-new-tokens", 4, "--prompt-length", 6, "--repeats", 1, "--warmup", 0)
+pytestmark = pytest.mark.usefixtures("small_machine")
 HELP = ("--dtype bfloat16", "--batch-size", "--prompt-length", "quantized", "--device")
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
 ]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_demo_pair(tmp_path_factory.mktemp("bench"))
-
-
-@pytest.fixture(autouse=True)
-def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
-    monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
 
 
 @pytest.fixture(autouse=True)
