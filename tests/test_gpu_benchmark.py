@@ -19,6 +19,7 @@ SMALL = shlex.split(
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("citer_hf.bench.machine.CPU_BUFFER", 1 << 20)
     return importlib.import_module("gpu")
 
 

@@ -13,6 +13,11 @@ from .families import tiny_model
 WIDE = {"hidden_size": 256, "head_dim": 64}
 
 
+@pytest.fixture(autouse=True)
+def cpu_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("citer_hf.small_products_citer.is_made_by_amd", lambda: True)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 2), (1, 4), (3, 1), (2, 2), (1, 1), (1, 5)])
 def test_the_product_is_the_same_up_to_rounding(shape, bias):
@@ -38,6 +43,11 @@ def test_the_product_is_the_same_up_to_rounding(shape, bias):
 def test_only_wide_fp32_models_read_few_tokens_so(tokens, options, dtype, expected):
     model = tiny_model("llama", **options).to(dtype)
     assert isinstance(weights_first(model, tokens), WeightsFirst) == expected
+
+
+def test_only_cpus_that_gain_read_few_tokens_so(monkeypatch):
+    monkeypatch.setattr("citer_hf.small_products_citer.is_made_by_amd", lambda: False)
+    assert not isinstance(weights_first(tiny_model("llama", **WIDE), 3), WeightsFirst)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
