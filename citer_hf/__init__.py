@@ -4,17 +4,18 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import importers, saved_router_citer
-from .cache_citer import CiterCache
-from .configuration_citer import CiterConfig
-from .modeling_citer import CiterForCausalLM
+from . import importers
+from .model import saved_router
+from .model.cache import CiterCache
+from .model.configuration import CiterConfig
+from .model.modeling import CiterForCausalLM
 
 __version__ = "0.1.0"
 __all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__"]
 
 AutoConfig.register("citer", CiterConfig)
 AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
-saved_router_citer.read_router_file = importers.read_router_file
+saved_router.read_router_file = importers.read_router_file
 
 
 def _push(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) -> str:

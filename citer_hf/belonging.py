@@ -10,8 +10,8 @@ from torch import nn
 
 from .evaluation.provenance import anonymous, module_fingerprint
 from .evaluation.results import Results
-from .routing_citer import CUSTOM_ROUTER, build_router
-from .saved_router_citer import choose_router, load_router_weights
+from .model.routers import CUSTOM_ROUTER, build_router
+from .model.saved_router import choose_router, load_router_weights
 
 __all__ = ["ForeignFactsError", "check_provenance", "method_in", "published", "saved_fingerprint", "saved_router"]
 

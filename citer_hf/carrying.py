@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file
 
-from .base_models_citer import ROLES, commit_of, file_keywords
 from .belonging import check_provenance, method_in
 from .card import CARD
-from .configuration_citer import CiterConfig
 from .evaluation.provenance import module_fingerprint
 from .evaluation.results import Results
 from .facts import CURVE
 from .files import read_json
-from .paths_citer import refuse_outsider
-from .saved_router_citer import router_state_dict
+from .model.configuration import CiterConfig
+from .model.paths import refuse_outsider
+from .model.references import ROLES, commit_of, file_keywords
+from .model.saved_router import router_state_dict
 
 __all__ = ["FACTS", "carry"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from .configuration_citer import check_threshold_value
 from .conversation import Conversation
-from .modeling_citer import CiterForCausalLM
+from .model.configuration import check_threshold_value
+from .model.modeling import CiterForCausalLM
 from .terminal import Paint, legend
 
 __all__ = ["chat", "load_pair"]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .cache_citer import CiterCache
-from .modeling_citer import CiterForCausalLM
+from .model.cache import CiterCache
+from .model.modeling import CiterForCausalLM
 from .terminal import Paint, WriterStreamer
 
 __all__ = ["Conversation", "Turn"]

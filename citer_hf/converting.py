@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import citer_hf
 
-from .base_models_citer import ROLES, base_config, reference_to
 from .files import written_beside
-from .loading_citer import saved_generation_config
-from .modeling_citer import CiterForCausalLM
+from .model.loading import saved_generation_config
+from .model.modeling import CiterForCausalLM
+from .model.references import ROLES, base_config, reference_to
 
 __all__ = ["PROVENANCE", "convert"]
 

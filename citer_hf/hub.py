@@ -18,7 +18,7 @@ from .card import CARD, write_card
 from .carrying import FACTS, carry
 from .facts import Facts
 from .files import read_json
-from .saved_router_citer import ROUTER_WEIGHTS
+from .model.saved_router import ROUTER_WEIGHTS
 
 __all__ = ["push", "push_pair", "repository_files"]
 

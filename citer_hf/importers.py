@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .configuration_citer import check_threshold_value
-from .saved_router_citer import ChosenRouter
+from .model.configuration import check_threshold_value
+from .model.saved_router import ChosenRouter
 
 __all__ = ["MAX_BYTES", "read_router_file", "threshold_from_divergence"]
 

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from citer_hf import CiterForCausalLM
-
-from .repositories import save_base_models
+from tests.repositories import save_base_models
 
 peft = pytest.importorskip("peft")
 # PEFT asks transformers by an attribute's old name.

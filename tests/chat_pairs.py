@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 from citer_hf import CiterForCausalLM
 from citer_hf.cli import app
 from citer_hf.demo.tokenizer import build_tokenizer
-
-from .conftest import make_pair
-from .families import EOS, PAD, VOCAB, tiny_model
+from tests.conftest import make_pair
+from tests.families import EOS, PAD, VOCAB, tiny_model
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 \n.,?!:;'-+*=/()[]<>_&"
 TEMPLATE = (

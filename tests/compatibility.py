@@ -15,10 +15,9 @@ import torch
 import transformers
 
 from citer_hf import CiterCache
-
-from .conftest import ScriptedRouter, left_padded, make_pair, random_prompts
-from .families import FAMILIES, tiny_config
-from .reference import naive_generate
+from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
+from tests.families import FAMILIES, tiny_config
+from tests.reference import naive_generate
 
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 GREEDY = {"max_new_tokens": 10, "do_sample": False}

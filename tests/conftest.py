@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from citer_hf import CiterConfig, CiterForCausalLM
-
-from .families import PAD, VOCAB, tiny_model
+from tests.families import PAD, VOCAB, tiny_model
 
 torch.set_num_threads(1)
 
@@ -87,7 +86,7 @@ def pair() -> CiterForCausalLM:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny pair like the one that ships."""
-    from .chat_pairs import save_demo_pair
+    from tests.chat_pairs import save_demo_pair
 
     return save_demo_pair(tmp_path_factory.mktemp("bench"))
 

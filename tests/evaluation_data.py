@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from citer_hf.evaluation.checkers import Verdict
-from citer_hf.evaluation.examples import Example
-
-from .conftest import random_prompts
-from .families import BOS, EOS, PAD
+from citer_hf.data.checkers import Verdict
+from citer_hf.data.examples import Example
+from tests.conftest import random_prompts
+from tests.families import BOS, EOS, PAD
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345"
 LENGTHS = (5, 9, 12, 7, 3, 9)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from .families import VOCAB, tiny_model
+from tests.families import VOCAB, tiny_model
 
 
 def word_tokenizer(words: int = VOCAB, prefix: str = "w") -> PreTrainedTokenizerFast:

@@ -19,8 +19,7 @@ from citer_hf.serving.app import build_app
 from citer_hf.serving.engine import Engine
 from citer_hf.serving.limits import Limits
 from citer_hf.serving.metrics import Metrics
-
-from .chat_pairs import character_tokenizer
+from tests.chat_pairs import character_tokenizer
 
 NAME = "tiny"
 

@@ -17,10 +17,9 @@ from citer_hf.card import write_card
 from citer_hf.evaluation.provenance import module_fingerprint
 from citer_hf.evaluation.results import average_results, make_results
 from citer_hf.facts import Facts
-
-from .chat_pairs import invoke
-from .repositories import save_base_models
-from .test_card import ENDS, point
+from tests.chat_pairs import invoke
+from tests.repositories import save_base_models
+from tests.test_card import ENDS, point
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,9 @@ import torch
 from citer_hf import CiterForCausalLM
 from citer_hf.carrying import FACTS, carry
 from citer_hf.evaluation.provenance import module_fingerprint
-
-from .repositories import save_base_models
-from .test_belonging import OwnRouter, make_pair, root, save_results  # noqa: F401 - `root` is a fixture
-from .test_hub import client, files  # noqa: F401 - `client` is a fixture
+from tests.repositories import save_base_models
+from tests.test_belonging import OwnRouter, make_pair, root, save_results  # noqa: F401 - `root` is a fixture
+from tests.test_hub import client, files  # noqa: F401 - `client` is a fixture
 
 load = CiterForCausalLM.from_pretrained
 

@@ -14,8 +14,7 @@ from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.chat import StopOnInterrupt, answer, obey
 from citer_hf.conversation import Conversation, Turn, common_prefix, plain_text
 from citer_hf.terminal import Paint
-
-from .chat_pairs import TEMPLATE, chat_pair
+from tests.chat_pairs import TEMPLATE, chat_pair
 
 MESSAGES = ["how are you?", "tell me more.", "and then?"]
 TRIMMING = TEMPLATE.replace("message['content'] }}", "(message['content'] | replace('e', '') ) }}")

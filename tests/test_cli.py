@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import citer_hf.demo
-
-from .chat_pairs import chat_pair, invoke, save_demo_pair
+from tests.chat_pairs import chat_pair, invoke, save_demo_pair
 
 CITER = [sys.executable, "-m", "citer_hf.cli"]
 

@@ -14,8 +14,7 @@ from citer_hf.evaluation.results import Results
 from citer_hf.facts import Facts
 from citer_hf.training import command
 from citer_hf.training.router_trainer import TrainingSettings
-
-from .chat_pairs import invoke, save_demo_pair
+from tests.chat_pairs import invoke, save_demo_pair
 
 BASELINES = {"citer", "citer-s", "co-llm", "query", "confidence", "entropy", "random"}
 

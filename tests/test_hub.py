@@ -13,8 +13,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from .hub_server import Blob, Hub, Repository, running_hub
-from .repositories import save_base_models
+from tests.hub_server import Blob, Hub, Repository, running_hub
+from tests.repositories import save_base_models
 
 TOKEN, OTHERS_TOKEN, WRONG_TOKEN = "hf_GoodSecret0123456789", "hf_OtherSecret0123456789", "hf_WrongSecret0123456789"
 
@@ -133,7 +133,7 @@ def test_a_router_repository_holds_all_that_it_needs(client, pushed):
     found = files(client, "me/router")
     assert found.keys() >= {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
-        *("tokenizer.json", "tokenizer_config.json", "modeling_citer.py", "configuration_citer.py"),
+        *("tokenizer.json", "tokenizer_config.json", "citer/modeling.py", "citer/configuration.py"),
     }
     references = [{"name_or_path": f"me/{role}", "revision": head_of(client, f"me/{role}")} for role in ("slm", "llm")]
     config = json.loads(found["config.json"])
@@ -367,7 +367,7 @@ def test_the_example_of_the_card_runs_where_the_package_is_not_installed(client,
     assert said["module"].startswith("transformers_modules.") and said["text"]
     assert said["base_model"] == ["me/slm", "me/llm"]
     found = files(client, "me/elsewhere")
-    assert found.keys() >= {"README.md", "model.safetensors", "modeling_citer.py", "slm/model.safetensors"}
+    assert found.keys() >= {"README.md", "model.safetensors", "citer/modeling.py", "slm/model.safetensors"}
     assert found["model.safetensors"] == files(client, "me/router")["model.safetensors"]
 
 

@@ -17,12 +17,11 @@ from torch.nn import functional
 
 from citer_hf import CiterForCausalLM, importers
 from citer_hf.importers import read_router_file, threshold_from_divergence
-from citer_hf.routing_citer import build_router
-
-from .chat_pairs import character_tokenizer, invoke
-from .conftest import left_padded, make_pair, random_prompts
-from .families import tiny_model
-from .reference import naive_generate
+from citer_hf.model.routers import build_router
+from tests.chat_pairs import character_tokenizer, invoke
+from tests.conftest import left_padded, make_pair, random_prompts
+from tests.families import tiny_model
+from tests.reference import naive_generate
 
 HIDDEN, EMBEDDING, TOP, VOCAB = 32, 24, 20, 61
 # Widths of the blocks' inputs, and of the last one's output; what lies between is three times as wide.
@@ -463,6 +462,6 @@ def test_citer_convert_says_in_one_line_what_is_wrong(bases, tmp_path):
 
 
 def test_without_the_package_a_router_file_is_not_taken_for_a_repository(bases, file, monkeypatch):
-    monkeypatch.setattr("citer_hf.saved_router_citer.read_router_file", None)
+    monkeypatch.setattr("citer_hf.model.saved_router.read_router_file", None)
     with pytest.raises(ValueError, match="takes the whole package"):
         CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=file)

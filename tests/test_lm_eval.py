@@ -14,10 +14,9 @@ import torch
 from transformers import GenerationConfig
 
 from citer_hf import CiterForCausalLM
-
-from .chat_pairs import character_tokenizer
-from .reference import naive_generate, naive_logits
-from .repositories import save_base_models
+from tests.chat_pairs import character_tokenizer
+from tests.reference import naive_generate, naive_logits
+from tests.repositories import save_base_models
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -192,7 +191,7 @@ def test_the_command_line_runs_the_code_in_the_repository(home, tmp_path):
         command, cwd=tmp_path, env={**os.environ, **offline}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "modules").rglob("modeling_citer.py"))
+    assert list((tmp_path / "modules").rglob("modeling.py"))
     _, expected = evaluate(home, "llm", 3)
     for name in TASKS:
         (file,) = (tmp_path / "out").rglob(f"samples_{name}_*.jsonl")

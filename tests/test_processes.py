@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from citer_hf.evaluation.writing import deal
-
-from .launching import ONE, TORCHRUN, TWO, run, start
+from tests.launching import ONE, TORCHRUN, TWO, run, start
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import pytest
 from huggingface_hub import HfApi
 
 from citer_hf.hub import ForeignFileError, repository_files
-
-from .chat_pairs import invoke
-from .test_card import CONFIG
+from tests.chat_pairs import invoke
+from tests.test_card import CONFIG
 
 
 @pytest.fixture

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from citer_hf import CiterForCausalLM
-from citer_hf.evaluation.checkers import Verdict
-from citer_hf.evaluation.examples import Example
-from citer_hf.evaluation.tokens import Encoded
+from citer_hf.data.checkers import Verdict
+from citer_hf.data.examples import Example
+from citer_hf.data.tokens import Encoded
 from citer_hf.training.labels import Labels
 from citer_hf.training.teacher import LLM_RIGHT, SLM_RIGHT
-
-from .chat_pairs import CHARACTERS, character_tokenizer
-from .conftest import make_pair
-from .families import EOS, PAD
+from tests.chat_pairs import CHARACTERS, character_tokenizer
+from tests.conftest import make_pair
+from tests.families import EOS, PAD
 
 THRESHOLD = 0.5
 

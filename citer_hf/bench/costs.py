@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from citer_hf.memory_citer import unquantized
+from citer_hf.model.memory import unquantized
 
 from .stored import is_skipped
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from citer_hf.memory_citer import GB, is_out_of_memory, weight_bytes, weight_bytes_of
+from citer_hf.model.memory import GB, is_out_of_memory, weight_bytes, weight_bytes_of
 
 from .costs import cost_of_model
 

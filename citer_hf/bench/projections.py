@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from citer_hf.configuration_citer import CiterConfig, context_length
-from citer_hf.waiting_citer import rows_to_wait_for
+from citer_hf.model.configuration import CiterConfig, context_length
+from citer_hf.model.schedule import rows_to_wait_for
 
 from .costs import ModelCost, cost_of_config
 from .devices import DEVICES

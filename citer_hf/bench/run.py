@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from citer_hf.generation_citer import check_cache_implementation
+from citer_hf.model.generation import check_cache_implementation
 
 from .clock import Clock
 from .contenders import ALONE, ASSISTED, SLM, Contender, Decisions, contenders, greedy_without_end

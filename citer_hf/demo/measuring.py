@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from citer_hf import CiterCache, CiterForCausalLM
-from citer_hf.waiting_citer import rows_to_wait_for
+from citer_hf.model.schedule import rows_to_wait_for
 
 from .problems import Problem, is_correct
 

@@ -15,15 +15,15 @@ import numpy as np
 from citer_hf import CiterForCausalLM
 from citer_hf.files import read_json, written_beside
 
-from .checkers import Checker
+from ..data.checkers import Checker
+from ..data.examples import Example
+from ..data.tokens import encode_prompt
 from .decoding import BATCH_TOKENS, Decoded, check_room, decode
-from .examples import Example
 from .grading import Grader
 from .points import bootstrap_interval
 from .progress import Steps, progress_bar
 from .provenance import data_fingerprint
 from .scoring import check_scores, score_texts, threshold_for_share
-from .tokens import encode_prompt
 
 __all__ = ["Calibration", "calibrate", "write_threshold"]
 

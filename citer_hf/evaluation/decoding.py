@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from citer_hf import CiterCache, CiterForCausalLM
-from citer_hf.waiting_citer import rows_to_wait_for
+from citer_hf.model.schedule import rows_to_wait_for
 
 __all__ = [
     "BATCH_TOKENS",

@@ -13,10 +13,11 @@ from torch import nn
 from citer_hf import CiterForCausalLM
 from citer_hf.processes import process_state, wait_for_all
 
-from .checkers import Checker
+from ..data.checkers import Checker
+from ..data.examples import Example
+from ..data.tokens import encode_prompt
 from .costs import PairCosts, TextCost, scoring_cost
 from .decoding import BATCH_TOKENS, Alone, check_room, decode, with_router
-from .examples import Example
 from .grading import Grader
 from .points import Point, TextResult, make_point
 from .progress import progress_bar
@@ -25,7 +26,6 @@ from .report import write_report
 from .results import SHARES, Results, make_results
 from .scoring import score_texts, spread_thresholds
 from .store import RESULTS, Store
-from .tokens import encode_prompt
 from .writing import Texts, Way, Writer
 
 __all__ = ["evaluate", "method_name"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .checkers import Checker, Verdict, get_checker
-from .examples import Example
+from ..data.checkers import Checker, Verdict, get_checker
+from ..data.examples import Example
 
 __all__ = ["Grader", "judge", "name_of"]
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 import citer_hf
 from citer_hf import CiterForCausalLM
-from citer_hf.base_models_citer import commit_of
 from citer_hf.bench.machine import processor_name
+from citer_hf.model.references import commit_of
 
-from .examples import Example
+from ..data.examples import Example
 
 __all__ = [
     "anonymous",

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from citer_hf.chat import load_pair
-from citer_hf.configuration_citer import check_threshold_value
+from citer_hf.model.configuration import check_threshold_value
 
 from .app import build_app
 from .engine import Engine

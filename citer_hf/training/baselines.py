@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from citer_hf.routing_citer import build_router
+from citer_hf.model.routers import build_router
 
 from .labels import Labels
 from .objectives import OBJECTIVES, QUERY

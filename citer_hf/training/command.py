@@ -15,14 +15,14 @@ from transformers.utils.hub import cached_file
 from citer_hf import CiterForCausalLM
 from citer_hf.belonging import saved_router
 from citer_hf.bench.options import parse_numbers
+from citer_hf.data.examples import Example, read_examples
 from citer_hf.evaluation import calibrate as calibration
 from citer_hf.evaluation.evaluate import evaluate as measure
 from citer_hf.evaluation.evaluate import method_name
-from citer_hf.evaluation.examples import Example, read_examples
 from citer_hf.evaluation.progress import Steps, progress_bar
 from citer_hf.evaluation.results import SHARES
 from citer_hf.evaluation.table import print_tables
-from citer_hf.hidden_states_citer import hidden_size_of
+from citer_hf.model.hidden_states import hidden_size_of
 from citer_hf.processes import alone, from_main_process, process_state
 
 from .baselines import train_baselines

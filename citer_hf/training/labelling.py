@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from citer_hf.evaluation.checkers import Checker, get_checker
+from citer_hf.data.checkers import Checker, get_checker
+from citer_hf.data.examples import read_examples
+from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation.decoding import BATCH_TOKENS
-from citer_hf.evaluation.examples import read_examples
-from citer_hf.evaluation.tokens import Encoded, encode
 from citer_hf.processes import wait_for_all
 
 from .cards import write_card

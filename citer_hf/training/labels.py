@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from citer_hf.evaluation.examples import Example
-from citer_hf.evaluation.tokens import Encoded
+from citer_hf.data.examples import Example
+from citer_hf.data.tokens import Encoded
 
 from .teacher import TOP_LOGPROBS
 from .units import read_table

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from citer_hf.evaluation.tokens import Encoded
+from citer_hf.data.tokens import Encoded
 
 from .rollouts import RollOut
 from .teacher import SLM_RIGHT, ForcedText, read_references

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from citer_hf import CiterCache
+from citer_hf.data.tokens import Encoded
 from citer_hf.evaluation.decoding import (
     BATCH_TOKENS,
     cut,
@@ -22,8 +23,7 @@ from citer_hf.evaluation.decoding import (
     steady_policy,
     text_lengths,
 )
-from citer_hf.evaluation.tokens import Encoded
-from citer_hf.layers_citer import all_grow, growing_cache
+from citer_hf.model.kv_layers import all_grow, growing_cache
 
 __all__ = ["RollOut", "cut_into_batches", "roll_out"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from citer_hf.evaluation.checkers import Checker
+from citer_hf.data.checkers import Checker
 from citer_hf.evaluation.decoding import with_router
 from citer_hf.files import written_beside
+from citer_hf.model.routers import build_router
 from citer_hf.processes import alone, wait_for_all
-from citer_hf.routing_citer import build_router
 
 from .labels import Labels
 from .objectives import Objective

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from citer_hf.routing_citer import build_router
+from citer_hf.model.routers import build_router
 
 from .labels import Labels
 from .objectives import Objective, Targets

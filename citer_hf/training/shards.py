@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from citer_hf.evaluation.tokens import Encoded
+from citer_hf.data.tokens import Encoded
 
 from .labels import question_schema, token_schema
 from .outcomes import Outcome

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from citer_hf.evaluation.tokens import Encoded
-from citer_hf.routing_citer import top_logprobs
+from citer_hf.data.tokens import Encoded
+from citer_hf.model.routers import top_logprobs
 
 __all__ = ["BOTH_WRONG", "LLM_RIGHT", "SLM_RIGHT", "TOP_LOGPROBS", "ForcedText", "read_references"]
 

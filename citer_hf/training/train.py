@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from citer_hf.evaluation.checkers import Checker, get_checker
+from citer_hf.data.checkers import Checker, get_checker
+from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decoding import with_router
-from citer_hf.evaluation.examples import read_examples
 from citer_hf.evaluation.provenance import module_fingerprint, versions
 from citer_hf.files import written_beside
-from citer_hf.hidden_states_citer import hidden_size_of
+from citer_hf.model.hidden_states import hidden_size_of
 from citer_hf.processes import wait_for_all
 
 from .fingerprint import check_made_with, made_with

@@ -1,0 +1,424 @@
+"""Decoding of a batch whose rows do not wait for each other: those that need the LLM wait, the others go on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.generation import LogitsProcessorList
+
+from .batch_support import processor_of_row, reads_no_text
+from .decoding import Decoding
+from .forward import below
+from .kv_layers import RowsCache
+from .masks import attention_masks, mask_kinds
+from .sampling import Draws
+from .schedule import Pace, WaitingPolicy, pressure, rows_to_wait_for
+
+# Columns that ended rows read at once when the cache is handed back: bounds the memory for their logits.
+CHUNK = 16
+
+
+def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
+    """Write the texts of a batch, each row at its own pace.
+
+    Every SLM step moves the rows that do not wait. The LLM is called when enough rows wait for it, and then catches
+    up with every row's own unseen tokens. The text of a row is the one that it gets alone.
+
+    Args:
+        model: The pair.
+        decoding: What is asked for.
+        logits: Routed logits of the first tokens, `[batch, 1, vocabulary]`.
+        policy: How many waiting rows trigger a call; see `rows_to_wait_for`, the default.
+
+    Returns:
+        What `generate` returns.
+    """
+    return write_rows(Rows(model, decoding), logits, policy)
+
+
+def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
+    """Write the texts of all rows.
+
+    Args:
+        rows: Where the rows are, at the end of their prompts.
+        logits: Routed logits of the first tokens, `[batch, 1, vocabulary]`.
+        policy: How many waiting rows trigger a call; see `rows_to_wait_for`, the default.
+
+    Returns:
+        What `generate` returns.
+    """
+    rows.write(range(rows.batch), logits[:, -1])
+    while rows.unfinished:
+        writing: list[int] = []
+        if rows.moving:
+            logits, writing = rows.read_with_slm()
+        if rows.waiting and rows.enough_wait(policy):
+            by_llm = rows.read_with_llm()
+            logits = by_llm if not writing else torch.where(rows.mark(rows.waiting), by_llm, logits)
+            writing, rows.waiting = writing + rows.waiting, []
+        rows.write(writing, logits)
+    return rows.finish()
+
+
+class Rows:
+    """Where each row of the batch is, and what was decided about its tokens.
+
+    Places count in the caches, from the first token of the padded prompts; columns count the new tokens.
+
+    Args:
+        model: The pair.
+        decoding: What is asked for.
+
+    Attributes:
+        written: New tokens of each row.
+        waiting: Rows whose next token the LLM must write.
+        unfinished: Rows whose text has not ended.
+    """
+
+    def __init__(self, model: Any, decoding: Decoding):
+        self.model, self.decoding, self.cache = model, decoding, decoding.cache
+        prompt = decoding.input_ids
+        self.device = prompt.device
+        self.batch, self.width = prompt.shape
+        self.columns = decoding.stops.max_length - self.width
+        pad = decoding.settings._pad_token_tensor
+        # One column more, for tokens that nobody gets.
+        padding = prompt.new_zeros((self.batch, self.columns + 1)) + (0 if pad is None else pad.to(prompt))
+        self.text = torch.cat([prompt, padding], dim=1)
+        self.start = self.cache.get_seq_length()
+        self.first_position = decoding.next_positions()
+        self.readable = self._readable_places()
+        self.slm_cache = self._room_for_rows(self.cache.slm)
+        self.llm_cache: RowsCache | None = None
+        self.draws: Draws | None = None
+        self.pace = Pace()
+        self.written = [0] * self.batch
+        self.seen_by_llm = [0] * self.batch
+        self.waiting: list[int] = []
+        self.unfinished = list(range(self.batch))
+        # p_slm and the writer of every token but the first, which the forward pass over the prompt has recorded.
+        self.scores: list[list[float]] = [[] for _ in range(self.batch)]
+        self.to_llm: list[list[bool]] = [[] for _ in range(self.batch)]
+        self._tokens_decided = self._tokens_deferred = 0
+
+    def _readable_places(self) -> torch.Tensor:
+        """Which places of each row hold text that the SLM has read, bool `[batch, start + columns]`."""
+        readable = torch.zeros((self.batch, self.start + self.columns), dtype=torch.bool, device=self.device)
+        mask = self.decoding.attention_mask
+        readable[:, : self.start] = True if mask is None else mask[:, : self.start].bool()
+        return readable
+
+    @property
+    def moving(self) -> bool:
+        """Whether any row can go on without the LLM."""
+        return len(self.waiting) < len(self.unfinished)
+
+    @property
+    def llm_share(self) -> float:
+        """Share of the tokens that the LLM writes, as seen so far; a fifth before anything was seen."""
+        return (self._tokens_deferred + 1) / (self._tokens_decided + 5)
+
+    def enough_wait(self, policy: WaitingPolicy | None) -> bool:
+        """Whether the LLM should be called now: when enough rows wait, or no row can go on without it."""
+        if not self.moving:
+            return True
+        seen = len(self.unfinished), self.llm_share, self.pace.ratio
+        enough = rows_to_wait_for(*seen, self.pace.growth, self.columns) if policy is None else policy(*seen)
+        return pressure(self._written_of(self.waiting), self._written_of(self.unfinished)) >= enough
+
+    def _written_of(self, rows: list[int]) -> list[int]:
+        return [self.written[row] for row in rows]
+
+    def mark(self, rows: list[int]) -> torch.Tensor:
+        """Return a mask of rows, bool `[batch, 1]`."""
+        return torch.tensor([[row in rows] for row in range(self.batch)]).to(self.device, non_blocking=True)
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def read_with_slm(self) -> tuple[torch.Tensor, list[int]]:
+        """Let the SLM read the last token of every row, and decide about the next of those that move.
+
+        Rows that wait or have ended read their last token again, which leaves everything as it is.
+
+        Returns:
+            The SLM's logits, `[batch, vocabulary]`, and the rows whose next token it writes.
+        """
+        began = time.perf_counter()
+        last = torch.tensor(self.written, device=self.device)[:, None] - 1
+        self.readable.scatter_(1, self.start + last, True)
+        logits, scores = self._run_slm(last, max(self.written))
+        decisions = below(scores, self.decoding.threshold).squeeze(1).tolist()
+        kept_scores = scores.squeeze(1).tolist()
+        self.pace.note("slm", time.perf_counter() - began)
+        moving = [row for row in self.unfinished if row not in self.waiting]
+        return logits[:, -1], self._decided(moving, kept_scores, decisions)
+
+    def _decided(self, moving: list[int], scores: list[float], decisions: list[bool]) -> list[int]:
+        """Note what was decided about the rows that move, and return those whose next token the SLM writes."""
+        for row in moving:
+            self.scores[row].append(scores[row])
+            self.to_llm[row].append(decisions[row])
+        joining = [row for row in moving if decisions[row]]
+        self._tokens_decided += len(moving)
+        self._tokens_deferred += len(joining)
+        self.waiting = self.waiting + joining
+        return [row for row in moving if not decisions[row]]
+
+    def _run_slm(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the tokens in these columns `[batch, tokens]`; return logits and `p_slm` at all of them."""
+        self.slm_cache.make_room(self.start + filled)
+        self.slm_cache.places = self.start + columns
+        mask = self._mask("slm", self.slm_cache, self.slm_cache.places)
+        ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
+        inputs = {"attention_mask": mask, "use_cache": True}
+        with self.decoding.reading():
+            output, hidden = self.model._run_slm(ids, positions, self.slm_cache, columns.shape[1], inputs, {})
+            logits = output.logits[..., : self.model.vocab_size]
+            return logits, self.model.router(hidden, logits)
+
+    def read_with_llm(self) -> torch.Tensor:
+        """Let the LLM read what it has not seen of every unfinished row.
+
+        Returns:
+            Its logits after the last token of each row, `[batch, vocabulary]`.
+        """
+        if self.cache.llm_length < self.start and not self._read_prompts_alone():
+            return self._read_prompts_with_llm()
+        if self.llm_cache is None:
+            self.llm_cache = self._room_for_rows(self.cache.llm)
+        began = time.perf_counter()
+        written = torch.tensor(self.written, device=self.device)[:, None]
+        seen = torch.tensor(self.seen_by_llm, device=self.device)[:, None]
+        unseen = max(self.written[row] - self.seen_by_llm[row] for row in self.unfinished)
+        # The last tokens of all rows stand in one column, so that one column of logits is enough.
+        columns = written - unseen + torch.arange(unseen, device=self.device)
+        unread = columns >= seen
+        # What only fills up the rectangle sees what the last token sees: anything but nothing, which would be NaN.
+        sees = torch.where(unread, columns, written - 1)
+        self.llm_cache.make_room(self.start + max(self.written))
+        self.llm_cache.places = torch.where(unread, self.start + columns, self.llm_cache.nowhere)
+        inputs = {"attention_mask": self._mask("llm", self.llm_cache, self.start + sees), "use_cache": True}
+        columns = columns.clamp(min=0)
+        ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
+        with self.decoding.reading():
+            logits = self.model._run_llm(ids, positions, self.llm_cache, 1, inputs, {})[:, -1]
+        self._note_call()
+        if logits.device.type != "cpu":
+            torch.accelerator.synchronize(logits.device)
+        self.pace.note("llm", time.perf_counter() - began, unseen)
+        return logits
+
+    def _read_prompts_alone(self) -> bool:
+        """Let the LLM read the prompts by a pass of their own, where it has to, and say whether it did.
+
+        The layers of sliding windows keep only what the last token sees, and rows that are behind see more.
+        """
+        cache = self.cache
+        windows = any(getattr(layer, "sliding_window", None) is not None for layer in cache.llm.layers)
+        together = len(set(self.written)) == 1 and len(self.unfinished) == self.batch
+        if not windows or together:
+            return False
+        ids, positions = cache.unseen_tokens()
+        inputs = {"attention_mask": self.readable[:, : self.start].to(ids.dtype), "use_cache": True}
+        self.model._run_llm(ids, positions, cache.llm, 1, inputs, {})
+        cache.mark_seen()
+        cache.routing.llm_calls += 1
+        return True
+
+    def _read_prompts_with_llm(self) -> torch.Tensor:
+        """The same, when it has not seen the prompts yet, which all end at one place.
+
+        They, and what was written since, are read the ordinary way, without a mask of their own for each token. What
+        is read beyond a row's end is overwritten before the row sees it.
+        """
+        cache, written = self.cache, max(self.written)
+        ids, positions = cache.unseen_tokens()
+        if positions is None:
+            positions = torch.arange(cache.llm_length, self.start, device=self.device)[None]
+        positions = positions.expand(self.batch, -1)
+        later = (self.first_position + torch.arange(written, device=self.device)).expand(self.batch, -1)
+        columns = sorted({self.written[row] for row in self.unfinished})
+        kept = torch.tensor(columns, device=self.device) - 1 + ids.shape[1]
+        logits = self.model._run_llm(
+            torch.cat([ids, self.text[:, self.width : self.width + written]], dim=1),
+            torch.cat([positions, later], dim=1),
+            cache.llm,
+            kept,
+            {"attention_mask": self.readable[:, : self.start + written].to(ids.dtype), "use_cache": True},
+            {},
+        )
+        cache.mark_seen()
+        self._note_call()
+        self.llm_cache = self._room_for_rows(cache.llm)
+        self.llm_cache.hand_back(self.start)
+        chosen = [columns.index(self.written[row]) if row in self.unfinished else 0 for row in range(self.batch)]
+        return logits[torch.arange(self.batch, device=self.device), torch.tensor(chosen, device=self.device)]
+
+    def _note_call(self) -> None:
+        self.cache.routing.llm_calls += 1
+        for row in self.unfinished:
+            self.seen_by_llm[row] = self.written[row]
+
+    def _room_for_rows(self, cache: Cache) -> RowsCache:
+        return RowsCache(cache, cache.get_seq_length() + min(self.columns, 64) + 1)
+
+    def _mask(self, model: str, cache: RowsCache, last: torch.Tensor) -> Any:
+        kinds = mask_kinds(getattr(self.model, model), [layer.window for layer in cache.layers])
+        return attention_masks(kinds, self.readable[:, : cache.visible], last)
+
+    # ---- writing ------------------------------------------------------------------------------------------------
+
+    def write(self, writing: Any, logits: torch.Tensor) -> None:
+        """Choose the next token of some rows, and see which texts end.
+
+        Args:
+            writing: Rows that get a token.
+            logits: Routed logits, `[batch, vocabulary]`.
+        """
+        if not writing:
+            return
+        began = time.perf_counter()
+        chosen = list(writing)
+        raw = self._raw(logits)
+        processed = self._processed(chosen, raw)
+        tokens = self._choose(chosen, processed)
+        self._append(chosen, raw, processed, tokens, tokens.tolist())
+        self.pace.note_writing(time.perf_counter() - began)
+
+    def _raw(self, logits: torch.Tensor) -> torch.Tensor:
+        # A copy where processors may change it.
+        return logits.to(dtype=torch.float32, device=self.device, copy=bool(self.decoding.processors))
+
+    def _append(
+        self, rows: list[int], raw: torch.Tensor, processed: torch.Tensor, tokens: torch.Tensor, ids: list[int]
+    ) -> None:
+        """Add a token to each of some rows: `tokens`, or `ids` as the host knows them, of all rows."""
+        self._keep(rows, raw, processed)
+        self._put(rows, tokens, ids)
+        for row in rows:
+            self.written[row] += 1
+            if self._has_ended(row, ids[row]):
+                self.unfinished.remove(row)
+
+    def _put(self, rows: list[int], tokens: torch.Tensor, ids: list[int]) -> None:
+        places = [self.columns] * self.batch
+        for row in rows:
+            places[row] = self.written[row]
+        columns = self.width + torch.tensor(places).to(self.device, non_blocking=True)
+        self.text.scatter_(1, columns[:, None], tokens[:, None])
+
+    def _has_ended(self, row: int, token: int) -> bool:
+        stops = self.decoding.stops
+        return stops.reached(self.width + self.written[row], token) or (
+            bool(stops.others) and stops.met(self._text_for_criteria(row))
+        )
+
+    def _text_for_criteria(self, row: int) -> torch.Tensor:
+        return self._text_of(row)
+
+    def _text_of(self, row: int) -> torch.Tensor:
+        return self.text[row : row + 1, : self.width + self.written[row]]
+
+    def _processed(self, rows: list[int], raw: torch.Tensor) -> torch.Tensor:
+        """Let the processors see each row with its own text, which differs in length."""
+        processors = self.decoding.processors
+        if not processors:
+            return raw
+        if all(map(reads_no_text, processors)):
+            if len(rows) == self.batch:
+                return processors(self.text[:, : self.width], raw)
+            index = self._index(rows)
+            return raw.index_copy(0, index, processors(self.text[index, : self.width], raw[index]))
+        processed = raw.clone()
+        for row in rows:
+            of_row = LogitsProcessorList([processor_of_row(one, row) for one in processors])
+            processed[row] = of_row(self._text_of(row), raw[row : row + 1])[0]
+        return processed
+
+    def _choose(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
+        """Return the likeliest token of each row, or one drawn, `[batch]`; those of other rows mean nothing."""
+        if not self.decoding.settings.do_sample:
+            return scores.argmax(dim=-1)
+        if self.draws is None:
+            self.draws = Draws(self.batch, scores.shape[-1], scores.device)
+        self.draws.forget(min(self.written[row] for row in self.unfinished))
+        if len(rows) == self.batch:
+            return self.draws.choose(scores.softmax(dim=-1), dict(enumerate(self.written)))
+        # Going through the whole vocabulary again for rows that get no token takes as long as a small model's step.
+        index = self._index(rows)
+        drawn = self.draws.choose(scores[index].softmax(dim=-1), {row: self.written[row] for row in rows})
+        return drawn.new_zeros(self.batch).index_copy(0, index, drawn)
+
+    def _index(self, rows: list[int]) -> torch.Tensor:
+        return torch.tensor(rows).to(self.device, non_blocking=True)
+
+    def _keep(self, rows: list[int], raw: torch.Tensor, processed: torch.Tensor) -> None:
+        """Keep logits and scores, token by token, where they are to be returned."""
+        decoding = self.decoding
+        for kept, values, wanted in (
+            (decoding.logits, raw, decoding.keeps_logits),
+            (decoding.scores, processed, decoding.keeps_scores),
+        ):
+            for row in rows if wanted else ():
+                if self.written[row] == len(kept):
+                    kept.append(torch.zeros_like(values))
+                kept[self.written[row]][row] = values[row]
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    @property
+    def cache_is_wanted(self) -> bool:
+        """Whether anybody gets the cache afterwards."""
+        return bool(self.decoding.settings.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False))
+
+    def finish(self) -> Any:
+        """Hand back texts, cache and record as if the rows had moved together."""
+        length = max(self.written)
+        text = self.text[:, : self.width + length].clone()
+        if self.cache_is_wanted:
+            lengths = list(self.written)
+            self._read_to_the_end(length)
+            self._hand_back_caches(length - 1)
+            self._record(lengths, length)
+        return self.decoding.result(text)
+
+    def _read_to_the_end(self, length: int) -> None:
+        """Let rows that ended early read the padding that follows, which every other row's cache has too."""
+        # Nobody reads the last token of the longest row: what nobody has read must not be seen.
+        self.readable[:, self.start : self.start + length - 1] = True
+        for first in range(min(self.written) - 1, length - 1, CHUNK):
+            last = min(first + CHUNK, length - 1)
+            columns = torch.arange(first, last, device=self.device).expand(self.batch, -1)
+            logits, scores = self._run_slm(columns, last)
+            for column in range(first, last):
+                ended = [row for row in range(self.batch) if self.written[row] == column + 1]
+                for row in ended:
+                    self.scores[row].append(float(scores[row, column - first]))
+                    self.to_llm[row].append(False)
+                raw = logits[:, column - first].to(dtype=torch.float32, device=self.device)
+                if ended and (self.decoding.keeps_logits or self.decoding.keeps_scores):
+                    self._keep(ended, raw, self._processed(ended, raw))
+                for row in ended:
+                    self.written[row] += 1
+
+    def _hand_back_caches(self, columns: int) -> None:
+        """Leave in the cache what all rows have read, and what the LLM has not seen of some as unseen by it."""
+        cache = self.cache
+        self.slm_cache.hand_back(self.start + columns)
+        seen, llm_length = 0, cache.llm_length
+        if self.llm_cache is not None:
+            seen = min(*self.seen_by_llm, columns)
+            llm_length = self.start + seen
+            self.llm_cache.hand_back(llm_length)
+        ids = self.text[:, self.width + seen : self.width + columns].clone()
+        positions = self.first_position + torch.arange(seen, columns, device=self.device)
+        cache.resume(self.start + columns, llm_length, ids, positions)
+
+    def _record(self, lengths: list[int], length: int) -> None:
+        if length > 1:
+            unfinished = torch.arange(1, length) < torch.tensor(lengths)[:, None]
+            record = (torch.tensor(self.scores), torch.tensor(self.to_llm), unfinished)
+            self.cache.routing.add(self.start + 1, *(part.to(self.device) for part in record))

@@ -1,0 +1,163 @@
+"""Which batches may be decoded with rows that move at their own pace."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.generation import MaxTimeCriteria, RepetitionPenaltyLogitsProcessor, StopStringCriteria
+
+from .decoding import Decoding
+from .kv_layers import layers_can_part
+
+# Architectures whose masks and positions can be given for each token; `tests/test_rows.py` tries every one of them.
+ARCHITECTURES = frozenset(
+    {
+        "cohere",
+        "deepseek_v3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
+# Processors that look at nothing but a row's logits, and those that look at the row's text too. Any other may look
+# across rows, or count its calls, and needs rows that move together.
+READ_NO_TEXT = frozenset(
+    {
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinPLogitsWarper",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopHLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    }
+)
+READ_TEXT = frozenset(
+    {
+        "ExponentialDecayLengthPenalty",
+        "ForcedBOSTokenLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+    }
+)
+
+
+def rows_can_part(model: Any, decoding: Decoding) -> bool:
+    """Say whether rows that move at their own pace get the texts, and the record, that they get together.
+
+    Args:
+        model: The pair.
+        decoding: What is asked for.
+    """
+    if decoding.streamer is not None or not ever_mixed(decoding.threshold):
+        return False
+    if not (processors_part_rows(decoding) and criteria_part_rows(decoding)):
+        return False
+    return all(
+        part.config.model_type in ARCHITECTURES
+        and part.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+        and layers_can_part(cache)
+        for part, cache in ((model.slm, decoding.cache.slm), (model.llm, decoding.cache.llm))
+    )
+
+
+def processors_part_rows(decoding: Decoding) -> bool:
+    """Say whether no logits processor looks across rows.
+
+    Args:
+        decoding: What is asked for.
+    """
+    return all(map(is_known, decoding.processors))
+
+
+def criteria_part_rows(decoding: Decoding) -> bool:
+    """Say whether no stopping criterion looks across rows.
+
+    Args:
+        decoding: What is asked for.
+    """
+    stops = decoding.stops
+    # Without end tokens, transformers does not pad rows that have stopped: they go on until all have.
+    return criteria_are_known(decoding) and (bool(stops.end_tokens) or not stops.others)
+
+
+def criteria_are_known(decoding: Decoding) -> bool:
+    """Say whether all stopping criteria look at a row's text and the clock, and at nothing else.
+
+    Args:
+        decoding: What is asked for.
+    """
+    return all(type(one) in (MaxTimeCriteria, StopStringCriteria) for one in decoding.stops.others)
+
+
+def ever_mixed(threshold: float | torch.Tensor) -> bool:
+    """Say whether both models can write under a threshold; otherwise no row ever waits for another.
+
+    Args:
+        threshold: A number, or one per row.
+    """
+    if isinstance(threshold, torch.Tensor):
+        return bool(((threshold > 0) & (threshold <= 1)).any())
+    return 0 < threshold <= 1
+
+
+def is_known(processor: Any) -> bool:
+    """Say whether a processor looks at a row's logits and text, and at nothing else.
+
+    Args:
+        processor: A logits processor.
+    """
+    return type(processor).__name__ in READ_NO_TEXT | READ_TEXT
+
+
+def reads_no_text(processor: Any) -> bool:
+    """Say whether a processor looks at nothing but the logits.
+
+    Args:
+        processor: A logits processor.
+    """
+    return type(processor).__name__ in READ_NO_TEXT
+
+
+def processor_of_row(processor: Any, row: int) -> Any:
+    """Return a processor as it acts on one row of its batch.
+
+    Args:
+        processor: A logits processor.
+        row: Index of the row.
+    """
+    if type(processor) is RepetitionPenaltyLogitsProcessor:
+        ignored = processor.prompt_ignore_length
+        if isinstance(ignored, torch.Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = ignored[row : row + 1]
+    return processor

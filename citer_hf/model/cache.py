@@ -1,0 +1,279 @@
+"""CiterCache: two KV caches and the tokens the LLM has not seen yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from .kv_layers import growing_cache
+from .routers import Routing
+
+
+class CiterCache(Cache):
+    """The state of one generation: the SLM's cache, the LLM's cache, and what the LLM still has to read.
+
+    The SLM reads every token at once. The LLM reads only when it has to write, and then everything it has not seen,
+    in one forward pass. It only ever sees tokens that are final, unless the caller takes some back with `crop`.
+
+    Use it as `DynamicCache(config=...)`: as `past_key_values` of `forward` and `generate`, copied with
+    `copy.deepcopy`, cropped, reordered.
+
+    Args:
+        config: The `CiterConfig` of the model.
+        slm: A cache for the SLM. Default: a `DynamicCache` whose layers append in place.
+        llm: A cache for the LLM. Default: the same.
+        max_cache_len: Tokens to make room for once and for all, as `StaticCache` of transformers does: `generate` then
+            takes its static path, and raises the number where a text needs more. Default: the cache grows.
+
+    Attributes:
+        routing: Who wrote each token since the last call of `generate` (or since the cache was made).
+    """
+
+    # Older transformers have a property of this name, which cannot be set.
+    max_cache_len: int | None = None
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        slm: Cache | None = None,
+        llm: Cache | None = None,
+        max_cache_len: int | None = None,
+    ):
+        self.slm = slm if slm is not None else growing_cache(getattr(config, "slm_config", None))
+        self.llm = llm if llm is not None else growing_cache(getattr(config, "llm_config", None))
+        self.llm_length = 0
+        self.max_cache_len = max_cache_len
+        self.routing = Routing()
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        self._length = 0
+        self._batch_size: int | None = None
+        self._unseen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse a batch that this cache does not belong to.
+
+        Args:
+            batch_size: Rows of the new input.
+
+        Raises:
+            ValueError: when the cache holds another number of rows.
+        """
+        if self._batch_size is not None and self._batch_size != batch_size:
+            raise ValueError(
+                f"past_key_values: this cache holds {self._batch_size} rows, but input_ids has {batch_size}. Pass a "
+                "batch of the same size, a new CiterCache(model.config), or repeat the cache's rows with "
+                "past_key_values.batch_repeat_interleave(n)."
+            )
+
+    def add_tokens(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+        """Note tokens that the SLM has read and the LLM has not.
+
+        Args:
+            input_ids: `[batch, tokens]`.
+            position_ids: `[batch or 1, tokens]`, or `None` where the models count by themselves.
+        """
+        self._batch_size = input_ids.shape[0]
+        self._length += input_ids.shape[1]
+        self._unseen.append((input_ids, position_ids))
+
+    def unseen_tokens(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what the LLM has not seen: token ids `[batch, tokens]` and their positions `[batch or 1, tokens]`."""
+        input_ids = torch.cat([ids for ids, _ in self._unseen], dim=1)
+        if all(positions is None for _, positions in self._unseen):
+            return input_ids, None
+        return input_ids, torch.cat(self._explicit_positions(), dim=1)
+
+    def _explicit_positions(self) -> list[torch.Tensor]:
+        explicit, first = [], self.llm_length
+        for ids, positions in self._unseen:
+            if positions is None:
+                positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+            explicit.append(positions.expand(ids.shape[0], -1))
+            first += ids.shape[1]
+        return explicit
+
+    def mark_seen(self) -> None:
+        """Note that the LLM has read everything."""
+        self.llm_length = self._length
+        self._unseen = []
+
+    def resume(self, length: int, llm_length: int, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
+        """Go on after rows have moved at their own pace, and all have read the same number of tokens again.
+
+        Args:
+            length: Tokens that the SLM has read.
+            llm_length: Tokens that the LLM has read.
+            input_ids: The last tokens, which the LLM has not seen, `[batch, tokens]`.
+            position_ids: Their positions, `[batch or 1, tokens]`.
+        """
+        self._length, self.llm_length = length, llm_length
+        if input_ids.shape[1]:
+            self._unseen.append((input_ids, position_ids))
+
+    # ---- what transformers expects of a cache -------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers of the SLM's cache, which always holds the whole text."""
+        return self.slm.layers
+
+    def __len__(self) -> int:
+        return len(self.slm)
+
+    def __repr__(self) -> str:
+        unseen = self._length - self.llm_length
+        return f"CiterCache(tokens={self._length}, unseen_by_llm={unseen}, routing={self.routing!r})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens read so far."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return length and offset of the keys that a query of this length sees in a layer of the SLM."""
+        return self.slm.get_mask_sizes(query_length, layer_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return the number of tokens that it has room for, or -1 where it grows."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the two models write into their own caches.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "CiterCache belongs to a CiterForCausalLM. For a model of its own, use `past_key_values.slm` or "
+            "`past_key_values.llm`, or a DynamicCache."
+        )
+
+    def reset(self) -> None:
+        """Empty the cache and the record."""
+        self.slm.reset()
+        self.llm.reset()
+        # Older transformers fill a layer that grows with zeros, and keep its length.
+        for layer in (*self.slm.layers, *self.llm.layers):
+            if isinstance(layer, DynamicLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self._length = self.llm_length = 0
+        self._batch_size = None
+        self._unseen = []
+        self.routing = Routing()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens.
+
+        Args:
+            tokens_to_remove: Their number as a negative number, as for transformers' caches. 0 only lets layers
+                that record the past (sliding windows) shrink again.
+
+        Raises:
+            ValueError: for a positive number.
+        """
+        # Assisted generation of older transformers passes a tensor.
+        tokens_to_remove = int(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop: expected a negative number (how many tokens to take back), got {tokens_to_remove}."
+            )
+        self.slm.crop(tokens_to_remove)
+        self._length += tokens_to_remove
+        from_llm = max(self.llm_length - self._length, 0)
+        # A layer of the LLM that has not read anything is not even made yet.
+        if self.llm_length > 0:
+            self.llm.crop(-from_llm)
+        self.llm_length -= from_llm
+        self._crop_unseen(self._length - self.llm_length)
+        self.routing.crop(self._length)
+
+    def _crop_unseen(self, keep: int) -> None:
+        kept = []
+        for ids, positions in self._unseen:
+            if keep <= 0:
+                break
+            kept.append((ids[:, :keep], None if positions is None else positions[:, :keep]))
+            keep -= ids.shape[1]
+        self._unseen = kept
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep these rows, in this order, and what was decided about them.
+
+        Args:
+            beam_idx: Indices of rows, `[batch]`.
+        """
+        self.slm.reorder_cache(beam_idx)
+        if self.llm_length > 0:
+            self.llm.reorder_cache(beam_idx)
+        self._select_unseen(beam_idx)
+        self.routing.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows, in this order, and what was decided about them.
+
+        Args:
+            indices: Indices of rows, `[new_batch]`.
+        """
+        self.slm.batch_select_indices(indices)
+        if self.llm_length > 0:
+            self.llm.batch_select_indices(indices)
+        self._select_unseen(indices)
+        self.routing.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, and what was decided about it.
+
+        Args:
+            repeats: How often.
+        """
+        self.slm.batch_repeat_interleave(repeats)
+        if self.llm_length > 0:
+            self.llm.batch_repeat_interleave(repeats)
+        if self._batch_size is not None:
+            rows = torch.arange(self._batch_size).repeat_interleave(repeats)
+            self._select_unseen(rows)
+            self.routing.select(rows)
+
+    def _select_unseen(self, rows: torch.Tensor) -> None:
+        self._batch_size = rows.shape[0]
+        self._unseen = [
+            (
+                ids.index_select(0, rows.to(ids.device)),
+                positions if positions is None or positions.shape[0] == 1 else positions[rows.to(positions.device)],
+            )
+            for ids, positions in self._unseen
+        ]
+
+    def activate_past_recording(self) -> None:
+        """Let layers that forget (sliding windows, linear attention) keep enough to be cropped."""
+        self.slm.activate_past_recording()
+        self.llm.activate_past_recording()
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, -1 before the first token."""
+        return -1 if self._batch_size is None else self._batch_size
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything has been read."""
+        return self._length > 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: `generate` compiles the passes of the two models itself, where the cache is static."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` leaves no trace in either cache."""
+        return self.slm.is_croppable and (self.llm_length == 0 or self.llm.is_croppable)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Whether each layer of the SLM's cache slides."""
+        return self.slm.is_sliding

@@ -1,0 +1,288 @@
+"""What the static path reads and writes: keys, values and the state of every row, at addresses that never change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from .forward import below
+from .kv_layers import room_like, show
+from .masks import MaskKinds, attention_masks, mask_kinds
+
+# Lengths of the LLM's catch-ups. What lies between two is filled up, since each is compiled on its own; on a GPU a
+# pass over four tokens costs what one over two does.
+BUCKETS = (1, 4, 16, 64)
+# Columns of what the host tells the device before each pass: the place of a row's last token, the first place that the
+# LLM has not read, and the last token itself.
+LAST, UNREAD, TOKEN = range(3)
+
+
+class PlacedLayer(DynamicLayer):
+    """One layer's keys and values during one forward pass, whose new tokens go to given places.
+
+    Args:
+        keys: Room for all keys, `[batch, heads, places, width]`.
+        values: Room for all values, `[batch, heads, places, width]`.
+        places: Where the new tokens go, `[batch, tokens]`.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.places = keys, values, places
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values to their places, and return the whole room.
+
+        Args:
+            key_states: `[batch, heads, tokens, width]`.
+            value_states: `[batch, heads, tokens, width]`.
+            args: Not used.
+            kwargs: Not used.
+        """
+        places = self.places[:, None, :, None].to(key_states.device)
+        self.keys.scatter_(-2, places.expand_as(key_states), key_states)
+        self.values.scatter_(-2, places.expand_as(value_states), value_states)
+        return self.keys, self.values
+
+
+class Room:
+    """The keys and values of one model, for a number of tokens that does not change.
+
+    Args:
+        model: The model.
+        cache: Its cache, which holds the prompts: the shapes of the layers are taken from it.
+        capacity: Number of places, the last of which is for what nobody reads.
+        compiled: Whether compiled passes use it.
+    """
+
+    def __init__(self, model: Any, cache: Cache, capacity: int, compiled: bool):
+        self.windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+        self.kinds: MaskKinds = mask_kinds(model, self.windows)
+        self.states = [
+            tuple(kept_in_place(room_like(states, capacity), compiled) for states in (layer.keys, layer.values))
+            for layer in cache.layers
+        ]
+        self._layers: list[Any] = []
+
+    def at(self, places: torch.Tensor) -> Cache:
+        """Return a cache for one forward pass.
+
+        Args:
+            places: Where the new tokens go, `[batch, tokens]`.
+        """
+        return Cache(layers=[PlacedLayer(keys, values, places) for keys, values in self.states])
+
+    def take(self, cache: Cache) -> None:
+        """Copy what a cache holds to the same places here; its layers show it from now on, so that it is held once.
+
+        Args:
+            cache: The model's own cache.
+        """
+        self._layers, end = list(cache.layers), cache.get_seq_length()
+        for layer, states in zip(self._layers, self.states, strict=True):
+            held = layer.keys.shape[-2]
+            for room, own in zip(states, (layer.keys, layer.values), strict=True):
+                # Masks do not hide a NaN that an earlier text may have left.
+                room.zero_().narrow(-2, end - held, held).copy_(own)
+        self.hand_back(end)
+
+    def hand_back(self, length: int) -> None:
+        """Let the model's own cache show the first tokens of all rows, as it would hold them itself.
+
+        Args:
+            length: How many; all rows must have read them.
+        """
+        for layer, window, states in zip(self._layers, self.windows, self.states, strict=True):
+            first = 0
+            if window is not None:
+                first = max(length - window + 1, 0)
+                layer.cumulative_length = length
+            show(layer, *(room.narrow(-2, first, length - first) for room in states))
+
+    def let_go(self, keep: bool) -> None:
+        """Part from the model's own cache: the room is used again.
+
+        Args:
+            keep: Whether the cache is, and so needs tensors of its own.
+        """
+        for layer in self._layers if keep else ():
+            show(layer, layer.keys.clone(), layer.values.clone())
+        self._layers = []
+
+
+class Workspace:
+    """The state of the rows of one generation, on the SLM's device.
+
+    Args:
+        rows: Rows of the batch.
+        capacity: Number of places, from the first token of the prompts; the last is for what nobody reads.
+        device: Of the SLM.
+        compiled: Whether any of its passes is compiled.
+
+    Attributes:
+        tokens: Token ids by place, where the LLM may still have to read them, `[rows, capacity]`.
+        readable: Which places hold text that the SLM has read, bool `[rows, capacity]`.
+        control: What the host says before each pass, `[rows, 3]`: see `LAST`, `UNREAD`, `TOKEN`.
+        offset: Position of a token minus its place, `[rows, 1]`.
+        threshold: The SLM writes where `p_slm` reaches it, `[rows, 1]`.
+        rooms: Keys and values of the two models; the LLM's once it has read the prompts.
+        steps: The passes, compiled or not, by what they are and how many tokens they read.
+    """
+
+    def __init__(self, rows: int, capacity: int, device: torch.device, compiled: bool = False):
+        self.rows, self.capacity, self.device, self.compiled = rows, capacity, device, compiled
+
+        def zeros(columns: int, dtype: torch.dtype) -> torch.Tensor:
+            return kept_in_place(torch.zeros((rows, columns), dtype=dtype, device=device), compiled)
+
+        self.tokens = zeros(capacity, torch.long)
+        self.readable = zeros(capacity, torch.bool)
+        self.control = zeros(3, torch.long)
+        self.offset = zeros(1, torch.long)
+        self.threshold = zeros(1, torch.float64 if device.type in ("cpu", "cuda") else torch.float32)
+        self._from_host = torch.zeros((rows, 3), dtype=torch.long, pin_memory=device.type == "cuda")
+        self.rooms: dict[str, Room] = {}
+        self.steps: dict[Any, Any] = {}
+
+    @property
+    def nowhere(self) -> int:
+        """The place for tokens that only fill up a rectangle."""
+        return self.capacity - 1
+
+    def tell(self, control: list[list[int]]) -> None:
+        """Tell the device where the rows are: one copy, which nothing waits for.
+
+        Args:
+            control: The columns of `control`, row by row.
+        """
+        self._from_host.copy_(torch.tensor(control))
+        self.control.copy_(self._from_host, non_blocking=True)
+
+    def take(self, name: str, model: Any, cache: Cache) -> Room:
+        """Copy the prompts of one model, and return its room.
+
+        Args:
+            name: `slm` or `llm`.
+            model: The model.
+            cache: Its own cache.
+        """
+        if name not in self.rooms:
+            self.rooms[name] = Room(model, cache, self.capacity, self.compiled)
+        self.rooms[name].take(cache)
+        return self.rooms[name]
+
+
+def kept_in_place(tensor: torch.Tensor, compiled: bool) -> torch.Tensor:
+    """Promise that a tensor stays where it is, so that a recorded graph may read and write it there.
+
+    Args:
+        tensor: The tensor.
+        compiled: Whether anybody wants to know: the compiler takes a second to import.
+    """
+    if compiled:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
+
+
+# ---- the passes: functions of a model and a workspace alone, which a compiler can trace ---------------------------
+
+
+def slm_pass(model: Any, work: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let the SLM read the last token of every row.
+
+    Args:
+        model: The pair.
+        work: The workspace.
+
+    Returns:
+        Its logits `[rows, 1, vocabulary]` and its last hidden state `[rows, 1, H]`.
+    """
+    places = work.control[:, LAST : LAST + 1]
+    ids = work.control[:, TOKEN : TOKEN + 1]
+    work.tokens.scatter_(1, places, ids)
+    work.readable.scatter_(1, places, True)
+    return read_with_slm(model, work, ids, places)
+
+
+def read_with_slm(
+    model: Any, work: Workspace, ids: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let the SLM read tokens at their places.
+
+    Args:
+        model: The pair.
+        work: The workspace, where these places are marked as readable.
+        ids: `[rows, tokens]`.
+        places: `[rows, tokens]`.
+
+    Returns:
+        Its logits `[rows, tokens, vocabulary]` and its last hidden state `[rows, tokens, H]`.
+    """
+    room = work.rooms["slm"]
+    inputs = {"attention_mask": attention_masks(room.kinds, work.readable, places), "use_cache": True}
+    output, hidden = model._run_slm(ids, places + work.offset, room.at(places), ids.shape[1], inputs, {})
+    return output.logits[..., : model.vocab_size], hidden
+
+
+def decide(
+    model: Any, work: Workspace, logits: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Let the router decide who writes each row's next token.
+
+    Args:
+        model: The pair.
+        work: The workspace.
+        logits: The SLM's, `[rows, 1, vocabulary]`.
+        hidden: Its last hidden state, `[rows, 1, H]`.
+
+    Returns:
+        `p_slm`, whether the LLM writes, and the SLM's most likely token, each `[rows, 1]`.
+    """
+    scores = model.router(hidden, logits)
+    return scores, below(scores, work.threshold), logits.argmax(-1)
+
+
+def slm_step(model: Any, work: Workspace) -> tuple[torch.Tensor, ...]:
+    """Let the SLM read the last token of every row, and the router decide about the next.
+
+    Args:
+        model: The pair.
+        work: The workspace.
+
+    Returns:
+        The SLM's logits and what `decide` returns.
+    """
+    logits, hidden = slm_pass(model, work)
+    return logits, *decide(model, work, logits, hidden)
+
+
+def llm_pass(model: Any, work: Workspace, tokens: int) -> torch.Tensor:
+    """Let the LLM read what it has not read of every row.
+
+    The last tokens of all rows stand in one column. What only fills up the rectangle goes nowhere, is seen by nobody,
+    and sees what the last token sees: anything but nothing, which would be NaN.
+
+    Args:
+        model: The pair.
+        work: The workspace.
+        tokens: How many to read of each row; at least as many as any unfinished row has.
+
+    Returns:
+        Its logits after the last token of each row, `[rows, vocabulary]`.
+    """
+    room = work.rooms["llm"]
+    last, unread = work.control[:, LAST : LAST + 1], work.control[:, UNREAD : UNREAD + 1]
+    places = last - tokens + 1 + torch.arange(tokens, device=last.device)
+    real = places >= unread
+    sees = torch.where(real, places, last)
+    inputs = {"attention_mask": attention_masks(room.kinds, work.readable, sees), "use_cache": True}
+    places = places.clamp(min=0)
+    ids, positions = work.tokens.gather(1, places), (places + work.offset).clamp(min=0)
+    cache = room.at(torch.where(real, places, work.nowhere))
+    return model._run_llm(ids, positions, cache, 1, inputs, {})[:, -1]

@@ -1,0 +1,288 @@
+"""Prompts and references in tokens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from citer_hf.data.examples import Example
+from citer_hf.data.tokens import encode, encode_prompt, template_fingerprint, tokenizer_fingerprint
+from citer_hf.demo import PAIR
+from tests.chat_pairs import character_tokenizer
+
+TEXTS = [
+    "The answer is 42 because of the other thing.",
+    "Question: what is the answer? Answer: B",
+    "hello world, unhappiness happy\nnew line",
+]
+# As Qwen's: the turn ends with EOS, and a line break comes after it.
+CHAT = (
+    "{% for m in messages %}{{ '<start>' + m['role'] + '\\n' + m['content'] + '<end>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant\\n' }}{% endif %}"
+)
+# As DeepSeek-R1's: the prompt opens a thought, which a turn of the past does not have.
+THINKING = CHAT.replace("'<start>assistant\\n'", "'<start>assistant\\n<think>\\n'")
+SPECIAL = ["<bos>", "<eos>", "<unk>", "<start>", "<end>"]
+
+
+def wrapped(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **options)
+
+
+def byte_level(**options: Any) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    return wrapped(tokenizer, **options)
+
+
+def metaspace(kind: str, prepend: str = "always") -> PreTrainedTokenizerFast:
+    """As sentencepiece: words carry the space before them, and a text gets one."""
+    tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    options = {"vocab_size": 200, "special_tokens": SPECIAL, "show_progress": False}
+    trainer = (
+        trainers.UnigramTrainer(unk_token="<unk>", **options) if kind == "unigram" else trainers.BpeTrainer(**options)
+    )
+    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return wrapped(tokenizer, bos_token="<bos>", unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "byte-level BPE": byte_level,
+    "Metaspace Unigram": lambda: metaspace("unigram"),
+    "Metaspace BPE": lambda: metaspace("bpe"),
+    "Metaspace BPE, first": lambda: metaspace("bpe", "first"),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return TOKENIZERS[request.param]()
+
+
+def text_example(prompt: str, response: str | None = None, row: int = 1) -> Example:
+    return Example(id=str(row), row=row, prompt=prompt, response=response)
+
+
+def chat_example(response: str | None = None, content: str = "hello") -> Example:
+    return Example(id="1", row=1, messages=({"role": "user", "content": content},), response=response)
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [
+        ("Question: the", " answer"),
+        ("Question:", "\nthe answer"),
+        ("Answer: ", "B"),  # the space before B would be part of its token
+        ("the ans", "wer is 42"),  # one token in a whole text
+        ("hello", " world"),
+        ("hello", "world"),
+        ("unh", "appiness"),
+        ("a ", "  the"),
+        ("a\n", "new line"),
+    ],
+)
+def test_a_reference_continues_the_tokens_that_generation_is_given(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, response: str
+) -> None:
+    if "\n" in prompt + response and "<unk>" in tokenizer.convert_ids_to_tokens(tokenizer("\n").input_ids):
+        pytest.skip("has no line break")
+    encoded = encode(text_example(prompt, response), tokenizer, None)
+    assert encoded.prompt_ids == tokenizer(prompt).input_ids == encode_prompt(text_example(prompt), tokenizer)
+    assert encoded.response_ids[-1] == tokenizer.eos_token_id
+    whole = tokenizer(prompt + response).input_ids
+    assert text_of(tokenizer, encoded.prompt_ids + encoded.response_ids[:-1]) == text_of(tokenizer, whole)
+
+
+def test_tokens_of_the_whole_text_are_kept_where_they_start_with_the_prompts(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    encoded = encode(text_example("Question: what", " is the answer"), tokenizer, None)
+    whole = tokenizer("Question: what is the answer").input_ids
+    assert encoded.prompt_ids + encoded.response_ids == [*whole, tokenizer.eos_token_id]
+
+
+def test_the_cases_do_merge_over_the_boundary() -> None:
+    tokenizer = byte_level()
+    for prompt, response in (("the ans", "wer"), ("Answer: ", "B")):
+        ids = tokenizer(prompt).input_ids
+        assert tokenizer(prompt + response).input_ids[: len(ids)] != ids
+
+
+def test_eos_comes_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    eos = tokenizer.eos_token_id
+    plain = encode(text_example("hello", " world"), tokenizer, None)
+    assert plain.response_ids.count(eos) == 1
+    assert encode(text_example("hello", " world<eos>"), tokenizer, None).response_ids == plain.response_ids
+    # Generation ends at the first one too.
+    assert encode(text_example("hello", " world<eos> happy"), tokenizer, None).response_ids == plain.response_ids
+
+
+def test_bos_comes_once_and_what_a_tokenizer_puts_after_a_text_not() -> None:
+    tokenizer = metaspace("bpe")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)]
+    )
+    assert tokenizer("hello").input_ids[-1] == eos
+    encoded = encode(text_example("hello", " world"), tokenizer, None)
+    ids = encoded.prompt_ids + encoded.response_ids
+    assert (ids.count(bos), ids.count(eos), ids[0], ids[-1]) == (1, 1, bos, eos)
+
+
+def test_an_example_without_a_reference_has_no_response_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode(text_example("hello"), tokenizer, None).response_ids == []
+
+
+def test_the_generation_configs_eos_ends_a_text() -> None:
+    tokenizer = byte_level()
+    end, eos = tokenizer.convert_tokens_to_ids("<end>"), tokenizer.eos_token_id
+    assert encode(text_example("hello", " world"), tokenizer, None, end).response_ids[-1] == end
+    # Among several, the tokenizer's own is the one that a text ends with.
+    assert encode(text_example("hello", " world"), tokenizer, None, [end, eos]).response_ids[-1] == eos
+
+
+def test_without_any_eos_there_is_an_error() -> None:
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token_id: neither the generation config nor the tokenizer has one"):
+        encode(text_example("hello", " world"), tokenizer, None)
+
+
+@pytest.mark.parametrize("eos", [["<end>"], ["<eos>", "<end>"], ["<end>", "<eos>"]])
+def test_a_chats_reference_is_what_the_template_renders_up_to_eos(eos: list[str]) -> None:
+    tokenizer = byte_level(chat_template=CHAT)
+    stops = tokenizer.convert_tokens_to_ids(eos)
+    encoded = encode(chat_example(" the answer"), tokenizer, None, stops if len(stops) > 1 else stops[0])
+    messages = list(chat_example().messages or ())
+    given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encoded.prompt_ids == given == encode_prompt(chat_example(), tokenizer)
+    assert text_of(tokenizer, encoded.response_ids) == " the answer<end>"
+
+
+def test_eos_follows_a_turn_that_the_template_ends_otherwise() -> None:
+    tokenizer = byte_level(chat_template=CHAT)
+    encoded = encode(chat_example("B"), tokenizer, None)
+    assert text_of(tokenizer, encoded.response_ids) == "B<end>\n<eos>"
+
+
+def test_a_template_that_rewrites_past_turns_still_gives_the_reference() -> None:
+    tokenizer = byte_level(chat_template=THINKING)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    encoded = encode(chat_example("It is.</think>B"), tokenizer, None, end)
+    assert text_of(tokenizer, encoded.prompt_ids).endswith("assistant\n<think>\n")
+    assert text_of(tokenizer, encoded.response_ids) == "It is.</think>B<end>"
+
+
+def test_a_reference_that_the_template_changes_is_refused() -> None:
+    tokenizer = byte_level(chat_template=THINKING.replace("m['content']", "m['content'] | upper"))
+    with pytest.raises(ValueError, match="row 1: the chat template does not render the reference as it is"):
+        encode(chat_example("Because"), tokenizer, None)
+
+
+def test_bos_of_a_template_comes_once() -> None:
+    tokenizer = metaspace("bpe")
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT
+    encoded = encode(chat_example("the answer", content="what"), tokenizer, None)
+    assert (encoded.prompt_ids + encoded.response_ids).count(tokenizer.bos_token_id) == 1
+
+
+def test_the_shipped_pairs_chat_reads_as_its_problems_do() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(PAIR)
+    chat = encode(chat_example("Anna has 3.", content="Anna has 3."), tokenizer, None)
+    text = encode(text_example("Anna has 3.\n", "Anna has 3."), tokenizer, None)
+    assert (chat.prompt_ids, chat.response_ids) == (text.prompt_ids, text.response_ids)
+
+
+def test_a_chat_without_a_template_is_refused() -> None:
+    with pytest.raises(ValueError, match="row 1 is a chat, and the tokenizer has no chat template"):
+        encode(chat_example("B"), byte_level(), None)
+
+
+def test_what_a_template_refuses_is_explained() -> None:
+    example = Example(id="4", row=4, messages=({"role": "system", "content": "refuse"},), response="b")
+    with pytest.raises(ValueError, match="row 4: the chat template refuses the messages: no system messages"):
+        encode(example, character_tokenizer(), None)
+
+
+def test_what_is_too_long_is_refused_with_its_lengths() -> None:
+    tokenizer = character_tokenizer()
+    assert len(encode(text_example("abc", "de"), tokenizer, 6).response_ids) == 3
+    with pytest.raises(
+        ValueError, match="row 7: 3 tokens of prompt and 3 of reference are more than the context of 5"
+    ):
+        encode(text_example("abc", "de", row=7), tokenizer, 5)
+    encode(text_example("abc"), tokenizer, 4)
+    with pytest.raises(ValueError, match="row 7: 3 tokens of prompt and a new one are more than the context of 3"):
+        encode(text_example("abc", row=7), tokenizer, 3)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="row 1: the tokenizer does not know all of the text"):
+        encode(text_example("hello", " w\u00f6rld"), metaspace("bpe"), None)
+
+
+def test_tokens_that_the_pair_does_not_know_are_refused() -> None:
+    tokenizer = character_tokenizer()
+    with pytest.raises(ValueError, match=r"row 1: token 4 \('b'\) is not among the 4 that both models know"):
+        encode(text_example("a", "b"), tokenizer, None, vocab_size=4)
+
+
+def test_a_boundary_that_no_tokens_have_is_refused() -> None:
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "the": 1, "answer": 2, "ans": 3, "wer": 4}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(ValueError, match=r"row 1: the tokenizer joins .*'the ans', .*'wer'.* Put white space between"):
+        encode(text_example("the ans", "wer"), wrapped(words), None)
+
+
+def test_fingerprints_last_over_saving_and_processes(tmp_path: Path) -> None:
+    tokenizer = byte_level(chat_template=CHAT)
+    tokenizer.save_pretrained(tmp_path)
+    prints = [tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)]
+    code = (
+        "import sys; from transformers import AutoTokenizer; from citer_hf.data.tokens import *;"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1]); print(tokenizer_fingerprint(t), template_fingerprint(t))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == prints
+    assert all(len(found) == 64 for found in prints)
+
+
+def test_fingerprints_tell_tokenizers_apart() -> None:
+    tokenizers = [make() for make in TOKENIZERS.values()][:3]
+    for change in ("<unk>", "<end>"):
+        tokenizers.append(byte_level())
+        tokenizers[-1].eos_token = change
+    # Nothing but a space before every text.
+    tokenizers.append(byte_level())
+    tokenizers[-1].backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == len(tokenizers)
+    assert len({template_fingerprint(byte_level(chat_template=template)) for template in (None, CHAT, THINKING)}) == 3
+
+
+def test_fingerprints_do_not_depend_on_how_padding_is_set() -> None:
+    tokenizer = byte_level()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    tokenizer(["hello", "hello world"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == before

@@ -1,0 +1,109 @@
+"""What only an accelerator shows: passes that are compiled and recorded there give the text of the naive loop.
+
+Without one, `CITER_TEST_DEVICE=cpu` runs what can be run.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from transformers import set_seed
+
+from citer_hf.bench.options import available_devices
+from tests.conftest import left_padded, random_prompts
+from tests.model.test_rows import GREEDY, assert_rows_are_those_of_the_naive_loop, pair_of
+from tests.reference import naive_generate
+
+DEVICE = os.environ.get("CITER_TEST_DEVICE", available_devices()[-1])
+ROWS = (3, 11, 7, 9)
+CACHES = [None, "static"]
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and "CITER_TEST_DEVICE" not in os.environ, reason="there is no accelerator"
+)
+
+
+@pytest.fixture(scope="module")
+def placed() -> Any:
+    return pair_of("llama", "qwen2").to(DEVICE)
+
+
+def on_device(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in left_padded(rows).items()}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_one_row_is_that_of_the_naive_loop(placed, cache):
+    row = random_prompts((9,))[0]
+    output = placed.generate(
+        torch.tensor([row], device=DEVICE),
+        **GREEDY,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        cache_implementation=cache,
+    )
+    text, to_llm, _, _ = naive_generate(placed, row, 20, 0.4, eos=())
+    assert output.sequences[0, len(row) :].tolist() == text
+    assert output.past_key_values.routing.to_llm[0].tolist() == to_llm
+
+
+@pytest.mark.parametrize("waiting_rows", [None, 1])
+@pytest.mark.parametrize("cache", CACHES)
+def test_rows_are_those_of_the_naive_loop(placed, cache, waiting_rows):
+    rows = random_prompts(ROWS)
+    output = placed.generate(
+        **on_device(rows),
+        **GREEDY,
+        eos_token_id=[2, 9],
+        return_dict_in_generate=True,
+        cache_implementation=cache,
+        waiting_rows=waiting_rows,
+    )
+    assert_rows_are_those_of_the_naive_loop(placed, output, rows, 20, (2, 9))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_sampled_text_comes_back_with_its_seed(placed, cache):
+    wanted = {**GREEDY, "do_sample": True, "eos_token_id": None, "cache_implementation": cache}
+    texts = []
+    for seed in (1, 1, 2):
+        set_seed(seed)
+        texts.append(placed.generate(**on_device(random_prompts(ROWS)), **wanted).tolist())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_passes_that_were_recorded_serve_other_texts(placed):
+    """A graph reads and writes the same addresses again: what an earlier text has left there must not be seen."""
+    for seed, lengths in enumerate((ROWS, (4, 4, 2, 3), (30, 2, 1, 9), ROWS)):
+        rows = random_prompts(lengths, seed)
+        output = placed.generate(
+            **on_device(rows),
+            **GREEDY,
+            eos_token_id=[2, 9],
+            return_dict_in_generate=True,
+            cache_implementation="static",
+        )
+        assert_rows_are_those_of_the_naive_loop(placed, output, rows, 20, (2, 9))
+
+
+def test_two_threads_write_with_one_model(placed):
+    wanted = {**GREEDY, "eos_token_id": None, "cache_implementation": "static"}
+    prompts = [torch.tensor(random_prompts((9,), seed), device=DEVICE) for seed in range(6)]
+    alone = [placed.generate(prompt, **wanted).tolist() for prompt in prompts]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda prompt: placed.generate(prompt, **wanted).tolist(), prompts)) == alone
+
+
+@pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="events and peaks of memory are CUDA's")
+def test_the_bench_measures_time_and_memory_of_the_device(tmp_path):
+    from citer_hf.bench.options import BenchOptions
+    from citer_hf.bench.run import Bench
+
+    options = BenchOptions(shares=(0.5,), prompt_length=8, max_new_tokens=8, repeats=2, cache_implementation="static")
+    report = Bench(pair_of("llama", "qwen2", router="confidence").to(DEVICE), options, "pair").run()
+    assert report.complete and report.machine is not None and report.machine.device.startswith("cuda")
+    assert all(row.peak_memory_bytes > 0 and min(row.seconds) > 0 for row in report.rows)

@@ -1,0 +1,162 @@
+"""CiterCache: cropped, reordered, copied, repeated, and never at odds with its two models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from citer_hf import CiterCache
+from tests.conftest import ScriptedRouter, make_pair, random_prompts
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def read(model, cache, text, **options):
+    with torch.no_grad():
+        return model(input_ids=text, past_key_values=cache, **options)
+
+
+def filled(model, text, seen_by_llm: int) -> CiterCache:
+    """A cache of the whole text of which the LLM has seen the first part."""
+    cache = CiterCache(model.config)
+    if seen_by_llm:
+        read(model, cache, text[:, :seen_by_llm], router_threshold=2.0)
+    if seen_by_llm < text.shape[1]:
+        read(model, cache, text[:, seen_by_llm:], router_threshold=0.0)
+    assert (cache.get_seq_length(), cache.llm_length) == (text.shape[1], seen_by_llm)
+    return cache
+
+
+def assert_continues(model, cache, text):
+    """What follows from the cache is what follows from the text, by either model."""
+    follow = torch.full((text.shape[0], 2), 7)
+    whole = torch.cat([text, follow], dim=1)
+    for threshold in (0.0, 2.0):
+        branch = copy.deepcopy(cache)
+        ours = read(model, branch, follow, router_threshold=threshold).logits[:, -1]
+        with torch.no_grad():
+            expected = (model.llm if threshold else model.slm)(whole, use_cache=False).logits[:, -1]
+        torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("seen", [0, 4, 9, 12])
+@pytest.mark.parametrize("remove", [0, 1, 3, 7, 12])
+@pytest.mark.parametrize("llm", ["llama", "mistral_sliding"])
+def test_a_cropped_cache_is_that_of_the_shorter_text(seen, remove, llm):
+    model = make_pair("llama", llm)
+    text = torch.tensor(random_prompts((12,)))
+    cache = CiterCache(model.config)
+    cache.activate_past_recording()
+    if seen:
+        read(model, cache, text[:, :seen], router_threshold=2.0)
+    if seen < 12:
+        read(model, cache, text[:, seen:], router_threshold=0.0)
+    cache.crop(-remove)
+    assert cache.get_seq_length() == 12 - remove
+    assert cache.llm_length == min(seen, 12 - remove)
+    if remove < 12:
+        assert_continues(model, cache, text[:, : 12 - remove])
+
+
+@pytest.mark.parametrize("seen", [0, 4, 9])
+def test_a_reordered_cache_is_that_of_the_reordered_rows(pair, seen):
+    text = torch.tensor(random_prompts((9, 9, 9)))
+    cache = filled(pair, text, seen)
+    before = cache.routing.to_llm
+    rows = torch.tensor([2, 0, 0])
+    cache.reorder_cache(rows)
+    assert torch.equal(cache.routing.to_llm, before[rows])
+    assert_continues(pair, cache, text[rows])
+
+
+@pytest.mark.parametrize("seen", [0, 4, 9])
+def test_repeated_and_selected_rows_go_on(pair, seen):
+    text = torch.tensor(random_prompts((9, 9)))
+    cache = filled(pair, text, seen)
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 4
+    assert_continues(pair, cache, text.repeat_interleave(2, 0))
+    cache.batch_select_indices(torch.tensor([3]))
+    assert cache.batch_size == 1
+    assert_continues(pair, cache, text[1:])
+
+
+def test_a_copy_goes_its_own_way(pair):
+    text = torch.tensor(random_prompts((9,)))
+    cache = filled(pair, text, 4)
+    read(pair, copy.deepcopy(cache), torch.tensor([[5, 6]]), router_threshold=2.0)
+    assert (cache.get_seq_length(), cache.llm_length, len(cache.routing)) == (9, 4, 9)
+    assert_continues(pair, cache, text)
+
+
+def test_a_cache_without_a_configuration_serves_plain_attention(pair):
+    text = torch.tensor(random_prompts((9,)))
+    cache = CiterCache()
+    read(pair, cache, text[:, :4], router_threshold=2.0)
+    read(pair, cache, text[:, 4:], router_threshold=0.0)
+    assert_continues(pair, cache, text)
+
+
+def test_a_reset_cache_is_empty(pair):
+    cache = filled(pair, torch.tensor(random_prompts((9,))), 4)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.llm_length, cache.batch_size, len(cache.routing)) == (0, 0, -1, 0)
+    text = torch.tensor(random_prompts((5, 5)))
+    read(pair, cache, text, router_threshold=2.0)
+    assert_continues(pair, cache, text)
+
+
+def test_positions_given_late_are_completed(pair):
+    text = torch.tensor(random_prompts((9,)))
+    cache = CiterCache(pair.config)
+    read(pair, cache, text[:, :5], router_threshold=0.0)
+    read(pair, cache, text[:, 5:], router_threshold=0.0, position_ids=torch.arange(5, 9)[None])
+    ids, positions = cache.unseen_tokens()
+    assert torch.equal(ids, text) and positions.tolist() == [list(range(9))]
+
+
+def test_the_record_holds_tensors_of_the_step_and_nothing_is_read_until_asked(pair, monkeypatch):
+    reads = []
+    item = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: reads.append(1) or item(self))
+    cache = filled(pair, torch.tensor(random_prompts((9,))), 9)
+    reads.clear()
+    read(pair, cache, torch.tensor([[5]]), router_threshold=0.5)
+    assert len(reads) == 1, "the decision itself, and nothing else, waits for the device"
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_crop_of_the_record_keeps_the_decision_that_follows_the_text(start):
+    model = make_pair(router=ScriptedRouter(torch.tensor([[0, 1, 1, 0, 1]])))
+    cache = CiterCache(model.config)
+    text = torch.tensor(random_prompts((5,)))
+    read(model, cache, text)
+    cache.crop(-2)
+    assert cache.routing.to_llm.tolist() == [[False, True, True]]
+
+
+def test_a_positive_crop_is_refused(pair):
+    with pytest.raises(ValueError, match="crop: expected a negative number"):
+        filled(pair, torch.tensor(random_prompts((5,))), 5).crop(2)
+
+
+def test_another_batch_size_is_refused(pair):
+    cache = filled(pair, torch.tensor(random_prompts((5, 5))), 5)
+    with pytest.raises(ValueError, match=r"past_key_values: this cache holds 2 rows, but input_ids has 3"):
+        read(pair, cache, torch.ones(3, 1, dtype=torch.long))
+
+
+def test_another_kind_of_cache_is_refused(pair):
+    text = torch.tensor(random_prompts((5,)))
+    with pytest.raises(TypeError, match=r"expected a CiterCache, got DynamicCache"):
+        read(pair, DynamicCache(config=pair.slm.config), text)
+    with pytest.raises(TypeError, match=r"expected a CiterCache, got DynamicCache"):
+        pair.generate(input_ids=text, past_key_values=DynamicCache(config=pair.slm.config), max_new_tokens=2)
+
+
+def test_it_refuses_to_be_the_cache_of_one_model(pair):
+    with pytest.raises(TypeError, match="CiterCache belongs to a CiterForCausalLM"):
+        pair.slm(torch.tensor([[5, 6]]), past_key_values=CiterCache(pair.config))

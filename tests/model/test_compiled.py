@@ -1,0 +1,327 @@
+"""Passes of static decoding are traced as a whole, and once. That needs no accelerator: a compiler sees the same."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig, set_seed
+from transformers.utils import logging as transformers_logging
+
+from citer_hf import CiterCache
+from citer_hf.model.compiled import prepare_thread
+from tests.conftest import left_padded, make_pair, random_prompts
+from tests.model.test_rows import pair_of
+from tests.model.test_static import GREEDY, ROWS, SAMPLING, STATIC, Every
+
+GRAPHS: list[Any] = []
+
+
+def note_graph(graph: Any, inputs: list[torch.Tensor]) -> Any:
+    """A compiler that compiles nothing."""
+    GRAPHS.append(graph)
+    return graph.forward
+
+
+def compiling(backend: Any = note_graph, mode: str = "default", **options: Any) -> dict[str, Any]:
+    """What makes `generate` compile on a CPU too."""
+    config = CompileConfig(backend=backend, mode=mode, **options)
+    config._compile_all_devices = True
+    return {**STATIC, "compile_config": config}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_yet() -> Iterator[None]:
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    transformers_logging.warning_once.cache_clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """Returns a function that gives the warnings about static caches."""
+    with caplog.at_level(logging.WARNING):
+        yield lambda: [record.getMessage() for record in caplog.records if "static" in record.getMessage()]
+
+
+# Every token is the LLM's, which so reads one token at a time: one pass of either model is compiled, and no more.
+LLM_ALONE = {**GREEDY, "router_threshold": 2.0, "eos_token_id": None}
+# One pass of the SLM.
+SLM_ALONE = {**GREEDY, "router_threshold": 0.0, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("router", ["random", "confidence", "entropy", "linear", {"type": "mlp", "batch_norm": True}])
+def test_the_router_is_in_the_step_of_the_slm(router, warned):
+    model = make_pair(router=router, hidden_size=48)
+    batch = left_padded(random_prompts(ROWS))
+    plain = model.generate(**batch, **GREEDY)
+    assert torch.equal(plain, model.generate(**batch, **GREEDY, **compiling(), router_threshold=0.5))
+    # Two models, and each pass whole.
+    assert 2 <= len(GRAPHS) <= 5 and not warned()
+
+
+@pytest.mark.parametrize(
+    ("slm", "llm"), [("llama", "qwen2"), ("gemma2", "mistral_sliding"), ("gpt2", "gemma3"), ("qwen3_moe", "mixtral")]
+)
+def test_each_pass_is_traced_once_for_many_texts(slm, llm, warned):
+    model = pair_of(slm, llm)
+    wanted = {**GREEDY, "max_new_tokens": 30, "eos_token_id": [2, 9]}
+    seen = []
+    for lengths, mode in ((ROWS, GREEDY), (ROWS, SAMPLING), ((4, 4, 2, 3), GREEDY), ((30, 2, 1, 9), GREEDY)):
+        batch = left_padded(random_prompts(lengths))
+        set_seed(0)
+        plain = model.generate(**batch, **{**wanted, **mode})
+        set_seed(0)
+        assert torch.equal(plain, model.generate(**batch, **{**wanted, **mode}, **compiling()))
+        seen.append(len(GRAPHS))
+    # An SLM step, and catch-ups of at most four lengths.
+    assert seen[-1] <= 5 and not warned()
+    GRAPHS.clear()
+    model.generate(**batch, **wanted, **compiling())
+    assert not GRAPHS
+
+
+def test_one_row_and_a_batch_are_compiled_apart_and_kept(warned):
+    model = make_pair(hidden_size=48)
+    counts = []
+    for rows in ((9,), ROWS, (5,), (3, 4, 5, 6)):
+        model.generate(**left_padded(random_prompts(rows)), **LLM_ALONE, **compiling())
+        counts.append(len(GRAPHS))
+    assert counts == [2, 4, 4, 4] and not warned()
+
+
+def test_a_longer_text_takes_the_place_of_shorter_ones():
+    model = make_pair(hidden_size=48, max_position_embeddings=600)
+    prompt = torch.tensor(random_prompts((9,)))
+    counts = []
+    for options in ({}, {"max_cache_len": 400}, {"max_cache_len": 300}, {}):
+        model.generate(prompt, **LLM_ALONE, **compiling(), **options)
+        counts.append(len(GRAPHS))
+    assert counts == [2, 4, 4, 4], "what was made for 400 tokens serves all that follow"
+
+
+def test_what_a_graph_writes_is_at_a_fixed_address():
+    model = pair_of("llama", "gemma3")
+    model.generate(**left_padded(random_prompts(ROWS)), **GREEDY, **compiling(), eos_token_id=None)
+    written = 0
+    for graph in GRAPHS:
+        for node in graph.graph.nodes:
+            if node.op == "call_method" and node.target.endswith("_") and node.args[0].op == "placeholder":
+                written += 1
+                assert "_dynamo_static_input_type" in node.args[0].meta["tensor_dict"], node
+    # Keys and values of every layer, the tokens and what is readable.
+    assert written >= 2 + 2 * 4
+
+
+def test_a_router_of_ones_own_runs_as_it_is(warned):
+    model = make_pair(router=Every(3), hidden_size=48)
+    prompt = torch.tensor(random_prompts((9,)))
+    plain = model.generate(prompt, **GREEDY)
+    calls, model.router.calls = model.router.calls, 0
+    assert torch.equal(plain, model.generate(prompt, **GREEDY, **compiling()))
+    assert model.router.calls == calls and GRAPHS and not warned()
+
+
+def test_nothing_is_compiled_on_a_cpu_or_when_it_is_forbidden(pair):
+    prompt = torch.tensor(random_prompts((9,)))
+    config = CompileConfig(backend=note_graph, mode="default")
+    for options in ({}, {"compile_config": config}, {**compiling(), "disable_compile": True}):
+        pair.generate(prompt, **GREEDY, **{**STATIC, **options})
+    assert not GRAPHS
+
+
+def test_a_pass_that_cannot_be_compiled_runs_as_it_is(warned, monkeypatch):
+    model = make_pair(hidden_size=48)
+    batch = left_padded(random_prompts(ROWS))
+    plain = model.generate(**batch, **GREEDY)
+    forward = model.llm.model.layers[0].mlp.forward
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.llm.model.layers[0].mlp, "forward", broken)
+    for _ in range(2):
+        assert torch.equal(plain, model.generate(**batch, **GREEDY, **compiling()))
+    assert len(GRAPHS) == 1, "the SLM's"
+    assert len(warned()) == 1 and "cannot be compiled" in warned()[0]
+
+
+def test_a_model_whose_quantization_cannot_be_compiled_runs_as_it_is(warned, monkeypatch):
+    model = make_pair("llama", "qwen2")
+    monkeypatch.setattr(model.llm, "hf_quantizer", SimpleNamespace(is_compileable=False), raising=False)
+    prompt = torch.tensor(random_prompts((9,)))
+    assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
+    assert len(GRAPHS) == 1, "the SLM's"
+    assert len(warned()) == 1 and "Qwen2ForCausalLM is not compiled: its kind of quantization" in warned()[0]
+
+
+def test_a_copy_of_a_model_begins_with_nothing_compiled(tmp_path):
+    model = make_pair(hidden_size=48)
+    prompt = torch.tensor(random_prompts((9,)))
+    plain = model.generate(prompt, **SLM_ALONE, **compiling())
+    model.save_pretrained(tmp_path, save_base_models=True)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model).from_pretrained(tmp_path)):
+        GRAPHS.clear()
+        assert torch.equal(plain, other.generate(prompt, **SLM_ALONE, **compiling()))
+        assert len(GRAPHS) == 1
+
+
+def test_threads_that_share_a_model_give_what_one_gives():
+    model = make_pair("llama", "gemma2")
+    prompts = [torch.tensor([row]) for row in random_prompts((4, 7, 9, 12, 5, 6, 8, 11))]
+
+    def generate(prompt: torch.Tensor) -> Any:
+        return model.generate(prompt, **GREEDY, **compiling(), return_dict_in_generate=True)
+
+    alone = [model.generate(prompt, **GREEDY, return_dict_in_generate=True) for prompt in prompts]
+    generate(prompts[0])
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(generate, prompts * 2))
+    for index, output in enumerate(together):
+        expected = alone[index % len(prompts)]
+        assert torch.equal(output.sequences, expected.sequences)
+        ours, theirs = output.past_key_values.routing, expected.past_key_values.routing
+        torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-4)
+        assert ours.llm_calls == theirs.llm_calls
+
+
+def test_what_was_returned_is_not_overwritten_by_the_next_text():
+    model = pair_of("llama", "gemma3")
+    prompts = [torch.tensor([row]) for row in random_prompts((9, 9))]
+    wanted = {**GREEDY, "eos_token_id": None}
+    first = model.generate(prompts[0], **wanted, **compiling(), return_dict_in_generate=True, output_logits=True)
+    kept = copy.deepcopy(first)
+    model.generate(prompts[1], **wanted, **compiling())
+    assert all(map(torch.equal, first.logits, kept.logits))
+    for ours, theirs in zip(first.past_key_values.slm.layers, kept.past_key_values.slm.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    text = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
+    again = model.generate(text, past_key_values=first.past_key_values, **wanted)
+    assert torch.equal(again, model.generate(text, **wanted))
+
+
+def test_an_error_in_the_middle_leaves_a_cache_that_no_later_text_overwrites():
+    model = make_pair(hidden_size=48)
+    cache = CiterCache(model.config, max_cache_len=64)
+    prompt = torch.tensor(random_prompts((9,)))
+
+    def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 14:
+            raise RuntimeError("the lights went out")
+        return scores
+
+    options = {key: value for key, value in compiling().items() if key != "cache_implementation"}
+    with pytest.raises(RuntimeError, match="the lights"):
+        model.generate(prompt, **SLM_ALONE, **options, past_key_values=cache, logits_processor=[broken])
+    model.generate(prompt.flip(1), **SLM_ALONE, **compiling())
+    text = torch.cat([prompt, torch.tensor([[7, 8]])], dim=1)
+    again = model.generate(text, past_key_values=cache, **GREEDY)
+    assert torch.equal(again, model.generate(text, **GREEDY))
+
+
+class Made:
+    """What a compiler has made."""
+
+    def __init__(self, graph: Any):
+        self.forward = graph.forward
+
+
+def counted() -> tuple[Callable[..., Any], weakref.WeakSet[Made]]:
+    """A compiler that compiles nothing, and what of all that it has made is still there."""
+    alive: weakref.WeakSet[Made] = weakref.WeakSet()
+
+    def compiler(graph: Any, inputs: list[torch.Tensor]) -> Any:
+        made = Made(graph)
+        alive.add(made)
+        return lambda *args: made.forward(*args)
+
+    return compiler, alive
+
+
+def test_compiled_passes_of_forgotten_batch_sizes_are_freed():
+    model, (backend, alive) = make_pair(hidden_size=48), counted()
+    for rows in (1, 2, 3, 4):
+        model.generate(**left_padded(random_prompts((4,) * rows)), **SLM_ALONE, **compiling(backend))
+    most = len(alive)
+    for rows in (5, 6, 7, 1):
+        model.generate(**left_padded(random_prompts((4,) * rows)), **SLM_ALONE, **compiling(backend))
+    gc.collect()
+    assert len(alive) == most == 4
+
+
+def test_compiled_passes_go_with_their_model_and_with_an_error():
+    model, (backend, alive) = make_pair(hidden_size=48), counted()
+    prompt = torch.tensor(random_prompts((9,)))
+
+    def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 10:
+            raise RuntimeError("the lights went out")
+        return scores
+
+    with pytest.raises(RuntimeError, match="the lights"):
+        model.generate(prompt, **SLM_ALONE, **compiling(backend), logits_processor=[broken])
+    gc.collect()
+    assert not alive
+    model.generate(prompt, **SLM_ALONE, **compiling(backend))
+    assert alive
+    del model
+    gc.collect()
+    assert not alive
+
+
+def test_a_text_written_in_inference_mode_leaves_room_for_others():
+    model, prompt = make_pair(hidden_size=48), torch.tensor(random_prompts((9,)))
+    plain = model.generate(prompt, **GREEDY)
+    with torch.inference_mode():
+        assert torch.equal(plain, model.generate(prompt, **GREEDY, **compiling()))
+    assert torch.equal(plain, model.generate(prompt, **GREEDY, **compiling()))
+
+
+def test_a_pass_that_was_compiled_too_often_runs_as_it_is(warned):
+    model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
+    for seed in range(12):
+        model.router.seed = seed
+        assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
+    assert len([one for one in warned() if one.startswith("cache_implementation")]) == 1
+
+
+def test_passes_have_one_length_whatever_the_compiler_is_told(warned):
+    model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
+    assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling(dynamic=True)))
+    assert GRAPHS and not warned()
+
+
+def test_any_thread_may_record_graphs():
+    from torch._inductor import cudagraph_trees
+
+    def recorded() -> Any:
+        prepare_thread(torch.device("cuda"))
+        return cudagraph_trees.get_obj(cudagraph_trees.local, "tree_manager_containers")
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(recorded).result() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slm", "llm"), [("llama", "llama"), ("gpt2", "gemma3")])
+def test_compiled_passes_give_the_same_text(slm, llm, warned):
+    model = pair_of(slm, llm, {"type": "mlp"})
+    for lengths in ((9,), ROWS):
+        batch = left_padded(random_prompts(lengths))
+        wanted = {**GREEDY, "max_new_tokens": 40, "router_threshold": 0.5}
+        plain = model.generate(**batch, **wanted)
+        for _ in range(2):
+            assert torch.equal(plain, model.generate(**batch, **wanted, **compiling("inductor", "reduce-overhead")))
+    assert not warned()

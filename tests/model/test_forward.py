@@ -1,0 +1,224 @@
+"""`forward`: what it returns for every combination of inputs, and what it does not run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from citer_hf import CiterCache
+from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
+from tests.reference import naive_logits
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture
+def text() -> torch.Tensor:
+    return torch.tensor(random_prompts((12,)))
+
+
+@pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 5, 11]), torch.tensor([2])])
+def test_kept_logits_are_those_positions_of_all_logits(pair, text, kept):
+    with torch.no_grad():
+        whole, part = pair(input_ids=text), pair(input_ids=text, logits_to_keep=kept)
+    positions = kept if isinstance(kept, torch.Tensor) else torch.arange(12 - kept, 12)
+    torch.testing.assert_close(part.logits, whole.logits[:, positions], **CLOSE)
+    assert torch.equal(part.routed_to_llm, whole.routed_to_llm[:, positions])
+
+
+@pytest.mark.parametrize("sizes", [(12,), (5, 7), (1,) * 12, (4, 1, 1, 6), (9, 3)])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_chunks_with_a_cache_give_the_logits_of_the_whole(pair, text, sizes, threshold):
+    with torch.no_grad():
+        whole = pair(input_ids=text, use_cache=False, router_threshold=threshold)
+        cache = CiterCache(pair.config)
+        parts = [
+            pair(input_ids=chunk, past_key_values=cache, router_threshold=threshold)
+            for chunk in text.split(sizes, dim=1)
+        ]
+    torch.testing.assert_close(torch.cat([part.logits for part in parts], dim=1), whole.logits, **CLOSE)
+    assert torch.equal(cache.routing.to_llm, whole.routed_to_llm)
+
+
+def test_padding_on_the_left_changes_nothing(pair):
+    rows = random_prompts()
+    with torch.no_grad():
+        output = pair(**left_padded(rows), use_cache=False, position_ids=positions(left_padded(rows)))
+    for index, row in enumerate(rows):
+        logits, _, _ = naive_logits(pair, row, threshold=0.5)
+        torch.testing.assert_close(output.logits[index, -1], logits, **CLOSE)
+
+
+def positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+
+
+def test_padding_is_not_counted(pair):
+    batch = left_padded(random_prompts())
+    with torch.no_grad():
+        output = pair(**batch, router_threshold=2.0)
+    assert torch.equal(output.past_key_values.routing.unfinished, batch["attention_mask"].bool())
+    assert output.past_key_values.routing.llm_share == 1.0
+
+
+def test_a_wrapped_model_keeps_its_attention_implementation_and_so_its_masks():
+    model = make_pair("qwen2", "llama")
+    assert model.slm.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    assert model.llm.config._attn_implementation == "sdpa"
+
+
+def test_labels_give_the_loss_of_the_routed_logits(pair, text):
+    with torch.no_grad():
+        output = pair(input_ids=text, labels=text)
+    expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], text[0, 1:])
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_training_loss_is_the_marginal_likelihood_and_reaches_the_router_alone(text):
+    model = make_pair(router={"type": "linear"}, hidden_size=48).train()
+    output = model(input_ids=text, labels=text)
+    output.loss.backward()
+    p_slm = output.router_scores[0, :-1, None]
+    with torch.no_grad():
+        slm = model.slm(text).logits[0, :-1].softmax(-1)
+        llm = model.llm(text).logits[0, :-1].softmax(-1)
+    mixture = (p_slm * slm + (1 - p_slm) * llm).gather(1, text[0, 1:, None])
+    torch.testing.assert_close(output.loss, -mixture.log().mean(), **CLOSE)
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == {
+        "router.score.weight",
+        "router.score.bias",
+    }
+
+
+def test_training_mode_is_the_routers_alone():
+    model = make_pair(router={"type": "mlp"}).train()
+    assert model.router.training and not model.slm.training and not model.llm.training
+    assert all(parameter.requires_grad == name.startswith("router.") for name, parameter in model.named_parameters())
+
+
+def test_without_a_dictionary_it_is_the_tuple_of_any_causal_model(pair, text):
+    with torch.no_grad():
+        output = pair(input_ids=text, labels=text)
+        as_tuple = pair(input_ids=text, labels=text, return_dict=False)
+    assert len(as_tuple) == 3
+    assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
+    assert isinstance(as_tuple[2], CiterCache)
+
+
+def test_hidden_states_and_attentions_are_the_slms(text):
+    model = make_pair(hidden_size=48)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        ours = model(input_ids=text, output_hidden_states=True, output_attentions=True)
+        alone = model.slm(input_ids=text, output_hidden_states=True, output_attentions=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours.hidden_states, alone.hidden_states, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours.attentions, alone.attentions, strict=True))
+
+
+def test_hidden_states_can_be_asked_for_by_the_configuration(text):
+    model = make_pair(hidden_size=48)
+    model.config.output_hidden_states = True
+    with torch.no_grad():
+        assert len(model(input_ids=text).hidden_states) == 3
+
+
+def test_hidden_states_that_are_asked_for_have_gradients(text):
+    model = make_pair(hidden_size=48)
+    output = model(input_ids=text, output_hidden_states=True)
+    output.hidden_states[0].retain_grad()
+    output.logits.sum().backward()
+    assert output.hidden_states[0].grad is not None
+    assert model.slm.get_input_embeddings().weight.grad is None
+
+
+def test_the_llm_does_not_run_when_no_token_needs_it(pair, text, count_calls):
+    calls = count_calls(pair.llm)
+    with torch.no_grad():
+        pair(input_ids=text, router_threshold=0.0)
+    assert calls == []
+
+
+def test_the_llm_first_reads_the_prompt_at_its_first_token(count_calls, text):
+    model = make_pair(router=ScriptedRouter(torch.tensor([[0, 0, 0, 1, 0, 1]])))
+    calls = count_calls(model.llm)
+    model.generate(input_ids=text, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert calls == [12 + 3, 2]
+
+
+def test_the_states_of_a_long_prompt_are_not_kept(pair):
+    seen = []
+    hook = pair.slm.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        pair(input_ids=torch.tensor(random_prompts((200,))), logits_to_keep=1)
+    hook.remove()
+    assert seen == [1]
+
+
+def test_a_threshold_per_row_routes_each_row_by_its_own(pair, text):
+    batch = text.expand(3, -1)
+    with torch.no_grad():
+        output = pair(input_ids=batch, router_threshold=torch.tensor([0.0, 0.5, 2.0]))
+    assert not output.routed_to_llm[0].any() and output.routed_to_llm[2].all()
+    assert torch.equal(output.routed_to_llm[1], output.router_scores[1] < 0.5)
+
+
+def test_a_score_equal_to_the_threshold_is_the_slms(pair, text):
+    with torch.no_grad():
+        score = pair(input_ids=text, logits_to_keep=1).router_scores[0, 0]
+        output = pair(input_ids=text, logits_to_keep=1, router_threshold=float(score))
+    assert not output.routed_to_llm.any()
+
+
+def test_the_vocabulary_is_the_smaller_table():
+    model = make_pair("llama", "qwen2", vocab_size=70)
+    assert model.config.vocab_size == 61
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor(random_prompts((12,))), router_threshold=2.0)
+    assert output.logits.shape[-1] == 61
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_stays_fp32_until_the_whole_model_is_cast(dtype, text):
+    model = make_pair(router={"type": "mlp"})
+    model.slm.to(dtype)
+    model.llm.to(dtype)
+    with torch.no_grad():
+        assert model(input_ids=text).router_scores.dtype == torch.float32
+        model.to(dtype)
+        output = model(input_ids=text)
+    assert output.router_scores.dtype == output.logits.dtype == dtype
+
+
+def test_half_casts_the_whole_model(text):
+    model = make_pair(router={"type": "linear"}).half()
+    with torch.no_grad():
+        assert model(input_ids=text).logits.dtype == torch.float16
+
+
+def test_resizing_the_vocabulary_resizes_both(text):
+    model = make_pair(hidden_size=48)
+    model.resize_token_embeddings(70)
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([[65, 69]]), router_threshold=2.0)
+    assert output.logits.shape[-1] == model.config.vocab_size == 70
+
+
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_the_head_multiplies_the_last_positions_of_a_batch_in_one_piece(pair, role):
+    heads = []
+    hook = getattr(pair, role).lm_head.register_forward_pre_hook(
+        lambda module, inputs: heads.append((tuple(inputs[0].shape[:2]), inputs[0].is_contiguous()))
+    )
+    try:
+        pair(**left_padded(random_prompts((5, 9, 12))), logits_to_keep=1, router_threshold=2.0)
+    finally:
+        hook.remove()
+    assert heads == [((3, 1), True)]
+
+
+def test_another_head_may_be_put_on_the_slm(text):
+    model = make_pair(router="confidence")
+    model.slm.lm_head = torch.nn.Linear(model.slm.lm_head.in_features, model.slm.lm_head.out_features, bias=False)
+    ids = text["input_ids"] if isinstance(text, dict) else text
+    output = model(ids, router_threshold=0.0)
+    torch.testing.assert_close(output.logits, model.slm(ids).logits)

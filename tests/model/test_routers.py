@@ -1,0 +1,151 @@
+"""The routers: scores in [0, 1], and the forms in which CITER's router can be written."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from citer_hf.model.routers import ROUTERS, MlpRouter, Routing, build_router
+from tests.families import tiny_model
+
+HIDDEN, VOCAB = 16, 61
+
+
+def states(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, HIDDEN, generator=generator), 4 * torch.randn(*shape, VOCAB, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_score_is_a_probability_for_every_position(kind, shape, dtype):
+    hidden, logits = states(*shape)
+    router = build_router({"type": kind}, HIDDEN).eval()
+    if kind == "r2r":
+        router.bind(tiny_model("llama", hidden_size=HIDDEN))
+    with torch.no_grad():
+        scores = router(hidden.to(dtype), logits.to(dtype))
+    assert scores.shape == shape and scores.dtype == torch.float32
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["confidence", "entropy"])
+def test_impossible_tokens_do_not_spoil_a_score(kind):
+    hidden, logits = states(3)
+    logits[:, 5:] = -torch.inf
+    scores = build_router({"type": kind}, HIDDEN)(hidden, logits)
+    assert torch.isfinite(scores).all()
+
+
+def test_confidence_is_the_top_probability():
+    hidden, logits = states(4)
+    scores = build_router({"type": "confidence"}, HIDDEN)(hidden, logits)
+    torch.testing.assert_close(scores, logits.softmax(-1).amax(-1))
+
+
+def test_entropy_runs_from_a_uniform_to_a_certain_distribution():
+    certain = torch.full((VOCAB,), -100.0)
+    certain[3] = 100.0
+    scores = build_router({"type": "entropy"}, HIDDEN)(
+        torch.zeros(2, HIDDEN), torch.stack([torch.zeros(VOCAB), certain])
+    )
+    torch.testing.assert_close(scores, torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
+
+
+def test_a_linear_router_is_a_linear_layer_and_a_sigmoid():
+    router = build_router({"type": "linear"}, HIDDEN)
+    hidden, logits = states(4)
+    expected = torch.sigmoid(hidden @ router.score.weight[0] + router.score.bias)
+    torch.testing.assert_close(router(hidden, logits), expected)
+
+
+def citers_own(router: MlpRouter, hidden: torch.Tensor) -> torch.Tensor:
+    """CITER's router as the released code has it: Linear, BatchNorm, ReLU, Linear, Linear, sigmoid."""
+    x = hidden @ router.expand.weight.T + router.expand.bias
+    if router.norm is not None:
+        x = (x - router.norm.running_mean) / (router.norm.running_var + 1e-5).sqrt()
+        x = x * router.norm.weight + router.norm.bias
+    x = x.clamp_min(0) @ router.contract.weight.T + router.contract.bias
+    return torch.sigmoid(x @ router.score.weight.T + router.score.bias).squeeze(-1)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "batch_norm"])
+def mlp(request) -> MlpRouter:
+    torch.manual_seed(0)
+    router = MlpRouter(HIDDEN, batch_norm=request.param).train()
+    for _ in range(5):
+        router(3 * torch.randn(32, HIDDEN) + 1, torch.zeros(32, VOCAB))
+    return router.eval()
+
+
+def test_the_folded_form_is_citers(mlp):
+    hidden, logits = states(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(hidden, logits), citers_own(mlp, hidden), atol=1e-6, rtol=1e-5)
+
+
+def test_the_folded_form_has_two_products(mlp):
+    with torch.no_grad():
+        weight, bias, vector, offset = mlp.folded()
+    assert (weight.shape, bias.shape, vector.shape, offset.shape) == ((32, HIDDEN), (32,), (1, 32), (1,))
+
+
+@pytest.mark.parametrize("change", ["step", "load", "cast", "copy"])
+def test_the_folded_form_follows_the_weights(mlp, change):
+    hidden, logits = states(4)
+    with torch.no_grad():
+        before = mlp(hidden, logits)
+        router = copy.deepcopy(mlp) if change == "copy" else mlp
+        if change == "load":
+            other = MlpRouter(HIDDEN, batch_norm=mlp.norm is not None)
+            router.load_state_dict(other.state_dict())
+        elif change == "cast":
+            router.double()
+        else:
+            router.score.weight.mul_(-1.5)
+        after = router(hidden, logits)
+        torch.testing.assert_close(
+            after.float(), citers_own(router, hidden.to(after.dtype)).float(), atol=1e-5, rtol=1e-4
+        )
+        if change == "copy":
+            torch.testing.assert_close(mlp(hidden, logits), before)
+
+
+def test_training_and_evaluation_agree_on_the_gradient(mlp):
+    hidden, logits = states(4)
+    mlp(hidden, logits).sum().backward()
+    assert all(parameter.grad is not None for parameter in mlp.parameters())
+
+
+def test_a_random_router_spreads_evenly_and_draws_nothing():
+    hidden, logits = states(20000)
+    router = build_router({"type": "random"}, HIDDEN)
+    state = torch.get_rng_state()
+    scores = router(hidden, logits)
+    assert torch.equal(state, torch.get_rng_state())
+    for threshold in (0.1, 0.3, 0.5, 0.9):
+        assert abs(float((scores < threshold).float().mean()) - threshold) < 0.02
+    other = build_router({"type": "random", "seed": 1}, HIDDEN)(hidden, logits)
+    assert abs(float(torch.corrcoef(torch.stack([scores, other]))[0, 1])) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"type": "mpl"}, "unknown kind 'mpl'; expected one of"),
+        ({"type": "linear", "width": 3}, r"unknown options \['width'\]"),
+        ({"type": "mlp", "hidden_size": 32}, "hidden size of 32, but this SLM's is 16"),
+        ({"type": "custom", "class": "Mine"}, r"class of its own \(Mine\)"),
+    ],
+)
+def test_a_router_that_cannot_be_built_says_why(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build_router(spec, HIDDEN)
+
+
+def test_an_empty_record_has_no_share():
+    routing = Routing()
+    assert (routing.llm_share, len(routing), routing.to_llm.numel()) == (0.0, 0, 0)

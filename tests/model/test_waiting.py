@@ -1,0 +1,130 @@
+"""How many rows wait before the LLM is called."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+
+from citer_hf.model.schedule import Pace, passes_per_position, pressure, rows_to_wait_for
+
+
+def play(rows: int, waiting: int, share: float, steps: int = 20_000) -> tuple[float, float]:
+    """LLM calls and SLM steps per position, played with dice."""
+    dice, waits, calls, moved = random.Random(0), 0, 0, 0
+    for _ in range(steps):
+        moving = rows - waits
+        moved += moving
+        waits += sum(dice.random() < share for _ in range(moving))
+        if waits >= waiting:
+            calls, waits = calls + 1, 0
+    return calls * rows / moved, steps * rows / moved
+
+
+@pytest.mark.parametrize(
+    ("rows", "waiting", "share"), [(1, 1, 0.3), (2, 2, 0.2), (8, 5, 0.2), (8, 1, 0.1), (16, 10, 0.2)]
+)
+def test_the_prediction_is_what_dice_give(rows, waiting, share):
+    assert passes_per_position(rows, waiting, share) == pytest.approx(play(rows, waiting, share), rel=0.04)
+
+
+def test_waiting_for_one_row_is_predicted_as_lock_step():
+    calls, steps = passes_per_position(8, 1, 0.2)
+    assert calls == pytest.approx(1 - 0.8**8, abs=1e-4) and steps == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("step_ratio", [0.02, 0.1, 0.3, 0.6])
+def test_a_fifth_of_the_tokens_waits_for_five_rows_of_eight_and_ten_of_sixteen(step_ratio):
+    assert rows_to_wait_for(8, 0.2, step_ratio) == 5
+    assert rows_to_wait_for(16, 0.2, step_ratio) == 10
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16, 40])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("step_ratio", [0.0, 0.1, 1.0, 10.0])
+def test_the_policy_stays_among_the_rows(rows, share, step_ratio):
+    assert 1 <= rows_to_wait_for(rows, share, step_ratio) <= rows
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_nothing_waits_where_an_slm_step_costs_more_than_the_calls_saved(rows):
+    assert rows_to_wait_for(rows, 0.2, 5.0) == 1
+
+
+def test_rows_that_lag_behind_press_more_than_rows_that_are_ahead():
+    unfinished = [10, 10, 50, 50]
+    assert pressure([10], unfinished) > 1 > pressure([50], unfinished)
+    assert pressure([30, 30], [30, 30, 30]) == 2
+
+
+def play_rows(rows: int, share: float, length: int, seed: int) -> tuple[float, float]:
+    """LLM calls and SLM steps per position of texts that end, by the policy, with dice."""
+    dice = random.Random(seed)
+    written, waits, unfinished = [1] * rows, [], list(range(rows))
+    calls, steps, decided, deferred = 1, 1, 0, 0
+    while unfinished:
+        writing = []
+        if len(waits) < len(unfinished):
+            steps += 1
+            moving = [row for row in unfinished if row not in waits]
+            joining = [row for row in moving if dice.random() < share]
+            decided, deferred = decided + len(moving), deferred + len(joining)
+            writing, waits = [row for row in moving if row not in joining], waits + joining
+        enough = rows_to_wait_for(len(unfinished), (deferred + 1) / (decided + 5), 0.1, length=length)
+        counted = pressure([written[row] for row in waits], [written[row] for row in unfinished])
+        if waits and (len(waits) == len(unfinished) or counted >= enough):
+            calls, writing, waits = calls + 1, writing + waits, []
+        for row in writing:
+            written[row] += 1
+        unfinished = [row for row in unfinished if written[row] < length]
+    return calls / length, steps / length
+
+
+@pytest.mark.parametrize(("rows", "most_calls"), [(8, 0.32), (16, 0.34)])
+def test_a_fifth_of_512_tokens_takes_few_calls_and_steps(rows, most_calls):
+    """How many tokens chance defers decides as much as the policy: nine texts of ten keep to both bounds."""
+    played = [play_rows(rows, 0.2, 512, seed) for seed in range(40)]
+    kept = sum(calls <= most_calls and steps <= 1.45 for calls, steps in played)
+    assert kept >= 32
+    assert statistics.mean(calls for calls, _ in played) < most_calls - 0.01
+    assert statistics.mean(steps for _, steps in played) < 1.44
+
+
+def timed(steps: list[float], calls: list[tuple[float, int]]) -> Pace:
+    """What was measured, in milliseconds; of calls, also the tokens that they read."""
+    pace = Pace()
+    for took in steps:
+        pace.note("slm", took / 1000)
+    for took, tokens in calls:
+        pace.note("llm", took / 1000, tokens)
+    return pace
+
+
+def test_longer_calls_do_not_make_the_llm_look_dearer():
+    pace = timed([10, 10], [(14, 3), (16, 4), (20, 6)])
+    assert pace.ratio == pytest.approx(1.0) and pace.growth == pytest.approx(0.2)
+    assert rows_to_wait_for(8, 0.2, pace.ratio, pace.growth) == 1
+
+
+def test_writing_is_a_part_of_the_slms_step():
+    pace = timed([8, 8], [(20, 1)])
+    pace.note_writing(4 / 1000)
+    assert pace.ratio == pytest.approx(0.5)
+
+
+def test_calls_of_one_length_tell_nothing_of_longer_ones():
+    assert timed([5], [(10, 4), (10, 4)]).growth == 0
+
+
+def test_times_too_short_to_tell_take_the_slm_for_the_cheaper_model():
+    pace = timed([2], [(2, 1), (2.5, 3)])
+    assert pace.ratio == 0.9 and pace.growth == 0
+
+
+def test_ends_of_short_texts_speak_against_waiting():
+    assert rows_to_wait_for(8, 0.2, 0.9, length=512) > 1 == rows_to_wait_for(8, 0.2, 0.9, length=32)
+
+
+def test_what_another_token_costs_speaks_against_waiting():
+    assert rows_to_wait_for(16, 0.5, 0.3) > 1 == rows_to_wait_for(16, 0.5, 0.3, 0.3)

@@ -1,0 +1,404 @@
+"""`citer serve`, asked by the real OpenAI client over real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from citer_hf.model.routers import Routing
+from citer_hf.serving.stops import StopText
+from tests.chat_pairs import character_tokenizer, chat_pair, save_demo_pair
+from tests.conftest import make_pair
+from tests.serving import NAME, HeldRouter, Served, serving, wait_until
+
+PROMPT = "hello, is 7 + 5 = 12?"
+CHAT = [{"role": "system", "content": "be brief."}, {"role": "user", "content": PROMPT}]
+TOKENIZER = character_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return chat_pair()
+
+
+@pytest.fixture(scope="module")
+def served(model: Any) -> Iterator[Served]:
+    with serving(model) as server:
+        yield server
+
+
+def written(model: Any, ids: list[int], length: int = 12, **options: Any) -> Any:
+    """What the pair writes without a server: text and record."""
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=length, return_dict_in_generate=True, **{"do_sample": False, **options}
+    )
+    text = TOKENIZER.decode(output.sequences[0, len(ids) :], skip_special_tokens=True)
+    return text, output.past_key_values.routing
+
+
+def chat_ids(messages: list[dict[str, str]] = CHAT) -> list[int]:
+    return TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_a_completion_is_what_generate_writes_and_usage_says_who_wrote_it(
+    served: Served, model: Any, threshold: float
+) -> None:
+    ids = TOKENIZER(PROMPT).input_ids
+    text, routing = written(model, ids, router_threshold=threshold)
+    answer = served.client().completions.create(
+        model=NAME, prompt=PROMPT, max_tokens=12, extra_body={"router_threshold": threshold}
+    )
+    assert answer.choices[0].text == text and answer.choices[0].finish_reason == "length"
+    used: Any = answer.usage
+    by_llm = int(routing.to_llm.sum())
+    assert (used.prompt_tokens, used.completion_tokens, used.total_tokens) == (len(ids), 12, len(ids) + 12)
+    assert (used.slm_tokens, used.llm_tokens, used.llm_share) == (12 - by_llm, by_llm, routing.llm_share)
+    assert used.llm_calls == routing.llm_calls
+
+
+def test_a_request_without_threshold_takes_the_routers_own(served: Served, model: Any) -> None:
+    text, routing = written(model, chat_ids())
+    answer = served.client().chat.completions.create(model=NAME, messages=CHAT, max_completion_tokens=12)
+    used: Any = answer.usage
+    assert answer.choices[0].message.content == text
+    assert 0 < used.llm_tokens < 12 and used.llm_tokens == int(routing.to_llm.sum())
+
+
+def test_a_stream_gives_the_same_text_in_pieces_and_ends_with_the_usage(served: Served, model: Any) -> None:
+    text, routing = written(model, chat_ids())
+    chunks = list(
+        served.client().chat.completions.create(
+            model=NAME, messages=CHAT, max_tokens=12, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    assert len(pieces) > 6 and "".join(pieces) == text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    used: Any = chunks[-1].usage
+    assert chunks[-1].choices == [] and used.llm_tokens == int(routing.to_llm.sum())
+
+
+def test_the_events_of_a_stream_end_as_openai_clients_expect(served: Served) -> None:
+    body = {"model": NAME, "prompt": "ab", "max_tokens": 2, "stream": True}
+    status, answer = served.post(json.dumps(body).encode())
+    assert status == 200 and b"data: [DONE]\n\n" in answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_string(served: Served, model: Any, stream: bool) -> None:
+    text, _ = written(model, chat_ids(), length=40)
+    stop = text[9:12]
+    asked = {"model": NAME, "messages": CHAT, "max_tokens": 40, "stop": ["no such text", stop]}
+    answer: Any = served.client().chat.completions.create(**asked, stream=stream)
+    if stream:
+        choices = [chunk.choices[0] for chunk in answer]
+        shown, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+    else:
+        shown, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert answer.usage.completion_tokens == len(shown) + len(stop)
+    assert shown == text[: text.index(stop)] and reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "shown"),
+    [
+        (["ab", "cd", "ef"], ("cde",), "ab"),
+        (["ab", "cd", "xf"], ("cde",), "abcdxf"),
+        (["aa", "ab"], ("aab",), "a"),
+        (["x", "END", "y"], ("E", "END"), "x"),
+        (["no", "stop"], (), "nostop"),
+    ],
+)
+def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(
+    pieces: list[str], stops: tuple[str, ...], shown: str
+) -> None:
+    cut, told = StopText(stops), ""
+    for piece in pieces:
+        told += cut.feed(piece)
+        assert shown.startswith(told)
+    assert told + cut.rest() == shown
+
+
+def test_an_end_token_ends_an_answer(model: Any) -> None:
+    text, _ = written(model, chat_ids(), length=40)
+    ends = chat_pair()
+    ends.generation_config.eos_token_id = [2, TOKENIZER(text[10]).input_ids[0]]
+    with serving(ends) as server:
+        answer = server.client().chat.completions.create(
+            model=NAME, messages=CHAT, max_tokens=text.index(text[10]) + 1
+        )
+    assert (
+        answer.choices[0].finish_reason == "stop"
+        and answer.choices[0].message.content == text[: text.index(text[10]) + 1]
+    )
+
+
+def test_a_seed_gives_the_same_text_again_and_none_gives_others(served: Served, model: Any) -> None:
+    def ask(**options: Any) -> str:
+        return served.client().completions.create(model=NAME, prompt=PROMPT, max_tokens=20, **options).choices[0].text
+
+    torch.manual_seed(11)
+    text, _ = written(model, TOKENIZER(PROMPT).input_ids, length=20, do_sample=True, temperature=1.5, top_k=0)
+    model_top_k = {"extra_body": {"top_k": 61}}
+    assert ask(seed=11, temperature=1.5, **model_top_k) == text == ask(seed=11, temperature=1.5, **model_top_k)
+    assert ask(seed=12, temperature=1.5) != text
+    assert len({ask(temperature=1.5) for _ in range(4)}) == 4
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300])
+def test_temperature_0_is_greedy_whatever_the_model_prefers(model: Any, temperature: float) -> None:
+    text, _ = written(model, TOKENIZER(PROMPT).input_ids)
+    samples = chat_pair()
+    samples.generation_config.update(do_sample=True, temperature=1.7)
+    with serving(samples) as server:
+        answer = server.client().completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=12, temperature=temperature, top_p=0.9
+        )
+    assert answer.choices[0].text == text
+
+
+def test_biases_and_penalties_change_what_is_written(served: Served) -> None:
+    def ask(**options: Any) -> str:
+        return served.client().completions.create(model=NAME, prompt="ab", max_tokens=30, **options).choices[0].text
+
+    z = TOKENIZER("z").input_ids[0]
+    assert ask(logit_bias={str(z): 100}) == "z" * 30
+    plain = ask()
+    assert len(set(ask(presence_penalty=2, frequency_penalty=2))) > len(set(plain))
+    assert set(ask(logit_bias={str(TOKENIZER(one).input_ids[0]): -100 for one in set(plain)})).isdisjoint(plain)
+
+
+def test_several_prompts_and_answers_come_in_order(served: Served, model: Any) -> None:
+    prompts = ["ab", "cdef", PROMPT]
+    answer = served.client().completions.create(model=NAME, prompt=prompts, n=2, max_tokens=8, seed=3, temperature=1.0)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    for number, prompt in enumerate(prompts):
+        alone = served.client().completions.create(
+            model=NAME, prompt=TOKENIZER(prompt).input_ids, n=2, max_tokens=8, seed=3, temperature=1.0
+        )
+        texts = [choice.text for choice in alone.choices]
+        assert texts == [choice.text for choice in answer.choices[2 * number : 2 * number + 2]]
+        assert texts[0] != texts[1]
+    used: Any = answer.usage
+    assert used.completion_tokens == 48 and used.prompt_tokens == sum(map(len, prompts))
+
+
+def test_a_message_may_come_in_parts_and_from_a_developer(served: Served) -> None:
+    def ask(messages: Any) -> str | None:
+        answer = served.client().chat.completions.create(model=NAME, messages=messages, max_tokens=8)
+        return answer.choices[0].message.content
+
+    parts: list[Any] = [
+        {"role": "developer", "content": "be brief."},
+        {"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+    ]
+    assert ask(parts) == ask(CHAT)
+
+
+def test_eight_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
+    def ask(number: int) -> tuple[str, Any]:
+        client = served.client()
+        options: dict[str, Any] = {"extra_body": {"router_threshold": number / 7}, "max_tokens": 10 + number}
+        if number % 2:
+            options |= {"temperature": 1.2, "seed": number}
+        if number % 4 < 2:
+            answer: Any = client.completions.create(model=NAME, prompt=PROMPT[number:], **options)
+            return answer.choices[0].text, answer.usage
+        last, text = None, ""
+        messages: Any = [{"role": "user", "content": PROMPT[number:]}]
+        for chunk in client.chat.completions.create(model=NAME, messages=messages, stream=True, **options):
+            text += chunk.choices[0].delta.content or ""
+            last = chunk.usage
+        return text, last
+
+    alone = [ask(number) for number in range(8)]
+    for _ in range(2):
+        with ThreadPoolExecutor(8) as clients:
+            assert list(clients.map(ask, range(8))) == alone
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_nobody_waits_for_is_not_written_on(stream: bool) -> None:
+    router = HeldRouter()
+    with serving(held(router)) as server:
+        asked = {"model": NAME, "prompt": "abc", "max_tokens": 200}
+        router.permits.release(3)
+        if stream:
+            answer = server.client().completions.create(**asked, stream=True)
+            next(iter(answer))
+            answer.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                server.client(timeout=2).completions.create(**asked)
+        wait_until(lambda: server.metric("citer_requests_in_progress") == 0)
+        router.permits.release(1000)
+        server.client().completions.create(model=NAME, prompt="abc", max_tokens=5)
+        # Three tokens, one that was under way, the five of the other request, and their first tokens.
+        assert server.metric("citer_tokens_total", model="slm") < 15
+        wait_until(lambda: server.metric("citer_requests_total", status="499") == 1)
+
+
+def held(router: HeldRouter) -> Any:
+    """A pair whose router decides when the test lets it."""
+    model = make_pair(router=router, threshold=0.5)
+    model.generation_config.update(pad_token_id=0, eos_token_id=2, suppress_tokens=[0, 1, 2], max_length=None)
+    return model
+
+
+def test_a_request_whose_client_leaves_before_its_turn_costs_nothing() -> None:
+    router = HeldRouter()
+    with serving(held(router)) as server, ThreadPoolExecutor(1) as other:
+        first = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=9)
+        wait_until(lambda: router.asked > 0)
+        with pytest.raises(openai.APITimeoutError):
+            server.client(timeout=2).completions.create(model=NAME, prompt="abcdefgh", max_tokens=50)
+        router.permits.release(1000)
+        assert first.result().usage.completion_tokens == 9  # type: ignore[union-attr]
+        wait_until(lambda: server.metric("citer_requests_in_progress") == 0)
+        assert server.metric("citer_prompt_tokens_total") == 3
+        assert server.metric("citer_tokens_total", model="slm") == 9
+
+
+def test_models_health_and_metrics_answer(served: Served) -> None:
+    assert [one.id for one in served.client().models.list()] == [NAME]
+    assert served.client().models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="has 'tiny' only"):
+        served.client().models.retrieve("someone/else")
+    with urllib.request.urlopen(f"{served.url}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+    served.client().completions.create(model=NAME, prompt="ab", max_tokens=4, extra_body={"router_threshold": 2})
+    with urllib.request.urlopen(f"{served.url}/metrics") as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        text = answer.read().decode()
+    for name in ("citer_requests_total", 'citer_tokens_total{model="slm"}', 'citer_tokens_total{model="llm"}'):
+        assert name in text
+    for name in ("citer_llm_share", "citer_request_seconds", "citer_first_token_seconds"):
+        assert f"# TYPE {name} histogram" in text
+
+
+def test_metrics_count_the_tokens_of_each_model(model: Any) -> None:
+    with serving(model) as server:
+        used = [
+            server.client().completions.create(model=NAME, prompt=PROMPT, max_tokens=length).usage for length in (5, 9)
+        ]
+        for name in ("slm", "llm"):
+            counted = server.metric("citer_tokens_total", model=name)
+            assert counted == sum(getattr(one, f"{name}_tokens") for one in used) > 0
+        wait_until(lambda: server.metric("citer_requests_total", status="200") == 2)
+        assert server.metric("citer_llm_share_count") == server.metric("citer_first_token_seconds_count") == 2
+
+
+def test_a_static_cache_gives_the_same_answers(served: Served) -> None:
+    static = chat_pair()
+    static.generation_config.cache_implementation = "static"
+    asked: Any = {"model": NAME, "messages": CHAT, "max_tokens": 12}
+    with serving(static) as server:
+        for _ in range(2):
+            found = server.client().chat.completions.create(**asked)
+            expected = served.client().chat.completions.create(**asked)
+            assert found.choices == expected.choices and found.usage == expected.usage
+
+
+class Scripted:
+    """Stands for a pair whose LLM is a Qwen2 and which writes a given text."""
+
+    def __init__(self, text: str):
+        self.tokenizer = ascii_tokenizer()
+        self.llm = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
+        self.config = SimpleNamespace(max_position_embeddings=1000, router_threshold=0.5)
+        self.generation_config = GenerationConfig(eos_token_id=0)
+        self.device, self.vocab_size, self.text = "cpu", len(self.tokenizer), text
+
+    def generate(self, input_ids: torch.Tensor, streamer: Any, **kwargs: Any) -> Any:
+        ids = [*self.tokenizer(self.text).input_ids, 0]
+        streamer.put(input_ids)
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        routing = Routing()
+        routing.add(0, *(torch.ones(1, len(ids)), torch.zeros(1, len(ids)).bool(), torch.ones(1, len(ids)).bool()))
+        return SimpleNamespace(past_key_values=SimpleNamespace(routing=routing))
+
+
+def ascii_tokenizer() -> PreTrainedTokenizerFast:
+    entries = ["<|im_end|>", *map(chr, range(32, 127)), "\n"]
+    inner = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    inner.decoder = decoders.Fuse()
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}{{ begin or '<|im_start|>assistant\\n' }}"
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", chat_template=template)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_and_tool_calls_are_told_apart_from_the_answer(stream: bool) -> None:
+    model = Scripted('<think>use it</think>hi<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
+    tool: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    asked: Any = {"model": NAME, "messages": [{"role": "user", "content": "1+1"}], "tools": [tool], "stream": stream}
+    with serving(model, model.tokenizer) as server:
+        answer: Any = server.client().chat.completions.create(**asked)
+        if stream:
+            choices = [chunk.choices[0] for chunk in answer]
+            content = "".join(choice.delta.content or "" for choice in choices)
+            reasoning = "".join(getattr(choice.delta, "reasoning_content", None) or "" for choice in choices)
+            calls = [call for choice in choices for call in choice.delta.tool_calls or []]
+            reason = choices[-1].finish_reason
+        else:
+            message, reason = answer.choices[0].message, answer.choices[0].finish_reason
+            content, reasoning, calls = message.content, message.reasoning_content, message.tool_calls
+    assert (content.strip(), reasoning.strip(), reason) == ("hi", "use it", "tool_calls")
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [("add", {"a": 1})]
+
+
+def test_a_prompt_in_another_markup_is_no_part_of_the_answer() -> None:
+    model = Scripted("hello")
+    with serving(model, model.tokenizer) as server:
+        answer = server.client().chat.completions.create(
+            model=NAME, messages=CHAT, extra_body={"chat_template_kwargs": {"begin": "answer:"}}
+        )
+    assert answer.choices[0].message.content == "hello"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_demo_pair(tmp_path_factory.mktemp("served"))
+
+
+def test_the_command_serves_a_directory_at_this_machine_only_and_stops_at_ctrl_c(directory: Path) -> None:
+    command = [sys.executable, "-m", "citer_hf.cli", "serve", str(directory), "--port", "0", "--router-threshold", "2"]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=here)
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if line.startswith("Serving"))
+        url = line.split(" at ")[1].split()[0]
+        assert url.startswith(("http://127.0.0.1:", "http://[::1]:"))
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        for name in (str(directory), directory.name):
+            answer = client.completions.create(model=name, prompt="Tom has 12 apples.", max_tokens=4)
+            used: Any = answer.usage
+            assert used.llm_tokens == 4 and answer.model == str(directory)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()

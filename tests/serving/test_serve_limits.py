@@ -1,0 +1,354 @@
+"""What `citer serve` does not do: every refusal is a 4xx or a 503 in OpenAI's form that says what to change."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import hypothesis
+import openai
+import pytest
+import schemathesis
+import torch
+from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from citer_hf.serving import limits
+from citer_hf.serving.command import listen, welcome
+from citer_hf.serving.limits import Limits
+from tests.chat_pairs import character_tokenizer, chat_pair, invoke
+from tests.serving import NAME, HeldRouter, Served, serving, wait_until
+from tests.serving.test_serve import CHAT, held
+
+ASK = {"model": NAME, "prompt": "abc", "max_tokens": 2}
+SAY = {"model": NAME, "messages": CHAT, "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(chat_pair(), body_bytes=5000, new_tokens=50) as server:
+        yield server
+
+
+def refusal(server: Served, body: Any, path: str = "/v1/completions") -> tuple[int, dict[str, Any]]:
+    status, answer = server.post(body if isinstance(body, bytes) else json.dumps(body).encode(), path)
+    assert b"Traceback" not in answer
+    return status, json.loads(answer)["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": "5"}, "max_tokens", "valid integer"),
+        ({"max_tokens": 51}, "max_tokens", "writes at most 50"),
+        ({"max_tokens": 1e400}, "max_tokens", "valid integer"),
+        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        ({"temperature": float("nan")}, "temperature", "finite"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"router_threshold": -0.1}, "router_threshold", "greater than or equal to 0"),
+        ({"router_threshold": float("inf")}, "router_threshold", "finite|less than"),
+        ({"router_threshold": True}, "router_threshold", "valid number"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"n": 17}, "n", "less than or equal to 16"),
+        ({"logit_bias": {"61": 1}}, "logit_bias", "from 0 to 60"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "from 0 to 60"),
+        ({"logit_bias": {"٣": 1}}, "logit_bias", "from 0 to 60"),
+        ({"logprobs": 3}, "logprobs", "does not offer"),
+        ({"echo": True}, "echo", "does not offer"),
+        ({"beams": 4}, "beams", "does not offer"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [[]]}, "prompt", "at least 1 item"),
+        ({"prompt": [3, 61]}, "prompt", "below 61"),
+        ({"prompt": "a" * 256}, "prompt", "read at most 256 tokens"),
+        ({"prompt": "a" * 230, "max_tokens": 40}, "prompt", "lower max_tokens"),
+        ({"prompt": "a\ud800b"}, "prompt", "unicode"),
+        ({"model": "gpt-5"}, "model", "has 'tiny' only"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+    ],
+)
+def test_a_completion_request_that_cannot_be_met_is_refused(
+    served: Served, changes: dict[str, Any], param: str, message: str
+) -> None:
+    status, error = refusal(served, ASK | changes)
+    assert status == (404 if param == "model" else 400) and error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert any(part in error["message"] for part in message.split("|")), error["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages", "Input should be 'system'"),
+        ({"messages": [{"role": "system", "content": "refuse"}]}, "messages", "no system messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'text'"),
+        ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages", "read at most 256"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
+        ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}, "chat_template_kwargs", "cannot be set"),
+        ({"max_completion_tokens": 51}, "max_tokens", "writes at most 50"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "no"}}]}]},
+            "messages",
+            "JSONDecodeError",
+        ),
+    ],
+)
+def test_a_chat_request_that_cannot_be_met_is_refused(
+    served: Served, changes: dict[str, Any], param: str, message: str
+) -> None:
+    status, error = refusal(served, SAY | changes, "/v1/chat/completions")
+    assert status == 400 and error["param"] == param and message in error["message"], error
+
+
+def test_a_model_without_chat_template_says_what_to_use_instead() -> None:
+    with serving(chat_pair(template=None), character_tokenizer(None)) as server:
+        status, error = refusal(server, SAY, "/v1/chat/completions")
+    assert status == 400 and "Use /v1/completions" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"", "application/json"),
+        (b"{", "application/json"),
+        (b"[1]", "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"[" * 4000, "application/json"),
+        (b'{"prompt": ' + b"9" * 4900 + b"}", "application/json"),
+        (json.dumps(ASK).encode(), "text/plain"),
+        (json.dumps(ASK).encode(), "nonsense"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(served: Served, body: bytes, kind: str) -> None:
+    status, answer = served.post(body, kind=kind)
+    assert status == 400 and set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_other_paths_and_methods_are_refused_in_the_same_form(served: Served) -> None:
+    assert refusal(served, ASK, "/v1/embeddings")[0] == 404
+    assert refusal(served, ASK, "/load_model")[0] == 404
+    assert refusal(served, ASK, "/health")[0] == 405
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_refused_however_it_comes(served: Served, chunked: bool) -> None:
+    body = json.dumps(ASK | {"user": "u" * 6000}).encode()
+    if not chunked:
+        status, error = refusal(served, body)
+    else:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        parts = [b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:3000], body[3000:], b"")]
+        answer = served.raw(head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(parts))
+        status, error = int(answer.split()[1]), json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert status == 413 and "more than 5000 bytes" in error["message"]
+
+
+def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.BodyLimit.__init__, "__defaults__", (0.2,))
+    with serving(chat_pair()) as server:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        answer = server.raw(head + b"Connection: close\r\nContent-Length: 100\r\n\r\n{")
+    assert b" 408 " in answer and b"longer than 0.2 s" in answer
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(served: Served) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    served.raw(head + b"Content-Length: 100\r\n\r\n{", end=True)
+    assert served.client().completions.create(**ASK).choices
+
+
+def test_an_answer_that_takes_too_long_ends_where_it_is() -> None:
+    router = HeldRouter()
+    router.permits.release(4)
+    with serving(held(router), seconds=3.0) as server, ThreadPoolExecutor(1) as other:
+        answer = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=200)
+        wait_until(lambda: router.asked == 5)
+        time.sleep(3)
+        router.permits.release(1000)
+        found = answer.result()
+    assert found.choices[0].finish_reason == "length" and len(found.choices[0].text) < 10
+
+
+def test_a_request_whose_turn_does_not_come_in_time_may_try_again_later() -> None:
+    router = HeldRouter()
+    with serving(held(router), seconds=1.0) as server, ThreadPoolExecutor(1) as other:
+        first = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=5)
+        wait_until(lambda: router.asked > 0)
+        for stream in (True, False):
+            with pytest.raises(openai.InternalServerError, match="did not come within 1 s") as caught:
+                server.client().completions.create(model=NAME, prompt="abc", stream=stream)
+            assert caught.value.status_code == 503 and caught.value.response.headers["Retry-After"]
+        router.permits.release(1000)
+        assert first.result().choices
+
+
+def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
+    router = HeldRouter()
+    with serving(held(router), waiting=1) as server, ThreadPoolExecutor(2) as others:
+        asked = [
+            others.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=3) for _ in range(2)
+        ]
+        wait_until(lambda: server.metric("citer_requests_in_progress") == 2)
+        with pytest.raises(openai.InternalServerError, match="max-waiting") as caught:
+            server.client().completions.create(model=NAME, prompt="abc")
+        assert caught.value.status_code == 503
+        router.permits.release(1000)
+        assert all(one.result().choices for one in asked)
+        assert server.client().completions.create(**ASK).choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("secret of the operator"), "its log says why"),
+        (torch.OutOfMemoryError("x"), "Shorten the prompt"),
+    ],
+)
+def test_a_model_that_fails_is_told_without_its_secrets_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, message: str, stream: bool
+) -> None:
+    model = chat_pair()
+    with serving(model) as server:
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise error
+
+        with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+            patch.setattr(model.llm, "forward", fail)
+            asked = {**ASK, "max_tokens": 8, "router_threshold": 2, "stream": stream}
+            status, answer = server.post(json.dumps(asked).encode())
+        assert message.encode() in answer and b"secret" not in answer and status == 500
+        assert str(error) in caplog.text
+        assert server.client().completions.create(**ASK).choices
+
+
+def test_a_stream_whose_model_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chat_pair()
+    with serving(model) as server:
+        forward, calls = model.llm.forward, []
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) > 3:
+                raise RuntimeError("secret")
+            return forward(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.llm, "forward", fail)
+            asked = server.client().completions.create(
+                model=NAME, prompt="abc", max_tokens=9, stream=True, extra_body={"router_threshold": 2}
+            )
+            with pytest.raises(openai.APIError, match="its log says why"):
+                list(asked)
+        assert server.client().completions.create(**ASK).choices
+
+
+def test_an_empty_prompt_begins_with_the_first_token_where_there_is_one() -> None:
+    tokenizer = character_tokenizer()
+    with serving(chat_pair(), tokenizer) as server:
+        empty, first = (
+            server.client().completions.create(model=NAME, prompt=prompt, max_tokens=4)
+            for prompt in ("", [tokenizer.bos_token_id])
+        )
+        assert empty.choices[0].text == first.choices[0].text
+        tokenizer.bos_token = None
+        assert "has no tokens" in refusal(server, ASK | {"prompt": ""})[1]["message"]
+
+
+def test_limits_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="new_tokens: expected a positive number, got 0"):
+        Limits(new_tokens=0)
+    with pytest.raises(ValueError, match="waiting: expected a number from 0 up, got -1"):
+        Limits(waiting=-1)
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = invoke("serve", "demo", "--host", "127.0.0.1", "--port", port)
+    assert result.exit_code == 1 and "--port 0 takes a free one" in result.stderr and "Loading" not in result.stderr
+    with pytest.raises(OSError, match="--host no-such-host-invalid"):
+        listen("no-such-host-invalid", 0)
+
+
+def test_a_server_that_others_can_reach_says_so() -> None:
+    assert "Put a proxy before it" in welcome("x", 0.5, "0.0.0.0", 80)
+    assert "proxy" not in welcome("x", 0.5, "127.0.0.1", 80) + welcome("x", 0.5, "::1", 80)
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['fastapi'] = None; from citer_hf.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "serve", "demo"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "Error: fastapi is not installed: pip install 'citer-hf[serve]'\n"
+
+
+# ---- fuzzing ------------------------------------------------------------------------------------------------------
+
+FUZZING = hypothesis.settings(
+    max_examples=60, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
+
+
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_requests_made_from_the_schema_are_answered_or_refused_as_it_says(
+    path: str, mode: schemathesis.GenerationMode
+) -> None:
+    with serving(chat_pair(), new_tokens=4) as server:
+        operation = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path]["POST"]
+
+        @hypothesis.given(case=operation.as_strategy(mode))
+        @FUZZING
+        def check(case: Any) -> None:
+            # A schema cannot say how long a prompt may be in tokens, nor what the model is called.
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        check()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+FIELDS = sorted({"model", "prompt", "messages", "stop", "seed", "n", "tools", "stream", "logit_bias", "metadata"})
+
+
+@hypothesis.given(
+    changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
+    path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]),
+)
+@FUZZING
+def test_a_valid_request_with_any_fields_changed_is_answered_or_refused(
+    served: Served, changes: dict[str, Any], path: str
+) -> None:
+    body = (ASK if path == "/v1/completions" else SAY) | changes
+    status, answer = served.post(json.dumps(body).encode(), path)
+    assert status in (200, 400, 404, 413)
+    assert status == 200 or "message" in json.loads(answer)["error"]
+
+
+@hypothesis.given(data=st.binary(max_size=300))
+@FUZZING
+def test_any_bytes_as_a_body_are_refused(served: Served, data: bytes) -> None:
+    status, answer = served.post(data)
+    assert status == 400 and b"Traceback" not in answer
+
+
+@hypothesis.given(data=st.binary(min_size=1, max_size=200))
+@FUZZING
+def test_what_is_no_http_is_refused(served: Served, data: bytes) -> None:
+    answer = served.raw(data + b"\r\n\r\n", end=True)
+    assert not answer or int(answer.split(b" ", 2)[1]) < 500
