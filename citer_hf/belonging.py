@@ -23,16 +23,7 @@ class ForeignFactsError(ValueError):
 
 
 def saved_router(directory: Path, hidden_size: int | None = None) -> nn.Module:
-    """Load the router of a directory, without its base models.
-
-    Args:
-        directory: A router repository.
-        hidden_size: Width of the last hidden state of the SLM that it is for. Default: as its configuration says.
-
-    Raises:
-        OSError: when its files cannot be read.
-        ValueError: when it is for another SLM, or of a class of its own.
-    """
+    """Load the router of a directory, without its base models."""
     chosen = choose_router(directory, None, {})
     router = build_router(chosen.spec, chosen.spec["hidden_size"] if hidden_size is None else hidden_size)
     if chosen.weights is not None:
@@ -41,38 +32,14 @@ def saved_router(directory: Path, hidden_size: int | None = None) -> nn.Module:
 
 
 def saved_fingerprint(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the fingerprint of the router of a directory, as an evaluation notes it.
-
-    Args:
-        directory: A router repository.
-        config: Its configuration.
-
-    Returns:
-        `None` where it cannot be known: for a class of its own, and where a pair lies whole in several files.
-
-    Raises:
-        OSError: when its files cannot be read.
-        ValueError: when they do not fit together.
-    """
+    """Return the fingerprint of the router of a directory, as an evaluation notes it."""
     if config["router"]["type"] == CUSTOM_ROUTER or (directory / SHARDS).is_file():
         return None
     return module_fingerprint(saved_router(directory))
 
 
 def method_in(results: Results, config: Mapping[str, Any], router: str | None) -> str | None:
-    """Return the method under which results hold a router.
-
-    Args:
-        results: Perhaps of several routers, or the mean over several seeds.
-        config: The configuration of the repository that the router is in.
-        router: The router's fingerprint, if it is known.
-
-    Returns:
-        `None` where nobody can say: the results do not tell what they measured, or the fingerprint is not known.
-
-    Raises:
-        ForeignFactsError: when the results are of other routers, or of another pair; it names both.
-    """
+    """Return the method under which results hold a router."""
     runs = results.provenance.get("runs") or [results.provenance]
     for role in ("slm", "llm"):
         for run in runs:
@@ -107,11 +74,7 @@ def _check_model(role: str, measured: Mapping[str, Any] | None, saved: Mapping[s
 
 
 def published(reference: Mapping[str, Any] | None) -> tuple[str, str] | None:
-    """Return the repository id of a base model and its commit (or nothing), `None` where it is in a directory.
-
-    Args:
-        reference: What a configuration says, or the provenance of results, where paths are shortened to one name.
-    """
+    """Return the repository id of a base model and its commit (or nothing), `None` where it is in a directory."""
     reference = anonymous(reference or {})
     if "origin" in reference:
         return reference["origin"], reference.get("origin_revision", "")
@@ -121,15 +84,7 @@ def published(reference: Mapping[str, Any] | None) -> tuple[str, str] | None:
 
 
 def check_provenance(provenance: Mapping[str, Any], router: str | None) -> None:
-    """Refuse the provenance of another router.
-
-    Args:
-        provenance: `provenance.json` of `citer train`; an older one does not say which router it is of.
-        router: The router's fingerprint, if it is known.
-
-    Raises:
-        ForeignFactsError: which names both.
-    """
+    """Refuse the provenance of another router."""
     trained = provenance.get("router_sha256")
     if trained and router and trained != router:
         raise ForeignFactsError(

@@ -86,19 +86,7 @@ TEXT_INPUTS = 'inputs = tokenizer("What is 12 times 7?", return_tensors="pt")'
 
 
 def write_card(directory: Path, repo_id: str, tags: Sequence[str] = ()) -> None:
-    """Write the card into a directory, unless it holds one that a person wrote.
-
-    The metadata of a card that is there already (a licence, languages) stays.
-
-    Args:
-        directory: A router repository.
-        repo_id: Where it will be on the Hub.
-        tags: More tags.
-
-    Raises:
-        OSError: when a file is missing or cannot be written.
-        ValueError: when a file holds something else than it should.
-    """
+    """Write the card into a directory, unless it holds one that a person wrote."""
     path = directory / CARD
     metadata: dict[str, Any] = {}
     if path.is_file():
@@ -116,13 +104,7 @@ def write_card(directory: Path, repo_id: str, tags: Sequence[str] = ()) -> None:
 
 
 def make_card(facts: Facts, repo_id: str, metadata: dict[str, Any] | None = None) -> ModelCard:
-    """Make the card.
-
-    Args:
-        facts: What the repository's files say.
-        repo_id: Where the repository will be on the Hub.
-        metadata: What a user has put into the card's metadata.
-    """
+    """Make the card."""
     named = [name for role in ("slm", "llm") for name in models_of(facts, role)]
     bases = list(dict.fromkeys(named))
     # The Hub's relation for a small set of weights that works on top of a model as it is: the router does, whether the
@@ -151,12 +133,7 @@ def make_card(facts: Facts, repo_id: str, metadata: dict[str, Any] | None = None
 
 
 def measured(facts: Facts, name: str) -> dict[str, Any]:
-    """Return the metadata of the evaluation: the measured point that is nearest to the saved threshold.
-
-    Args:
-        facts: What the repository's files say.
-        name: The model's name.
-    """
+    """Return the metadata of the evaluation: the measured point that is nearest to the saved threshold."""
     threshold = facts.config.get("router_threshold", 0.5)
     with_threshold = [
         (abs(point.threshold - threshold), point) for point in facts.points if point.threshold is not None
@@ -186,21 +163,13 @@ def measured(facts: Facts, name: str) -> dict[str, Any]:
 
 
 def dataset(results: Results) -> str:
-    """Name the data of an evaluation: as it was called, or by the fingerprint of its problems.
-
-    Args:
-        results: Of the evaluation.
-    """
+    """Name the data of an evaluation: as it was called, or by the fingerprint of its problems."""
     given = (results.provenance.get("arguments") or {}).get("data")
     return str(given or f"sha256:{str(results.provenance.get('data_sha256', 'unknown'))[:12]}")
 
 
 def parts(facts: Facts) -> list[tuple[str, str]]:
-    """Return the two models, the router and the saved threshold, each with its name.
-
-    Args:
-        facts: What the repository's files say.
-    """
+    """Return the two models, the router and the saved threshold, each with its name."""
     return [
         *((role.upper(), place(facts, role)) for role in ("slm", "llm")),
         ("router", f"`{facts.config['router']['type']}`"),
@@ -209,12 +178,7 @@ def parts(facts: Facts) -> list[tuple[str, str]]:
 
 
 def place(facts: Facts, role: str) -> str:
-    """Say where a base model is, and which one it is.
-
-    Args:
-        facts: What the repository's files say.
-        role: `slm` or `llm`.
-    """
+    """Say where a base model is, and which one it is."""
     reference, adapter, base = facts.reference(role), facts.adapter(role), facts.base(role)
     link = "" if base is None else link_to(*base)
     with_adapter = ""
@@ -228,32 +192,18 @@ def place(facts: Facts, role: str) -> str:
 
 
 def models_of(facts: Facts, role: str) -> list[str]:
-    """Return the published models behind a base model: itself, and its adapter if it has one.
-
-    Args:
-        facts: What the repository's files say.
-        role: `slm` or `llm`.
-    """
+    """Return the published models behind a base model: itself, and its adapter if it has one."""
     base, adapter = facts.base(role), facts.adapter(role).get("name_or_path")
     return [*([] if base is None else base[:1]), *([adapter] if adapter else [])]
 
 
 def link_to(name: str, revision: str) -> str:
-    """Return a link to a repository at a commit.
-
-    Args:
-        name: Repository id.
-        revision: The commit, or nothing.
-    """
+    """Return a link to a repository at a commit."""
     return f"[{name}](https://huggingface.co/{name})" + (f" at `{revision[:12]}`" if revision else "")
 
 
 def results_text(facts: Facts) -> str:
-    """Return the curve and the table of thresholds.
-
-    Args:
-        facts: What the repository's files say.
-    """
+    """Return the curve and the table of thresholds."""
     if facts.results is None:
         return "Not measured: this repository holds no results of `citer evaluate`."
     ends = facts.results.ends
@@ -284,11 +234,7 @@ def results_text(facts: Facts) -> str:
 
 
 def training_text(facts: Facts) -> str:
-    """Say how the router was trained.
-
-    Args:
-        facts: What the repository's files say.
-    """
+    """Say how the router was trained."""
     provenance = facts.provenance
     if provenance is None:
         untrained = facts.config["router"]["type"] in ("confidence", "entropy", "random")
@@ -310,11 +256,7 @@ def training_text(facts: Facts) -> str:
 
 
 def limits(facts: Facts) -> list[str]:
-    """Return what to be careful about.
-
-    Args:
-        facts: What the repository's files say.
-    """
+    """Return what to be careful about."""
     found = [
         "The router was made for these two models. Another SLM, or another revision of it, needs another router.",
         "The text can be no better than the two models; their licences, biases and limits are its own.",

@@ -33,15 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def carry(model: Any, folder: Path) -> Path | None:
-    """Copy what belongs to a pair's router from where the pair was loaded; warn of what is left out.
-
-    Args:
-        model: The pair.
-        folder: Where it has just been saved.
-
-    Returns:
-        The card that was there, if it belongs to this router, for what a person wrote into it.
-    """
+    """Copy what belongs to a pair's router from where the pair was loaded; warn of what is left out."""
     if model._repository is None:
         return None
     source, hub = model._repository
@@ -70,16 +62,7 @@ def carry(model: Any, folder: Path) -> Path | None:
 
 
 def fetch(source: str, hub: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the files beside a router that tell something of it, by name, those that are there.
-
-    Args:
-        source: Path or repository id.
-        hub: The keywords it was loaded with.
-
-    Raises:
-        OSError: when the repository cannot be reached.
-        ValueError: for a file that is a link out of the directory.
-    """
+    """Return the files beside a router that tell something of it, by name, those that are there."""
     options = {key: value for key, value in files_of(source, hub).items() if key != "force_download"}
     found = {
         name: cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
@@ -93,29 +76,14 @@ def fetch(source: str, hub: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def files_of(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords for fetching files of the commit that a pair was loaded from.
-
-    Args:
-        source: Path or repository id.
-        hub: The keywords it was loaded with.
-    """
+    """Return the keywords for fetching files of the commit that a pair was loaded from."""
     options = file_keywords(dict(hub))
     commit = None if os.path.isdir(source) else commit_of(source, dict(hub))
     return options | ({"revision": commit} if commit else {})
 
 
 def what_has_changed(model: Any, folder: Path, source: str, hub: Mapping[str, Any]) -> str | None:
-    """Say what of a pair is not what was loaded, or `None`.
-
-    Args:
-        model: The pair.
-        folder: Where it has just been saved.
-        source: Path or repository id that it was loaded from.
-        hub: The keywords it was loaded with.
-
-    Raises:
-        OSError: when the files that it was loaded from cannot be read.
-    """
+    """Say what of a pair is not what was loaded, or `None`."""
     options = files_of(source, hub)
     before = CiterConfig.from_pretrained(source, **options)
     now = model.router.state_dict()
@@ -135,30 +103,14 @@ def what_has_changed(model: Any, folder: Path, source: str, hub: Mapping[str, An
 
 
 def place_of(reference: Mapping[str, str] | None, source: str, hub: Mapping[str, Any]) -> str:
-    """Return the name under which a base model is loaded.
-
-    Args:
-        reference: What the router's configuration says.
-        source: Path or repository id of the router.
-        hub: The keywords it was loaded with.
-    """
+    """Return the name under which a base model is loaded."""
     if reference is None or "name_or_path" in reference or not os.path.isdir(source):
         return (reference or {}).get("name_or_path", source)
     return os.path.join(source, os.path.join(hub.get("subfolder", ""), reference["subfolder"]))
 
 
 def refuse_foreign(name: str, file: Path, config: Mapping[str, Any], router: str) -> None:
-    """Refuse the provenance or results of another router or pair.
-
-    Args:
-        name: What the file is.
-        file: The file.
-        config: Of the repository that it is to lie in.
-        router: The router's fingerprint.
-
-    Raises:
-        ValueError: which says what it is of.
-    """
+    """Refuse the provenance or results of another router or pair."""
     if name == "provenance.json":
         check_provenance(read_json(file), router)
     elif name == "results.json":

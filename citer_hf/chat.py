@@ -31,19 +31,7 @@ HELP = """\
 def chat(
     path: str, router_threshold: float | None, max_new_tokens: int, system: str | None, options: dict[str, Any]
 ) -> None:
-    """Chat in the terminal until the user leaves.
-
-    Args:
-        path: Directory or repository id of a router.
-        router_threshold: The threshold to begin with. Default: the saved one.
-        max_new_tokens: Longest answer.
-        system: System message.
-        options: For `from_pretrained`.
-
-    Raises:
-        OSError: when the pair cannot be loaded.
-        ValueError: likewise, or when it has no tokenizer.
-    """
+    """Chat in the terminal until the user leaves."""
     model, tokenizer = load_pair(path, options)
     conversation = Conversation(model, tokenizer, max_new_tokens, system, router_threshold)
     print(f"{legend(sys.stdout)} Threshold {conversation.router_threshold:g}. /help lists the commands.")
@@ -67,16 +55,7 @@ def chat(
 
 
 def load_pair(path: str, options: dict[str, Any]) -> tuple[CiterForCausalLM, Any]:
-    """Load a pair and its tokenizer.
-
-    Args:
-        path: Directory or repository id of a router.
-        options: For `from_pretrained`.
-
-    Raises:
-        OSError: when it cannot be loaded.
-        ValueError: likewise, or when it has no tokenizer.
-    """
+    """Load a pair and its tokenizer."""
     try:
         model = CiterForCausalLM.from_pretrained(path, **options)
     except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
@@ -89,12 +68,7 @@ def load_pair(path: str, options: dict[str, Any]) -> tuple[CiterForCausalLM, Any
 
 
 def answer(conversation: Conversation, text: str) -> None:
-    """Print the answer to a message, or why there is none.
-
-    Args:
-        conversation: The chat.
-        text: The message.
-    """
+    """Print the answer to a message, or why there is none."""
     try:
         with StopOnInterrupt() as stop:
             turn = conversation.ask(text, Paint(sys.stdout), stop)
@@ -112,12 +86,7 @@ def answer(conversation: Conversation, text: str) -> None:
 
 
 def obey(conversation: Conversation, line: str) -> None:
-    """Carry out a command.
-
-    Args:
-        conversation: The chat.
-        line: What the user wrote, beginning with a slash.
-    """
+    """Carry out a command."""
     name, _, argument = line[1:].partition(" ")
     if name in COMMANDS:
         COMMANDS[name](conversation, argument.strip())
@@ -126,12 +95,7 @@ def obey(conversation: Conversation, line: str) -> None:
 
 
 def set_threshold(conversation: Conversation, argument: str) -> None:
-    """Change the threshold, or say what it is.
-
-    Args:
-        conversation: The chat.
-        argument: A number, or nothing.
-    """
+    """Change the threshold, or say what it is."""
     if argument:
         try:
             conversation.router_threshold = check_threshold_value(float(argument))
@@ -142,22 +106,12 @@ def set_threshold(conversation: Conversation, argument: str) -> None:
 
 
 def print_stats(conversation: Conversation, argument: str) -> None:
-    """Say what the last answer and the whole chat took.
-
-    Args:
-        conversation: The chat.
-        argument: Nothing.
-    """
+    """Say what the last answer and the whole chat took."""
     print(f"last answer  {conversation.last}\nwhole chat   {conversation.total}")
 
 
 def reset(conversation: Conversation, argument: str) -> None:
-    """Start a new chat.
-
-    Args:
-        conversation: The chat.
-        argument: Nothing.
-    """
+    """Start a new chat."""
     conversation.reset()
     print("new chat")
 
@@ -171,11 +125,7 @@ COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
 
 
 class StopOnInterrupt(StoppingCriteria):
-    """Ends an answer after the token during which the user pressed Ctrl-C; a second Ctrl-C does not wait for it.
-
-    Attributes:
-        requested: Whether Ctrl-C was pressed.
-    """
+    """Ends an answer after the token during which the user pressed Ctrl-C; a second Ctrl-C does not wait for it."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -33,15 +33,7 @@ PROJECTS = {
 
 
 def refuse_options(context: typer.Context, simulate: bool) -> None:
-    """Refuse an option that would be ignored, whatever its value.
-
-    Args:
-        context: Of the command.
-        simulate: Whether `--simulate` was given.
-
-    Raises:
-        ValueError: for the first such option.
-    """
+    """Refuse an option that would be ignored, whatever its value."""
     for name, instead in (MEASURES if simulate else PROJECTS).items():
         source = context.get_parameter_source(name)
         if source is None or source.name in ("DEFAULT", "DEFAULT_MAP"):

@@ -20,11 +20,7 @@ def convert(
     router_threshold: Threshold = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the models' repositories bring.")] = False,
 ) -> None:
-    """Turn a router of CITER's or R2R's released code into a router repository.
-
-    No code in the file is run. Of the two models only configurations and tokenizers are read. Without
-    --router-threshold, R2R's routers start with their own, CITER's with 0.5.
-    """
+    """Turn a router of CITER's or R2R's released code into a router repository."""
     with plain_errors():
         from citer_hf import converting
 

@@ -18,10 +18,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
 ) -> None:
-    """Upload a router to the Hub, with a model card made from what is in its directory.
-
-    The card tells results.json and curve.png of `citer evaluate` and provenance.json of `citer train` where they are.
-    """
+    """Upload a router to the Hub, with a model card made from what is in its directory."""
     with plain_errors():
         from citer_hf.hub import push as push_directory
 

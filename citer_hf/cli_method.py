@@ -50,11 +50,7 @@ def label(
     device_map: DeviceMap = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Label which of the two models should write each token of reference answers.
-
-    Roll-outs are continued by the pair at --router-threshold (default: its own); 0 is the SLM alone, 2 the LLM alone.
-    Interrupted, the same command goes on. Under `accelerate launch`, processes divide the work.
-    """
+    """Label which of the two models should write each token of reference answers."""
     with plain_errors():
         from citer_hf.training import command
 
@@ -104,10 +100,7 @@ def train(
     device_map: DeviceMap = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a router on labels, and save it as a router repository.
-
-    Interrupted, the same command goes on.
-    """
+    """Train a router on labels, and save it as a router repository."""
     with plain_errors():
         from citer_hf.training import command
 
@@ -157,10 +150,7 @@ def evaluate(
     device_map: DeviceMap = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot.
-
-    Interrupted, the same command goes on. Under `accelerate launch`, processes divide the work.
-    """
+    """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot."""
     with plain_errors():
         from citer_hf.training import command
 

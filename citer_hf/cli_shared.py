@@ -25,14 +25,7 @@ app = typer.Typer(
 
 
 def threshold_option(value: float | None) -> float | None:
-    """Refuse thresholds that mean nothing.
-
-    Args:
-        value: What was given.
-
-    Raises:
-        typer.BadParameter: for a negative number, an infinite one, or none at all.
-    """
+    """Refuse thresholds that mean nothing."""
     if value is not None and not (0 <= value < math.inf):
         raise typer.BadParameter(f"{value} is no threshold: give a number from 0 (SLM alone) to above 1 (LLM alone).")
     return value
@@ -49,14 +42,7 @@ TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that the repositor
 
 
 def resolve_model(name: str) -> str:
-    """Return the directory or repository id that a user means.
-
-    Args:
-        name: A directory, a repository id, or `demo` for the pair that ships (`./demo` is a directory of that name).
-
-    Raises:
-        FileNotFoundError: when it is a directory that is no model, or looks like a path to nothing.
-    """
+    """Return the directory or repository id that a user means."""
     if name == DEMO:
         from citer_hf.demo import PAIR
 

@@ -19,17 +19,7 @@ __all__ = ["Conversation", "Turn"]
 
 @dataclass
 class Turn:
-    """What an answer, or a whole chat, took.
-
-    Args:
-        tokens: Tokens written.
-        llm_tokens: How many of them the LLM wrote.
-        llm_calls: Forward passes of the LLM.
-        seconds: Time that `generate` took.
-        read: Tokens of the chat that were read for it.
-        kept: Tokens of the chat that the cache held already.
-        cut: Whether it ended at the limit of the models' context.
-    """
+    """What an answer, or a whole chat, took."""
 
     tokens: int = 0
     llm_tokens: int = 0
@@ -40,11 +30,7 @@ class Turn:
     cut: bool = False
 
     def add(self, other: Turn) -> None:
-        """Count another turn too.
-
-        Args:
-            other: The turn.
-        """
+        """Count another turn too."""
         for name in ("tokens", "llm_tokens", "llm_calls", "seconds", "read", "kept"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -59,20 +45,7 @@ class Turn:
 
 
 class Conversation:
-    """The messages so far, and a cache that holds as much of their text as is still true.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer. Without a chat template the chat is one text that the pair continues.
-        max_new_tokens: Longest answer.
-        system: What to tell the model first.
-        router_threshold: The SLM writes a token when its score reaches this. Default: the model's.
-
-    Attributes:
-        router_threshold: May be changed between turns.
-        last: What the last turn took.
-        total: What all turns took.
-    """
+    """The messages so far, and a cache that holds as much of their text as is still true."""
 
     def __init__(
         self,
@@ -98,20 +71,7 @@ class Conversation:
         self._drop_cache()
 
     def ask(self, text: str, paint: Paint, stop: StoppingCriteria | None = None) -> Turn:
-        """Answer a message, painting the answer as it is written.
-
-        Args:
-            text: The user's message.
-            paint: What writes the answer.
-            stop: What can end the answer early.
-
-        Returns:
-            What the answer took.
-
-        Raises:
-            ValueError: when the text of the chat leaves no room for an answer, or the chat template refuses the
-                messages; the new message is not kept.
-        """
+        """Answer a message, painting the answer as it is written."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._render(messages)
         room = self.max_new_tokens if self.context is None else self.context - len(ids)
@@ -200,11 +160,7 @@ class Conversation:
 
 
 def plain_text(messages: list[dict[str, str]]) -> str:
-    """Write a chat as one text for models without a chat template: answers continue what the user wrote.
-
-    Args:
-        messages: With `role` and `content`.
-    """
+    """Write a chat as one text for models without a chat template: answers continue what the user wrote."""
     text = ""
     for message in messages:
         line_break = "\n" if text and message["role"] == "user" else ""
@@ -213,12 +169,7 @@ def plain_text(messages: list[dict[str, str]]) -> str:
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:
-    """Return how many tokens two texts have in common at the beginning.
-
-    Args:
-        one: Token ids.
-        other: Token ids.
-    """
+    """Return how many tokens two texts have in common at the beginning."""
     for index, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return index

@@ -73,12 +73,7 @@ def convert(
 
 
 def provenance(model: CiterForCausalLM, file: Path) -> dict[str, Any]:
-    """Return what is known about a converted router.
-
-    Args:
-        model: The pair.
-        file: The file that the router is from.
-    """
+    """Return what is known about a converted router."""
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     return {
         "converted_from": {"file": file.name, "sha256": sha256},

@@ -9,15 +9,7 @@ __all__ = ["import_extra"]
 
 
 def import_extra(library: str, extra: str) -> ModuleType:
-    """Import a library that comes with an optional extra of this package.
-
-    Args:
-        library: Name of the module.
-        extra: The extra that installs it.
-
-    Raises:
-        ImportError: when it is not installed; one line that says how to install it.
-    """
+    """Import a library that comes with an optional extra of this package."""
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:

@@ -19,17 +19,7 @@ CURVE = "curve.png"
 
 @dataclass(frozen=True)
 class Facts:
-    """What the files of a router repository say.
-
-    Args:
-        config: `config.json`.
-        provenance: `provenance.json` of `citer train`, if it is there and of this router.
-        results: `results.json` of `citer evaluate`, if it is there and of this router, or may be.
-        measured_as: The method under which the results hold this router; `None` if they do not say.
-        foreign: What lies there but is of another router, in words; it counts as not being there.
-        has_curve: Whether the plot is there.
-        has_chat: Whether the tokenizer has a chat template.
-    """
+    """What the files of a router repository say."""
 
     config: dict[str, Any]
     provenance: dict[str, Any] | None
@@ -41,15 +31,7 @@ class Facts:
 
     @classmethod
     def read(cls, directory: Path) -> Facts:
-        """Read a directory.
-
-        Args:
-            directory: A router repository.
-
-        Raises:
-            OSError: when it has no `config.json`, or no weights for results to be compared with.
-            ValueError: when it is no router repository, or a file holds something else than it should.
-        """
+        """Read a directory."""
         config = read_json(directory / "config.json")
         if config.get("model_type") != "citer":
             raise ValueError(f"directory: expected a router repository, got a {config.get('model_type')} model.")
@@ -91,27 +73,15 @@ class Facts:
         return [] if self.results is None else self.results.methods.get(self.method, [])
 
     def reference(self, role: str) -> dict[str, Any]:
-        """Where a base model is.
-
-        Args:
-            role: `slm` or `llm`.
-        """
+        """Where a base model is."""
         return self.config.get(f"{role}_reference") or {}
 
     def adapter(self, role: str) -> dict[str, str]:
-        """Where the adapter of a base model is; nothing when it has none.
-
-        Args:
-            role: `slm` or `llm`.
-        """
+        """Where the adapter of a base model is; nothing when it has none."""
         return self.reference(role).get("adapter") or {}
 
     def base(self, role: str) -> tuple[str, str] | None:
-        """Return the published model that a base model is, or was when it was saved along: its id and its commit.
-
-        Args:
-            role: `slm` or `llm`.
-        """
+        """Return the published model that a base model is, or was when it was saved along: its id and its commit."""
         reference = self.reference(role)
         if "name_or_path" in reference:
             return reference["name_or_path"], reference.get("revision", "")
@@ -125,11 +95,6 @@ class Facts:
 
 
 def names_a_router(provenance: dict[str, Any] | None, results: Results | None) -> bool:
-    """Say whether any file tells by a fingerprint which router it is of; older ones do not.
-
-    Args:
-        provenance: Of the training, if it is known.
-        results: Of an evaluation, if there are any.
-    """
+    """Say whether any file tells by a fingerprint which router it is of; older ones do not."""
     runs = [] if results is None else [results.provenance, *results.provenance.get("runs", ())]
     return "router_sha256" in (provenance or {}) or any("routers_sha256" in run for run in runs)

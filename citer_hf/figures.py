@@ -13,15 +13,7 @@ GREY = "#555555"
 
 
 def new_figure(inches: tuple[float, float], what: str = "A plot") -> Any:
-    """Return an empty figure of matplotlib.
-
-    Args:
-        inches: Its width and height.
-        what: What cannot be had without matplotlib, for the message.
-
-    Raises:
-        ImportError: when matplotlib is not installed.
-    """
+    """Return an empty figure of matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -33,14 +25,6 @@ def new_figure(inches: tuple[float, float], what: str = "A plot") -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure beside its place and move it there.
-
-    Args:
-        figure: matplotlib's.
-        path: Ends in `.png`, `.svg` or `.pdf`.
-
-    Raises:
-        OSError: when it cannot be written; then nothing is left behind.
-    """
+    """Write a figure beside its place and move it there."""
     with written_beside(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)

@@ -15,17 +15,7 @@ __all__ = ["read_json", "written_beside"]
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its place, and move it there when it is complete.
-
-    Args:
-        path: The place.
-
-    Yields:
-        The file, open for bytes.
-
-    Raises:
-        OSError: when it cannot be written; then nothing is left behind.
-    """
+    """Write a file beside its place, and move it there when it is complete."""
     descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "wb") as file:
@@ -41,15 +31,7 @@ def written_beside(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: The file.
-
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: when it holds something else.
-    """
+    """Read a file that holds one JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

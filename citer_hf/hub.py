@@ -28,21 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def push_pair(model: Any, folder: str, repo_id: str, **options: Any) -> str:
-    """Upload a pair that has just been saved, with what belongs to its router where the pair was loaded from.
-
-    Args:
-        model: The pair.
-        folder: Where it is saved.
-        repo_id: Where to.
-        options: Of `push`.
-
-    Returns:
-        The address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: as for `push`.
-        OSError: as for `push`.
-    """
+    """Upload a pair that has just been saved, with what belongs to its router where the pair was loaded from."""
     return push(folder, repo_id, card=carry(model, Path(folder)), **options)
 
 
@@ -122,14 +108,7 @@ def push(
 
 
 def check_references(facts: Facts) -> None:
-    """Refuse a repository that refers to a directory of this machine.
-
-    Args:
-        facts: What its files say.
-
-    Raises:
-        ValueError: which names the model.
-    """
+    """Refuse a repository that refers to a directory of this machine."""
     for role in ("slm", "llm"):
         for name in (part.get("name_or_path") for part in (facts.reference(role), facts.adapter(role))):
             if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
@@ -140,15 +119,7 @@ def check_references(facts: Facts) -> None:
 
 
 def check_facts(facts: Facts, folder: Path) -> None:
-    """Refuse files that tell of another router; warn of results that do not say which router they are of.
-
-    Args:
-        facts: What the repository's files say.
-        folder: The router repository.
-
-    Raises:
-        ForeignFactsError: which names both routers.
-    """
+    """Refuse files that tell of another router; warn of results that do not say which router they are of."""
     if facts.foreign:
         raise ForeignFactsError(f"{folder}: {facts.foreign[0]}")
     if facts.results is not None and facts.measured_as is None:
@@ -160,15 +131,7 @@ def check_facts(facts: Facts, folder: Path) -> None:
 
 
 def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path, otherwise: Path | None) -> None:
-    """Get the card that is on the Hub already, so that what a person wrote there is kept.
-
-    Args:
-        api: The Hub.
-        repo_id: The repository.
-        revision: The branch.
-        folder: The router repository; a card in it is left alone.
-        otherwise: The card to take where there is none.
-    """
+    """Get the card that is on the Hub already, so that what a person wrote there is kept."""
     if (folder / CARD).exists():
         return
     try:
@@ -179,14 +142,7 @@ def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path, oth
 
 
 def stale_facts(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> list[str]:
-    """Return the files on the Hub that tell of the router there, where that is not the one that comes now.
-
-    Args:
-        api: The Hub.
-        repo_id: The repository.
-        revision: The branch.
-        folder: The router repository that comes.
-    """
+    """Return the files on the Hub that tell of the router there, where that is not the one that comes now."""
     names = [CONFIG, ROUTER_WEIGHTS, *FACTS]
     there = {one.path: one for one in api.get_paths_info(repo_id, names, revision=revision)}
     facts = [name for name in FACTS if name in there]
@@ -199,12 +155,7 @@ def stale_facts(api: HfApi, repo_id: str, revision: str | None, folder: Path) ->
 
 
 def is_same_file(there: Any, here: Path) -> bool:
-    """Say whether a large file on the Hub is the one on this machine.
-
-    Args:
-        there: What the Hub says of it, `None` if it is not there.
-        here: The file, which may not be there.
-    """
+    """Say whether a large file on the Hub is the one on this machine."""
     if there is None or not here.is_file():
         return there is None and not here.is_file()
     if there.lfs is None or there.size != here.stat().st_size:
@@ -221,14 +172,7 @@ class ForeignFileError(ValueError):
 
 
 def repository_files(directory: Path) -> list[tuple[str, Path]]:
-    """Return what belongs into a repository, the path in it and the file of each; hidden files do not.
-
-    Args:
-        directory: The router repository.
-
-    Raises:
-        ForeignFileError: for a link that leads out of the directory.
-    """
+    """Return what belongs into a repository, the path in it and the file of each; hidden files do not."""
     root = directory.resolve()
     found: list[tuple[str, Path]] = []
     for parent, folders, names in os.walk(directory):

@@ -65,24 +65,12 @@ def read_router_file(path: str | os.PathLike[str], threshold: float | None = Non
 
 
 def is_named(content: Any) -> bool:
-    """Say whether something is a dictionary of named things.
-
-    Args:
-        content: What a file holds.
-    """
+    """Say whether something is a dictionary of named things."""
     return isinstance(content, dict) and all(isinstance(key, str) for key in content)
 
 
 def load_tensors(path: str) -> Any:
-    """Load what `torch.save` wrote, without executing anything.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: when it holds more than tensors and plain values.
-        OSError: when it cannot be read.
-    """
+    """Load what `torch.save` wrote, without executing anything."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"router: there is no file {path}.")
     with open(path, "rb") as file:
@@ -109,11 +97,7 @@ def load_tensors(path: str) -> Any:
 
 
 def unpacked_size(file: BinaryIO) -> int:
-    """Return how much a file holds, in bytes: the archives of `torch.save` may be compressed.
-
-    Args:
-        file: The file, at its start.
-    """
+    """Return how much a file holds, in bytes: the archives of `torch.save` may be compressed."""
     size = os.fstat(file.fileno()).st_size
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -123,11 +107,7 @@ def unpacked_size(file: BinaryIO) -> int:
 
 
 def described(content: Any) -> str:
-    """Say what a file holds, in at most a few lines.
-
-    Args:
-        content: What was loaded.
-    """
+    """Say what a file holds, in at most a few lines."""
     if isinstance(content, torch.Tensor):
         return f"one tensor {list(content.shape)}"
     if not isinstance(content, dict):
@@ -143,20 +123,7 @@ def described(content: Any) -> str:
 
 
 def from_citer(tensors: Tensors, path: str) -> tuple[dict[str, Any], Tensors]:
-    """Turn a router of CITER's released code into an `mlp` router; its evaluation folds the batch norm exactly.
-
-    The order is Linear, BatchNorm (eps 1e-5), ReLU, Dropout, Linear, Dropout, Linear, sigmoid.
-
-    Args:
-        tensors: The state_dict.
-        path: Where it is from.
-
-    Returns:
-        The configuration's `router` dictionary, and the weights.
-
-    Raises:
-        ValueError: for a tensor that is missing, unknown or of another shape.
-    """
+    """Turn a router of CITER's released code into an `mlp` router; its evaluation folds the batch norm exactly."""
     _, hidden = matrix_size(tensors, "linear.weight", path)
     wide = (2 * hidden,)
     shapes: Shapes = {
@@ -172,18 +139,7 @@ def from_citer(tensors: Tensors, path: str) -> tuple[dict[str, Any], Tensors]:
 
 
 def from_r2r(tensors: Tensors, path: str) -> tuple[dict[str, Any], Tensors]:
-    """Turn a router of R2R's released code into an `r2r` router. All sizes come from the tensors.
-
-    Args:
-        tensors: The state_dict, without the table of embeddings, which is the SLM's.
-        path: Where it is from.
-
-    Returns:
-        The configuration's `router` dictionary, and the weights.
-
-    Raises:
-        ValueError: for a tensor that is missing, unknown or of another shape.
-    """
+    """Turn a router of R2R's released code into an `r2r` router. All sizes come from the tensors."""
     hidden, top_logits = matrix_size(tensors, "logits_projection.weight", path)
     first, combined = matrix_size(tensors, "combined_projection.weight", path)
     embedding = combined - 2 * hidden
@@ -216,15 +172,7 @@ def from_r2r(tensors: Tensors, path: str) -> tuple[dict[str, Any], Tensors]:
 
 
 def r2r_blocks(tensors: Tensors, path: str) -> list[list[int]]:
-    """Return the widths (in, between, out) of every block.
-
-    Args:
-        tensors: The state_dict.
-        path: Where it is from.
-
-    Raises:
-        ValueError: when a block lacks one of its two linear layers.
-    """
+    """Return the widths (in, between, out) of every block."""
     count = len({key.split(".")[2] for key in tensors if key.startswith(R2R_BLOCK)})
     blocks = []
     for index in range(max(count, 1)):
@@ -235,15 +183,7 @@ def r2r_blocks(tensors: Tensors, path: str) -> list[list[int]]:
 
 
 def r2r_threshold(content: dict[str, Any], path: str) -> float:
-    """Return the threshold that an R2R file holds.
-
-    Args:
-        content: The file's dictionary.
-        path: Where it is from.
-
-    Raises:
-        ValueError: when it holds none that is a number.
-    """
+    """Return the threshold that an R2R file holds."""
     common = content.get("common_args")
     threshold = common.get("threshold") if isinstance(common, dict) else None
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:
@@ -255,15 +195,7 @@ def r2r_threshold(content: dict[str, Any], path: str) -> float:
 
 
 def threshold_from_divergence(threshold: float) -> float:
-    """Turn R2R's threshold into ours: a token goes to the LLM under the one where it does under the other.
-
-    R2R defers where p, the probability of divergence, is at least its threshold; we defer where 1 - p is less than
-    ours. So ours is the next fp32 number above 1 - threshold. Above 0.5, 1 - p is exact in fp32, and so are all
-    decisions. Below, several p may have the same 1 - p, and those at most 2⁻²⁴ below the threshold are deferred too.
-
-    Args:
-        threshold: R2R's, compared in fp32.
-    """
+    """Turn R2R's threshold into ours: a token goes to the LLM under the one where it does under the other."""
     one, given = torch.tensor(1.0), torch.tensor(threshold)
     boundary = torch.nextafter(one - given, 2 * one)
     # What is next to 0 may count as 0 on some devices.
@@ -271,16 +203,7 @@ def threshold_from_divergence(threshold: float) -> float:
 
 
 def matrix_size(tensors: Tensors, key: str, path: str) -> tuple[int, int]:
-    """Return the rows and columns of a matrix.
-
-    Args:
-        tensors: The state_dict.
-        key: Its name.
-        path: Where it is from.
-
-    Raises:
-        ValueError: when it is missing or no matrix.
-    """
+    """Return the rows and columns of a matrix."""
     tensor = tensors.get(key)
     if tensor is None:
         raise ValueError(f"router: {path}: the tensor {key} is missing. {HELD}{described(tensors)}.")
@@ -293,37 +216,18 @@ HELD = "The file holds "
 
 
 def linear_shapes(module: str, size: int, out_size: int) -> Shapes:
-    """Return the shapes of a linear layer's tensors.
-
-    Args:
-        module: Its name.
-        size: Columns.
-        out_size: Rows.
-    """
+    """Return the shapes of a linear layer's tensors."""
     return {f"{module}.weight": (out_size, size), f"{module}.bias": (out_size,)}
 
 
 def norm_shapes(module: str, size: int) -> Shapes:
-    """Return the shapes of a layer norm's tensors.
-
-    Args:
-        module: Its name.
-        size: Width.
-    """
+    """Return the shapes of a layer norm's tensors."""
     return {f"{module}.weight": (size,), f"{module}.bias": (size,)}
 
 
 def check_tensors(tensors: Tensors, shapes: Shapes, path: str) -> None:
-    """Refuse tensors that are missing, unknown, of another shape, not of numbers, or that claim more than they hold.
-
-    Args:
-        tensors: The state_dict.
-        shapes: What is expected.
-        path: Where it is from.
-
-    Raises:
-        ValueError: which names them.
-    """
+    """Refuse tensors that are missing, unknown, of another shape, not of numbers, or that claim more than they
+    hold."""
     missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(map(str, tensors.keys() - shapes.keys()))
     if missing or unknown:
         raise ValueError(
@@ -343,11 +247,7 @@ def check_tensors(tensors: Tensors, shapes: Shapes, path: str) -> None:
 
 
 def plain(tensors: Tensors) -> Tensors:
-    """Return tensors as a router holds them: fp32, contiguous, without gradients.
-
-    Args:
-        tensors: The state_dict.
-    """
+    """Return tensors as a router holds them: fp32, contiguous, without gradients."""
     return {
         key: (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
         for key, tensor in tensors.items()
@@ -355,22 +255,13 @@ def plain(tensors: Tensors) -> Tensors:
 
 
 def renamed(key: str, modules: dict[str, str]) -> str:
-    """Return what a tensor of a file is called here.
-
-    Args:
-        key: Its name in the file.
-        modules: The modules whose names differ.
-    """
+    """Return what a tensor of a file is called here."""
     module, _, name = key.rpartition(".")
     return f"{modules.get(module, module)}.{name}"
 
 
 def r2r_renamed(key: str) -> str:
-    """Return what a tensor of an R2R file is called here.
-
-    Args:
-        key: Its name in the file.
-    """
+    """Return what a tensor of an R2R file is called here."""
     if not key.startswith(R2R_BLOCK):
         return renamed(key, R2R_MODULES)
     index, _, rest = key.removeprefix(R2R_BLOCK).partition(".")

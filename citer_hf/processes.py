@@ -44,24 +44,13 @@ def launched() -> bool:
 
 
 def wait_for_all() -> None:
-    """Wait until every process is here.
-
-    Raises:
-        ConnectionError: when another one has ended.
-    """
+    """Wait until every process is here."""
     with explained():
         process_state().wait_for_everyone()
 
 
 def from_main_process(value: Any) -> Any:
-    """Return what the main process has, in every process.
-
-    Args:
-        value: Something that can be pickled; that of the other processes does not matter.
-
-    Raises:
-        ConnectionError: when another process has ended.
-    """
+    """Return what the main process has, in every process."""
     with explained():
         return broadcast_object_list([value])[0]
 

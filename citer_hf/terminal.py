@@ -22,31 +22,19 @@ _LONGEST_CHARACTER = 4
 
 
 def wants_colour(out: TextIO) -> bool:
-    """Say whether a stream is a terminal that shows colours, and the user has not asked for none (no-color.org).
-
-    Args:
-        out: The stream.
-    """
+    """Say whether a stream is a terminal that shows colours, and the user has not asked for none (no-color.org)."""
     return out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def legend(out: TextIO) -> str:
-    """Say how the LLM's text can be told from the SLM's on a stream.
-
-    Args:
-        out: The stream.
-    """
+    """Say how the LLM's text can be told from the SLM's on a stream."""
     if wants_colour(out):
         return f"{LLM_COLOUR}Text in this colour{PLAIN} was written by the LLM, the rest by the SLM."
     return f"Text in {OPEN} {CLOSE} was written by the LLM, the rest by the SLM."
 
 
 class Paint:
-    """Writes text piece by piece: the LLM's in colour, or between markers where there are no colours.
-
-    Args:
-        out: Where to.
-    """
+    """Writes text piece by piece: the LLM's in colour, or between markers where there are no colours."""
 
     def __init__(self, out: TextIO):
         self.out = out
@@ -54,12 +42,7 @@ class Paint:
         self._open = False
 
     def write(self, text: str, by_llm: bool) -> None:
-        """Write a piece.
-
-        Args:
-            text: The piece; control characters other than tabs and line breaks are left out.
-            by_llm: Whether the LLM wrote it.
-        """
+        """Write a piece."""
         text = _CONTROL.sub("", text)
         if not text:
             return
@@ -72,11 +55,7 @@ class Paint:
         self.out.flush()
 
     def dim(self, text: str) -> None:
-        """Write a line about the text, in grey where there are colours.
-
-        Args:
-            text: The line.
-        """
+        """Write a line about the text, in grey where there are colours."""
         self.out.write(f"{DIM}{text}{PLAIN}\n" if self.colour else f"{text}\n")
         self.out.flush()
 
@@ -99,18 +78,7 @@ class HasRouting(Protocol):
 
 
 class WriterStreamer(BaseStreamer):
-    """A streamer for `generate` that paints each token by its writer, which it looks up in the cache's record.
-
-    Give the same cache to `generate` as `past_key_values`.
-
-    Args:
-        tokenizer: The pair's tokenizer.
-        cache: The cache of this generation, of one row.
-        paint: What writes the text.
-
-    Attributes:
-        tokens: The tokens generated so far.
-    """
+    """A streamer for `generate` that paints each token by its writer, which it looks up in the cache's record."""
 
     def __init__(self, tokenizer: Any, cache: HasRouting, paint: Paint):
         self.tokens: list[int] = []
@@ -121,11 +89,7 @@ class WriterStreamer(BaseStreamer):
         self._context = self._shown = 0
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, at first, and then each new token.
-
-        Args:
-            value: Token ids, `[1, tokens]` or `[tokens]`.
-        """
+        """Take the prompt, at first, and then each new token."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return

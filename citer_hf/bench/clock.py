@@ -11,24 +11,13 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Times calls on a device, from an idle device to an idle device.
-
-    On CUDA the device itself takes the time, by events on its stream; elsewhere the host does, and waits for an
-    accelerator before and after.
-
-    Args:
-        device: Where the work runs.
-    """
+    """Times calls on a device, from an idle device to an idle device."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Run something and return the time it took, in seconds.
-
-        Args:
-            work: What to run.
-        """
+        """Run something and return the time it took, in seconds."""
         self.wait()
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):

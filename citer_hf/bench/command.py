@@ -29,17 +29,7 @@ __all__ = ["Source", "bench_command", "load"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pair comes from: a router repository, or two models.
-
-    Attributes:
-        model: Directory or repository id of a router.
-        slm: Path or repository id of the SLM.
-        llm: Path or repository id of the LLM.
-        device: Such as `cpu` or `cuda:0`; `None` for the machine's accelerator, or its CPU.
-        dtype: Such as `bfloat16`, or `auto`.
-        trust_remote_code: Whether to run code that the repositories bring.
-        label: What the report calls the pair. Default: what is given here.
-    """
+    """Where a pair comes from: a router repository, or two models."""
 
     model: str | None = None
     slm: str | None = None
@@ -70,21 +60,7 @@ class Source:
 
 
 def bench_command(source: Source, options: BenchOptions, as_json: bool = False, plot: Path | None = None) -> int:
-    """Compare a pair with everything else that decodes, and print or draw what comes out.
-
-    Args:
-        source: The pair.
-        options: What to measure.
-        as_json: Whether to print JSON and nothing else.
-        plot: Where to draw the speed-up against the LLM share.
-
-    Returns:
-        The exit status: 0, 1 when an error ended it, and 128 and the number of a signal when that did (Ctrl-C: 130).
-
-    Raises:
-        ValueError: for a device, a precision, prompts or a plot that mean nothing.
-        OSError: when something cannot be found, read or written, or does not fit into memory.
-    """
+    """Compare a pair with everything else that decodes, and print or draw what comes out."""
     device = check_device(source.device)
     check_dtype(source.dtype)
     check_plot(plot)
@@ -107,17 +83,7 @@ def bench_command(source: Source, options: BenchOptions, as_json: bool = False, 
 
 
 def measure(source: Source, options: BenchOptions, device: str) -> BenchReport:
-    """Load a pair and compare, as far as that gets.
-
-    Args:
-        source: The pair.
-        options: What to measure.
-        device: Where.
-
-    Raises:
-        ValueError: for prompts that mean nothing, or parts that do not fit together.
-        OSError: when something cannot be found or read, or a model cannot be loaded.
-    """
+    """Load a pair and compare, as far as that gets."""
     available = available_memory(torch.device(device if device != "auto" else check_device(None)))
     bench = None
     try:
@@ -132,17 +98,7 @@ def measure(source: Source, options: BenchOptions, device: str) -> BenchReport:
 
 
 def load(source: Source, device: str, available: int) -> Any:
-    """Load a pair.
-
-    Args:
-        source: Where it comes from.
-        device: Where it goes.
-        available: Free memory there, in bytes.
-
-    Raises:
-        ValueError: when the parts do not fit together.
-        OSError: when something cannot be found or read, or does not fit into memory.
-    """
+    """Load a pair."""
     keywords: dict[str, Any] = {"dtype": source.dtype, "device_map": device}
     if source.trust_remote_code:
         keywords["trust_remote_code"] = True
@@ -173,14 +129,7 @@ def configs(source: Source) -> tuple[Any, Any]:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar on stderr, and nothing where that is no terminal.
-
-    Args:
-        total: Number of steps.
-
-    Yields:
-        What to call before each step, with its name.
-    """
+    """Show a bar on stderr, and nothing where that is no terminal."""
     console = Console(stderr=True)
     # Drawn between steps alone: a thread that draws all the time would take time from what is measured.
     shown: dict[str, Any] = {"transient": True, "disable": not console.is_terminal, "auto_refresh": False}

@@ -24,12 +24,7 @@ CITER, LOCK_STEP, FLOOR, RELEASED = "CITER", "CITER in lock-step", "floor", "rel
 
 @dataclass(frozen=True)
 class Text:
-    """What one contender wrote after one batch of prompts.
-
-    Attributes:
-        tokens: The new tokens, `[rows, new_tokens]`.
-        to_llm: Whether the LLM wrote each, bool `[rows, new_tokens]`; `None` where nobody decided that.
-    """
+    """What one contender wrote after one batch of prompts."""
 
     tokens: torch.Tensor
     to_llm: torch.Tensor | None = None
@@ -41,14 +36,7 @@ Decode = Callable[[Batch, int, bool], Text]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to decode.
-
-    Attributes:
-        kind: Which way.
-        decode: Writes the text after one batch.
-        setting: Who decides, of the ways that have a pair decide.
-        required: Whether the bench cannot go on when it fails.
-    """
+    """One way to decode."""
 
     kind: str
     decode: Decode
@@ -62,44 +50,23 @@ class Contender:
 
 
 class Decisions:
-    """Who wrote each token of a setting's texts, for everything that follows the same decisions.
-
-    CITER decides, when an untimed run of it is observed. Its forced scores are given in the order of its calls, and
-    how long rows wait depends on measured times: so in a batch they are repeated by position, not drawn once more.
-    """
+    """Who wrote each token of a setting's texts, for everything that follows the same decisions."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Setting, int], torch.Tensor] = {}
 
     def note(self, contender: Contender, number: int, text: Text) -> None:
-        """Keep what a pair has decided.
-
-        Args:
-            contender: Who wrote the text.
-            number: Of the batch.
-            text: The text.
-        """
+        """Keep what a pair has decided."""
         if contender.setting is not None and contender.kind == CITER and text.to_llm is not None:
             self._known[contender.setting, number] = text.to_llm
 
     def of(self, setting: Setting, number: int) -> torch.Tensor:
-        """Return the decisions of a setting, bool `[rows, new_tokens]`.
-
-        Args:
-            setting: The setting.
-            number: Of the batch.
-        """
+        """Return the decisions of a setting, bool `[rows, new_tokens]`."""
         return self._known[setting, number]
 
 
 def contenders(model: Any, options: BenchOptions, decisions: Decisions) -> list[Contender]:
-    """Return everything that is to be compared, in an order in which each finds the decisions that it follows.
-
-    Args:
-        model: The pair.
-        options: What was asked for.
-        decisions: Where the pair's decisions are kept.
-    """
+    """Return everything that is to be compared, in an order in which each finds the decisions that it follows."""
     every = [
         Contender(ALONE, generates(model.llm, options)),
         Contender(SLM, generates(model.slm, options)),
@@ -121,13 +88,7 @@ def contenders(model: Any, options: BenchOptions, decisions: Decisions) -> list[
 
 
 def generates(model: Any, options: BenchOptions, **keywords: Any) -> Decode:
-    """Decode with `generate` of one model.
-
-    Args:
-        model: A causal language model.
-        options: What was asked for.
-        keywords: For `generate`.
-    """
+    """Decode with `generate` of one model."""
 
     def decode(batch: Batch, number: int, first_only: bool) -> Text:
         device = model.device
@@ -145,15 +106,7 @@ def generates(model: Any, options: BenchOptions, **keywords: Any) -> Decode:
 def routes(
     model: Any, options: BenchOptions, setting: Setting, decisions: Decisions | None = None, **keywords: Any
 ) -> Decode:
-    """Decode with `generate` of the pair.
-
-    Args:
-        model: The pair.
-        options: What was asked for.
-        setting: Who decides.
-        decisions: Where the decisions are that a forced share repeats, in lock-step; without it, it decides anew.
-        keywords: For `generate`.
-    """
+    """Decode with `generate` of the pair."""
     # Of each batch, made when it is decoded for the first time, which nobody times.
     routers: dict[int, ForcedRouter] = {}
 
@@ -192,15 +145,7 @@ def follows(
     setting: Setting,
     decisions: Decisions,
 ) -> Decode:
-    """Decode with a loop that follows what the pair has decided before.
-
-    Args:
-        loop: The loop.
-        model: The pair.
-        options: What was asked for.
-        setting: Whose decisions.
-        decisions: Where they are kept.
-    """
+    """Decode with a loop that follows what the pair has decided before."""
 
     def decode(batch: Batch, number: int, first_only: bool) -> Text:
         to_llm = decisions.of(setting, number)
@@ -210,12 +155,7 @@ def follows(
 
 
 def limits(options: BenchOptions, first_only: bool) -> dict[str, Any]:
-    """Return the keywords of `generate` that say how long the text is.
-
-    Args:
-        options: What was asked for.
-        first_only: Whether to stop after the first step.
-    """
+    """Return the keywords of `generate` that say how long the text is."""
     if first_only and options.static:
         # A criterion of one's own would keep the pair from its static path; the first token needs no other pass.
         return {"max_new_tokens": 1, "cache_implementation": options.cache_implementation}
@@ -228,23 +168,13 @@ def limits(options: BenchOptions, first_only: bool) -> dict[str, Any]:
 
 
 def stop_at_once(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-    """Stop every row; a stopping criterion.
-
-    Args:
-        input_ids: The text so far, `[rows, tokens]`.
-        scores: Not looked at.
-        kwargs: Not looked at.
-    """
+    """Stop every row; a stopping criterion."""
     return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager
 def greedy_without_end(model: Any) -> Iterator[None]:
-    """Let the pair and both models decode greedily to the last token: all texts are of equal length.
-
-    Args:
-        model: The pair, whose generation settings come back afterwards.
-    """
+    """Let the pair and both models decode greedily to the last token: all texts are of equal length."""
     parts = (model, model.slm, model.llm)
     before = [part.generation_config for part in parts]
     for part in parts:

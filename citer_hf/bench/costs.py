@@ -23,31 +23,7 @@ EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_to
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one causal language model costs to run.
-
-    Not counted: activations, the state of linear-attention and convolution layers (it does not grow with the text),
-    and the up-projection of compressed keys and values (multi-head latent attention).
-
-    Attributes:
-        weight_bytes: Bytes of weights that a forward pass over one token reads. Embedding tables are looked up, not
-            read, so they do not count; a table that is also the head counts once, as the head. Of routed experts,
-            those that one token visits.
-        kv_bytes_per_token: Bytes of keys and values of one token, all layers, in the layout that transformers caches.
-        active_parameters: Weights of the matrix products that one token takes part in, the head included.
-        head_parameters: Those of the head, which runs only for the positions whose logits are asked for.
-        resident_bytes: Bytes of all weights that lie in memory: embedding tables and idle experts too.
-        num_layers: Number of layers.
-        num_heads: Query heads of a layer; 0 for a model without attention.
-        num_kv_heads: Key-value heads of a layer; 1 for multi-head latent attention.
-        attention_width: Sum over the layers without a window of `heads * (query width + value width)`, in elements:
-            a query that looks at n positions takes `2 * n * attention_width` operations.
-        windowed_attention_width: The same over the sliding-window layers.
-        hidden_size: Width of the hidden state.
-        kv_window: Longest sliding window, in tokens; `None` when no layer has one.
-        windowed_kv_bytes_per_token: The part of `kv_bytes_per_token` that lies in sliding-window layers.
-        expert_bytes: Bytes of all routed experts.
-        expert_fraction: Part of the routed experts that one token visits.
-    """
+    """What one causal language model costs to run."""
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -66,41 +42,22 @@ class ModelCost:
     expert_fraction: float = 1.0
 
     def weight_bytes_read(self, tokens: int | float = 1) -> float:
-        """Bytes of weights that a forward pass reads; experts are taken to be visited evenly and independently.
-
-        Args:
-            tokens: Tokens of the pass, all rows together.
-        """
+        """Bytes of weights that a forward pass reads; experts are taken to be visited evenly and independently."""
         visited = 1 - (1 - self.expert_fraction) ** tokens
         return self.weight_bytes + self.expert_bytes * (visited - self.expert_fraction)
 
     def kv_bytes_read(self, context: int | float) -> float:
-        """Bytes of keys and values that a forward pass reads for one row.
-
-        Args:
-            context: Tokens in the row's cache. Sliding-window layers hold the last `kv_window - 1` of them.
-        """
+        """Bytes of keys and values that a forward pass reads for one row."""
         full = self.kv_bytes_per_token - self.windowed_kv_bytes_per_token
         return full * context + self.windowed_kv_bytes_per_token * self.in_window(context)
 
     def in_window(self, context: int | float) -> int | float:
-        """Cached tokens that a sliding-window layer still sees.
-
-        Args:
-            context: Tokens in the row's cache.
-        """
+        """Cached tokens that a sliding-window layer still sees."""
         return context if self.kv_window is None else min(context, self.kv_window - 1)
 
 
 def cost_of_model(model: PreTrainedModel) -> ModelCost:
-    """Count what a loaded model costs, at the sizes its weights are stored in (quantized ones included).
-
-    Args:
-        model: A causal language model, on any device. Its keys and values are taken to have `model.dtype`.
-
-    Raises:
-        ValueError: when the model has no head.
-    """
+    """Count what a loaded model costs, at the sizes its weights are stored in (quantized ones included)."""
     skeleton = _skeleton(model.config, type(model))
     stored = _stored_bytes(model, _expert_fraction(model.config), lambda weight, _: _tensor_bytes(weight))
     return _cost(skeleton, stored, model.dtype.itemsize)
@@ -113,19 +70,7 @@ def cost_of_config(
     other_bits: float | None = None,
     skipped: Sequence[str] = (),
 ) -> ModelCost:
-    """Count what a model would cost, from its configuration alone; no weights are needed or allocated.
-
-    Args:
-        config: Configuration of a causal language model.
-        bits: Bits per weight of the layers' matrices, with what the quantization stores beside them (nf4 with blocks
-            of 64 is 4.5, or 4.127 with double quantization).
-        kv_bits: Bits per element of the keys and values.
-        other_bits: Bits per weight of the head, tables, norms and biases; `None` for 16, or `bits` if that is more.
-        skipped: Modules whose matrices have `other_bits` too, see `is_skipped`.
-
-    Raises:
-        ValueError: for a number of bits that is not above 0, or a configuration of no causal language model.
-    """
+    """Count what a model would cost, from its configuration alone; no weights are needed or allocated."""
     other_bits = max(bits, 16) if other_bits is None else other_bits
     for name, value in (("bits", bits), ("kv_bits", kv_bits), ("other_bits", other_bits)):
         if not 0 < value <= 64:
@@ -148,15 +93,7 @@ def cost_of_config(
 def bytes_moved(
     cost: ModelCost, forward_passes: int, cached_tokens_read: int | Iterable[int], tokens_written: int
 ) -> int:
-    """Bytes that a run moves from and to memory: weights once per forward pass, and the cache.
-
-    Args:
-        cost: Of the model.
-        forward_passes: Forward passes over one token per row or a few; experts are counted as for one token.
-        cached_tokens_read: Length of the cache at every pass of every row; their sum does for a model without a
-            sliding window, whose effect on a sum is unknown and left out.
-        tokens_written: Tokens whose keys and values were added to the cache, all rows together.
-    """
+    """Bytes that a run moves from and to memory: weights once per forward pass, and the cache."""
     if isinstance(cached_tokens_read, int):
         read: float = cost.kv_bytes_per_token * cached_tokens_read
     else:
@@ -165,16 +102,7 @@ def bytes_moved(
 
 
 def flops(cost: ModelCost, tokens: int | float, context: int | float = 0, logits: int | float = 1) -> float:
-    """Floating-point operations of a forward pass of one row: two per weight and token, and attention.
-
-    Attention is counted as a kernel with a mask computes it: positions that the mask hides cost as much as others.
-
-    Args:
-        cost: Of the model.
-        tokens: Tokens that the pass reads.
-        context: Tokens in the cache before it.
-        logits: Positions whose logits are computed; `generate` asks for the last alone.
-    """
+    """Floating-point operations of a forward pass of one row: two per weight and token, and attention."""
     products = (cost.active_parameters - cost.head_parameters) * tokens + cost.head_parameters * logits
     attention = cost.attention_width * (context + tokens)
     attention += cost.windowed_attention_width * (cost.in_window(context) + tokens)
@@ -255,10 +183,8 @@ def _first(config: PreTrainedConfig, names: Iterable[str]) -> int | None:
 
 
 def _read_weights(model: PreTrainedModel, expert_fraction: float) -> Iterator[tuple[torch.Tensor, bool, bool]]:
-    """Give every weight that a forward pass reads: the tensor, whether it is of a routed expert, whether of the head.
-
-    Of a model that also sees or hears, the language model alone: the rest does not run while it decodes.
-    """
+    """Give every weight that a forward pass reads: the tensor, whether it is of a routed expert, whether of the
+    head."""
     head = _head(model)
     seen = {id(weight) for weight in head.parameters()}
     for name, module in model.get_decoder().named_modules():

@@ -14,13 +14,7 @@ __all__ = ["Pass", "Passes", "count_passes"]
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass.
-
-    Attributes:
-        rows: Rows of the batch.
-        tokens: New tokens of each row.
-        context: Tokens in the cache before.
-    """
+    """One forward pass."""
 
     rows: int
     tokens: int
@@ -29,23 +23,13 @@ class Pass:
 
 @dataclass
 class Passes:
-    """The forward passes of both models.
-
-    Attributes:
-        slm: The SLM's.
-        llm: The LLM's.
-    """
+    """The forward passes of both models."""
 
     slm: list[Pass] = field(default_factory=list)
     llm: list[Pass] = field(default_factory=list)
 
     def bytes_moved(self, slm: ModelCost, llm: ModelCost) -> float:
-        """Bytes of weights and of keys and values that all passes read, and of those that they write.
-
-        Args:
-            slm: Cost of the SLM.
-            llm: Cost of the LLM.
-        """
+        """Bytes of weights and of keys and values that all passes read, and of those that they write."""
         return sum(
             cost.weight_bytes_read(one.rows * one.tokens)
             + cost.kv_bytes_read(one.context) * one.rows
@@ -57,13 +41,7 @@ class Passes:
 
 @contextmanager
 def count_passes(model: Any) -> Iterator[Passes]:
-    """Note every forward pass of the two models of a pair. Hooks cost time, so take no times meanwhile.
-
-    Compiled passes know nothing of hooks that come and go: meanwhile, nothing is compiled.
-
-    Args:
-        model: The `CiterForCausalLM`.
-    """
+    """Note every forward pass of the two models of a pair. Hooks cost time, so take no times meanwhile."""
     settings = [part.generation_config for part in (model, model.slm, model.llm)]
     before = [one.disable_compile for one in settings]
     passes = Passes()

@@ -26,14 +26,7 @@ GRID = 1000
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Median times of single forward passes.
-
-    Attributes:
-        prompt_length: Tokens in both caches.
-        rows: Rows of the batch.
-        slm_step: Seconds of a pass of the SLM over one token per row.
-        llm: Seconds of a pass of the LLM, by the number of tokens per row.
-    """
+    """Median times of single forward passes."""
 
     prompt_length: int
     rows: int
@@ -41,11 +34,7 @@ class CostCurve:
     llm: Mapping[int, float]
 
     def llm_seconds(self, tokens: float) -> float:
-        """Seconds of a pass of the LLM, straight between what was measured and with the last slope beyond.
-
-        Args:
-            tokens: Tokens per row, from 1.
-        """
+        """Seconds of a pass of the LLM, straight between what was measured and with the last slope beyond."""
         known = sorted(self.llm)
         if tokens <= known[0]:
             return self.llm[known[0]]
@@ -64,14 +53,7 @@ class CostCurve:
         return max((self.llm[right] - self.llm[left]) / (right - left), 0.0)
 
     def seconds_per_token(self, share: float) -> float:
-        """Expected time of CITER per position: a step of the SLM, and with some probability a catch-up of the LLM.
-
-        Rows are in step and decide independently, so that the LLM runs at a position with probability
-        `p = 1 - (1 - share)^rows`, and reads as many tokens as have passed since the last time: geometric, mean 1/p.
-
-        Args:
-            share: LLM share, above 0 and at most 1.
-        """
+        """Expected time of CITER per position: a step of the SLM, and with some probability a catch-up of the LLM."""
         p = 1 - (1 - share) ** self.rows
         longest = max(self.llm)
         expected = sum(p * (1 - p) ** (tokens - 1) * self.llm_seconds(tokens) for tokens in range(1, longest + 1))
@@ -91,23 +73,14 @@ class CostCurve:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The LLM share at which a pair is as fast as the LLM alone.
-
-    Attributes:
-        share: The share; below it the pair is faster. `None` when there is no such share.
-        reason: Why there is none.
-    """
+    """The LLM share at which a pair is as fast as the LLM alone."""
 
     share: float | None
     reason: str = ""
 
 
 def break_even(curve: CostCurve) -> BreakEven:
-    """Compute the share from which on a pair takes longer per token than the LLM alone.
-
-    Args:
-        curve: The measured costs.
-    """
+    """Compute the share from which on a pair takes longer per token than the LLM alone."""
     alone = curve.llm[1]
     shares = [index / GRID for index in range(1, GRID + 1)]
     slower = [curve.seconds_per_token(share) >= alone for share in shares]
@@ -138,16 +111,7 @@ def measure_curve(
     longest: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> CostCurve:
-    """Time single forward passes of both bare models behind a cache of the prompt's length.
-
-    Args:
-        model: The pair.
-        prompt_length: Tokens in the cache.
-        rows: Rows of the batch.
-        seed: Of the tokens.
-        longest: Most new tokens that there is room for in the context; longer catch-ups are left out.
-        progress: Called after each pass that was timed.
-    """
+    """Time single forward passes of both bare models behind a cache of the prompt's length."""
     sizes = [size for size in CATCH_UPS if longest is None or size <= max(longest, 1)]
     slm = PassTimer(model.slm, model.vocab_size, prompt_length, rows, seed)
     llm = PassTimer(model.llm, model.vocab_size, prompt_length, rows, seed)
@@ -168,15 +132,7 @@ def measure_curve(
 
 
 class PassTimer:
-    """Times passes of one model, each behind the same cache.
-
-    Args:
-        model: A causal language model.
-        vocab_size: Number of token ids.
-        prompt_length: Tokens in the cache.
-        rows: Rows of the batch.
-        seed: Of the tokens.
-    """
+    """Times passes of one model, each behind the same cache."""
 
     def __init__(self, model: Any, vocab_size: int, prompt_length: int, rows: int, seed: int):
         self.model, self.clock = model, Clock(model.device)
@@ -189,11 +145,7 @@ class PassTimer:
         self.read(self.cache, self.tokens[:, :prompt_length])
 
     def seconds(self, size: int) -> float:
-        """Time one pass, and take it back.
-
-        Args:
-            size: New tokens per row.
-        """
+        """Time one pass, and take it back."""
         # Windows and states forget what a pass pushes out, so that it cannot be taken back.
         croppable = all(type(layer) is DynamicLayer for layer in self.cache.layers)
         cache = self.cache if croppable else copy.deepcopy(self.cache)
@@ -203,10 +155,5 @@ class PassTimer:
         return seconds
 
     def read(self, cache: Any, input_ids: torch.Tensor) -> None:
-        """Run one pass.
-
-        Args:
-            cache: Is filled.
-            input_ids: New tokens, `[rows, tokens]`.
-        """
+        """Run one pass."""
         self.model(input_ids=input_ids, past_key_values=cache, **self.options)

@@ -9,12 +9,7 @@ __all__ = ["DEVICES", "Device"]
 
 @dataclass(frozen=True)
 class Device:
-    """What the maker publishes about one device; no program reaches quite as much.
-
-    Attributes:
-        bandwidth: Of its memory, bytes per second.
-        flops: Dense bf16 operations per second; `None` when no figure is published.
-    """
+    """What the maker publishes about one device; no program reaches quite as much."""
 
     bandwidth: float
     flops: float | None

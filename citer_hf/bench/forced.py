@@ -16,14 +16,7 @@ TURNS = 4
 
 
 class ForcedRouter(nn.Module):
-    """Scores that are known beforehand, given in the order of the calls.
-
-    Like every router that is not of the pair's own kinds it runs between passes that are compiled, never inside one,
-    so that the host may count.
-
-    Args:
-        numbers: Scores, fp32 `[n]`; after the last the same come again.
-    """
+    """Scores that are known beforehand, given in the order of the calls."""
 
     numbers: torch.Tensor
 
@@ -37,15 +30,7 @@ class ForcedRouter(nn.Module):
         self._given = 0
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Give each position its score.
-
-        Args:
-            hidden: `[..., H]`; its shape and device alone matter.
-            logits: `[..., V]`, not looked at.
-
-        Returns:
-            The next numbers, fp32 `[...]`.
-        """
+        """Give each position its score."""
         if self.numbers.device != hidden.device:
             self.numbers = self.numbers.to(hidden.device)
         shape = hidden.shape[:-1]
@@ -57,20 +42,7 @@ class ForcedRouter(nn.Module):
 
 
 def forced_numbers(tokens: int, seed: int = 0, text: int = 0) -> torch.Tensor:
-    """Return scores of which `router_threshold=p` sends the share p to the LLM, as exactly as the length allows.
-
-    They are the numbers 0.5/n, 1.5/n, ... in a random order, for n tokens, and once more in another order for
-    positions that are read again. They come from a generator of their own: nothing else that draws numbers changes
-    them, and they change nothing else.
-
-    Args:
-        tokens: Tokens of the text, all rows together.
-        seed: Another seed gives another order.
-        text: Number of the text, from 0; another text gives another order.
-
-    Returns:
-        Fp32 `[4 * tokens]`.
-    """
+    """Return scores of which `router_threshold=p` sends the share p to the LLM, as exactly as the length allows."""
     # Seeds of texts must not meet those of other runs: 0 with text 1 is another sequence than 1 with text 0.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + text) % (1 << 63))
     order = torch.rand(TURNS, tokens, generator=generator).argsort(dim=1)
@@ -78,25 +50,14 @@ def forced_numbers(tokens: int, seed: int = 0, text: int = 0) -> torch.Tensor:
 
 
 def replayed_numbers(to_llm: torch.Tensor) -> torch.Tensor:
-    """Return scores with which rows that move in step repeat decisions, at any `router_threshold` of a forced share.
-
-    Args:
-        to_llm: Who writes each token, bool `[rows, new_tokens]`.
-
-    Returns:
-        Fp32 `[rows * new_tokens]`, position by position.
-    """
+    """Return scores with which rows that move in step repeat decisions, at any `router_threshold` of a forced
+    share."""
     return (~to_llm).T.flatten().float()
 
 
 @contextmanager
 def decides_by(model: Any, router: nn.Module | None) -> Iterator[None]:
-    """Let a router decide for a pair, and give the pair its own one back afterwards.
-
-    Args:
-        model: The `CiterForCausalLM`.
-        router: The router; `None` for the pair's own.
-    """
+    """Let a router decide for a pair, and give the pair its own one back afterwards."""
     own = model.router
     model.router = own if router is None else router
     try:

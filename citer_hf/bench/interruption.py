@@ -32,12 +32,8 @@ class Interruption:
         return 128 + (self._number or signal.SIGINT)
 
     def handle(self, number: int, frame: Any) -> None:
-        """Raise `KeyboardInterrupt`, as a handler of signals; what must not be lost is told first, unless asked twice.
-
-        Args:
-            number: Of the signal.
-            frame: Not looked at.
-        """
+        """Raise `KeyboardInterrupt`, as a handler of signals; what must not be lost is told first, unless asked
+        twice."""
         again, self._number = self.has_come, number
         if again or not self._waits:
             raise KeyboardInterrupt
@@ -54,14 +50,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Let the signals that end a program interrupt as Ctrl-C does.
-
-    Signals that are ignored stay ignored (`nohup`), and in a thread, where Python allows no handlers, all stay as they
-    are.
-
-    Yields:
-        What tells whether one has come.
-    """
+    """Let the signals that end a program interrupt as Ctrl-C does."""
     interruption = Interruption()
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -15,21 +15,7 @@ __all__ = ["floor_loop", "last_logits_only", "released_loop"]
 
 @torch.no_grad()
 def floor_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int, static: bool = False) -> torch.Tensor:
-    """Decode greedily with the two bare models and decisions that are known: no router, no processors, no checks.
-
-    One step of the SLM per token; where a row's token is the LLM's, one forward pass of the LLM over all that it has
-    not seen. Rows move in step, so that the LLM runs when any row needs it.
-
-    Args:
-        model: The pair.
-        batch: The prompts, on the SLM's device.
-        to_llm: Who writes each token, bool `[rows, new_tokens]`.
-        new_tokens: How many tokens to write; fewer than there are decisions are allowed.
-        static: Whether to take transformers' static caches, with passes that are compiled on an accelerator.
-
-    Returns:
-        The new tokens, `[rows, new_tokens]`.
-    """
+    """Decode greedily with the two bare models and decisions that are known: no router, no processors, no checks."""
     length, vocab = batch.length, model.vocab_size
     text = torch.cat([batch.input_ids, batch.input_ids.new_zeros(batch.rows, new_tokens)], dim=1)
     by_llm = to_llm.to(text.device)
@@ -46,15 +32,7 @@ def floor_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int, 
 
 
 class Reader:
-    """One bare model and its cache.
-
-    Args:
-        model: A causal language model.
-        batch: The prompts.
-        new_tokens: How many tokens will follow.
-        vocab: Number of token ids that the pair shares.
-        static: Whether its cache is static.
-    """
+    """One bare model and its cache."""
 
     def __init__(self, model: Any, batch: Batch, new_tokens: int, vocab: int, static: bool = False):
         self.model, self.vocab, self.device = model, vocab, model.device
@@ -75,12 +53,7 @@ class Reader:
                 self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
 
     def next_tokens(self, text: torch.Tensor, end: int) -> torch.Tensor:
-        """Read what is new, and return the most likely next token of each row, `[rows]`, on the text's device.
-
-        Args:
-            text: Token ids, `[rows, room]`.
-            end: Where the text ends now.
-        """
+        """Read what is new, and return the most likely next token of each row, `[rows]`, on the text's device."""
         options: dict[str, Any] = dict(self.options)
         if self.mask is not None:
             # What a static cache has room for is behind the causal mask anyway, and its shape does not change.
@@ -94,29 +67,13 @@ class Reader:
 
 
 def last_logits_only(model: Any) -> dict[str, int]:
-    """Return the keywords that spare a model the logits of all positions but the last, where it knows such a keyword.
-
-    Args:
-        model: A causal language model.
-    """
+    """Return the keywords that spare a model the logits of all positions but the last, where it knows such a
+    keyword."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def released_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Decode as the method's released code does, written from its description.
-
-    Per token one `generate(max_new_tokens=1)` of the SLM, whose cache is passed on; for rows that are the LLM's one
-    `generate(max_new_tokens=1)` of the LLM over their whole text, without a cache. Its router is left out.
-
-    Args:
-        model: The pair, whose models have greedy generation settings without an end token.
-        batch: The prompts, on the SLM's device.
-        to_llm: Who writes each token, bool `[rows, new_tokens]`.
-        new_tokens: How many tokens to write; fewer than there are decisions are allowed.
-
-    Returns:
-        The new tokens, `[rows, new_tokens]`.
-    """
+    """Decode as the method's released code does, written from its description."""
     text, mask = batch.input_ids, batch.attention_mask
     cache = DynamicCache(config=model.slm.config)
     for step in range(new_tokens):

@@ -29,16 +29,7 @@ SAMPLING_SECONDS = 0.002
 
 @dataclass(frozen=True)
 class Machine:
-    """What the measurements were taken on.
-
-    Attributes:
-        device: The device of the pair, such as `cpu` or `cuda:0`.
-        name: What its maker calls it.
-        threads: Threads that torch uses on the CPU.
-        memory_bandwidth: Measured, in bytes per second; see `measure_bandwidth`.
-        torch: Version.
-        transformers: Version.
-    """
+    """What the measurements were taken on."""
 
     device: str
     name: str
@@ -53,11 +44,7 @@ class Machine:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """Measure and describe the machine.
-
-    Args:
-        device: The device of the pair.
-    """
+    """Measure and describe the machine."""
     on_cuda = device.type == "cuda"
     return Machine(
         device=str(device),
@@ -81,15 +68,7 @@ def processor_name() -> str:
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Measure how fast a device reaches its memory, in bytes per second.
-
-    The best of five trials each of a product of an fp32 matrix and a vector, which reads the matrix once, as decoding
-    reads weights, and of a copy, which reads as much as it writes and counts for both. The buffers are 256 MB on a
-    CPU, 1 GB on an accelerator, and at most a sixteenth of the free memory.
-
-    Args:
-        device: The device.
-    """
+    """Measure how fast a device reaches its memory, in bytes per second."""
     largest = CPU_BUFFER if device.type == "cpu" else DEVICE_BUFFER
     size = min(largest, available_memory(device) // 16)
     rows = max(size // (4096 * 4), 1)
@@ -103,11 +82,7 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the memory of a device that this process can still take, in bytes.
-
-    Args:
-        device: The device.
-    """
+    """Return the memory of a device that this process can still take, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     process, free = psutil.Process(), int(psutil.virtual_memory().available)
@@ -118,13 +93,7 @@ def available_memory(device: torch.device) -> int:
 
 @dataclass
 class PeakMemory:
-    """Memory that a run took: of the process on a CPU, allocated by torch on CUDA, on all devices together.
-
-    Attributes:
-        before: Bytes when the run began, the weights of both models included.
-        peak: The most during the run, in bytes. What ran before counts only by what it keeps: free memory is given
-            back when a run begins, on a CPU where that can be asked for (Linux with glibc).
-    """
+    """Memory that a run took: of the process on a CPU, allocated by torch on CUDA, on all devices together."""
 
     before: int = 0
     peak: int = 0
@@ -142,11 +111,7 @@ def give_memory_back() -> None:
 
 @contextmanager
 def watch_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """Measure the memory of what runs inside. On a CPU a thread samples it every 2 ms, so take no times meanwhile.
-
-    Args:
-        device: The device of the pair.
-    """
+    """Measure the memory of what runs inside. On a CPU a thread samples it every 2 ms, so take no times meanwhile."""
     memory = PeakMemory()
     give_memory_back()
     if device.type == "cuda":

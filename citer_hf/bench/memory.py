@@ -26,16 +26,7 @@ class DoesNotFitError(OSError):
 
 @contextmanager
 def explain_out_of_memory(device: str, available: int, describe: Callable[[Exception], str]) -> Iterator[None]:
-    """Turn an allocation that failed into an error which says what did not fit and what helps.
-
-    Args:
-        device: Where it was to fit.
-        available: Bytes that were free before any model was loaded.
-        describe: Says which model it was and what it needed; called only then, and where the pair has not said it.
-
-    Raises:
-        DoesNotFitError: in the place of whatever was raised.
-    """
+    """Turn an allocation that failed into an error which says what did not fit and what helps."""
     try:
         yield
     except Exception as error:
@@ -51,16 +42,7 @@ def explain_out_of_memory(device: str, available: int, describe: Callable[[Excep
 
 
 def who_ran(error: Exception, slm: Any, llm: Any) -> str | None:
-    """Say which model was running when something was raised: no hook that would cost time needs to know it before.
-
-    Args:
-        error: What was raised.
-        slm: The SLM.
-        llm: The LLM.
-
-    Returns:
-        `SLM`, `LLM`, or `None` where it was neither.
-    """
+    """Say which model was running when something was raised: no hook that would cost time needs to know it before."""
     names, found = {id(slm): "SLM", id(llm): "LLM"}, None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         # The innermost one: an LLM that is assisted calls the SLM.
@@ -69,25 +51,13 @@ def who_ran(error: Exception, slm: Any, llm: Any) -> str | None:
 
 
 def loading(slm: PreTrainedConfig, llm: PreTrainedConfig, dtype: str) -> str:
-    """Say that a pair could not be loaded, and what it needs.
-
-    Args:
-        slm: Configuration of the SLM.
-        llm: Configuration of the LLM.
-        dtype: The precision asked for.
-    """
+    """Say that a pair could not be loaded, and what it needs."""
     small, large = (weight_bytes_of(config, {"dtype": dtype}) / GB for config in (slm, llm))
     return f"the pair could not be loaded; its weights need about {small:.3g} GB (SLM) and {large:.3g} GB (LLM)"
 
 
 def one_model(name: str, model: Any, tokens: int) -> str:
-    """Say that one model did not fit while it generated alone, and what it needs.
-
-    Args:
-        name: `SLM` or `LLM`.
-        model: The model.
-        tokens: Tokens in its cache at the end, all rows together.
-    """
+    """Say that one model did not fit while it generated alone, and what it needs."""
     weights, cache = weights_and_cache(model, tokens)
     return (
         f"the {name} while generating; it needs about {(weights + cache) / GB:.3g} GB ({weights / GB:.3g} of weights "
@@ -96,13 +66,7 @@ def one_model(name: str, model: Any, tokens: int) -> str:
 
 
 def both_models(slm: Any, llm: Any, tokens: int) -> str:
-    """Say that the pair did not fit while both were generating, and what each model needs.
-
-    Args:
-        slm: The SLM.
-        llm: The LLM.
-        tokens: Tokens in each cache at the end, all rows together.
-    """
+    """Say that the pair did not fit while both were generating, and what each model needs."""
     small, large = weights_and_cache(slm, tokens), weights_and_cache(llm, tokens)
     return (
         f"both models while generating; they need about {sum(small + large) / GB:.3g} GB (SLM: {small[0] / GB:.3g} of "

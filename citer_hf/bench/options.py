@@ -24,12 +24,7 @@ LARGEST_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Setting:
-    """How the pair decides who writes: by a forced share, or by its own router at a threshold.
-
-    Attributes:
-        share: Share of the tokens that goes to the LLM, at positions that are drawn at random; or `None`.
-        threshold: Threshold of the model's own router; or `None`.
-    """
+    """How the pair decides who writes: by a forced share, or by its own router at a threshold."""
 
     share: float | None = None
     threshold: float | None = None
@@ -51,22 +46,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Everything that decides what is measured.
-
-    Attributes:
-        shares: Forced LLM shares, in [0, 1].
-        thresholds: Thresholds of the model's own router.
-        prompts: File with prompts; `None` for synthetic ones.
-        prompt_length: Length of synthetic prompts, in tokens.
-        batch_size: Rows per `generate`.
-        max_new_tokens: Tokens written in every row, by every contender.
-        repeats: Timed repetitions of every contender.
-        warmup: Repetitions before those, not counted.
-        cache_implementation: For `generate`.
-        seed: Of synthetic prompts and forced decisions.
-        released_loop: Whether to time the loop of the method's released code too.
-        assisted: Whether to time transformers' assisted generation.
-    """
+    """Everything that decides what is measured."""
 
     shares: tuple[float, ...] = DEFAULT_SHARES
     thresholds: tuple[float, ...] = ()
@@ -121,15 +101,7 @@ class BenchOptions:
 
 
 def parse_numbers(option: str, text: str | None) -> tuple[float, ...]:
-    """Read numbers separated by commas.
-
-    Args:
-        option: Name of the option, for the message.
-        text: What was given; `None` and an empty text are no numbers.
-
-    Raises:
-        ValueError: for something that is no number.
-    """
+    """Read numbers separated by commas."""
     if text is None or not text.strip():
         return ()
     numbers = []
@@ -144,14 +116,7 @@ def parse_numbers(option: str, text: str | None) -> tuple[float, ...]:
 
 
 def check_device(name: str | None) -> str:
-    """Return the device to run on: the one given, or the machine's first accelerator, or its CPU.
-
-    Args:
-        name: Such as `cpu`, `cuda` or `cuda:1`; `auto` lets accelerate spread the models over all there is.
-
-    Raises:
-        ValueError: when there is no such device; it lists those there are.
-    """
+    """Return the device to run on: the one given, or the machine's first accelerator, or its CPU."""
     there = available_devices()
     if name is None:
         return there[1] if len(there) > 1 else there[0]
@@ -176,30 +141,14 @@ def available_devices() -> list[str]:
 
 
 def check_dtype(name: str) -> str:
-    """Return the name of a precision that models can be loaded in.
-
-    Args:
-        name: Such as `bfloat16`, or `auto` for that of the files.
-
-    Raises:
-        ValueError: when there is no such precision.
-    """
+    """Return the name of a precision that models can be loaded in."""
     if name != "auto" and getattr(torch, name, None) not in DTYPES:
         raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {name!r}.")
     return name
 
 
 def check_plot(path: Path | None) -> None:
-    """Refuse, before anything is measured, a plot that could not be drawn or written.
-
-    Args:
-        path: Where the plot goes.
-
-    Raises:
-        ValueError: for a kind of file that is not drawn.
-        OSError: when there is no such directory, or nothing can be written into it, or the file is a directory.
-        ImportError: when matplotlib is not installed.
-    """
+    """Refuse, before anything is measured, a plot that could not be drawn or written."""
     if path is None:
         return
     if path.suffix.lower() not in PLOT_SUFFIXES:
@@ -218,15 +167,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def check_cache(name: str | None, device: torch.device) -> None:
-    """Refuse a kind of cache that there is no use for on a device.
-
-    Args:
-        name: The `cache_implementation` of `generate`.
-        device: Of the pair.
-
-    Raises:
-        ValueError: for keys and values that leave an accelerator where there is none.
-    """
+    """Refuse a kind of cache that there is no use for on a device."""
     if device.type == "cpu" and name is not None and "offloaded" in name:
         raise ValueError(
             f"--cache-implementation: {name} moves keys and values from an accelerator to the CPU, but the pair is on "
@@ -235,16 +176,7 @@ def check_cache(name: str | None, device: torch.device) -> None:
 
 
 def check_context(limit: int | None, lengths: Sequence[int], max_new_tokens: int) -> None:
-    """Refuse prompts that leave no room for the text.
-
-    Args:
-        limit: Context length of the pair, in tokens; `None` when it has no limit.
-        lengths: Lengths of the prompts, in tokens.
-        max_new_tokens: Tokens to write after each.
-
-    Raises:
-        ValueError: when the longest prompt and its text do not fit.
-    """
+    """Refuse prompts that leave no room for the text."""
     longest = max(lengths)
     if limit is None or longest + max_new_tokens <= limit:
         return

@@ -25,16 +25,7 @@ INCHES = (7.5, 5.0)
 
 
 def draw(report: BenchReport, path: Path) -> None:
-    """Draw the results into a file, whole or not at all.
-
-    Args:
-        report: The results; without a measurement of the pair nothing is drawn.
-        path: Ends in `.png`, `.svg` or `.pdf`.
-
-    Raises:
-        ImportError: when matplotlib is not installed.
-        OSError: when the file cannot be written.
-    """
+    """Draw the results into a file, whole or not at all."""
     figure = new_figure(INCHES, "--plot")
     if not any(row.speedup for row in report.rows):
         return
@@ -43,12 +34,7 @@ def draw(report: BenchReport, path: Path) -> None:
 
 
 def fill(axes: Any, report: BenchReport) -> None:
-    """Put everything into the axes.
-
-    Args:
-        axes: matplotlib's.
-        report: The results.
-    """
+    """Put everything into the axes."""
     axes.axhline(1, color=GREY, linewidth=1.2)
     axes.annotate(
         "LLM alone",
@@ -95,14 +81,7 @@ def fill(axes: Any, report: BenchReport) -> None:
 
 
 def series(rows: Sequence[Measurement], axes: Any, label: str, style: dict[str, str]) -> None:
-    """Draw one kind of contender, with its spread.
-
-    Args:
-        rows: Its measurements.
-        axes: matplotlib's.
-        label: For the legend.
-        style: Colour, mark and dashes.
-    """
+    """Draw one kind of contender, with its spread."""
     if not rows:
         return
     rows = sorted(rows, key=lambda row: row.llm_share or 0.0)

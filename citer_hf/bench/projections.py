@@ -56,28 +56,8 @@ def simulate_command(
     waiting_rows: int | None = None,
     **options: Any,
 ) -> list[Projection]:
-    """Project a pair at shares and batch sizes: in lock-step, and for batches with waiting rows where that is chosen.
-
-    Args:
-        slm: Repository id, directory or `config.json` of the small model; without `llm`, of a router.
-        llm: The same of the large model.
-        device: Name of an entry of `DEVICES`, at its published peak.
-        bandwidth_gb_s: Bandwidth of the memory in GB/s, such as `citer bench` measures; overrides the device's.
-        tflops: Peak in 10¹² operations per second; overrides the device's.
-        slm_bits: Bits per weight of the SLM, see `cost_of_config`; `None` for what its configuration says.
-        llm_bits: Bits per weight of the LLM.
-        kv_bits: Bits per element of both caches; `None` for those of the weights that are not quantized, 16 at least.
-        shares: Shares of LLM tokens.
-        batch_sizes: Rows per replica.
-        context: Tokens in the cache of every row; `None` for 1024, or the longest text of the pair if that is shorter.
-        waiting_rows: Waiting rows that trigger a call of the LLM, 1 for lock-step alone; `None` leaves it to the
-            policy that `generate` follows.
-        options: What else `project` takes: `overhead`, `tensor_parallel`, `replicas`, ...
-
-    Raises:
-        ValueError: for an argument out of its range, an unknown device, or a router where a model is expected.
-        OSError: when a configuration cannot be found.
-    """
+    """Project a pair at shares and batch sizes: in lock-step, and for batches with waiting rows where that is
+    chosen."""
     machine: dict[str, Any] = {**_machine(device, bandwidth_gb_s, tflops), **options}
     for name, bits in (("slm_bits", slm_bits), ("llm_bits", llm_bits), ("kv_bits", kv_bits)):
         if bits is not None:
@@ -105,15 +85,7 @@ def simulate_command(
 
 @contextmanager
 def named_as_options(router: bool) -> Iterator[None]:
-    """Let errors about an argument of `simulate_command` name the option of the command line.
-
-    Args:
-        router: Whether the first model is the command's MODEL.
-
-    Raises:
-        ValueError: in the place of one that names an argument.
-        FileNotFoundError: likewise.
-    """
+    """Let errors about an argument of `simulate_command` name the option of the command line."""
     names = {**OPTIONS, "slm": "MODEL"} if router else OPTIONS
     try:
         yield
@@ -128,11 +100,7 @@ def named_as_options(router: bool) -> Iterator[None]:
 
 
 def table(projections: Sequence[Projection]) -> str:
-    """Lay projections out as text, a line each.
-
-    Args:
-        projections: What to show, of one pair.
-    """
+    """Lay projections out as text, a line each."""
     headers = (
         *("rows", "LLM\nshare", "rows that\nwait", "SLM step\nms", "LLM call\nms", "LLM calls\n/ position"),
         *("SLM steps\n/ position", "ms /\nposition", "tokens\n/ s", "tokens / s\n/ device", "LLM\nalone"),
@@ -165,11 +133,7 @@ def table(projections: Sequence[Projection]) -> str:
 
 
 def to_json(projections: Sequence[Projection]) -> str:
-    """Write projections as a JSON list, times in seconds.
-
-    Args:
-        projections: What to write.
-    """
+    """Write projections as a JSON list, times in seconds."""
     return json.dumps([asdict(one) for one in projections], indent=2)
 
 

@@ -15,13 +15,7 @@ __all__ = ["Batch", "file_batches", "make_batches", "read_prompts", "synthetic_b
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are continued together.
-
-    Attributes:
-        input_ids: Padded on the left, `[rows, tokens]`.
-        attention_mask: 1 for tokens and 0 for padding, `[rows, tokens]`.
-        padded: Whether there is any padding.
-    """
+    """Prompts that are continued together."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -41,20 +35,7 @@ class Batch:
 def make_batches(
     prompts: Path | None, tokenizer: Any, vocab_size: int, prompt_length: int, rows: int, seed: int
 ) -> list[Batch]:
-    """Return the prompts of a file, or one batch of synthetic ones.
-
-    Args:
-        prompts: The file; `None` for synthetic prompts.
-        tokenizer: The pair's; only a file needs one.
-        vocab_size: Number of token ids.
-        prompt_length: Length of synthetic prompts, in tokens.
-        rows: Prompts per batch.
-        seed: Of synthetic prompts.
-
-    Raises:
-        ValueError: when the file holds no prompts, or there is no tokenizer to read them with.
-        OSError: when it cannot be read.
-    """
+    """Return the prompts of a file, or one batch of synthetic ones."""
     if prompts is None:
         return [synthetic_batch(vocab_size, prompt_length, rows, seed)]
     if tokenizer is None:
@@ -66,29 +47,15 @@ def make_batches(
 
 
 def synthetic_batch(vocab_size: int, length: int, rows: int, seed: int) -> Batch:
-    """Return random tokens, which take as long to read as any others.
-
-    Args:
-        vocab_size: Number of token ids.
-        length: Tokens per prompt.
-        rows: Number of prompts.
-        seed: Another seed gives other tokens.
-    """
+    """Return random tokens, which take as long to read as any others."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(0, vocab_size, (rows, length), generator=generator)
     return Batch(input_ids, torch.ones_like(input_ids))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts: one a line, or JSON lines with a `prompt`, or one JSON list of either. Empty lines are left out.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it holds no prompts, or a part of the JSON has none.
-    """
+    """Read prompts: one a line, or JSON lines with a `prompt`, or one JSON list of either. Empty lines are left
+    out."""
     if not path.is_file():
         raise FileNotFoundError(f"--prompts: there is no file {path}. Give a text file with one prompt a line.")
     try:
@@ -108,11 +75,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def json_list(text: str) -> list[Any] | None:
-    """Return the entries of a JSON list of texts and objects; `None` where the text is none, but may be a prompt.
-
-    Args:
-        text: All of a file.
-    """
+    """Return the entries of a JSON list of texts and objects; `None` where the text is none, but may be a prompt."""
     try:
         entries = json.loads(text)
     except ValueError:
@@ -122,15 +85,7 @@ def json_list(text: str) -> list[Any] | None:
 
 
 def json_prompt(line: str, where: str) -> str:
-    """Return the prompt of one line of JSON.
-
-    Args:
-        line: The line.
-        where: It is, for the message.
-
-    Raises:
-        ValueError: when it is no object with a text called `prompt`.
-    """
+    """Return the prompt of one line of JSON."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -139,16 +94,7 @@ def json_prompt(line: str, where: str) -> str:
 
 
 def prompt_of(entry: Any, where: str, shown: str | None = None) -> str:
-    """Return the prompt of an entry.
-
-    Args:
-        entry: A text, or an object with a `prompt`.
-        where: It is, for the message.
-        shown: How it is written.
-
-    Raises:
-        ValueError: when it is empty, or has none.
-    """
+    """Return the prompt of an entry."""
     prompt = entry.get("prompt") if isinstance(entry, dict) else entry
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(
@@ -159,17 +105,7 @@ def prompt_of(entry: Any, where: str, shown: str | None = None) -> str:
 
 
 def file_batches(prompts: list[str], tokenizer: Any, rows: int, path: Path) -> list[Batch]:
-    """Return prompts as full batches; the last one is filled up with prompts from the beginning.
-
-    Args:
-        prompts: At least one.
-        tokenizer: The pair's.
-        rows: Prompts per batch.
-        path: Where they come from, for the message.
-
-    Raises:
-        ValueError: when a prompt has no tokens.
-    """
+    """Return prompts as full batches; the last one is filled up with prompts from the beginning."""
     token_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for number, ids in enumerate(token_ids, 1):
         if not ids:
@@ -180,11 +116,7 @@ def file_batches(prompts: list[str], tokenizer: Any, rows: int, path: Path) -> l
 
 
 def pad(token_ids: list[list[int]]) -> Batch:
-    """Pad prompts on the left.
-
-    Args:
-        token_ids: Token ids of each.
-    """
+    """Pad prompts on the left."""
     width = max(map(len, token_ids))
     # Whatever stands in the padding, it is masked.
     rows = [[ids[0]] * (width - len(ids)) + ids for ids in token_ids]

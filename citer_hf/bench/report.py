@@ -22,20 +22,12 @@ Column = tuple[str, Callable[[Measurement], str]]
 
 
 def print_json(report: BenchReport) -> None:
-    """Print the results as one JSON object.
-
-    Args:
-        report: The results.
-    """
+    """Print the results as one JSON object."""
     print(json.dumps(report.as_dict(), indent=2))
 
 
 def print_report(report: BenchReport) -> None:
-    """Print the results as tables, and what they mean.
-
-    Args:
-        report: The results.
-    """
+    """Print the results as tables, and what they mean."""
     console = Console(width=None if sys.stdout.isatty() else WIDE, soft_wrap=False)
     for line in opening(report):
         print(line)
@@ -53,11 +45,7 @@ def print_report(report: BenchReport) -> None:
 
 
 def opening(report: BenchReport) -> Iterator[str]:
-    """Say of a report that is not complete how much it is.
-
-    Args:
-        report: The results.
-    """
+    """Say of a report that is not complete how much it is."""
     if report.complete:
         return
     ended = "Interrupted" if report.interrupted else "Ended by an error"
@@ -92,11 +80,7 @@ def heading(report: BenchReport) -> str:
 
 
 def repetitions(rows: Sequence[Measurement]) -> str:
-    """Say of how many repetitions the medians are; a run that did not come to its end has fewer than were wanted.
-
-    Args:
-        rows: The measurements.
-    """
+    """Say of how many repetitions the medians are; a run that did not come to its end has fewer than were wanted."""
     counts = sorted({len(row.seconds) for row in rows if row.seconds})
     if not counts:
         return ""
@@ -105,13 +89,7 @@ def repetitions(rows: Sequence[Measurement]) -> str:
 
 
 def table(title: str, rows: Sequence[Measurement], columns: Sequence[Column]) -> Table:
-    """Lay out measurements, one a row.
-
-    Args:
-        title: What they are.
-        rows: The measurements.
-        columns: Heading of each column, and what stands in it.
-    """
+    """Lay out measurements, one a row."""
     made = Table(title=title, box=SIMPLE, title_justify="left")
     made.add_column("", no_wrap=True)
     for header, _ in columns:
@@ -122,11 +100,7 @@ def table(title: str, rows: Sequence[Measurement], columns: Sequence[Column]) ->
 
 
 def curve_table(curve: CostCurve) -> Table:
-    """Lay out what single forward passes cost.
-
-    Args:
-        curve: The costs.
-    """
+    """Lay out what single forward passes cost."""
     rows = f" in {curve.rows} rows" if curve.rows > 1 else ""
     title = f"Milliseconds of one forward pass behind {curve.prompt_length} tokens{rows}, by the tokens it reads"
     made = Table(title=title, box=SIMPLE, title_justify="left")
@@ -139,12 +113,7 @@ def curve_table(curve: CostCurve) -> Table:
 
 
 def break_even_text(found: BreakEven, rows: int) -> str:
-    """Say from which LLM share on the pair does not pay.
-
-    Args:
-        found: The break-even share, or why there is none.
-        rows: Rows of the batch.
-    """
+    """Say from which LLM share on the pair does not pay."""
     in_step = " when its rows move in step" if rows > 1 else ""
     if found.share is None:
         return f"Break-even{in_step}: {found.reason}."

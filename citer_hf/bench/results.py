@@ -16,13 +16,7 @@ __all__ = ["BenchReport", "Measurement", "Spread", "compare"]
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some repetitions, between the smallest and the largest.
-
-    Attributes:
-        median: The median.
-        low: The smallest.
-        high: The largest.
-    """
+    """The median of some repetitions, between the smallest and the largest."""
 
     median: float
     low: float
@@ -30,42 +24,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Return the spread of some values.
-
-        Args:
-            values: At least one.
-        """
+        """Return the spread of some values."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of the table. A position is a place in the text where every row of the batch gets a token.
-
-    Attributes:
-        name: What decoded, with its setting.
-        kind: What decoded.
-        share: Forced LLM share.
-        threshold: Threshold of the model's own router.
-        seconds: Time of each repetition, all batches together; none when the bench ended before. Then everything that
-            is derived from them is `None`.
-        tokens: Tokens of a repetition, all rows together.
-        positions: Positions of a repetition.
-        first_token_seconds: Time until `generate` is stopped after its first step, measured by itself, mean of the
-            batches; it reads the prompt and writes the first token.
-        llm_share: Share of the tokens that the LLM wrote; `None` for assisted generation.
-        llm_passes_per_position: Forward passes of the LLM, the one that reads the prompt included.
-        slm_passes_per_position: Likewise of the SLM.
-        peak_memory_bytes: The most memory in use during the run, the weights of both models included.
-        memory_growth_bytes: By how much that is more than when the run began.
-        bytes_moved: Weights and keys and values read and written by all forward passes of a repetition.
-        bandwidth_fraction: `bytes_moved` per second of the median repetition, over the machine's memory bandwidth.
-        speedup: How many times as fast as the LLM alone, repetition by repetition.
-        relative_to_floor: How many times as long as the floor of the same setting, repetition by repetition. The floor
-            and the lock-step run follow the decisions of CITER's untimed run. CITER's own repetitions follow them
-            too where rows move in step; rows that wait read again, a little more or less often every time, so that
-            other tokens, and nearly as many, go to the LLM.
-    """
+    """One row of the table. A position is a place in the text where every row of the batch gets a token."""
 
     name: str
     kind: str
@@ -102,11 +67,7 @@ class Measurement:
 
 
 def compare(measured: Sequence[Measurement]) -> list[Measurement]:
-    """Add what one contender is to another: the speed-up over the LLM alone, and the time relative to the floor.
-
-    Args:
-        measured: One measurement per contender.
-    """
+    """Add what one contender is to another: the speed-up over the LLM alone, and the time relative to the floor."""
     llm = next((one for one in measured if one.kind == ALONE), None)
     floors = {(one.share, one.threshold): one for one in measured if one.kind == FLOOR}
     compared = []
@@ -123,34 +84,14 @@ def compare(measured: Sequence[Measurement]) -> list[Measurement]:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread | None:
-    """Divide repetition by repetition: what slows the machine down for a while slows neighbours down alike.
-
-    Args:
-        above: Times of one contender.
-        below: Times of another; repetitions that one of the two lacks are left out.
-
-    Returns:
-        The spread; `None` when they have no repetition in common.
-    """
+    """Divide repetition by repetition: what slows the machine down for a while slows neighbours down alike."""
     found = [one / other for one, other in zip(above, below, strict=False)]
     return Spread.of(found) if found else None
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything that one run of the bench has found out.
-
-    Attributes:
-        model: What was measured.
-        options: What was asked for, for the reader.
-        machine: What it ran on; `None` when it ended before that was known.
-        rows: One measurement per contender.
-        curve: Cost of single forward passes.
-        break_even: The LLM share from which on the pair is slower than the LLM alone.
-        notes: What was not measured, and why.
-        interrupted: Whether a signal, such as Ctrl-C's, came before everything was measured.
-        error: What else ended it before.
-    """
+    """Everything that one run of the bench has found out."""
 
     model: str
     options: dict[str, Any]

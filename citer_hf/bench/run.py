@@ -27,16 +27,7 @@ Progress = Callable[[str], None]
 
 @dataclass
 class Observed:
-    """One contender: what an untimed run of it has shown, and the times of the others.
-
-    Attributes:
-        contender: Which.
-        passes: Forward passes of both models.
-        memory: Its memory.
-        llm_share: Share of the tokens that the LLM wrote.
-        times: Of each repetition, its seconds and those to the first token, mean of the batches.
-        failed: Whether it cannot go on.
-    """
+    """One contender: what an untimed run of it has shown, and the times of the others."""
 
     contender: Contender
     passes: Passes
@@ -48,18 +39,7 @@ class Observed:
 
 
 class Bench:
-    """One comparison of a pair with everything else that writes the same number of tokens.
-
-    Args:
-        model: The pair, a `CiterForCausalLM`.
-        options: What to measure.
-        name: What the model is called.
-        available: Bytes of memory that were free before the pair was loaded. Default: what is free now.
-
-    Raises:
-        ValueError: when the prompts, or the kind of cache, cannot be used.
-        OSError: when their file cannot be read.
-    """
+    """One comparison of a pair with everything else that writes the same number of tokens."""
 
     def __init__(self, model: Any, options: BenchOptions, name: str, available: int | None = None):
         # What the pair cannot do is said before the LLM alone has spent minutes on it.
@@ -94,14 +74,7 @@ class Bench:
         return 2 + len(self.contenders) * (1 + self.options.warmup + self.options.repeats)
 
     def run(self, progress: Progress = lambda what: None) -> BenchReport:
-        """Measure everything, or as much as there is time for until Ctrl-C or an error.
-
-        Args:
-            progress: Called before each step with what it measures.
-
-        Returns:
-            What was measured; it says whether that is everything, and why not.
-        """
+        """Measure everything, or as much as there is time for until Ctrl-C or an error."""
         try:
             with greedy_without_end(self.model):
                 self._run(progress)
@@ -242,11 +215,7 @@ class Bench:
 
 
 def in_one_line(error: Exception) -> str:
-    """Say what went wrong; the kind of an error that nobody has written for a user is said too.
-
-    Args:
-        error: What was raised.
-    """
+    """Say what went wrong; the kind of an error that nobody has written for a user is said too."""
     text = " ".join(str(error).split())
     return (
         text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -30,13 +30,7 @@ MOST_SIMULATED_ROWS = 64
 
 @dataclass(frozen=True)
 class Alone:
-    """One model decoding by itself, on the same devices.
-
-    Attributes:
-        time_per_token_s: Seconds per position: one forward pass gives a token to every row.
-        tokens_per_s: All rows and replicas together.
-        tokens_per_s_per_gpu: The same, per device.
-    """
+    """One model decoding by itself, on the same devices."""
 
     time_per_token_s: float
     tokens_per_s: float
@@ -45,34 +39,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Projection:
-    """What `project` expects of a pair. Times in seconds.
-
-    Attributes:
-        share: Share of the tokens that the LLM writes.
-        batch_size: Rows that one replica decodes at a time.
-        context: Tokens in the cache.
-        tensor_parallel: Devices over which the LLM is divided.
-        replicas: Copies of the pair.
-        waiting_rows: Waiting rows that trigger a call of the LLM; `None` when the rows move in lock-step.
-        slm_step_s: One forward pass of the SLM over one token of every row that does not wait.
-        llm_step_s: One forward pass of the LLM over one token of every row.
-        catch_up_s: One call of the LLM inside the pair; 0 when there is none.
-        catch_up_tokens: Tokens that such a call reads per row.
-        llm_passes_per_position: Calls of the LLM, over the length of the text.
-        slm_steps_per_position: Forward passes of the SLM, over the length of the text.
-        time_per_token_s: Time of the whole batch over the length of its text.
-        tokens_per_s: All rows and replicas together.
-        tokens_per_s_per_gpu: The same, per device; the SLM lives on one of the LLM's.
-        llm_alone: The LLM by itself.
-        slm_alone: The SLM by itself.
-        speedup: Over the LLM alone.
-        break_even_share: Share of LLM tokens up to which the pair is faster than the LLM alone, same rows, same mode.
-        bytes_per_gpu: Weights of both models and their caches on the fullest device.
-        slm_bits: Bits per weight of the SLM's matrices, where they are known.
-        slm_bits_from: Where that number comes from.
-        llm_bits: The same of the LLM.
-        llm_bits_from: Likewise.
-    """
+    """What `project` expects of a pair. Times in seconds."""
 
     share: float
     batch_size: int
@@ -139,37 +106,7 @@ def project(
     replicas: int = 1,
     waiting_rows: int | None = None,
 ) -> Projection:
-    """Project how fast a pair decodes, and each of its models alone.
-
-    A forward pass takes the longer of reading its weights and cache and of its arithmetic, plus a fixed overhead.
-    Every token takes one SLM step of its row. Each is left to the LLM independently, with probability `share`. In
-    lock-step the LLM is called when any row needs it, and all rows catch up; otherwise when `waiting_rows` rows wait,
-    and these catch up, on `1 / share` tokens on average. Tensor parallelism divides the LLM and adds two all-reduces
-    per layer; every device holds a key-value head at least. The SLM is not divided, and runs while the LLM's other
-    devices idle. Replicas do not share anything.
-
-    Not modelled: reading the prompt, the router (a few SLM-wide vectors), padding of rows that catch up on different
-    lengths, deferrals that come in clusters, growth of the cache during the text, dequantization, and small matrix
-    products that reach less of the bandwidth than large ones (on CPUs passes over 2 to 4 tokens are the worst).
-
-    Args:
-        slm: Cost of the small model.
-        llm: Cost of the large model.
-        bandwidth: Of one device's memory, bytes per second. With the published peak, the times are lower bounds.
-        flops: Operations per second of one device; `None` leaves arithmetic out.
-        share: Share of the tokens that the LLM writes, 0 to 1. At 1 the SLM still runs, as its router decides.
-        batch_size: Rows per replica.
-        context: Tokens in the cache of every row.
-        overhead: Seconds of every forward pass beside memory and arithmetic.
-        tensor_parallel: Devices over which the LLM is divided.
-        interconnect: Bytes per second between them, in one direction.
-        all_reduce_latency: Seconds of an all-reduce of next to nothing.
-        replicas: Copies of the pair, each with its own devices and rows.
-        waiting_rows: Waiting rows that trigger a call of the LLM; `None` for lock-step.
-
-    Raises:
-        ValueError: for an argument out of its range.
-    """
+    """Project how fast a pair decodes, and each of its models alone."""
     check_whole("batch_size", batch_size, "rows")
     check_whole("context", context, "tokens")
     check_whole("replicas", replicas, "copies of the pair")
@@ -235,21 +172,7 @@ def project(
 def asynchronous_passes(
     rows: int, share: float, waiting_rows: int, tokens: int = SIMULATED_TOKENS, seed: int = 0
 ) -> tuple[float, float]:
-    """Play a batch whose rows wait for the LLM while the others go on; texts that drift apart and end are included.
-
-    Args:
-        rows: Rows of the batch.
-        share: Probability that a token is the LLM's, 0 to 1.
-        waiting_rows: Waiting rows that trigger a call, 1 to `rows`; in proportion fewer when rows have ended.
-        tokens: Tokens of every row.
-        seed: Of the draws.
-
-    Returns:
-        Calls of the LLM and forward passes of the SLM, each over `tokens`.
-
-    Raises:
-        ValueError: for an argument out of its range.
-    """
+    """Play a batch whose rows wait for the LLM while the others go on; texts that drift apart and end are included."""
     check_whole("rows", rows, "rows")
     check_whole("waiting_rows", waiting_rows, "rows", most=rows)
     check_whole("tokens", tokens, "tokens")
@@ -313,35 +236,14 @@ def _break_even(per_position: Callable[[float], float], llm_step: float) -> floa
 
 
 def check_whole(name: str, value: int, what: str, most: int | None = None) -> None:
-    """Refuse what is no count.
-
-    Args:
-        name: Of the argument.
-        value: What was given.
-        what: What is counted.
-        most: The largest count, where there is one.
-
-    Raises:
-        ValueError: when it is no whole number from 1 up.
-    """
+    """Refuse what is no count."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
         limits = "1 or more" if most is None else f"1 to {most}"
         raise ValueError(f"{name}: expected a whole number of {what}, {limits}, got {value!r}. Correct {name}.")
 
 
 def check_number(name: str, value: float, least: float, most: float, what: str) -> None:
-    """Refuse a number outside its range.
-
-    Args:
-        name: Of the argument.
-        value: What was given.
-        least: The smallest that means something.
-        most: The largest.
-        what: What was expected, in words.
-
-    Raises:
-        ValueError: when it is outside.
-    """
+    """Refuse a number outside its range."""
     if not (least <= value <= most) or math.isinf(value):
         raise ValueError(f"{name}: expected {what}, got {value!r}. Correct {name}.")
 

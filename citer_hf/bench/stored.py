@@ -26,14 +26,7 @@ UNEVEN = ("dynamic", "extra_config", "lm_head", "modules_in_block_to_quantize", 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """How the weights of a model are stored.
-
-    Attributes:
-        bits: Per weight of the layers' matrices, with what a quantization stores beside them.
-        other_bits: Per weight of everything else, and per element of keys and values.
-        source: Where `bits` comes from, in a few words.
-        skipped: Patterns of the names of modules whose matrices have `other_bits` too.
-    """
+    """How the weights of a model are stored."""
 
     bits: float
     other_bits: float
@@ -42,16 +35,8 @@ class StoredWeights:
 
 
 def weights_of_config(config: PreTrainedConfig, bits: float | None = None, argument: str = "bits") -> StoredWeights:
-    """Read from a configuration how weights are stored: quantized, in its dtype, or in 16 bits when it says nothing.
-
-    Args:
-        config: Configuration of a causal language model.
-        bits: What the user wants instead.
-        argument: What the caller calls `bits`, for messages.
-
-    Raises:
-        ValueError: for a quantization whose bits are not known here.
-    """
+    """Read from a configuration how weights are stored: quantized, in its dtype, or in 16 bits when it says
+    nothing."""
     if bits is not None:
         return StoredWeights(bits, max(bits, DEFAULT_BITS), "as given")
     dtype = _dtype(config)
@@ -74,12 +59,7 @@ def weights_of_config(config: PreTrainedConfig, bits: float | None = None, argum
 
 
 def is_skipped(module: str, patterns: Iterable[str]) -> bool:
-    """Tell whether a quantization leaves a module as it is, by the rules of transformers and compressed-tensors.
-
-    Args:
-        module: Full name of the module.
-        patterns: Beginnings of names, endings, or regular expressions (with or without `re:`).
-    """
+    """Tell whether a quantization leaves a module as it is, by the rules of transformers and compressed-tensors."""
     return any(module.endswith(pattern) or _matches(pattern.removeprefix("re:"), module) for pattern in patterns)
 
 

@@ -8,11 +8,7 @@ __all__ = ["last_boxed"]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what the last complete `\boxed{}` or `\fbox{}` of a text holds, or None; braces in it are balanced.
-
-    Args:
-        text: The text.
-    """
+    """Return what the last complete `\boxed{}` or `\fbox{}` of a text holds, or None; braces in it are balanced."""
     for opening in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
         depth = 1
         # A brace after a backslash is a character, and so is a backslash after one.

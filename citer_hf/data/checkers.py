@@ -24,12 +24,7 @@ __all__ = ["Checker", "Verdict", "get_checker"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker found.
-
-    Attributes:
-        correct: Whether the answer is right.
-        extracted: The answer as the response gives it, or None when none was found.
-    """
+    """What a checker found."""
 
     correct: bool
     extracted: str | None
@@ -81,15 +76,7 @@ def get_checker(name: str) -> Checker:
 
 
 def check_math(response: str, example: Example) -> Verdict:
-    """Compare mathematical answers.
-
-    Args:
-        response: What was generated.
-        example: The example, with its answer.
-
-    Raises:
-        ValueError: when the example has no answer.
-    """
+    """Compare mathematical answers."""
     answer = _answer_of("math", example)
     answer = last_boxed(answer) or answer.rpartition("####")[2].strip()
     right = _as_number(answer)
@@ -109,15 +96,7 @@ def check_math(response: str, example: Example) -> Verdict:
 
 
 def check_choice(response: str, example: Example) -> Verdict:
-    """Compare the chosen label.
-
-    Args:
-        response: What was generated.
-        example: The example, with its answer and choices.
-
-    Raises:
-        ValueError: when the example has no answer or no choices.
-    """
+    """Compare the chosen label."""
     answer = _answer_of("choice", example)
     if example.choices is None:
         raise ValueError(f"checker choice: row {example.row} has no choices. Use exact, or data with choices.")
@@ -126,15 +105,7 @@ def check_choice(response: str, example: Example) -> Verdict:
 
 
 def check_exact(response: str, example: Example) -> Verdict:
-    """Compare texts.
-
-    Args:
-        response: What was generated.
-        example: The example, with its answer.
-
-    Raises:
-        ValueError: when the example has no answer.
-    """
+    """Compare texts."""
     answer = normalized(_answer_of("exact", example))
     given = normalized(_without_prompt(response, example))
     return Verdict(given == answer, given) if given else NOTHING
@@ -144,12 +115,7 @@ CHECKERS: dict[str, Checker] = {"math": check_math, "choice": check_choice, "exa
 
 
 def chosen_label(text: str, choices: Choices) -> str | None:
-    """Find which choice a text names.
-
-    Args:
-        text: The text.
-        choices: Label and text of every choice.
-    """
+    """Find which choice a text names."""
     by_text = {normalized(choice): label for label, choice in choices}
     boxed, called = last_boxed(text), [match["said"] for match in CALLED.finditer(text)]
     for said in ([boxed] if boxed else []) + called[::-1]:
@@ -177,11 +143,7 @@ def _label_at_start(text: str, choices: Choices) -> str | None:
 
 
 def normalized(text: str) -> str:
-    """Return a text in the form in which `exact` compares it.
-
-    Args:
-        text: The text.
-    """
+    """Return a text in the form in which `exact` compares it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .,;:!?")
 
 

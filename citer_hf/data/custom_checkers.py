@@ -13,17 +13,7 @@ __all__ = ["load_function"]
 
 
 def load_function(name: str) -> tuple[Callable[[str, Any], Any], bool]:
-    """Import a function; modules in the current directory are found too.
-
-    Args:
-        name: As `package.module:function`.
-
-    Returns:
-        The function, and whether its second parameter is called `example`.
-
-    Raises:
-        ValueError: when there is no such module or function, it cannot be imported, or does not take two arguments.
-    """
+    """Import a function; modules in the current directory are found too."""
     module, _, attribute = name.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)

@@ -102,25 +102,13 @@ def read_examples(
 
 
 def choice_prompt(question: str, choices: Choices) -> str:
-    r"""Lay out a multiple-choice question: the question, a line `LABEL. TEXT` for every choice, and `Answer:`.
-
-    Args:
-        question: The question.
-        choices: Label and text of every choice.
-    """
+    """Lay out a multiple-choice question: the question, a line `LABEL. TEXT` for every choice, and `Answer:`."""
     return "\n".join([question, *(f"{label}. {text}" for label, text in choices), "Answer:"])
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the fields of one row.
-
-    Attributes:
-        where: What errors call the row.
-        row: The row's values.
-        layout: Where its fields are.
-        untyped: Whether numbers are text (CSV).
-    """
+    """Reads the fields of one row."""
 
     where: str
     row: Mapping[str, Any]
@@ -128,11 +116,7 @@ class Reader:
     untyped: bool
 
     def example(self, number: int) -> Example:
-        """Read the row.
-
-        Args:
-            number: Its number, from 1.
-        """
+        """Read the row."""
         messages = prompt = None
         choices = self.choices()
         if self.layout.kind == "chat" or isinstance(self.value("prompt"), list):

@@ -23,13 +23,7 @@ COLUMNS = {"response": ("response", "completion", "cot"), "answer": ("answer", "
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the fields of a table are.
-
-    Attributes:
-        kind: `text`, `chat`, `choice` or `math`.
-        columns: The column of every field that has one.
-        solution: For math without an answer column, the column to take the answer from.
-    """
+    """Where the fields of a table are."""
 
     kind: str
     columns: Mapping[str, str]
@@ -37,15 +31,7 @@ class Layout:
 
 
 def find_layout(table: Table, mapped: Mapping[str, str]) -> Layout:
-    """Recognise the format of a table by its columns.
-
-    Args:
-        table: The table.
-        mapped: The column of a field, where it has another name.
-
-    Raises:
-        ValueError: when the format is not known, a mapped column is not there, or two columns claim one field.
-    """
+    """Recognise the format of a table by its columns."""
     for field, column in mapped.items():
         if field not in FIELDS:
             raise ValueError(f"columns: there is no field {field!r}; the fields are {', '.join(FIELDS)}.")
@@ -79,11 +65,7 @@ def find_layout(table: Table, mapped: Mapping[str, str]) -> Layout:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Quote names and join them for a message.
-
-    Args:
-        names: The names.
-    """
+    """Quote names and join them for a message."""
     return ", ".join(map(repr, names))
 
 

@@ -23,15 +23,7 @@ class MathProcess:
         self.owner = 0
 
     def compare(self, answer: str, response: str) -> tuple[bool, str | None]:
-        """Compare what a response says with an answer; what takes more than ten seconds of work is wrong.
-
-        Args:
-            answer: The right answer.
-            response: A text that holds the answer given.
-
-        Raises:
-            RuntimeError: when the process cannot be started or fails.
-        """
+        """Compare what a response says with an answer; what takes more than ten seconds of work is wrong."""
         with self.lock:
             # After a fork the process is the parent's.
             if self.process is None or self.owner != os.getpid():

@@ -17,15 +17,7 @@ SECONDS = 10.0
 
 
 def compare(answer: str, response: str) -> tuple[bool, str | None]:
-    """Compare what a response says with an answer.
-
-    Args:
-        answer: The right answer, as LaTeX or plain text.
-        response: A text that holds the answer given.
-
-    Returns:
-        Whether they are equal, and the answer given as it was written, or None when there is none.
-    """
+    """Compare what a response says with an answer."""
     given = parse(response, parsing_timeout=None)
     right = parse(f"${answer}$", parsing_timeout=None)
     return verify(right, given, timeout_seconds=None), str(given[-1]) if given else None

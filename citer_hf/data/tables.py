@@ -31,14 +31,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are not understood yet.
-
-    Attributes:
-        name: What errors call it.
-        columns: Names of the columns, in their order.
-        rows: Row numbers, from 1, and rows. In JSON lines the number is the line's.
-        untyped: Whether every value is text because the file knows nothing else (CSV).
-    """
+    """Rows that are not understood yet."""
 
     name: str
     columns: list[str]
@@ -47,20 +40,7 @@ class Table:
 
 
 def read_table(data: Data, split: str | None = None) -> Table:
-    """Read rows from wherever they are.
-
-    Args:
-        data: Path of a .jsonl, .json, .csv or .parquet file, directory that `datasets` saved or can load, Hub dataset
-            id such as `user/name`, `datasets.Dataset`, or list of dicts.
-        split: Which split, where there are several.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        OSError: when a directory or a Hub dataset cannot be loaded.
-        ValueError: when the file is empty or broken, there are no rows, or the split is missing or senseless.
-        TypeError: when the data is none of these.
-        ImportError: when `datasets` is needed and not installed.
-    """
+    """Read rows from wherever they are."""
     if isinstance(data, (str, os.PathLike)):
         return _from_name(os.fspath(data), split)
     if isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data):

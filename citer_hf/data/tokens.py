@@ -26,13 +26,7 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example in tokens.
-
-    Attributes:
-        example: The example.
-        prompt_ids: The prompt, as `generate` is given it.
-        response_ids: The reference that follows, ending with EOS; empty when the example has none.
-    """
+    """An example in tokens."""
 
     example: Example
     prompt_ids: list[int]
@@ -47,23 +41,7 @@ def encode(
     *,
     vocab_size: int | None = None,
 ) -> Encoded:
-    """Encode prompt and reference together, so that the tokens are those of generation.
-
-    The reference is what follows the prompt's tokens in the tokens of the whole text. Where the tokenizer would merge
-    the two, the prompt keeps its tokens, as it does in generation, and the reference goes on from there. It ends at
-    its first EOS, which is added when there is none. For a chat it is what the template renders for the turn.
-
-    Args:
-        example: The example.
-        tokenizer: The pair's tokenizer.
-        max_length: Tokens of prompt and reference that the pair has room for, or None for no limit.
-        eos_token_id: The EOS of the generation config, one or several; by default the tokenizer's.
-        vocab_size: Tokens that both models of the pair know, or None for all.
-
-    Raises:
-        ValueError: when there is no EOS or no chat template, the text is too long or not in the vocabulary, or no
-            tokens of the reference continue those of the prompt.
-    """
+    """Encode prompt and reference together, so that the tokens are those of generation."""
     stops = _stops(tokenizer, eos_token_id)
     text = _prompt_text(example, tokenizer)
     special = _special_prefix(example, tokenizer, text)
@@ -78,27 +56,14 @@ def encode(
 
 
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
-    """Encode a prompt as `generate` is given it: with what the tokenizer puts before a text, not what it puts after.
-
-    Args:
-        example: The example.
-        tokenizer: The pair's tokenizer.
-
-    Raises:
-        ValueError: when the example is a chat and the tokenizer has no template for it.
-    """
+    """Encode a prompt as `generate` is given it: with what the tokenizer puts before a text, not what it puts
+    after."""
     text = _prompt_text(example, tokenizer)
     return _special_prefix(example, tokenizer, text) + _ids(tokenizer, text)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a SHA-256 that is the same for tokenizers that give the same tokens: vocabulary, EOS, and a test text.
-
-    Padding is not part of it, since people set it as they need it.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-    """
+    """Return a SHA-256 that is the same for tokenizers that give the same tokens: vocabulary, EOS, and a test text."""
     special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
     try:
         probe = _ids(tokenizer, PROBE, special=True)
@@ -109,11 +74,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def template_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of a tokenizer's chat template, or of its absence.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-    """
+    """Return the SHA-256 of a tokenizer's chat template, or of its absence."""
     return _sha256(tokenizer.chat_template)
 
 

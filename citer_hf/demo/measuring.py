@@ -22,18 +22,7 @@ BATCH_SIZE = 100
 
 @dataclass(frozen=True)
 class Measurement:
-    """One row of the table.
-
-    Args:
-        name: What decoded: `SLM alone`, `LLM alone` or `pair`.
-        router_threshold: The pair's threshold, `None` for one model alone.
-        problems: How many problems were tried.
-        correct: How many of them were answered correctly.
-        tokens: Tokens written, padding after the end of a text not counted.
-        llm_tokens: How many of them the LLM wrote.
-        llm_passes: Forward passes of the LLM per position of a batch, times the tokens of its texts.
-        seconds: Time that `generate` took.
-    """
+    """One row of the table."""
 
     name: str
     router_threshold: float | None
@@ -78,16 +67,7 @@ def measure(
     router_threshold: float | None = None,
     progress: Callable[[int], None] = lambda solved: None,
 ) -> Measurement:
-    """Solve problems, greedily and in batches, and count.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer, which pads on the left.
-        problems: At least one.
-        name: `SLM alone` and `LLM alone` run that model without the other; anything else is the pair.
-        router_threshold: The pair's threshold.
-        progress: Called after each batch with the number of problems it held.
-    """
+    """Solve problems, greedily and in batches, and count."""
     alone = {"SLM alone": model.slm, "LLM alone": model.llm}.get(name)
     correct = tokens = llm_tokens = llm_passes = 0
     seconds = 0.0
@@ -118,38 +98,19 @@ def measure(
 
 
 def same_policy_everywhere(unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Choose how many rows wait as `generate` does, but not by measured times, so that counts are reproducible.
-
-    Args:
-        unfinished: Rows whose text has not ended.
-        llm_share: Share of the tokens that the LLM writes.
-        step_ratio: Not used: an SLM step of the shipped pair takes a third of an LLM step.
-    """
+    """Choose how many rows wait as `generate` does, but not by measured times, so that counts are reproducible."""
     return rows_to_wait_for(unfinished, llm_share, 0.3)
 
 
 def settings(model: CiterForCausalLM, max_new_tokens: int = 160) -> Any:
-    """Return the generation settings that every model decodes with, so that they differ in nothing else.
-
-    Args:
-        model: The pair, whose end-of-text and padding tokens are used.
-        max_new_tokens: Where to stop a text that does not end by itself.
-    """
+    """Return the generation settings that every model decodes with, so that they differ in nothing else."""
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, max_new_tokens=max_new_tokens)
     return config
 
 
 def real_tokens(written: torch.Tensor, eos_token_id: int | list[int] | None) -> torch.Tensor:
-    """Say which tokens are text: those up to the end-of-text token, and that one.
-
-    Args:
-        written: Generated tokens, `[batch, tokens]`.
-        eos_token_id: What ends a text.
-
-    Returns:
-        bool `[batch, tokens]`.
-    """
+    """Say which tokens are text: those up to the end-of-text token, and that one."""
     if eos_token_id is None:
         return torch.ones_like(written, dtype=torch.bool)
     ends = torch.isin(written, torch.as_tensor(eos_token_id, device=written.device))
@@ -157,11 +118,7 @@ def real_tokens(written: torch.Tensor, eos_token_id: int | list[int] | None) -> 
 
 
 def spread_thresholds(shipped: float) -> list[float]:
-    """Return the shipped threshold between a lower and a higher one, a tenth and ten times its odds.
-
-    Args:
-        shipped: The threshold that the pair was saved with.
-    """
+    """Return the shipped threshold between a lower and a higher one, a tenth and ten times its odds."""
     odds = shipped / (1 - shipped) if shipped < 1 else 99.0
     around = [odds / 10, odds * 10]
     low, high = (round(one / (1 + one), 3) for one in around)

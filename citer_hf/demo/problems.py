@@ -44,30 +44,12 @@ class Problem:
 
 
 def problems(split: Split, seed: int, count: int) -> Iterator[Problem]:
-    """Yield the first `count` problems of a split.
-
-    Args:
-        split: `"train"`, `"validation"` or `"test"`. No chain of equations is in two of them.
-        seed: Another seed is another sequence of problems of the same split.
-        count: How many.
-
-    Raises:
-        ValueError: if there is no such split.
-    """
+    """Yield the first `count` problems of a split."""
     return (problem(split, seed, index) for index in range(count))
 
 
 def problem(split: Split, seed: int, index: int) -> Problem:
-    """Return problem number `index` of a split, without making those before it.
-
-    Args:
-        split: `"train"`, `"validation"` or `"test"`.
-        seed: Selects the sequence of problems.
-        index: Position in that sequence.
-
-    Raises:
-        ValueError: if there is no such split.
-    """
+    """Return problem number `index` of a split, without making those before it."""
     if split not in ("train", "validation", "test"):
         raise ValueError(f"no split named {split!r}: choose train, validation or test")
     rng = random.Random(f"{split}/{seed}/{index}")
@@ -78,32 +60,19 @@ def problem(split: Split, seed: int, index: int) -> Problem:
 
 
 def drill(rng: random.Random) -> Problem:
-    """Return a bare calculation in the form of a problem: `What is 12 + 34?`.
-
-    Args:
-        rng: Where the numbers come from.
-    """
+    """Return a bare calculation in the form of a problem: `What is 12 + 34?`."""
     step = _draw_step(rng.randint(1, LARGEST), rng)
     return Problem(f"What is {str(step).partition(' =')[0]}?\n", f"{step}.", str(step.after))
 
 
 def extract_answer(text: str) -> str | None:
-    """Return the last number of a response, or None where it has none.
-
-    Args:
-        text: The response alone, without its prompt.
-    """
+    """Return the last number of a response, or None where it has none."""
     numbers = re.findall(r"\d+", text)
     return numbers[-1] if numbers else None
 
 
 def is_correct(response: str, problem: Problem) -> bool:
-    """Say whether a response ends with the right answer.
-
-    Args:
-        response: What a model wrote. Should the prompt stand before it, the prompt is not read.
-        problem: The problem it was asked.
-    """
+    """Say whether a response ends with the right answer."""
     return extract_answer(response.removeprefix(problem.prompt)) == problem.answer
 
 

@@ -15,24 +15,12 @@ __all__ = ["print_json", "print_table", "row_label"]
 
 
 def row_label(name: str, threshold: float | None) -> str:
-    """Name a row of the table.
-
-    Args:
-        name: What decoded.
-        threshold: The pair's threshold.
-    """
+    """Name a row of the table."""
     return name if threshold is None else f"{name} at {threshold:.3g}"
 
 
 def print_json(done: Sequence[Measurement], seed: int, count: int, complete: bool) -> None:
-    """Print the measurements as one JSON object.
-
-    Args:
-        done: The measurements.
-        seed: Of the problems.
-        count: How many problems.
-        complete: Whether all that was asked for was measured.
-    """
+    """Print the measurements as one JSON object."""
     rows = [measurement.as_dict() for measurement in done]
     print(
         json.dumps(
@@ -42,14 +30,7 @@ def print_json(done: Sequence[Measurement], seed: int, count: int, complete: boo
 
 
 def print_table(done: Sequence[Measurement], seed: int, count: int, interrupted: bool) -> None:
-    """Print the measurements as a table, and what they mean.
-
-    Args:
-        done: The measurements.
-        seed: Of the problems.
-        count: How many problems.
-        interrupted: Whether there was to be more.
-    """
+    """Print the measurements as a table, and what they mean."""
     if interrupted:
         print("\nStopped." if done else "\nStopped before anything was measured.")
     if not done:
@@ -68,11 +49,7 @@ def print_table(done: Sequence[Measurement], seed: int, count: int, interrupted:
 
 
 def meaning(done: Sequence[Measurement]) -> str:
-    """Say in plain words what the measurements show.
-
-    Args:
-        done: The SLM, the LLM, and the pair at one or more thresholds.
-    """
+    """Say in plain words what the measurements show."""
     slm, llm, *pairs = done
     best = max(pairs, key=lambda row: (row.accuracy, -row.llm_share))
     speed = best.tokens_per_second / llm.tokens_per_second

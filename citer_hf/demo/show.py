@@ -28,18 +28,7 @@ STREAMED = 3
 
 
 def export(path: Path, seed: int, count: int, split: Any = "test") -> None:
-    """Write problems as JSON lines with `prompt`, `response` and `answer`.
-
-    Args:
-        path: A file that does not exist yet.
-        seed: Selects the problems.
-        count: How many.
-        split: `train`, `validation` or `test`.
-
-    Raises:
-        FileExistsError: when there is such a file.
-        OSError: when it cannot be written; then nothing is left behind.
-    """
+    """Write problems as JSON lines with `prompt`, `response` and `answer`."""
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name or remove it first.")
     if not path.parent.is_dir():
@@ -51,18 +40,7 @@ def export(path: Path, seed: int, count: int, split: Any = "test") -> None:
 
 
 def show(path: str, seed: int, count: int, router_threshold: float | None = None, as_json: bool = False) -> int:
-    """Solve a few problems visibly, then measure the models alone and together.
-
-    Args:
-        path: Directory of the pair.
-        seed: Selects the held-out problems.
-        count: How many of them to measure on.
-        router_threshold: Measure the pair at this threshold alone, and stream with it.
-        as_json: Whether to print the measurements as JSON and nothing else.
-
-    Returns:
-        The exit status: 130 when it was interrupted, otherwise 0.
-    """
+    """Solve a few problems visibly, then measure the models alone and together."""
     # Models this small gain nothing from a second thread, and lose everything when another program holds that core.
     torch.set_num_threads(1)
     model = CiterForCausalLM.from_pretrained(path)
@@ -90,26 +68,14 @@ def show(path: str, seed: int, count: int, router_threshold: float | None = None
 
 
 def introduce(model: CiterForCausalLM) -> None:
-    """Print what the two models are, and how to read the text that follows.
-
-    Args:
-        model: The pair.
-    """
+    """Print what the two models are, and how to read the text that follows."""
     slm, llm = (sum(weight.numel() for weight in part.parameters()) for part in (model.slm, model.llm))
     print(f"Two models write word problems' solutions together: an SLM of {slm:,} parameters and an LLM of {llm:,}.")
     print(f"{legend(sys.stdout)}\n")
 
 
 def stream(model: CiterForCausalLM, tokenizer: Any, problem: Problem, number: int, router_threshold: float) -> None:
-    """Solve one problem and paint the solution as it is written.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        problem: What to solve.
-        number: Its number, for the reader.
-        router_threshold: The threshold.
-    """
+    """Solve one problem and paint the solution as it is written."""
     paint = Paint(sys.stdout)
     paint.dim(f"Problem {number}. {problem.prompt.strip()}")
     cache = CiterCache(model.config)
@@ -134,14 +100,7 @@ def stream(model: CiterForCausalLM, tokenizer: Any, problem: Problem, number: in
 def measure_all(
     model: CiterForCausalLM, tokenizer: Any, chosen: Sequence[Problem], thresholds: Sequence[float]
 ) -> Iterator[Measurement]:
-    """Measure the SLM, the pair at each threshold, and the LLM, with a progress bar on a terminal's stderr.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        chosen: The problems.
-        thresholds: The pair's.
-    """
+    """Measure the SLM, the pair at each threshold, and the LLM, with a progress bar on a terminal's stderr."""
     runs: list[tuple[str, float | None]] = [("SLM alone", None), ("LLM alone", None)]
     runs += [("pair", threshold) for threshold in thresholds]
     warm_up(model, tokenizer, chosen[0])
@@ -153,13 +112,7 @@ def measure_all(
 
 
 def warm_up(model: CiterForCausalLM, tokenizer: Any, problem: Problem) -> None:
-    """Let every model run once, so that the first measurement does not pay for what is done only once.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        problem: Any.
-    """
+    """Let every model run once, so that the first measurement does not pay for what is done only once."""
     inputs = tokenizer(problem.prompt, return_tensors="pt").to(model.device)
     for part in (model.slm, model.llm, model):
         part.generate(**inputs, generation_config=settings(model, max_new_tokens=2))
@@ -167,11 +120,7 @@ def warm_up(model: CiterForCausalLM, tokenizer: Any, problem: Problem) -> None:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Progress]:
-    """Show a bar with one task on stderr, and nothing where that is no terminal.
-
-    Args:
-        total: Number of problems to solve.
-    """
+    """Show a bar with one task on stderr, and nothing where that is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:16}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

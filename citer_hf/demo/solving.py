@@ -15,15 +15,7 @@ __all__ = ["accuracy", "agreement", "solve"]
 def solve(
     model: Any, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int = 100, **options: Any
 ) -> list[str]:
-    """Write a response to every problem, greedily.
-
-    Args:
-        model: Any model with `generate`.
-        tokenizer: Its tokenizer, which pads on the left.
-        problems: What to solve.
-        batch_size: Problems solved at a time.
-        options: Passed on to `generate`.
-    """
+    """Write a response to every problem, greedily."""
     options = {"do_sample": False, "max_new_tokens": 160} | options
     responses: list[str] = []
     for start in range(0, len(problems), batch_size):
@@ -37,28 +29,14 @@ def solve(
 def accuracy(
     model: Any, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int = 100, **options: Any
 ) -> float:
-    """Return the share of problems that a model answers correctly.
-
-    Args:
-        model: Any model with `generate`.
-        tokenizer: Its tokenizer, which pads on the left.
-        problems: What to solve.
-        batch_size: Problems solved at a time.
-        options: Passed on to `generate`.
-    """
+    """Return the share of problems that a model answers correctly."""
     responses = solve(model, tokenizer, problems, batch_size, **options)
     return sum(map(is_correct, responses, problems)) / len(problems)
 
 
 @torch.inference_mode()
 def agreement(model: Any, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> float:
-    """Return the share of tokens of the reference responses that are the model's best token there.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        problems: Whose responses to follow.
-    """
+    """Return the share of tokens of the reference responses that are the model's best token there."""
     right = total = 0
     for problem in problems:
         prompt, response = tokenizer([problem.prompt, problem.response + tokenizer.eos_token]).input_ids

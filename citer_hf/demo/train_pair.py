@@ -53,12 +53,7 @@ RECIPES = {
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a model with fresh weights.
-
-    Args:
-        recipe: Its shape.
-        tokenizer: The tokenizer whose vocabulary and special tokens it takes.
-    """
+    """Return a model with fresh weights."""
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -76,13 +71,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
 
 
 def train(recipe: Recipe, out: Path, evaluate_every: int = 400) -> LlamaForCausalLM:
-    """Train one model, from its last checkpoint if there is one, and save it with its tokenizer.
-
-    Args:
-        recipe: Shape and schedule.
-        out: Directory for the model; `out/checkpoints` holds what is needed to go on.
-        evaluate_every: Steps between two checkpoints, each with a look at the validation problems.
-    """
+    """Train one model, from its last checkpoint if there is one, and save it with its tokenizer."""
     set_seed(SEED)
     tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
@@ -120,12 +109,7 @@ def train(recipe: Recipe, out: Path, evaluate_every: int = 400) -> LlamaForCausa
 
 
 class ValidationAccuracy(TrainerCallback):
-    """Prints the accuracy on validation problems at every checkpoint.
-
-    Args:
-        tokenizer: The tokenizer of the model.
-        count: How many problems to solve.
-    """
+    """Prints the accuracy on validation problems at every checkpoint."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, count: int = 200) -> None:
         self.tokenizer, self.problems = tokenizer, list(problems("validation", SEED, count))
@@ -139,13 +123,7 @@ class ValidationAccuracy(TrainerCallback):
 
 
 def report(name: str, model: LlamaForCausalLM, count: int = 500) -> None:
-    """Print the size of a trained model and how it does on test problems.
-
-    Args:
-        name: What to call it.
-        model: The model.
-        count: How many problems to solve.
-    """
+    """Print the size of a trained model and how it does on test problems."""
     tokenizer, test = build_tokenizer(), list(problems("test", SEED, count))
     model.eval()
     weights = sum(parameter.numel() for parameter in model.model.layers.parameters())
@@ -155,13 +133,7 @@ def report(name: str, model: LlamaForCausalLM, count: int = 500) -> None:
 
 
 def make_router_repository(pair: Path, out: Path, threshold: float) -> None:
-    """Wrap the trained pair into the self-contained directory that ships.
-
-    Args:
-        pair: The directory with `slm` and `llm`.
-        out: Where to save.
-        threshold: Top probability of the SLM from which on its token is taken.
-    """
+    """Wrap the trained pair into the self-contained directory that ships."""
     from citer_hf import CiterForCausalLM
 
     model = CiterForCausalLM.from_pair(
@@ -171,11 +143,7 @@ def make_router_repository(pair: Path, out: Path, threshold: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train what is missing, and wrap the pair.
-
-    Args:
-        arguments: The command line, without the program.
-    """
+    """Train what is missing, and wrap the pair."""
     parser = argparse.ArgumentParser(prog="python -m citer_hf.demo.train_pair", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for slm/, llm/ and router/")
     parser.add_argument("--model", choices=["slm", "llm", "both"], default="both")

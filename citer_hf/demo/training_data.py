@@ -22,14 +22,7 @@ Row = tuple[list[int], list[int]]
 
 
 class Batches(Dataset[dict[str, torch.Tensor]]):
-    """Item `i` is training batch number `i`: single problems, chats of two or three problems, or bare calculations.
-
-    Args:
-        tokenizer: The tokenizer of the pair.
-        seed: Another seed gives other batches.
-        count: The number of batches.
-        size: The number of problems in a batch.
-    """
+    """Item `i` is training batch number `i`: single problems, chats of two or three problems, or bare calculations."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, count: int, size: int = 32) -> None:
         self.tokenizer, self.seed, self.count, self.size = tokenizer, seed, count, size
@@ -56,12 +49,7 @@ class Batches(Dataset[dict[str, torch.Tensor]]):
 
 
 def row(tokenizer: PreTrainedTokenizerFast, turns: list[Problem]) -> Row:
-    """Write problems one after the other as a chat does; labels are the responses and the end of each.
-
-    Args:
-        tokenizer: The tokenizer of the pair.
-        turns: The problems, one for each turn.
-    """
+    """Write problems one after the other as a chat does; labels are the responses and the end of each."""
     tokens: list[int] = []
     labels: list[int] = []
     for turn in turns:
@@ -72,12 +60,7 @@ def row(tokenizer: PreTrainedTokenizerFast, turns: list[Problem]) -> Row:
 
 
 def collate(rows: list[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad rows on the right, where causal attention needs no mask.
-
-    Args:
-        rows: Tokens and labels.
-        pad_token_id: What to fill the tokens up with.
-    """
+    """Pad rows on the right, where causal attention needs no mask."""
     longest = max(len(tokens) for tokens, _ in rows)
     return {
         "input_ids": torch.tensor([tokens + [pad_token_id] * (longest - len(tokens)) for tokens, _ in rows]),

@@ -37,19 +37,7 @@ HALVINGS = 4
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, and what decoding with it gave on the problems.
-
-    Args:
-        threshold: For `router_threshold`.
-        llm_share: Share of tokens that the LLM wrote.
-        llm_share_ci: 95 % interval of it over problems.
-        problems: How many there were.
-        accuracy: Share of problems answered rightly; `None` without a checker.
-        accuracy_ci: 95 % interval of it over problems.
-        llm_accuracy: That of the LLM alone, where an accuracy was asked for.
-        wanted: What was asked for: `{"llm_share": 0.2}` or `{"accuracy": 0.95}`.
-        data_sha256: Fingerprint of the problems.
-    """
+    """A threshold, and what decoding with it gave on the problems."""
 
     threshold: float
     llm_share: float
@@ -116,16 +104,7 @@ def calibrate(
 
 
 class _Trials:
-    """Decodes all problems with one threshold after the other.
-
-    Args:
-        model: The pair.
-        prompts: Token ids of each prompt.
-        grader: Judges the texts, if there is a checker.
-        sizes: `max_new_tokens` and `batch_tokens`.
-        seed: Of the bootstrap.
-        steps: Told about every text.
-    """
+    """Decodes all problems with one threshold after the other."""
 
     def __init__(
         self,
@@ -238,17 +217,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def write_threshold(directory: Path, calibration: Calibration) -> None:
-    """Write a threshold into a router repository, and how it was found into its `provenance.json`.
-
-    Args:
-        directory: The repository: it holds a `config.json`. All other settings stay as they are.
-        calibration: What was found.
-
-    Raises:
-        FileNotFoundError: when there is no `config.json`.
-        ValueError: when one of the two files is no JSON object; then nothing is changed.
-        OSError: when one cannot be written.
-    """
+    """Write a threshold into a router repository, and how it was found into its `provenance.json`."""
     config, provenance = directory / "config.json", directory / "provenance.json"
     if not config.is_file():
         raise FileNotFoundError(f"{directory} is no router repository on this machine: it holds no config.json.")

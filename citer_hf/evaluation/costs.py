@@ -17,13 +17,7 @@ __all__ = ["ModelPasses", "PairCosts", "TextCost", "scoring_cost"]
 
 @dataclass(frozen=True)
 class TextCost:
-    """What it takes to write something.
-
-    Args:
-        bytes: Weights read, keys and values read and written.
-        flops: Floating-point operations.
-        llm_passes: Forward passes of the LLM.
-    """
+    """What it takes to write something."""
 
     bytes: float = 0.0
     flops: float = 0.0
@@ -34,12 +28,7 @@ class TextCost:
 
 
 class ModelPasses:
-    """Costs of forward passes of one model over one row, each counted once and remembered.
-
-    Args:
-        cost: Of the model.
-        is_llm: Whether its passes are passes of the LLM.
-    """
+    """Costs of forward passes of one model over one row, each counted once and remembered."""
 
     def __init__(self, cost: ModelCost, is_llm: bool):
         self.cost, self.is_llm = cost, is_llm
@@ -53,12 +42,7 @@ class ModelPasses:
         return TextCost(moved, flops(self.cost, tokens, context), int(self.is_llm))
 
     def text(self, prompt: int, tokens: int) -> TextCost:
-        """Cost of a pass over the prompt, and one over each new token but the last, which nobody reads.
-
-        Args:
-            prompt: Tokens of the prompt.
-            tokens: New tokens, at least one.
-        """
+        """Cost of a pass over the prompt, and one over each new token but the last, which nobody reads."""
         first, last = prompt, prompt + tokens - 1
         while len(self._steps) <= last:
             self._steps.append(self._steps[-1] + self.one_pass(1, len(self._steps) - 1))
@@ -68,37 +52,18 @@ class ModelPasses:
 
 
 class PairCosts:
-    """Costs of the texts of a pair (section 4.1 of CITER: cost is what is moved from memory).
-
-    Args:
-        model: The pair, as it is loaded: quantized weights count as they are stored.
-    """
+    """Costs of the texts of a pair (section 4.1 of CITER: cost is what is moved from memory)."""
 
     def __init__(self, model: CiterForCausalLM):
         self.slm = ModelPasses(cost_of_model(model.slm), is_llm=False)
         self.llm = ModelPasses(cost_of_model(model.llm), is_llm=True)
 
     def alone(self, by_llm: bool, prompt: int, tokens: int) -> TextCost:
-        """Cost of a text that one model writes without the other.
-
-        Args:
-            by_llm: Which one.
-            prompt: Tokens of the prompt.
-            tokens: New tokens.
-        """
+        """Cost of a text that one model writes without the other."""
         return (self.llm if by_llm else self.slm).text(prompt, tokens)
 
     def routed(self, scoring: TextCost, prompt: int, to_llm: Sequence[bool]) -> TextCost:
-        """Cost of a text that is routed token by token.
-
-        The SLM reads everything and the router scores every token; before a token of its own the LLM reads, in one
-        pass, what it has not seen.
-
-        Args:
-            scoring: Of one token by the router, see `scoring_cost`.
-            prompt: Tokens of the prompt.
-            to_llm: Who writes each new token.
-        """
+        """Cost of a text that is routed token by token."""
         slm = self.slm.text(prompt, len(to_llm))
         moved, operations = slm.bytes + scoring.bytes * len(to_llm), slm.flops + scoring.flops * len(to_llm)
         passes = seen = 0
@@ -109,26 +74,13 @@ class PairCosts:
         return TextCost(moved, operations, passes)
 
     def routed_by_query(self, scoring: TextCost, prompt: int, tokens: int, by_llm: bool) -> TextCost:
-        """Cost of a text whose writer is chosen once, after the SLM has read the prompt.
-
-        Args:
-            scoring: Of one prompt by the router, see `scoring_cost`.
-            prompt: Tokens of the prompt.
-            tokens: New tokens.
-            by_llm: Who was chosen.
-        """
+        """Cost of a text whose writer is chosen once, after the SLM has read the prompt."""
         cost = self.alone(by_llm, prompt, tokens) + scoring
         return cost + self.slm.one_pass(prompt, 0) if by_llm else cost
 
 
 def scoring_cost(router: nn.Module) -> TextCost:
-    """Return what it takes to score one token: every weight is read, multiplied and added.
-
-    The weights of `MlpRouter` are counted as folded, which is how it runs. Embedding tables are looked up, not read.
-
-    Args:
-        router: The router.
-    """
+    """Return what it takes to score one token: every weight is read, multiplied and added."""
     weights: list[Any] = []
     folded: Any = getattr(router, "folded", None)
     if folded is not None:

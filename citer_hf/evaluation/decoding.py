@@ -43,15 +43,7 @@ STEP_RATIO = 0.3
 
 @dataclass(frozen=True)
 class Decoded:
-    """Texts, in the order of the prompts.
-
-    Args:
-        tokens: New tokens of each text, the end token included, nothing after it.
-        to_llm: Whether the LLM wrote each of them.
-        scores: `p_slm` of each of them; empty where a model wrote alone.
-        seconds: Time that `generate` took.
-        llm_calls: Forward passes of the LLM, those of a batch counted once.
-    """
+    """Texts, in the order of the prompts."""
 
     tokens: list[list[int]]
     to_llm: list[list[bool]]
@@ -70,21 +62,7 @@ def decode(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda texts: None,
 ) -> Decoded:
-    """Write a text after every prompt, greedily, whatever the model's own generation settings are.
-
-    Args:
-        model: The pair.
-        prompts: Token ids of each prompt, at least one.
-        router_threshold: Where the SLM writes, one for all or one per prompt. Default: the model's own.
-        max_new_tokens: Where to stop a text that does not end by itself; earlier where the context is full.
-        alone: Let `slm` or `llm` write everything, without paying for the other model.
-        batch_tokens: Prompt and new tokens of all rows of a batch, at most, if that leaves one row.
-        progress: Called after each batch with the number of its texts.
-
-    Raises:
-        ValueError: for an empty prompt or one that leaves no room in the context, by its number from 0; for sizes
-            below 1, or another number of thresholds than of prompts.
-    """
+    """Write a text after every prompt, greedily, whatever the model's own generation settings are."""
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_tokens", batch_tokens)):
         if value < 1:
             raise ValueError(f"{name}: expected a number of tokens from 1 up, got {value}.")
@@ -113,17 +91,7 @@ def decode(
 
 
 def check_room(lengths: Sequence[int], limit: int | None, name: str, numbers: Sequence[Any] | None = None) -> None:
-    """Refuse prompts after which nothing can be written.
-
-    Args:
-        lengths: Tokens of each prompt.
-        limit: Longest text that the pair can read, in tokens, or `None`.
-        name: What a prompt is called, with `{}` for its number.
-        numbers: The number of each. Default: from 0 up.
-
-    Raises:
-        ValueError: which names the first such prompt.
-    """
+    """Refuse prompts after which nothing can be written."""
     for index, length in enumerate(lengths):
         called = name.format(index if numbers is None else numbers[index])
         if length == 0:
@@ -136,12 +104,7 @@ def check_room(lengths: Sequence[int], limit: int | None, name: str, numbers: Se
 
 
 def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
-    """Return the pair with another router; models and weights are shared, and the given pair stays as it is.
-
-    Args:
-        model: The pair.
-        router: The router.
-    """
+    """Return the pair with another router; models and weights are shared, and the given pair stays as it is."""
     other = _view(model)
     other._modules = {**model._modules, "router": router}
     return other
@@ -149,11 +112,7 @@ def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into evaluation for a while: no dropout, and batch norm as it was learnt.
-
-    Args:
-        modules: Routers.
-    """
+    """Put modules into evaluation for a while: no dropout, and batch norm as it was learnt."""
     training = [module for module in modules if module.training]
     for module in training:
         module.eval()
@@ -172,17 +131,7 @@ def _view(model: Any) -> Any:
 def batches(
     lengths: Sequence[int], max_new_tokens: int, limit: int | None, batch_tokens: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Group prompts of like lengths, the longest first, so that memory that is too small shows at once.
-
-    Args:
-        lengths: Tokens of each prompt.
-        max_new_tokens: Where to stop a text that does not end by itself.
-        limit: Longest text that the pair can read, in tokens, or `None`.
-        batch_tokens: Prompt and new tokens of all rows of a batch, at most, if that leaves one row.
-
-    Yields:
-        Rows of a batch, and how many new tokens each may get: rows near the end of the context get what is left.
-    """
+    """Group prompts of like lengths, the longest first, so that memory that is too small shows at once."""
     rows: list[int] = []
     room = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -197,23 +146,12 @@ def batches(
 
 
 def steady_policy(unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Choose how many rows wait for the LLM as `generate` does, but not by measured times.
-
-    Args:
-        unfinished: Rows whose text has not ended.
-        llm_share: Share of the tokens that the LLM writes.
-        step_ratio: Not used.
-    """
+    """Choose how many rows wait for the LLM as `generate` does, but not by measured times."""
     return rows_to_wait_for(unfinished, llm_share, STEP_RATIO)
 
 
 class _Writer:
-    """Writes one batch after the other with one set of plain settings.
-
-    Args:
-        model: The pair.
-        alone: The model that writes everything, if one does.
-    """
+    """Writes one batch after the other with one set of plain settings."""
 
     def __init__(self, model: CiterForCausalLM, alone: Alone | None):
         self.model, self.alone = model, alone
@@ -259,12 +197,7 @@ class _Writer:
 
 
 def greedy_view(model: CiterForCausalLM, alone: Alone | None = None) -> Any:
-    """Return the pair, or one of its models, with settings that decode greedily and do nothing else.
-
-    Args:
-        model: The pair, which stays as it is.
-        alone: Which of its models, if one.
-    """
+    """Return the pair, or one of its models, with settings that decode greedily and do nothing else."""
     # Settings that are not given to `generate` are filled up from the model's own: a view of the model has none.
     view = _view(model if alone is None else getattr(model, alone))
     end_tokens, padding = special_tokens(model)
@@ -273,11 +206,7 @@ def greedy_view(model: CiterForCausalLM, alone: Alone | None = None) -> Any:
 
 
 def special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
-    """Return what ends a text, and what pads: of the pair, so that every model ends alike.
-
-    Args:
-        model: The pair.
-    """
+    """Return what ends a text, and what pads: of the pair, so that every model ends alike."""
     config: Any = model.generation_config
     end = config.eos_token_id
     end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
@@ -286,21 +215,11 @@ def special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
 
 
 def text_lengths(written: torch.Tensor, end_tokens: Sequence[int]) -> list[int]:
-    """Return the length of each text, `[batch]`: up to its first end token and with it.
-
-    Args:
-        written: New tokens, `[batch, tokens]`.
-        end_tokens: What ends a text.
-    """
+    """Return the length of each text, `[batch]`: up to its first end token and with it."""
     ends = torch.isin(written, torch.tensor(end_tokens, dtype=written.dtype, device=written.device))
     return ((ends.cumsum(dim=1) - ends.long()) == 0).sum(dim=1).tolist()
 
 
 def cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:
-    """Return each row of a tensor up to its length.
-
-    Args:
-        values: `[batch, tokens]`.
-        lengths: `[batch]`.
-    """
+    """Return each row of a tensor up to its length."""
     return [row[:length] for row, length in zip(values.tolist(), lengths, strict=True)]

@@ -36,11 +36,7 @@ SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
 
 def method_name(model: CiterForCausalLM) -> str:
-    """Return the method that the pair's own router belongs to, as far as its kind tells.
-
-    Args:
-        model: The pair.
-    """
+    """Return the method that the pair's own router belongs to, as far as its kind tells."""
     kind = model.config.router["type"]
     return METHODS.get(kind, kind)
 
@@ -183,15 +179,7 @@ class _End:
 
 
 class _Run:
-    """What all points of an evaluation share.
-
-    Args:
-        model: The pair.
-        prompts: Token ids of each prompt.
-        writer: Writes and judges the texts.
-        store: Remembers what is done.
-        settings: `max_new_tokens`, `batch_tokens` and `seed`.
-    """
+    """What all points of an evaluation share."""
 
     def __init__(
         self,

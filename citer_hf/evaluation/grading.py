@@ -12,19 +12,7 @@ __all__ = ["Grader", "judge", "name_of"]
 
 
 class Grader:
-    """Lets a checker judge new texts; it does not see the prompts as part of them. No text is judged twice.
-
-    Args:
-        checker: Says whether a text answers a problem, or the name of one that does.
-        examples: The problems, at least one, each with an answer.
-        tokenizer: The pair's.
-
-    Raises:
-        ValueError: for no problems, one without an answer, or an unknown name.
-
-    Attributes:
-        name: What the checker is called.
-    """
+    """Lets a checker judge new texts; it does not see the prompts as part of them. No text is judged twice."""
 
     def __init__(self, checker: Checker | str, examples: Sequence[Example], tokenizer: Any):
         _require_answers(examples)
@@ -34,16 +22,7 @@ class Grader:
         self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
 
     def grade(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> list[Verdict]:
-        """Judge a text for every problem, or for some.
-
-        Args:
-            texts: New tokens of each.
-            rows: Numbers of the problems from 0, one per text. Default: all.
-
-        Raises:
-            ValueError: when the checker raises, with the row.
-            TypeError: when it returns no `Verdict`.
-        """
+        """Judge a text for every problem, or for some."""
         problems = range(len(texts)) if rows is None else rows
         keys = [(row, tuple(text)) for row, text in zip(problems, texts, strict=True)]
         new = [key for key in keys if key not in self._known]
@@ -54,18 +33,7 @@ class Grader:
 
 
 def judge(checker: Checker, text: str, example: Example, name: str | None = None) -> Verdict:
-    """Let a checker, which may be a user's own, judge one text.
-
-    Args:
-        checker: Says whether a text answers a problem.
-        text: The text.
-        example: The problem.
-        name: What the checker is called. Default: after its function.
-
-    Raises:
-        ValueError: when it raises, with the row and the example.
-        TypeError: when it returns no `Verdict`, likewise.
-    """
+    """Let a checker, which may be a user's own, judge one text."""
     name = name_of(checker) if name is None else name
     where = f"at row {example.row} of the data ({example.id!r})"
     try:
@@ -82,11 +50,7 @@ def judge(checker: Checker, text: str, example: Example, name: str | None = None
 
 
 def name_of(checker: Checker) -> str:
-    """Return the name by which a checker can be found: its module and its function or class.
-
-    Args:
-        checker: The checker.
-    """
+    """Return the name by which a checker can be found: its module and its function or class."""
     named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
     return f"{named.__module__}:{named.__qualname__}"
 

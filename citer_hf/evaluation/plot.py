@@ -41,16 +41,7 @@ LEVEL = 0.95
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw accuracy against LLM share and against bytes per token, into a file that is whole or not there.
-
-    Args:
-        results: The results.
-        path: Ends in `.png`, `.svg` or `.pdf`.
-
-    Raises:
-        ImportError: when matplotlib is not installed.
-        OSError: when the file cannot be written.
-    """
+    """Draw accuracy against LLM share and against bytes per token, into a file that is whole or not there."""
     figure = new_figure(INCHES)
     left, right = figure.subplots(1, 2, sharey=True)
     scale, unit = _unit(results.ends["llm"].bytes)

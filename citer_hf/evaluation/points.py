@@ -19,15 +19,7 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class TextResult:
-    """What became of one problem.
-
-    Args:
-        correct: Whether the answer is right.
-        extracted: Whether the checker found an answer.
-        tokens: New tokens.
-        llm_tokens: How many of them the LLM wrote.
-        cost: Of the text, as it is decoded alone.
-    """
+    """What became of one problem."""
 
     correct: bool
     extracted: bool
@@ -38,19 +30,7 @@ class TextResult:
 
 @dataclass(frozen=True)
 class Point:
-    """What one way to decode achieves and costs; costs are per new token of all texts together.
-
-    Args:
-        threshold: Of the router; 0 for the SLM alone, 2 for the LLM alone, `None` for a mean over routers.
-        accuracy: Share of problems answered rightly.
-        accuracy_ci: 95 % interval of it over problems.
-        llm_share: Share of tokens that the LLM writes.
-        llm_calls: Forward passes of the LLM that a text takes part in when it is decoded alone.
-        bytes: Weights read, keys and values read and written, of both models and the router, decoded alone.
-        flops: Floating-point operations, decoded alone.
-        seconds: Time of `generate`, in the batches as they ran, added up where several processes divided them.
-        extracted: Share of problems in whose text the checker found an answer.
-    """
+    """What one way to decode achieves and costs; costs are per new token of all texts together."""
 
     threshold: float | None
     accuracy: float
@@ -68,23 +48,12 @@ class Point:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Point:
-        """Make a point from its JSON form.
-
-        Args:
-            values: What `as_dict` gives.
-        """
+        """Make a point from its JSON form."""
         return cls(**{**values, "accuracy_ci": tuple(values["accuracy_ci"])})
 
 
 def make_point(results: Sequence[TextResult], threshold: float, seconds: float, seed: int) -> Point:
-    """Add up what became of all problems.
-
-    Args:
-        results: One per problem.
-        threshold: Of the router.
-        seconds: Wall-clock time of `generate` for all of them.
-        seed: Of the bootstrap.
-    """
+    """Add up what became of all problems."""
     tokens = sum(one.tokens for one in results)
     correct = [float(one.correct) for one in results]
     return Point(
@@ -103,16 +72,7 @@ def make_point(results: Sequence[TextResult], threshold: float, seconds: float, 
 def bootstrap_interval(
     values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of a mean over problems, or of a ratio of two sums.
-
-    One seed draws the same problems for any values, so that points and methods can be compared.
-
-    Args:
-        values: One per problem.
-        weights: Denominators, such as tokens where `values` are the LLM's tokens. Default: ones, for a mean.
-        seed: Of the draws.
-        resamples: How many times all problems are drawn with replacement.
-    """
+    """Return the 95 % percentile bootstrap interval of a mean over problems, or of a ratio of two sums."""
     generator = np.random.default_rng(seed)
     above = np.asarray(values, dtype=np.float64)
     below = np.ones_like(above) if weights is None else np.asarray(weights, dtype=np.float64)

@@ -12,11 +12,7 @@ __all__ = ["Steps", "progress_bar"]
 
 
 class Steps:
-    """A bar that counts texts.
-
-    Args:
-        bar: rich's, with one task.
-    """
+    """A bar that counts texts."""
 
     def __init__(self, bar: Progress):
         self._bar = bar
@@ -24,19 +20,11 @@ class Steps:
         self._skipped = 0
 
     def name(self, description: str) -> None:
-        """Say what is done now.
-
-        Args:
-            description: In a few words.
-        """
+        """Say what is done now."""
         self._bar.update(self._task, description=description)
 
     def advance(self, texts: int) -> None:
-        """Note that texts are done.
-
-        Args:
-            texts: How many.
-        """
+        """Note that texts are done."""
         self._bar.advance(self._task, texts)
 
     @property
@@ -45,36 +33,19 @@ class Steps:
         return not self._bar.disable
 
     def begin(self, description: str, total: int) -> None:
-        """Begin another kind of work, with an estimate of its own.
-
-        Args:
-            description: In a few words.
-            total: How much of it there is.
-        """
+        """Begin another kind of work, with an estimate of its own."""
         self._bar.reset(self._task, description=description, total=total)
 
     def reach(self, done: int) -> None:
-        """Note how far the work is.
-
-        Args:
-            done: How much is done, what was done before included.
-        """
+        """Note how far the work is."""
         self._bar.update(self._task, completed=done)
 
     def expect(self, total: int) -> None:
-        """Say how many texts there are.
-
-        Args:
-            total: All, those that are done or skipped included.
-        """
+        """Say how many texts there are."""
         self._bar.update(self._task, total=total - self._skipped)
 
     def skip(self, texts: int) -> None:
-        """Note that texts were written in an earlier run; how fast says nothing about the rest.
-
-        Args:
-            texts: How many.
-        """
+        """Note that texts were written in an earlier run; how fast says nothing about the rest."""
         self._skipped += texts
         total = self._bar.tasks[0].total
         self._bar.update(self._task, total=None if total is None else total - texts)
@@ -82,13 +53,7 @@ class Steps:
 
 @contextmanager
 def progress_bar(total: int | None, units: str = "texts", shown: bool = True) -> Iterator[Steps]:
-    """Show a bar with an estimate of the time left on stderr, and nothing where that is no terminal.
-
-    Args:
-        total: Texts to write, as far as is known.
-        units: What is counted.
-        shown: Whether this process is the one that shows it.
-    """
+    """Show a bar with an estimate of the time left on stderr, and nothing where that is no terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:24}"),

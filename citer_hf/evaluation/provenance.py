@@ -42,30 +42,17 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def fingerprint(value: Any) -> str:
-    """Return the sha256 of something that JSON can hold, in hexadecimal.
-
-    Args:
-        value: The value.
-    """
+    """Return the sha256 of something that JSON can hold, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def data_fingerprint(examples: Sequence[Example], prompts: Sequence[Sequence[int]]) -> str:
-    """Return the sha256 of the problems and of their prompts as the models read them.
-
-    Args:
-        examples: The problems.
-        prompts: Token ids of each prompt.
-    """
+    """Return the sha256 of the problems and of their prompts as the models read them."""
     return fingerprint([[asdict(example), list(prompt)] for example, prompt in zip(examples, prompts, strict=True)])
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """Return the sha256 of a router: its class, its settings and all its weights.
-
-    Args:
-        module: The router.
-    """
+    """Return the sha256 of a router: its class, its settings and all its weights."""
     digest = hashlib.sha256(f"{type(module).__module__}:{type(module).__qualname__}".encode())
     for name, part in module.named_modules():
         settings = {
@@ -81,20 +68,12 @@ def module_fingerprint(module: nn.Module) -> str:
 
 
 def model_fingerprint(model: CiterForCausalLM) -> str:
-    """Return the sha256 of both models, and of the precision that they are loaded in.
-
-    Args:
-        model: The pair; its router does not matter.
-    """
+    """Return the sha256 of both models, and of the precision that they are loaded in."""
     return fingerprint([[base_model_fingerprint(part), str(part.dtype)] for part in (model.slm, model.llm)])
 
 
 def base_model_fingerprint(model: PreTrainedModel) -> str:
-    """Return the sha256 of a base model's shapes and of a sample of each weight; its precision does not matter.
-
-    Args:
-        model: A base model. Of weights that are offloaded, only the shapes are looked at.
-    """
+    """Return the sha256 of a base model's shapes and of a sample of each weight; its precision does not matter."""
     digest = hashlib.sha256(str(model.config.model_type).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -116,15 +95,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_run(model: CiterForCausalLM) -> dict[str, Any]:
-    """Return versions, machine, date, and what both models are.
-
-    Args:
-        model: The pair.
-
-    Returns:
-        The `commit` of the router and of both models is that of the files that were loaded; `None` where they lay in a
-        directory, or a model was made or loaded elsewhere. `reference` is what the router's configuration says.
-    """
+    """Return versions, machine, date, and what both models are."""
     device = model.slm.device
     on_cuda = device.type == "cuda"
     machine: dict[str, Any] = {
@@ -153,11 +124,7 @@ def _reference(model: Any, commit: str | None) -> dict[str, Any]:
 
 
 def anonymous(value: Any) -> Any:
-    """Return arguments as they may be published: of a path outside the current directory the last part, no tokens.
-
-    Args:
-        value: Text, numbers, and lists and dictionaries of them.
-    """
+    """Return arguments as they may be published: of a path outside the current directory the last part, no tokens."""
     if isinstance(value, Mapping):
         return {str(key): anonymous(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -16,15 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(results: Results, directory: Path) -> None:
-    """Write `results.md`, `curve.png` and, last, `results.json`.
-
-    Args:
-        results: The results.
-        directory: Where to, an existing directory.
-
-    Raises:
-        OSError: when a file cannot be written.
-    """
+    """Write `results.md`, `curve.png` and, last, `results.json`."""
     write_markdown(results, directory / "results.md")
     try:
         draw(results, directory / "curve.png")

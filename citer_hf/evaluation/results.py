@@ -21,15 +21,7 @@ SHARES = (0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 
 @dataclass(frozen=True)
 class Results:
-    """Accuracy and cost of several methods on the same problems.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`).
-        methods: Points of each method, from few to many LLM tokens.
-        summary: Figures of each method, see `summarize`.
-        provenance: How the numbers came about.
-        shipped: Name of the method that a repository ships, if one does.
-    """
+    """Accuracy and cost of several methods on the same problems."""
 
     ends: dict[str, Point]
     methods: dict[str, list[Point]]
@@ -47,28 +39,13 @@ class Results:
         }
 
     def write(self, path: Path) -> None:
-        """Write `results.json`, whole or not at all.
-
-        Args:
-            path: The file.
-
-        Raises:
-            OSError: when it cannot be written.
-        """
+        """Write `results.json`, whole or not at all."""
         with written_beside(path) as file:
             file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read what `write` wrote.
-
-        Args:
-            path: The file.
-
-        Raises:
-            OSError: when it cannot be read.
-            ValueError: when it holds something else.
-        """
+        """Read what `write` wrote."""
         values = read_json(path)
         try:
             ends = {name: Point.from_dict(point) for name, point in values["ends"].items()}
@@ -78,46 +55,21 @@ class Results:
             raise ValueError(f"{path.name}: it holds no results of an evaluation ({error!r}).") from error
 
     def compare(self, name: str, other: str) -> Comparison:
-        """Compare two methods; see `summary.compare`.
-
-        Args:
-            name: Of one.
-            other: Of the other.
-        """
+        """Compare two methods; see `summary.compare`."""
         return compare(self.ends, self.methods[name], self.methods[other])
 
 
 def make_results(
     ends: Mapping[str, Point], methods: Mapping[str, Sequence[Point]], provenance: Mapping[str, Any]
 ) -> Results:
-    """Put points in order and add the summary.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`).
-        methods: Points of each method.
-        provenance: How the numbers came about.
-    """
+    """Put points in order and add the summary."""
     ordered = {name: sorted(points, key=lambda point: point.llm_share) for name, points in methods.items()}
     summary = {name: summarize(ends, points) for name, points in ordered.items()}
     return Results(dict(ends), ordered, summary, dict(provenance))
 
 
 def average_results(runs: Sequence[Results], shares: Sequence[float] = SHARES) -> Results:
-    """Return the mean curves of runs on the same problems with routers of several seeds.
-
-    A method that only some runs hold, because no seed changes it, is averaged over those.
-
-    Args:
-        runs: The results of each run, at least one.
-        shares: Where to take the mean.
-
-    Returns:
-        Results whose points have no thresholds, and whose `provenance` holds that of each run under `runs` and the
-        summary of each method in each run under `summaries`.
-
-    Raises:
-        ValueError: when their ends differ.
-    """
+    """Return the mean curves of runs on the same problems with routers of several seeds."""
     first = runs[0]
     for run in runs[1:]:
         if any(run.ends[end].accuracy != first.ends[end].accuracy for end in first.ends):

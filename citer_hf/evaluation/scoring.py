@@ -22,12 +22,7 @@ MOST_LOGITS = 1 << 28
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of routers along texts.
-
-    Args:
-        scores: For each router, `p_slm` of the new tokens of each text, in the order of the texts, fp32.
-        seconds: Time that it took.
-    """
+    """Scores of routers along texts."""
 
     scores: dict[str, list[np.ndarray]]
     seconds: float
@@ -42,19 +37,7 @@ def score_texts(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda texts: None,
 ) -> Scored:
-    """Score every new token of given texts, with the SLM reading each text once.
-
-    Args:
-        model: The pair; its own router takes no part.
-        routers: Any number of routers by name.
-        prompts: Token ids of each prompt.
-        texts: New tokens of each text, at least one. The scores are those of the decisions who writes them.
-        batch_tokens: Tokens of a batch, padding included, at most, if that leaves one text.
-        progress: Called after each batch with the number of its texts.
-
-    Raises:
-        ValueError: when a router gives NaN.
-    """
+    """Score every new token of given texts, with the SLM reading each text once."""
     began = time.perf_counter()
     scores: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(texts) for name in routers}
     most = min(batch_tokens, MOST_LOGITS // model.vocab_size)
@@ -93,15 +76,7 @@ def _score_batch(
 
 
 def check_scores(name: str, scores: np.ndarray) -> None:
-    """Refuse scores that no threshold can be compared with.
-
-    Args:
-        name: Of the router.
-        scores: What it gave.
-
-    Raises:
-        ValueError: when some are NaN.
-    """
+    """Refuse scores that no threshold can be compared with."""
     bad = int(np.isnan(scores).sum())
     if bad:
         raise ValueError(
@@ -111,16 +86,7 @@ def check_scores(name: str, scores: np.ndarray) -> None:
 
 
 def threshold_for_share(scores: np.ndarray, share: float) -> float:
-    """Return the threshold under which a share of the scores lies, as nearly as ties let it.
-
-    Args:
-        scores: Scores of the router, fp32; sorted.
-        share: Share of tokens that go to the LLM, from 0 to 1.
-
-    Returns:
-        A number half-way between two neighbouring scores, so that rounding in another batch decides nothing, or the
-        fp32 number that follows the largest.
-    """
+    """Return the threshold under which a share of the scores lies, as nearly as ties let it."""
     place = min(round(share * len(scores)), len(scores) - 1)
     tied = scores[place]
     below, up_to = (int(np.searchsorted(scores, tied, side)) for side in ("left", "right"))
@@ -135,12 +101,7 @@ def threshold_for_share(scores: np.ndarray, share: float) -> float:
 
 
 def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float]:
-    """Return thresholds under which these shares of the scores lie, each once; none that sends no token.
-
-    Args:
-        scores: Scores of a router along the LLM's own texts.
-        shares: Shares of tokens that go to the LLM, from 0 to 1.
-    """
+    """Return thresholds under which these shares of the scores lie, each once; none that sends no token."""
     ordered = np.sort(scores)
     thresholds = {threshold_for_share(ordered, share) for share in shares}
     return sorted(threshold for threshold in thresholds if threshold > ordered[0])

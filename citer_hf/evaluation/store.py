@@ -18,18 +18,7 @@ RESULTS = "results.json"
 
 
 class Store:
-    """Remembers what was computed, in `unfinished/` of an output directory.
-
-    Args:
-        directory: The output directory, made when it is not there; `None` to remember in memory alone.
-        fingerprint: Of everything that the results depend on.
-
-    Raises:
-        FileExistsError: when the directory holds anything else; nothing in it is touched.
-
-    Attributes:
-        finished: The results file, when a run with the same fingerprint is complete.
-    """
+    """Remembers what was computed, in `unfinished/` of an output directory."""
 
     def __init__(self, directory: Path | None, fingerprint: str):
         self.finished: Path | None = None
@@ -68,11 +57,7 @@ class Store:
             )
 
     def check_agreement(self) -> None:
-        """Refuse to go on with processes that work on something else, once all of them have opened the directory.
-
-        Raises:
-            ValueError: when this process is one of them.
-        """
+        """Refuse to go on with processes that work on something else, once all of them have opened the directory."""
         if self._folder is None or self.finished is not None:
             return
         found = _read(self._folder / FINGERPRINT) or {}
@@ -83,20 +68,11 @@ class Store:
             )
 
     def holds(self, key: str) -> bool:
-        """Say whether something is remembered.
-
-        Args:
-            key: What it is remembered under.
-        """
+        """Say whether something is remembered."""
         return key in self._values if self._folder is None else _read(self._path(key)) is not None
 
     def remember(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Return what is remembered under a key, or compute it and remember it.
-
-        Args:
-            key: Any text.
-            compute: Gives something that JSON can hold.
-        """
+        """Return what is remembered under a key, or compute it and remember it."""
         if not self.holds(key):
             value = compute()
             if self._folder is None:
@@ -106,14 +82,7 @@ class Store:
         return self.recall(key)
 
     def recall(self, key: str) -> Any:
-        """Return what is remembered under a key.
-
-        Args:
-            key: Any text.
-
-        Raises:
-            KeyError: when nothing is.
-        """
+        """Return what is remembered under a key."""
         if self._folder is None:
             return self._values[key]
         found = _read(self._path(key))

@@ -21,10 +21,7 @@ GRID = tuple(step / 100 for step in range(1, 100))
 
 
 def _curve(ends: Ends, points: Sequence[Point], cost: Cost) -> tuple[np.ndarray, np.ndarray]:
-    """Return costs in ascending order and accuracies, from the SLM alone to the LLM alone.
-
-    A point that costs more than the LLM alone is left out: nobody would choose it.
-    """
+    """Return costs in ascending order and accuracies, from the SLM alone to the LLM alone."""
     dearest = getattr(ends["llm"], cost)
     between = [(getattr(one, cost), one.accuracy) for one in points if getattr(one, cost) < dearest]
     curve = sorted([(getattr(ends["slm"], cost), ends["slm"].accuracy), *between])
@@ -34,26 +31,12 @@ def _curve(ends: Ends, points: Sequence[Point], cost: Cost) -> tuple[np.ndarray,
 
 
 def accuracy_at(ends: Ends, points: Sequence[Point], value: float, cost: Cost = "llm_share") -> float:
-    """Return the accuracy at a cost, on straight lines between the points.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`).
-        points: Of one method.
-        value: The cost.
-        cost: What is meant by it.
-    """
+    """Return the accuracy at a cost, on straight lines between the points."""
     return float(np.interp(value, *_curve(ends, points, cost)))
 
 
 def cost_at(ends: Ends, points: Sequence[Point], fraction: float, cost: Cost = "llm_share") -> float | None:
-    """Return the least cost at which a method reaches a fraction of the LLM's accuracy, or `None` if it never does.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`).
-        points: Of one method.
-        fraction: Of the LLM's accuracy.
-        cost: What is meant by cost.
-    """
+    """Return the least cost at which a method reaches a fraction of the LLM's accuracy, or `None` if it never does."""
     wanted = fraction * ends["llm"].accuracy
     costs, accuracies = _curve(ends, points, cost)
     reached = np.flatnonzero(accuracies >= wanted)
@@ -67,16 +50,7 @@ def cost_at(ends: Ends, points: Sequence[Point], fraction: float, cost: Cost = "
 
 
 def area(ends: Ends, points: Sequence[Point], cost: Cost) -> float | None:
-    """Return the area under accuracy against cost, both 0 for the SLM alone and 1 for the LLM alone.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`).
-        points: Of one method.
-        cost: What is meant by cost.
-
-    Returns:
-        1 for a method that is as good as the LLM at the SLM's cost, 1/2 for chance; `None` where the ends are alike.
-    """
+    """Return the area under accuracy against cost, both 0 for the SLM alone and 1 for the LLM alone."""
     slm, llm = ends["slm"], ends["llm"]
     if llm.accuracy == slm.accuracy or getattr(llm, cost) <= getattr(slm, cost):
         return None
@@ -88,16 +62,7 @@ def area(ends: Ends, points: Sequence[Point], cost: Cost) -> float | None:
 
 
 def summarize(ends: Ends, points: Sequence[Point]) -> dict[str, Any]:
-    """Return the figures of one method.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`).
-        points: Of the method.
-
-    Returns:
-        `auc` and `auc_bytes` (areas, see `area`), `share_at_95`, `share_at_98`, `bytes_at_95`, `bytes_at_98` (cost of
-        95 and 98 % of the LLM's accuracy), and `accuracy_at` (accuracy by LLM share).
-    """
+    """Return the figures of one method."""
     summary: dict[str, Any] = {"auc": area(ends, points, "llm_share"), "auc_bytes": area(ends, points, "bytes")}
     for name, cost in (("share", "llm_share"), ("bytes", "bytes")):
         for percent in (95, 98):
@@ -107,16 +72,7 @@ def summarize(ends: Ends, points: Sequence[Point]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one method stands against another.
-
-    Args:
-        share_saving: For fractions of the LLM's accuracy: how much less LLM share one needs than the other, as a
-            fraction of the other's; `None` where either never gets there.
-        bytes_saving: The same in bytes moved.
-        gain: Largest lead in accuracy at equal LLM share.
-        gain_at_share: The share where that is.
-        gain_at_bytes: Largest lead in accuracy at equal bytes moved.
-    """
+    """How one method stands against another."""
 
     share_saving: dict[float, float | None]
     bytes_saving: dict[float, float | None]
@@ -130,13 +86,7 @@ class Comparison:
 
 
 def compare(ends: Ends, points: Sequence[Point], other: Sequence[Point]) -> Comparison:
-    """Compare two methods at equal accuracy, from 90 to 98 % of the LLM's, and at equal cost.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`).
-        points: Of one method.
-        other: Of the other.
-    """
+    """Compare two methods at equal accuracy, from 90 to 98 % of the LLM's, and at equal cost."""
 
     def saving(fraction: float, cost: Cost) -> float | None:
         own, others = (cost_at(ends, curve, fraction, cost) for curve in (points, other))
@@ -158,16 +108,7 @@ def compare(ends: Ends, points: Sequence[Point], other: Sequence[Point]) -> Comp
 
 
 def average_curves(ends: Ends, curves: Sequence[Sequence[Point]], shares: Sequence[float]) -> list[Point]:
-    """Return the mean of several curves at the same LLM shares, such as those of routers of several seeds.
-
-    Args:
-        ends: The SLM alone (`slm`) and the LLM alone (`llm`), the same for all.
-        curves: Points of each.
-        shares: Where to take the mean. Between two points of a curve everything lies on straight lines.
-
-    Returns:
-        Points without a threshold, whose intervals are the mean of the intervals: over problems, not over seeds.
-    """
+    """Return the mean of several curves at the same LLM shares, such as those of routers of several seeds."""
 
     def value(curve: Sequence[Point], share: float) -> np.ndarray:
         ordered = sorted([ends["slm"], *curve, ends["llm"]], key=lambda point: point.llm_share)

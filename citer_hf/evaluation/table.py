@@ -43,12 +43,7 @@ GAIN = "largest lead,\npoints"
 
 
 def print_tables(results: Results, console: Console | None = None) -> None:
-    """Print all points, and the summary last, where it is read first.
-
-    Args:
-        results: The results.
-        console: Where to. Default: stdout.
-    """
+    """Print all points, and the summary last, where it is read first."""
     console = console or Console(width=None if sys.stdout.isatty() else WIDE)
     for title, header, rows in reversed(list(_tables(results))):
         table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
@@ -60,25 +55,13 @@ def print_tables(results: Results, console: Console | None = None) -> None:
 
 
 def write_markdown(results: Results, path: Path) -> None:
-    """Write the tables into a file, whole or not at all.
-
-    Args:
-        results: The results.
-        path: The file.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
+    """Write the tables into a file, whole or not at all."""
     with written_beside(path) as file:
         file.write(markdown(results).encode())
 
 
 def markdown(results: Results) -> str:
-    """Return the tables as Markdown.
-
-    Args:
-        results: The results.
-    """
+    """Return the tables as Markdown."""
     parts = []
     for title, header, rows in _tables(results):
         ruler = ["---", *["---:"] * (len(header) - 1)]

@@ -22,16 +22,7 @@ __all__ = ["Texts", "Way", "Writer", "deal"]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to write texts.
-
-    Args:
-        key: What the texts are remembered under.
-        title: What the progress bar says.
-        model: The pair, with the router that decides.
-        router: What that is called.
-        threshold: Of the router.
-        alone: The model that writes everything, if one does.
-    """
+    """One way to write texts."""
 
     key: str
     title: str
@@ -43,15 +34,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Texts:
-    """A text for every problem, and what became of it.
-
-    Args:
-        tokens: New tokens of each.
-        to_llm: Whether the LLM wrote each of them.
-        correct: Whether the answer is right.
-        extracted: Whether the checker found an answer.
-        seconds: Time that `generate` took, added up over the batches.
-    """
+    """A text for every problem, and what became of it."""
 
     tokens: list[list[int]]
     to_llm: list[list[bool]]
@@ -62,20 +45,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes and judges texts, a batch at a time; every batch is remembered as soon as it is done.
-
-    The batches are the same for any number of processes, and so are the texts.
-
-    Args:
-        prompts: Token ids of each prompt.
-        grader: Judges the texts.
-        store: Remembers what is done.
-        steps: Told about every text.
-        sizes: `max_new_tokens` and `batch_tokens`.
-        limit: Longest text that the pair can read, in tokens, or `None`.
-        process: Number of this process, from 0.
-        processes: How many there are.
-    """
+    """Writes and judges texts, a batch at a time; every batch is remembered as soon as it is done."""
 
     prompts: Sequence[Sequence[int]]
     grader: Grader
@@ -92,18 +62,7 @@ class Writer:
         return [rows for rows, _ in batches(lengths, limit=self.limit, **self.sizes)]
 
     def write(self, ways: Sequence[Way]) -> list[Texts]:
-        """Write this process's part of the texts of several ways, and wait for the others'.
-
-        Args:
-            ways: The ways.
-
-        Returns:
-            The texts of each way.
-
-        Raises:
-            ValueError: when a router gives NaN or the checker raises.
-            ConnectionError: when another process has ended.
-        """
+        """Write this process's part of the texts of several ways, and wait for the others'."""
         units = [(way, number, rows) for way in ways for number, rows in enumerate(self._batches)]
         units.sort(key=lambda unit: -len(unit[2]))
         mine = deal(units, self.processes)[self.process]
@@ -152,12 +111,7 @@ class Writer:
 
 
 def deal(units: Sequence[Any], processes: int) -> list[list[Any]]:
-    """Divide units among processes, there and back, so that nobody always gets the first of what costs alike.
-
-    Args:
-        units: The largest first.
-        processes: How many there are.
-    """
+    """Divide units among processes, there and back, so that nobody always gets the first of what costs alike."""
     hands: list[list[Any]] = [[] for _ in range(processes)]
     for start in range(0, len(units), processes):
         for hand, unit in zip(hands, units[start : start + processes], strict=False):

@@ -18,14 +18,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 
 class Adapter(NamedTuple):
-    """An adapter whose files are on this machine.
-
-    Args:
-        name: Path or repository id.
-        folder: Where its files are.
-        config: The content of its `adapter_config.json`.
-        reference: What a router's configuration says of it.
-    """
+    """An adapter whose files are on this machine."""
 
     name: str
     folder: str
@@ -34,18 +27,7 @@ class Adapter(NamedTuple):
 
 
 def fetch_adapter(role: str, name: str, hub: dict[str, Any]) -> Adapter:
-    """Fetch an adapter's files, all of one commit.
-
-    Args:
-        role: `slm` or `llm`.
-        name: Path or repository id.
-        hub: Keywords for fetching files, with `revision` and `subfolder`.
-
-    Raises:
-        ImportError: when PEFT is not installed.
-        OSError: when a file cannot be found or read.
-        ValueError: when it is an adapter of a kind that is not loaded.
-    """
+    """Fetch an adapter's files, all of one commit."""
     if not is_peft_available():
         raise ImportError(f"{role}: the adapter {name} needs PEFT, which is not installed: pip install peft")
     file = cached_file(name, ADAPTER_CONFIG, **hub)
@@ -68,18 +50,7 @@ def fetch_adapter(role: str, name: str, hub: dict[str, Any]) -> Adapter:
 
 
 def check_adapter_config(role: str, name: str, config: dict[str, Any], weights: str) -> None:
-    """Refuse an adapter that would read or import something else, or takes more memory than its file holds.
-
-    Args:
-        role: `slm` or `llm`.
-        name: Where it is from.
-        config: The content of its `adapter_config.json`.
-        weights: Its weights file.
-
-    Raises:
-        OSError: when the weights cannot be read.
-        ValueError: which names the setting.
-    """
+    """Refuse an adapter that would read or import something else, or takes more memory than its file holds."""
     # The first loads other adapters by the paths that it names, the second imports a module by name.
     for setting in [key for key in ("adapters", "megatron_config") if config.get(key)]:
         raise ValueError(
@@ -101,15 +72,7 @@ def check_adapter_config(role: str, name: str, config: dict[str, Any], weights: 
 
 
 def named_base(role: str, adapter: Adapter) -> tuple[str, dict[str, Any]]:
-    """Return the path or repository id of the model that an adapter is for, and its revision as a keyword.
-
-    Args:
-        role: `slm` or `llm`.
-        adapter: The adapter.
-
-    Raises:
-        ValueError: when it does not say, or an adapter from the Hub names a directory of this machine.
-    """
+    """Return the path or repository id of the model that an adapter is for, and its revision as a keyword."""
     if os.path.isdir(adapter.name) and os.path.isfile(os.path.join(adapter.folder, "config.json")):
         # A directory that holds the model, too; transformers loads the adapter in it along with the model.
         return adapter.folder, {}
@@ -130,18 +93,7 @@ def named_base(role: str, adapter: Adapter) -> tuple[str, dict[str, Any]]:
 def locate_adapter(
     role: str, path: str, reference: Any, hub: dict[str, Any], repository: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Say where the adapter of a saved router is, and with which keywords it is fetched.
-
-    Args:
-        role: `slm` or `llm`.
-        path: Path or repository id of the router.
-        reference: What the router's configuration says of the adapter.
-        hub: Keywords for fetching files.
-        repository: The keywords of the router's own repository.
-
-    Raises:
-        ValueError: when that is a place where it may not be.
-    """
+    """Say where the adapter of a saved router is, and with which keywords it is fetched."""
     check_reference(f"{role}_adapter", reference, path)
     if reference.get("name_or_path") is not None:
         fixed = {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
@@ -151,18 +103,7 @@ def locate_adapter(
 
 
 def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple[Any, Adapter | None]:
-    """Say which model and which adapter are meant, by name or by the path or id of an adapter alone.
-
-    Args:
-        role: `slm` or `llm`.
-        source: Repository id, path or loaded model.
-        keywords: The keywords of this model; what concerns the adapter is taken out.
-
-    Raises:
-        ValueError: when an adapter is named for a model that is loaded already, or two of them are named.
-        OSError: when it cannot be found or read.
-        ImportError: when PEFT is not installed.
-    """
+    """Say which model and which adapter are meant, by name or by the path or id of an adapter alone."""
     name = keywords.pop("adapter_name_or_path", None)
     hub = file_keywords(keywords)
     if isinstance(source, nn.Module):
@@ -195,21 +136,7 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
 def saved_adapter(
     role: str, path: str, reference: Any, base: str, keywords: dict[str, Any], repository: dict[str, Any]
 ) -> Adapter | None:
-    """Return the adapter with which a router was saved, or that is named in its place.
-
-    Args:
-        role: `slm` or `llm`.
-        path: Path or repository id of the router.
-        reference: What the router's configuration says of the adapter, if anything.
-        base: Where the model is that it belongs to.
-        keywords: The keywords of the model; what concerns the adapter is taken out.
-        repository: The keywords of the router's own repository.
-
-    Raises:
-        ValueError: when the configuration says a place where it may not be, or an adapter is where none was.
-        OSError: when it cannot be found or read.
-        ImportError: when PEFT is not installed.
-    """
+    """Return the adapter with which a router was saved, or that is named in its place."""
     named, revision = keywords.pop("adapter_name_or_path", None), keywords.pop("adapter_revision", None)
     hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
     name, adapter = named, None
@@ -231,12 +158,6 @@ def saved_adapter(
 
 
 def load_adapter_files(role: str, name: str, hub: dict[str, Any]) -> Adapter:
-    """Fetch an adapter's files; what fails says which adapter it was and what to do.
-
-    Args:
-        role: `slm` or `llm`.
-        name: Path or repository id.
-        hub: Keywords for fetching files.
-    """
+    """Fetch an adapter's files; what fails says which adapter it was and what to do."""
     with explained(f"{role}_adapter", name, hub):
         return fetch_adapter(role, name, hub)

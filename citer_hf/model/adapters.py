@@ -17,15 +17,7 @@ ORIGIN = "citer_origin"
 
 
 def unwrapped(role: str, model: Any) -> Any:
-    """Return the transformers model in which PEFT has put an adapter; any other model as it is.
-
-    Args:
-        role: `slm` or `llm`.
-        model: What was given: a loaded model, a path, a repository id.
-
-    Raises:
-        ValueError: for an adapter that lies outside the model, as those of prompt tuning do.
-    """
+    """Return the transformers model in which PEFT has put an adapter; any other model as it is."""
     if not isinstance(model, nn.Module) or not is_of_peft(model) or not hasattr(model, "get_base_model"):
         return model
     config: Any = getattr(model, "active_peft_config", None)
@@ -38,16 +30,7 @@ def unwrapped(role: str, model: Any) -> Any:
 
 
 def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter) -> None:
-    """Put an adapter into a model.
-
-    Args:
-        role: `slm` or `llm`.
-        model: The model.
-        adapter: The adapter.
-
-    Raises:
-        ValueError: when it does not fit the model.
-    """
+    """Put an adapter into a model."""
     if not model._hf_peft_config_loaded:
         problem: Any = None
         try:
@@ -66,32 +49,19 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def not_loaded(model: PreTrainedModel, missing: set[str]) -> list[str]:
-    """Return the weights that a file should have had, without those that are one with a weight of it.
-
-    Args:
-        model: The model.
-        missing: Names of weights that are not in the file.
-    """
+    """Return the weights that a file should have had, without those that are one with a weight of it."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(weight) for name, weight in weights.items() if name not in missing}
     return [name for name in missing if id(weights.get(name)) not in loaded]
 
 
 def is_of_peft(module: nn.Module) -> bool:
-    """Say whether a module is of PEFT, which need not be installed.
-
-    Args:
-        module: The module.
-    """
+    """Say whether a module is of PEFT, which need not be installed."""
     return type(module).__module__.partition(".")[0] == "peft"
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the outermost layers of PEFT in a model, by name.
-
-    Args:
-        model: The model.
-    """
+    """Return the outermost layers of PEFT in a model, by name."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         is_inner = any(name.startswith(f"{outer}.") for outer in found)
@@ -101,15 +71,7 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def active_adapter(role: str, model: Any) -> str | None:
-    """Return the name of the adapter that a model runs with, or `None` when it runs without.
-
-    Args:
-        role: `slm` or `llm`.
-        model: The model.
-
-    Raises:
-        ValueError: when it runs with several, or with one that belongs to the pair as a whole.
-    """
+    """Return the name of the adapter that a model runs with, or `None` when it runs without."""
     layers = adapter_layers(model).values()
     names = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
     if not names:
@@ -129,12 +91,7 @@ def active_adapter(role: str, model: Any) -> str | None:
 
 
 def adapter_origin(model: Any, name: str) -> dict[str, str] | None:
-    """Return the reference to the files that an adapter is from, or `None` when it may differ from them.
-
-    Args:
-        model: The model.
-        name: The adapter's name.
-    """
+    """Return the reference to the files that an adapter is from, or `None` when it may differ from them."""
     trainable = any(
         parameter.requires_grad for layer in adapter_layers(model).values() for parameter in layer.parameters()
     )
@@ -143,13 +100,7 @@ def adapter_origin(model: Any, name: str) -> dict[str, str] | None:
 
 
 def save_adapter(model: Any, folder: str, base: str | None) -> None:
-    """Save the active adapter of a model as PEFT does.
-
-    Args:
-        model: The model.
-        folder: Where to.
-        base: Path or repository id of the model without it, when that has one.
-    """
+    """Save the active adapter of a model as PEFT does."""
     # Where PEFT has put the adapter in by itself, transformers does not know.
     model._hf_peft_config_loaded = True
     model.save_pretrained(folder)
@@ -162,16 +113,7 @@ def save_adapter(model: Any, folder: str, base: str | None) -> None:
 
 
 def without_adapter(role: str, model: Any) -> Any:
-    """Return a model as it is without its adapters, which shares its weights.
-
-    Args:
-        role: `slm` or `llm`.
-        model: The model.
-
-    Raises:
-        ValueError: when an adapter is merged into its weights.
-        RuntimeError: when the weights are quantized.
-    """
+    """Return a model as it is without its adapters, which shares its weights."""
     layers = adapter_layers(model)
     if not layers:
         return model

@@ -22,34 +22,12 @@ CHUNK = 16
 
 
 def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
-    """Write the texts of a batch, each row at its own pace.
-
-    Every SLM step moves the rows that do not wait. The LLM is called when enough rows wait for it, and then catches
-    up with every row's own unseen tokens. The text of a row is the one that it gets alone.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for.
-        logits: Routed logits of the first tokens, `[batch, 1, vocabulary]`.
-        policy: How many waiting rows trigger a call; see `rows_to_wait_for`, the default.
-
-    Returns:
-        What `generate` returns.
-    """
+    """Write the texts of a batch, each row at its own pace."""
     return write_rows(Rows(model, decoding), logits, policy)
 
 
 def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
-    """Write the texts of all rows.
-
-    Args:
-        rows: Where the rows are, at the end of their prompts.
-        logits: Routed logits of the first tokens, `[batch, 1, vocabulary]`.
-        policy: How many waiting rows trigger a call; see `rows_to_wait_for`, the default.
-
-    Returns:
-        What `generate` returns.
-    """
+    """Write the texts of all rows."""
     rows.write(range(rows.batch), logits[:, -1])
     while rows.unfinished:
         writing: list[int] = []
@@ -64,19 +42,7 @@ def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = 
 
 
 class Rows:
-    """Where each row of the batch is, and what was decided about its tokens.
-
-    Places count in the caches, from the first token of the padded prompts; columns count the new tokens.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for.
-
-    Attributes:
-        written: New tokens of each row.
-        waiting: Rows whose next token the LLM must write.
-        unfinished: Rows whose text has not ended.
-    """
+    """Where each row of the batch is, and what was decided about its tokens."""
 
     def __init__(self, model: Any, decoding: Decoding):
         self.model, self.decoding, self.cache = model, decoding, decoding.cache
@@ -139,13 +105,7 @@ class Rows:
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def read_with_slm(self) -> tuple[torch.Tensor, list[int]]:
-        """Let the SLM read the last token of every row, and decide about the next of those that move.
-
-        Rows that wait or have ended read their last token again, which leaves everything as it is.
-
-        Returns:
-            The SLM's logits, `[batch, vocabulary]`, and the rows whose next token it writes.
-        """
+        """Let the SLM read the last token of every row, and decide about the next of those that move."""
         began = time.perf_counter()
         last = torch.tensor(self.written, device=self.device)[:, None] - 1
         self.readable.scatter_(1, self.start + last, True)
@@ -180,11 +140,7 @@ class Rows:
             return logits, self.model.router(hidden, logits)
 
     def read_with_llm(self) -> torch.Tensor:
-        """Let the LLM read what it has not seen of every unfinished row.
-
-        Returns:
-            Its logits after the last token of each row, `[batch, vocabulary]`.
-        """
+        """Let the LLM read what it has not seen of every unfinished row."""
         if self.cache.llm_length < self.start and not self._read_prompts_alone():
             return self._read_prompts_with_llm()
         if self.llm_cache is None:
@@ -212,10 +168,7 @@ class Rows:
         return logits
 
     def _read_prompts_alone(self) -> bool:
-        """Let the LLM read the prompts by a pass of their own, where it has to, and say whether it did.
-
-        The layers of sliding windows keep only what the last token sees, and rows that are behind see more.
-        """
+        """Let the LLM read the prompts by a pass of their own, where it has to, and say whether it did."""
         cache = self.cache
         windows = any(getattr(layer, "sliding_window", None) is not None for layer in cache.llm.layers)
         together = len(set(self.written)) == 1 and len(self.unfinished) == self.batch
@@ -229,11 +182,7 @@ class Rows:
         return True
 
     def _read_prompts_with_llm(self) -> torch.Tensor:
-        """The same, when it has not seen the prompts yet, which all end at one place.
-
-        They, and what was written since, are read the ordinary way, without a mask of their own for each token. What
-        is read beyond a row's end is overwritten before the row sees it.
-        """
+        """The same, when it has not seen the prompts yet, which all end at one place."""
         cache, written = self.cache, max(self.written)
         ids, positions = cache.unseen_tokens()
         if positions is None:
@@ -272,12 +221,7 @@ class Rows:
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def write(self, writing: Any, logits: torch.Tensor) -> None:
-        """Choose the next token of some rows, and see which texts end.
-
-        Args:
-            writing: Rows that get a token.
-            logits: Routed logits, `[batch, vocabulary]`.
-        """
+        """Choose the next token of some rows, and see which texts end."""
         if not writing:
             return
         began = time.perf_counter()

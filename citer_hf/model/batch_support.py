@@ -72,12 +72,7 @@ READ_TEXT = frozenset(
 
 
 def rows_can_part(model: Any, decoding: Decoding) -> bool:
-    """Say whether rows that move at their own pace get the texts, and the record, that they get together.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for.
-    """
+    """Say whether rows that move at their own pace get the texts, and the record, that they get together."""
     if decoding.streamer is not None or not ever_mixed(decoding.threshold):
         return False
     if not (processors_part_rows(decoding) and criteria_part_rows(decoding)):
@@ -91,70 +86,41 @@ def rows_can_part(model: Any, decoding: Decoding) -> bool:
 
 
 def processors_part_rows(decoding: Decoding) -> bool:
-    """Say whether no logits processor looks across rows.
-
-    Args:
-        decoding: What is asked for.
-    """
+    """Say whether no logits processor looks across rows."""
     return all(map(is_known, decoding.processors))
 
 
 def criteria_part_rows(decoding: Decoding) -> bool:
-    """Say whether no stopping criterion looks across rows.
-
-    Args:
-        decoding: What is asked for.
-    """
+    """Say whether no stopping criterion looks across rows."""
     stops = decoding.stops
     # Without end tokens, transformers does not pad rows that have stopped: they go on until all have.
     return criteria_are_known(decoding) and (bool(stops.end_tokens) or not stops.others)
 
 
 def criteria_are_known(decoding: Decoding) -> bool:
-    """Say whether all stopping criteria look at a row's text and the clock, and at nothing else.
-
-    Args:
-        decoding: What is asked for.
-    """
+    """Say whether all stopping criteria look at a row's text and the clock, and at nothing else."""
     return all(type(one) in (MaxTimeCriteria, StopStringCriteria) for one in decoding.stops.others)
 
 
 def ever_mixed(threshold: float | torch.Tensor) -> bool:
-    """Say whether both models can write under a threshold; otherwise no row ever waits for another.
-
-    Args:
-        threshold: A number, or one per row.
-    """
+    """Say whether both models can write under a threshold; otherwise no row ever waits for another."""
     if isinstance(threshold, torch.Tensor):
         return bool(((threshold > 0) & (threshold <= 1)).any())
     return 0 < threshold <= 1
 
 
 def is_known(processor: Any) -> bool:
-    """Say whether a processor looks at a row's logits and text, and at nothing else.
-
-    Args:
-        processor: A logits processor.
-    """
+    """Say whether a processor looks at a row's logits and text, and at nothing else."""
     return type(processor).__name__ in READ_NO_TEXT | READ_TEXT
 
 
 def reads_no_text(processor: Any) -> bool:
-    """Say whether a processor looks at nothing but the logits.
-
-    Args:
-        processor: A logits processor.
-    """
+    """Say whether a processor looks at nothing but the logits."""
     return type(processor).__name__ in READ_NO_TEXT
 
 
 def processor_of_row(processor: Any, row: int) -> Any:
-    """Return a processor as it acts on one row of its batch.
-
-    Args:
-        processor: A logits processor.
-        row: Index of the row.
-    """
+    """Return a processor as it acts on one row of its batch."""
     if type(processor) is RepetitionPenaltyLogitsProcessor:
         ignored = processor.prompt_ignore_length
         if isinstance(ignored, torch.Tensor):

@@ -54,14 +54,7 @@ class CiterCache(Cache):
         self._unseen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Refuse a batch that this cache does not belong to.
-
-        Args:
-            batch_size: Rows of the new input.
-
-        Raises:
-            ValueError: when the cache holds another number of rows.
-        """
+        """Refuse a batch that this cache does not belong to."""
         if self._batch_size is not None and self._batch_size != batch_size:
             raise ValueError(
                 f"past_key_values: this cache holds {self._batch_size} rows, but input_ids has {batch_size}. Pass a "
@@ -70,12 +63,7 @@ class CiterCache(Cache):
             )
 
     def add_tokens(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
-        """Note tokens that the SLM has read and the LLM has not.
-
-        Args:
-            input_ids: `[batch, tokens]`.
-            position_ids: `[batch or 1, tokens]`, or `None` where the models count by themselves.
-        """
+        """Note tokens that the SLM has read and the LLM has not."""
         self._batch_size = input_ids.shape[0]
         self._length += input_ids.shape[1]
         self._unseen.append((input_ids, position_ids))
@@ -102,14 +90,7 @@ class CiterCache(Cache):
         self._unseen = []
 
     def resume(self, length: int, llm_length: int, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
-        """Go on after rows have moved at their own pace, and all have read the same number of tokens again.
-
-        Args:
-            length: Tokens that the SLM has read.
-            llm_length: Tokens that the LLM has read.
-            input_ids: The last tokens, which the LLM has not seen, `[batch, tokens]`.
-            position_ids: Their positions, `[batch or 1, tokens]`.
-        """
+        """Go on after rows have moved at their own pace, and all have read the same number of tokens again."""
         self._length, self.llm_length = length, llm_length
         if input_ids.shape[1]:
             self._unseen.append((input_ids, position_ids))
@@ -141,11 +122,7 @@ class CiterCache(Cache):
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the two models write into their own caches.
-
-        Raises:
-            TypeError: always.
-        """
+        """Refuse: the two models write into their own caches."""
         raise TypeError(
             "CiterCache belongs to a CiterForCausalLM. For a model of its own, use `past_key_values.slm` or "
             "`past_key_values.llm`, or a DynamicCache."
@@ -166,15 +143,7 @@ class CiterCache(Cache):
         self.routing = Routing()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens.
-
-        Args:
-            tokens_to_remove: Their number as a negative number, as for transformers' caches. 0 only lets layers
-                that record the past (sliding windows) shrink again.
-
-        Raises:
-            ValueError: for a positive number.
-        """
+        """Take back the last tokens."""
         # Assisted generation of older transformers passes a tensor.
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
@@ -201,11 +170,7 @@ class CiterCache(Cache):
         self._unseen = kept
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Keep these rows, in this order, and what was decided about them.
-
-        Args:
-            beam_idx: Indices of rows, `[batch]`.
-        """
+        """Keep these rows, in this order, and what was decided about them."""
         self.slm.reorder_cache(beam_idx)
         if self.llm_length > 0:
             self.llm.reorder_cache(beam_idx)
@@ -213,11 +178,7 @@ class CiterCache(Cache):
         self.routing.select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order, and what was decided about them.
-
-        Args:
-            indices: Indices of rows, `[new_batch]`.
-        """
+        """Keep these rows, in this order, and what was decided about them."""
         self.slm.batch_select_indices(indices)
         if self.llm_length > 0:
             self.llm.batch_select_indices(indices)
@@ -225,11 +186,7 @@ class CiterCache(Cache):
         self.routing.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, and what was decided about it.
-
-        Args:
-            repeats: How often.
-        """
+        """Repeat every row, and what was decided about it."""
         self.slm.batch_repeat_interleave(repeats)
         if self.llm_length > 0:
             self.llm.batch_repeat_interleave(repeats)

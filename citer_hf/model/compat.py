@@ -8,10 +8,7 @@ SECRET = "token"
 
 
 class FetchedWith(dict[str, Any]):
-    """Keywords for fetching files, whose token stays in this process: it is neither shown nor pickled.
-
-    A copy of a pair goes on with the token; what is read from a pickle has the user's own, as `hf auth login` left it.
-    """
+    """Keywords for fetching files, whose token stays in this process: it is neither shown nor pickled."""
 
     def __repr__(self) -> str:
         return repr(self._without_secret())

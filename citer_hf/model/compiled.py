@@ -29,12 +29,7 @@ _recording = threading.Lock()
 
 
 class Step:
-    """One pass: compiled if that is wanted and possible.
-
-    Args:
-        function: A function of the pair and a workspace.
-        options: For `torch.compile`; `None` not to compile.
-    """
+    """One pass: compiled if that is wanted and possible."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any] | None):
         self._function = function
@@ -52,11 +47,7 @@ class Step:
         return self._compiled is None or self._calls >= CALLS_UNTIL_SETTLED
 
     def begin(self, device: torch.device) -> None:
-        """Say that a new step begins: what recorded graphs have returned may be overwritten.
-
-        Args:
-            device: Where the pass runs.
-        """
+        """Say that a new step begins: what recorded graphs have returned may be overwritten."""
         if self._compiled is not None and device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
@@ -77,10 +68,7 @@ class Step:
 
 
 class CompiledSteps:
-    """The workspaces of a model whose passes are compiled, by batch size and by what they were compiled for.
-
-    Belongs to a model. A copy of the model, also one that was pickled, begins with none.
-    """
+    """The workspaces of a model whose passes are compiled, by batch size and by what they were compiled for."""
 
     def __init__(self) -> None:
         self._kept: dict[Any, Workspace] = {}
@@ -90,17 +78,7 @@ class CompiledSteps:
 
     @contextmanager
     def workspace(self, model: Any, settings: GenerationConfig, rows: int, length: int) -> Iterator[Workspace]:
-        """Lend a workspace for one generation.
-
-        One whose passes are compiled is used again, also for shorter texts, and replaced by a longer one where it is
-        too short. Without compilation, and while another thread has the recorded graphs, it is a new one.
-
-        Args:
-            model: The pair.
-            settings: The generation settings, which may say how to compile, or not to.
-            rows: Rows of the batch.
-            length: Tokens that every row must have room for.
-        """
+        """Lend a workspace for one generation."""
         slm_options, llm_options = (compile_options(model, part, settings) for part in (model.slm, model.llm))
         if (slm_options is None and llm_options is None) or not _recording.acquire(blocking=False):
             yield new_workspace(model, rows, length, None, None)
@@ -123,16 +101,7 @@ class CompiledSteps:
 def new_workspace(
     model: Any, rows: int, length: int, slm_options: dict[str, Any] | None, llm_options: dict[str, Any] | None
 ) -> Workspace:
-    """Make a workspace and its passes, none of which has been compiled yet.
-
-    Args:
-        model: The pair.
-        rows: Rows of the batch.
-        length: Tokens that every row must have room for. Compiled passes get room for a power of two, so that texts of
-            similar length share them, and then some for what nobody reads (attention kernels want even numbers).
-        slm_options: How to compile the SLM's passes; `None` not to.
-        llm_options: How to compile the LLM's.
-    """
+    """Make a workspace and its passes, none of which has been compiled yet."""
     compiled = slm_options is not None or llm_options is not None
     capacity = max(1 << (length - 1).bit_length(), 256) + 64 if compiled else -(-(length + 1) // 64) * 64
     # It outlives the generation that it is made for, which may run in inference mode.
@@ -147,18 +116,7 @@ def new_workspace(
 
 
 def read_and_decide(model: Any, work: Workspace) -> tuple[tuple[torch.Tensor, ...], bool]:
-    """Run one SLM step, the router included.
-
-    A router of a class of one's own may do anything, such as counting its calls: it runs as it is.
-
-    Args:
-        model: The pair.
-        work: The workspace.
-
-    Returns:
-        The SLM's logits `[rows, 1, vocabulary]`, `p_slm`, whether the LLM writes, and the SLM's most likely token,
-        each `[rows, 1]`; and whether the pass had settled.
-    """
+    """Run one SLM step, the router included."""
     ours = type(model.router) in ROUTERS.values()
     step = work.steps["slm_step" if ours else "slm_pass"]
     settled = step.settled
@@ -171,16 +129,7 @@ def read_and_decide(model: Any, work: Workspace) -> tuple[tuple[torch.Tensor, ..
 
 
 def catch_up(model: Any, work: Workspace, unread: int) -> tuple[torch.Tensor, bool]:
-    """Run one catch-up of the LLM, filled up to one of a few lengths; a very long one is not compiled.
-
-    Args:
-        model: The pair.
-        work: The workspace.
-        unread: Most tokens that it has not read of an unfinished row.
-
-    Returns:
-        Its logits after the last token of each row, `[rows, vocabulary]`, and whether the pass had settled.
-    """
+    """Run one catch-up of the LLM, filled up to one of a few lengths; a very long one is not compiled."""
     tokens = next((size for size in BUCKETS if size >= unread), None)
     if tokens is None:
         return llm_pass(model, work, unread), False
@@ -190,13 +139,7 @@ def catch_up(model: Any, work: Workspace, unread: int) -> tuple[torch.Tensor, bo
 
 
 def compile_options(model: Any, part: Any, settings: GenerationConfig) -> dict[str, Any] | None:
-    """Return how to compile the passes of a model, or `None` where transformers would not compile it.
-
-    Args:
-        model: The pair.
-        part: One of its two models.
-        settings: The generation settings.
-    """
+    """Return how to compile the passes of a model, or `None` where transformers would not compile it."""
     config = settings.compile_config
     if settings.disable_compile:
         return None
@@ -214,12 +157,7 @@ def compile_options(model: Any, part: Any, settings: GenerationConfig) -> dict[s
 
 
 def why_not_compiled(model: Any, part: Any) -> str:
-    """Say why a model of a pair cannot be compiled; nothing where it can.
-
-    Args:
-        model: The pair.
-        part: One of its two models.
-    """
+    """Say why a model of a pair cannot be compiled; nothing where it can."""
     quantizer = getattr(part, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return "its kind of quantization does not support it"
@@ -229,11 +167,7 @@ def why_not_compiled(model: Any, part: Any) -> str:
 
 
 def compiled_for(model: Any) -> tuple[Any, ...]:
-    """Return what compiled passes and their memory depend on, beside shapes.
-
-    Args:
-        model: The pair.
-    """
+    """Return what compiled passes and their memory depend on, beside shapes."""
     return tuple(
         (part.device, part.dtype, part.config.get_text_config()._attn_implementation)
         for part in (model.slm, model.llm)
@@ -241,40 +175,25 @@ def compiled_for(model: Any) -> tuple[Any, ...]:
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the same function with code of its own: the compiler counts recompilations by code, and gives up at 8.
-
-    Args:
-        function: A function without a closure.
-    """
+    """Return the same function with code of its own: the compiler counts recompilations by code, and gives up at 8."""
     code: Any = function.__code__
     return types.FunctionType(code.replace(), function.__globals__, function.__name__)
 
 
 def not_compiled() -> tuple[type[Exception], ...]:
-    """Return what the compiler raises where it cannot, and where it was asked too often, by any torch.
-
-    The latter happens for one router after another.
-    """
+    """Return what the compiler raises where it cannot, and where it was asked too often, by any torch."""
     errors: Any = torch._dynamo.exc
     limits = (getattr(errors, name, None) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit"))
     return (errors.TorchDynamoException, *filter(None, limits))
 
 
 def reset_code(code: types.CodeType) -> None:
-    """Let the compiler forget what it has made of some code.
-
-    Args:
-        code: Of a function that nobody will call again.
-    """
+    """Let the compiler forget what it has made of some code."""
     torch._dynamo.eval_frame.reset_code(code)  # type: ignore[attr-defined]
 
 
 def prepare_thread(device: torch.device) -> None:
-    """Let this thread record graphs: torch prepares only the thread that imports its graph trees.
-
-    Args:
-        device: Of the SLM.
-    """
+    """Let this thread record graphs: torch prepares only the thread that imports its graph trees."""
     if device.type != "cuda":
         return
     from torch._inductor import cudagraph_trees
@@ -284,9 +203,5 @@ def prepare_thread(device: torch.device) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message.
-
-    Args:
-        error: The error.
-    """
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [""])[0]

@@ -70,25 +70,14 @@ class CiterConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a configuration, as every transformers configuration is loaded.
-
-        Args:
-            pretrained_model_name_or_path: Path or repository id of the router.
-            args: As in transformers.
-            kwargs: As in transformers.
-        """
+        """Load a configuration, as every transformers configuration is loaded."""
         # transformers 5.17 forgets a token on the way to `get_config_dict`, so that private routers are not found.
         token = {TOKEN: kwargs["token"]} if kwargs.get("token") is not None else {}
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **token)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Read the content of a `config.json`.
-
-        Args:
-            pretrained_model_name_or_path: Path or repository id of the router.
-            kwargs: As in transformers.
-        """
+        """Read the content of a `config.json`."""
         token = kwargs.pop(TOKEN, None)
         if token is not None:
             kwargs["token"] = token
@@ -96,15 +85,8 @@ class CiterConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a configuration from its JSON form; keys that only a newer version knows are dropped with a warning.
-
-        Args:
-            config_dict: The content of a `config.json`.
-            kwargs: Attributes to override, and `return_unused_kwargs`.
-
-        Raises:
-            ValueError: when the dictionary belongs to a model of another type, or claims what no model has.
-        """
+        """Build a configuration from its JSON form; keys that only a newer version knows are dropped with a
+        warning."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -206,14 +188,7 @@ def _known_keys() -> set[str]:
 
 
 def check_threshold_value(threshold: float) -> float:
-    """Return `threshold` as a float.
-
-    Args:
-        threshold: A number from 0 up.
-
-    Raises:
-        ValueError: when it is negative, NaN or not a number.
-    """
+    """Return `threshold` as a float."""
     try:
         value = float(threshold)
     except (TypeError, ValueError):
@@ -227,15 +202,7 @@ def check_threshold_value(threshold: float) -> float:
 
 
 def check_layers(role: str, config: Any) -> None:
-    """Refuse a configuration with more layers than any model has: transformers makes each before it sees any weight.
-
-    Args:
-        role: `slm` or `llm`.
-        config: The JSON form of a model's configuration.
-
-    Raises:
-        ValueError: which says how many it claims.
-    """
+    """Refuse a configuration with more layers than any model has: transformers makes each before it sees any weight."""
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         claimed = config.get(name) if isinstance(config, dict) else None
         if isinstance(claimed, int) and claimed > MOST_LAYERS:
@@ -246,14 +213,7 @@ def check_layers(role: str, config: Any) -> None:
 
 
 def table_size(config: PreTrainedConfig) -> int:
-    """Number of rows of a model's vocabulary table.
-
-    Args:
-        config: Configuration of a causal language model.
-
-    Raises:
-        ValueError: when the configuration states none.
-    """
+    """Number of rows of a model's vocabulary table."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None:
         raise ValueError(
@@ -263,11 +223,7 @@ def table_size(config: PreTrainedConfig) -> int:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Longest text that a model states it can read, in tokens, or `None` when it states no limit.
-
-    Args:
-        config: Configuration of a causal language model.
-    """
+    """Longest text that a model states it can read, in tokens, or `None` when it states no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 

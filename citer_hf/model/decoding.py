@@ -20,16 +20,7 @@ from .cache import CiterCache
 
 
 class Stops:
-    """When a text ends; the two usual reasons are looked at without a call and a tensor each.
-
-    Args:
-        criteria: The stopping criteria of `generate`, one of which gives the maximal length.
-
-    Attributes:
-        max_length: Longest text, prompt included, in tokens.
-        end_tokens: Tokens that end a text.
-        others: Criteria of any other kind.
-    """
+    """When a text ends; the two usual reasons are looked at without a call and a tensor each."""
 
     def __init__(self, criteria: StoppingCriteriaList):
         self.max_length = min(one.max_length for one in criteria if type(one) is MaxLengthCriteria)
@@ -42,41 +33,17 @@ class Stops:
                 self.others.append(one)
 
     def reached(self, length: int, token: int) -> bool:
-        """Say whether a text ends here for one of the two usual reasons.
-
-        Args:
-            length: Its tokens.
-            token: The last of them.
-        """
+        """Say whether a text ends here for one of the two usual reasons."""
         return length >= self.max_length or token in self.end_tokens
 
     def met(self, text: torch.Tensor, scores: Any = None) -> bool:
-        """Say whether the text of one row ends here for any other reason.
-
-        Args:
-            text: All its tokens, `[1, length]`.
-            scores: What the criteria get beside the text.
-        """
+        """Say whether the text of one row ends here for any other reason."""
         return bool(self.others) and bool(self.others(text, scores).all())
 
 
 @dataclass
 class Decoding:
-    """One call of `generate`, up to the choice of the loop.
-
-    Args:
-        input_ids: The prompts, or their new part where the cache holds the rest, `[batch, tokens]`.
-        processors: What changes the logits before a token is chosen.
-        stops: When a text ends.
-        settings: The generation settings.
-        cache: The cache, empty or with what was read before.
-        threshold: The SLM writes where `p_slm` reaches it, a number or `[batch, 1]`.
-        attention_mask: `[batch, cached + tokens]`, or `None` where nothing is padding.
-        position_ids: `[batch or 1, tokens]` or longer, or `None` for those that count from 0.
-        streamer: Gets every token of the only row.
-        runs_plain_models: Whether a forward pass of either model changes nothing but its cache, which holds for models
-            that are neither quantized nor moved between devices.
-    """
+    """One call of `generate`, up to the choice of the loop."""
 
     input_ids: torch.Tensor
     processors: LogitsProcessorList
@@ -102,11 +69,7 @@ class Decoding:
         return bool(self.settings.return_dict_in_generate and self.settings.output_scores)
 
     def reading(self) -> Any:
-        """Return the context in which the models read a token.
-
-        Inference mode takes a tenth to a quarter off the time that a small model's operations cost beside their
-        arithmetic. What it makes must not leave the loop: logits are copied before others see them.
-        """
+        """Return the context in which the models read a token."""
         return torch.inference_mode() if self.runs_plain_models else nullcontext()
 
     def next_positions(self) -> torch.Tensor:
@@ -118,11 +81,7 @@ class Decoding:
         return torch.tensor([[self.cache.get_seq_length()]], device=self.input_ids.device)
 
     def result(self, text: torch.Tensor) -> GenerateDecoderOnlyOutput | torch.Tensor:
-        """Return what `generate` returns.
-
-        Args:
-            text: Prompts and new tokens, `[batch, length]`.
-        """
+        """Return what `generate` returns."""
         if not self.settings.return_dict_in_generate:
             return text
         return GenerateDecoderOnlyOutput(

@@ -8,34 +8,19 @@ import torch
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor, or the tensors of a dictionary (masks by kind of layer); anything else stays as it is.
-
-    Args:
-        value: An input of a model.
-        device: Where that model is.
-    """
+    """Move a tensor, or the tensors of a dictionary (masks by kind of layer); anything else stays as it is."""
     if isinstance(value, dict):
         return {key: to_device(one, device) for key, one in value.items()}
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def below(scores: torch.Tensor, threshold: float | torch.Tensor) -> Any:
-    """Say which scores do not reach the threshold, where the LLM writes.
-
-    Args:
-        scores: `p_slm`, `[batch, tokens]`.
-        threshold: A number, or one per row, `[batch, 1]`; rounded to the precision of the scores, as numbers are.
-    """
+    """Say which scores do not reach the threshold, where the LLM writes."""
     return scores < (threshold.to(scores.dtype) if isinstance(threshold, torch.Tensor) else threshold)
 
 
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """Select positions as `logits_to_keep` says, for models that do not know it.
-
-    Args:
-        values: `[batch, tokens, ...]`.
-        logits_to_keep: How many of the last, 0 for all, or indices `[kept]`.
-    """
+    """Select positions as `logits_to_keep` says, for models that do not know it."""
     if isinstance(logits_to_keep, torch.Tensor):
         return values[:, logits_to_keep]
     return values[:, -logits_to_keep:] if logits_to_keep else values
@@ -48,18 +33,7 @@ def real_text(
     length: int,
     logits_to_keep: int | torch.Tensor,
 ) -> torch.Tensor:
-    """Say which kept positions are real text of unfinished rows.
-
-    Args:
-        like: A tensor `[batch, kept]` on the right device.
-        attention_mask: `[batch, cached + length]`.
-        finished_rows: bool `[batch]`.
-        length: Number of new tokens.
-        logits_to_keep: Which of them are kept.
-
-    Returns:
-        bool `[batch, kept]`.
-    """
+    """Say which kept positions are real text of unfinished rows."""
     real = torch.ones_like(like, dtype=torch.bool)
     if attention_mask is not None and attention_mask.dim() == 2:
         real &= keep(attention_mask[:, -length:], logits_to_keep).to(like.device).bool()
@@ -69,16 +43,7 @@ def real_text(
 
 
 def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.Tensor) -> torch.Tensor:
-    """Log-likelihood of every token when the router draws the writer (Co-LLM's marginal likelihood).
-
-    Args:
-        scores: `p_slm`, `[batch, kept]`.
-        slm_logits: `[batch, kept, vocabulary]`.
-        llm_logits: `[batch, kept, vocabulary]`.
-
-    Returns:
-        Log-probabilities, `[batch, kept, vocabulary]`.
-    """
+    """Log-likelihood of every token when the router draws the writer (Co-LLM's marginal likelihood)."""
     tiny = torch.finfo(torch.float32).tiny
     p_slm = scores.float()[..., None]
     by_slm = slm_logits.float().log_softmax(-1) + p_slm.clamp_min(tiny).log()
@@ -87,14 +52,7 @@ def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.T
 
 
 def in_one_piece(logits_to_keep: int | torch.Tensor, input_ids: torch.Tensor) -> int | torch.Tensor:
-    """Let a model copy the last positions of several rows before its head multiplies them.
-
-    A slice of them lies in pieces, which torch multiplies row by row, reading the whole vocabulary table for each.
-
-    Args:
-        logits_to_keep: How many of the last positions, or which.
-        input_ids: What is read, `[batch, tokens]`.
-    """
+    """Let a model copy the last positions of several rows before its head multiplies them."""
     rows, tokens = input_ids.shape
     if isinstance(logits_to_keep, torch.Tensor) or rows == 1 or not 0 < logits_to_keep < tokens:
         return logits_to_keep

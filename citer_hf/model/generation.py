@@ -48,11 +48,7 @@ CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized", "static")
 
 
 class FinishedRows(StoppingCriteriaList):
-    """The stopping criteria of one `generate` call, which also remember the rows that have stopped.
-
-    Attributes:
-        mask: bool `[batch]`, or `None` before the first token.
-    """
+    """The stopping criteria of one `generate` call, which also remember the rows that have stopped."""
 
     mask: torch.Tensor | None = None
 
@@ -63,14 +59,7 @@ class FinishedRows(StoppingCriteriaList):
 
 
 class FinishedBeams:
-    """The rows of a beam search whose result can no longer change.
-
-    Args:
-        num_beams: Beams per input.
-
-    Attributes:
-        mask: bool `[batch * num_beams]`, or `None` before the first token.
-    """
+    """The rows of a beam search whose result can no longer change."""
 
     def __init__(self, num_beams: int):
         self.num_beams = num_beams
@@ -91,15 +80,7 @@ class CiterGenerationMixin(GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: continuous batching (`generate_batch`) needs paged caches, which hold one model.
-
-        Args:
-            args: As in transformers.
-            kwargs: As in transformers.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuse: continuous batching (`generate_batch`) needs paged caches, which hold one model."""
         raise ValueError(
             "generate_batch: continuous batching keeps one model's keys and values in pages, and a pair has two "
             "models. Use generate() with a padded batch."
@@ -151,13 +132,7 @@ class CiterGenerationMixin(GenerationMixin):
         return CiterCache(config, slm=one(config.slm_config), llm=one(config.llm_config))
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare the inputs of one step; see transformers.
-
-        Args:
-            input_ids: The text so far, `[batch, tokens]`.
-            args: As in transformers.
-            kwargs: As in transformers.
-        """
+        """Prepare the inputs of one step; see transformers."""
         finished = kwargs.pop("finished_rows", None)
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if finished is not None and finished.mask is not None:
@@ -319,14 +294,7 @@ def begin_record(
     model_kwargs: dict[str, Any],
     follows_beams: bool = False,
 ) -> None:
-    """Begin a new record of routing in the cache, at the first token that this call generates.
-
-    Args:
-        input_ids: The prompt, or its new part where a cache holds the rest, `[batch, tokens]`.
-        generation_config: The settings of this call.
-        model_kwargs: The keywords of the model, with the cache.
-        follows_beams: Whether rows are the beams of a beam search.
-    """
+    """Begin a new record of routing in the cache, at the first token that this call generates."""
     cache = model_kwargs.get("past_key_values")
     if cache is None:
         return
@@ -337,24 +305,13 @@ def begin_record(
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Say whether a forward pass only computes: no weights are moved in, unpacked or gathered on the way.
-
-    Args:
-        model: One of the two models.
-    """
+    """Say whether a forward pass only computes: no weights are moved in, unpacked or gathered on the way."""
     moved = any(hasattr(module, "_hf_hook") for module in (model, *model.children()))
     return not (moved or getattr(model, "is_quantized", False) or getattr(model, "_tp_size", None))
 
 
 def check_cache(cache: Any) -> None:
-    """Refuse a cache that has no room for the LLM.
-
-    Args:
-        cache: What was passed as `past_key_values`.
-
-    Raises:
-        TypeError: when it is not a `CiterCache`.
-    """
+    """Refuse a cache that has no room for the LLM."""
     # By name: a repository's own copy of this file has a class of its own.
     if type(cache).__name__ != CiterCache.__name__:
         raise TypeError(
@@ -364,14 +321,7 @@ def check_cache(cache: Any) -> None:
 
 
 def check_cache_implementation(name: str | None) -> None:
-    """Refuse a kind of cache that two models cannot share.
-
-    Args:
-        name: The `cache_implementation` of `generate`.
-
-    Raises:
-        ValueError: for the kinds that are not supported.
-    """
+    """Refuse a kind of cache that two models cannot share."""
     if name is not None and name not in CACHE_IMPLEMENTATIONS:
         raise ValueError(
             f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {name!r}, which a pair of "
@@ -380,14 +330,7 @@ def check_cache_implementation(name: str | None) -> None:
 
 
 def check_max_cache_len(length: int | None) -> int:
-    """Return the room that a static cache has at least.
-
-    Args:
-        length: The `max_cache_len` of `generate`, in tokens.
-
-    Raises:
-        ValueError: when it is no number of tokens.
-    """
+    """Return the room that a static cache has at least."""
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise ValueError(
             f"max_cache_len: expected a number of tokens from 1, got {length!r}. Leave it out for as many as the text "
@@ -397,14 +340,7 @@ def check_max_cache_len(length: int | None) -> int:
 
 
 def check_threshold_tensor(threshold: torch.Tensor) -> None:
-    """Refuse thresholds that mean nothing.
-
-    Args:
-        threshold: One threshold per row, `[batch]`.
-
-    Raises:
-        ValueError: when its shape is not `[batch]`, or a value is negative or NaN.
-    """
+    """Refuse thresholds that mean nothing."""
     if threshold.dim() != 1 or not bool((threshold >= 0).all()):
         raise ValueError(
             "router_threshold: expected a number, or a tensor [batch] of numbers from 0 (the SLM alone) to above 1 "

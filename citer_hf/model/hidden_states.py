@@ -11,12 +11,7 @@ from transformers import PreTrainedModel
 
 
 class Watched(NamedTuple):
-    """What one `forward` in one thread wants of the SLM.
-
-    Args:
-        head_inputs: Filled with what the output embeddings read, `[batch, kept, H]`.
-        wants_states: Whether the caller asked for hidden states, and so perhaps for their gradients.
-    """
+    """What one `forward` in one thread wants of the SLM."""
 
     head_inputs: list[torch.Tensor]
     wants_states: bool
@@ -29,15 +24,7 @@ HEARD = "_citer_heard"
 
 
 def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Keep what the output embeddings read, for the `forward` that asks for it in this thread.
-
-    The logits themselves must be the model's own (soft caps and scales follow the head), and asking for
-    `output_hidden_states` would keep every layer's states of a long prompt alive.
-
-    Args:
-        module: The output embeddings.
-        args: Their input, the last hidden state after the final norm, `[batch, kept, H]`.
-    """
+    """Keep what the output embeddings read, for the `forward` that asks for it in this thread."""
     heard = module.__dict__.get(HEARD)
     if heard is not None:
         heard.append(args[0])
@@ -48,13 +35,7 @@ def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def track_states(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Let hidden states that are asked for have gradients, though the weights are frozen.
-
-    Args:
-        module: The input embeddings.
-        args: Their input.
-        output: What they give.
-    """
+    """Let hidden states that are asked for have gradients, though the weights are frozen."""
     if torch.compiler.is_dynamo_compiling():
         return
     wanted = watched.get()
@@ -63,11 +44,7 @@ def track_states(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor)
 
 
 def watch(model: PreTrainedModel) -> None:
-    """Install the hooks above, once.
-
-    Args:
-        model: The SLM.
-    """
+    """Install the hooks above, once."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if capture_head_input not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(capture_head_input)
@@ -76,30 +53,17 @@ def watch(model: PreTrainedModel) -> None:
 
 
 def set_heard(head: nn.Module, heard: list[torch.Tensor] | None) -> None:
-    """Collect what the output embeddings read in a list, while a compiler traces; `None` ends that.
-
-    Args:
-        head: The output embeddings.
-        heard: The list.
-    """
+    """Collect what the output embeddings read in a list, while a compiler traces; `None` ends that."""
     setattr(head, HEARD, heard)
 
 
 def mark_initialized(model: nn.Module) -> None:
-    """Keep `post_init`, which initialises what is new, away from weights that somebody has made already.
-
-    Args:
-        model: A model or router that was given.
-    """
+    """Keep `post_init`, which initialises what is new, away from weights that somebody has made already."""
     for module in model.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def hidden_size_of(model: PreTrainedModel) -> int:
-    """Width of what a model's output embeddings read, which is what a router sees.
-
-    Args:
-        model: The SLM.
-    """
+    """Width of what a model's output embeddings read, which is what a router sees."""
     head: Any = model.get_output_embeddings()
     return int(getattr(head, "in_features", None) or model.config.get_text_config().hidden_size)

@@ -11,12 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` that appends in place, so that a step costs the same at any length of the text.
-
-    transformers' own concatenates, which copies all keys and values at every token. Here there is room to spare, at
-    most an eighth of the text and 64 tokens. `keys` and `values` are views of what is filled, so that everything else
-    that a dynamic layer can do works on them.
-    """
+    """A `DynamicLayer` that appends in place, so that a step costs the same at any length of the text."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -28,14 +23,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new keys and values, and return all.
-
-        Args:
-            key_states: `[batch, heads, tokens, width]`.
-            value_states: `[batch, heads, tokens, width]`.
-            args: Not used.
-            kwargs: Not used.
-        """
+        """Append new keys and values, and return all."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
         length = self.get_seq_length()
@@ -61,23 +49,12 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
 
     def show(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold other tensors from now on, and give the memory of its own back.
-
-        Args:
-            keys: `[batch, heads, tokens, width]`.
-            values: `[batch, heads, tokens, width]`.
-        """
+        """Hold other tensors from now on, and give the memory of its own back."""
         self.keys, self.values, self._room, self._own_keys = keys, values, None, None
 
 
 def show(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Let a layer hold these tensors, and nothing else.
-
-    Args:
-        layer: A layer that grows.
-        keys: `[batch, heads, tokens, width]`.
-        values: `[batch, heads, tokens, width]`.
-    """
+    """Let a layer hold these tensors, and nothing else."""
     if isinstance(layer, GrowingLayer):
         layer.show(keys, values)
     else:
@@ -85,44 +62,26 @@ def show(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def room_like(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Return room for keys or values; it is filled with zeros, since masks do not hide a NaN.
-
-    Args:
-        states: New keys or values, `[batch, heads, tokens, width]`.
-        capacity: Tokens that it must hold.
-    """
+    """Return room for keys or values; it is filled with zeros, since masks do not hide a NaN."""
     # A cache outlives `generate`, and so must not be made of tensors that only inference mode may change.
     with torch.inference_mode(False):
         return states.new_zeros((*states.shape[:-2], capacity, states.shape[-1]))
 
 
 def all_grow(cache: Cache) -> bool:
-    """Say whether nothing in a cache is made by another layer than `GrowingLayer`.
-
-    Args:
-        cache: The cache of one model.
-    """
+    """Say whether nothing in a cache is made by another layer than `GrowingLayer`."""
     return bool(cache.layers) and all(type(layer) is GrowingLayer for layer in cache.layers)
 
 
 def growing_cache(config: PreTrainedConfig | None) -> DynamicCache:
-    """Return transformers' dynamic cache, with layers that append in place where they keep the whole text.
-
-    Args:
-        config: Configuration of one model, which says what kind of layers it has.
-    """
+    """Return transformers' dynamic cache, with layers that append in place where they keep the whole text."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 class RowsLayer(DynamicLayer):
-    """Keys and values of rows that move at their own pace: every row is written where its own text ends.
-
-    Args:
-        layer: The layer that holds the prompts, which all end at one place.
-        rows: Where the rows are now, shared by all layers of a model.
-    """
+    """Keys and values of rows that move at their own pace: every row is written where its own text ends."""
 
     def __init__(self, layer: Any, rows: RowsCache):
         super().__init__()
@@ -142,14 +101,7 @@ class RowsLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write each row's new keys and values to its own places, and return all that any row may see.
-
-        Args:
-            key_states: `[batch, heads, tokens, width]`.
-            value_states: `[batch, heads, tokens, width]`.
-            args: Not used.
-            kwargs: Not used.
-        """
+        """Write each row's new keys and values to its own places, and return all that any row may see."""
         if self._room[0].shape[-2] < self._rows.capacity:
             self._room = tuple(self._moved(room) for room in self._room)
         places = self._rows.places[:, None, :, None]
@@ -173,11 +125,7 @@ class RowsLayer(DynamicLayer):
         return self._rows.visible, 0
 
     def hand_back(self, length: int) -> None:
-        """Leave the first tokens of all rows in the layer that held the prompts, as it would hold them itself.
-
-        Args:
-            length: How many; all rows must have read them.
-        """
+        """Leave the first tokens of all rows in the layer that held the prompts, as it would hold them itself."""
         first = 0
         if self.window is not None:
             first = max(length - self.window + 1, 0)
@@ -186,18 +134,7 @@ class RowsLayer(DynamicLayer):
 
 
 class RowsCache(Cache):
-    """The cache of one model while rows move at their own pace.
-
-    Args:
-        cache: The model's cache, which holds the prompts, all ending at one place.
-        capacity: Places to make room for at first; more are made when they are needed.
-
-    Attributes:
-        start: Place of the first token after the prompts.
-        places: Where the next tokens are written, `[batch, tokens]`.
-        visible: Number of places that any row sees.
-        capacity: Number of places, the last of which is for what nobody reads.
-    """
+    """The cache of one model while rows move at their own pace."""
 
     def __init__(self, cache: Cache, capacity: int):
         self.start = self.visible = cache.get_seq_length()
@@ -211,31 +148,19 @@ class RowsCache(Cache):
         return self.capacity - 1
 
     def make_room(self, visible: int) -> None:
-        """See to it that this many places can be read and written.
-
-        Args:
-            visible: Number of places.
-        """
+        """See to it that this many places can be read and written."""
         self.visible = visible
         if visible >= self.capacity:
             self.capacity = visible + visible // 8 + 64
 
     def hand_back(self, length: int) -> None:
-        """Leave the first tokens of all rows in the model's own cache.
-
-        Args:
-            length: How many; all rows must have read them.
-        """
+        """Leave the first tokens of all rows in the model's own cache."""
         for layer in self.layers:
             layer.hand_back(length)
 
 
 def layers_can_part(cache: Cache) -> bool:
-    """Say whether every layer of a cache keeps tokens by their place, so that rows may move at their own pace.
-
-    Args:
-        cache: The cache of one model.
-    """
+    """Say whether every layer of a cache keeps tokens by their place, so that rows may move at their own pace."""
     kinds = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
     offloads = getattr(cache, "offloading", False)
     return not offloads and bool(cache.layers) and all(type(layer) in kinds for layer in cache.layers)

@@ -259,27 +259,14 @@ class CiterLoadingMixin:
         return (model, info | {"error_msgs": []}) if wants_info else model
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse an adapter for both models at once: it would match layers of both, and its names fit neither.
-
-        Args:
-            args: As in transformers.
-            kwargs: As in transformers.
-
-        Raises:
-            ValueError: always; it says what to do.
-        """
+        """Refuse an adapter for both models at once: it would match layers of both, and its names fit neither."""
         raise ValueError(
             "load_adapter: a pair has two models. Load the adapter into one of them: model.slm.load_adapter(...) or "
             "model.llm.load_adapter(...)."
         )
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Tie the weights that both models share between their own layers.
-
-        Args:
-            args: As in transformers.
-            kwargs: As in transformers.
-        """
+        """Tie the weights that both models share between their own layers."""
         # A tied layer that PEFT has wrapped is not found by its name; what was tied before still is.
         if not any(adapter_layers(getattr(self, role)) for role in ROLES):
             super().tie_weights(*args, **kwargs)  # type: ignore[misc]
@@ -298,12 +285,7 @@ class CiterLoadingMixin:
 
 
 def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
-    """Put the router where the SLM's head is, and note the devices of both models under `hf_device_map`.
-
-    Args:
-        model: The pair.
-        keywords: The keywords that its models were loaded with.
-    """
+    """Put the router where the SLM's head is, and note the devices of both models under `hf_device_map`."""
     device = model.slm.get_output_embeddings().weight.device
     if device.type != "meta":
         model.router.to(device)
@@ -317,26 +299,14 @@ def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
 
 
 def attach_adapters(models: dict[str, PreTrainedModel], adapters: dict[str, Adapter | None]) -> None:
-    """Put the adapters into the models that have one.
-
-    Args:
-        models: The two models.
-        adapters: The adapter of each, if it has one.
-    """
+    """Put the adapters into the models that have one."""
     for role, adapter in adapters.items():
         if adapter is not None:
             attach_adapter(role, models[role], adapter)
 
 
 def may_have_changed(reference: dict[str, Any], keywords: dict[str, Any]) -> bool:
-    """Say whether a base model that is where the router says may be another one than when the router was saved.
-
-    It may not in the router's own repository, nor at the commit that the router was saved with.
-
-    Args:
-        reference: What the router's configuration says.
-        keywords: The keywords that the model is loaded with.
-    """
+    """Say whether a base model that is where the router says may be another one than when the router was saved."""
     if not reference.get("name_or_path"):
         return False
     commit = reference.get("revision", "")
@@ -344,12 +314,7 @@ def may_have_changed(reference: dict[str, Any], keywords: dict[str, Any]) -> boo
 
 
 def saved_generation_config(path: str, hub: dict[str, Any]) -> GenerationConfig | None:
-    """Return a repository's generation settings, or `None` when it has none.
-
-    Args:
-        path: Path or repository id.
-        hub: Keywords for fetching files.
-    """
+    """Return a repository's generation settings, or `None` when it has none."""
     try:
         return GenerationConfig.from_pretrained(path, **hub)
     except OSError:

@@ -8,13 +8,7 @@ import torch
 
 
 class MaskKinds(NamedTuple):
-    """Which masks a model wants.
-
-    Args:
-        windows: Lengths of its sliding windows, each once, `None` for layers that see everything.
-        by_kind: Whether it takes a dictionary of masks, by kind of layer.
-        dtype: The dtype of what is added to attention scores.
-    """
+    """Which masks a model wants."""
 
     windows: tuple[int | None, ...]
     by_kind: bool
@@ -22,12 +16,7 @@ class MaskKinds(NamedTuple):
 
 
 def mask_kinds(model: Any, windows: Any) -> MaskKinds:
-    """Say which masks a model wants.
-
-    Args:
-        model: One of the two models.
-        windows: Length of the sliding window of each layer of its cache, or `None`.
-    """
+    """Say which masks a model wants."""
     different = tuple(sorted(set(windows), key=lambda window: window or 0))
     by_kind = len(different) > 1 or (
         None not in different and getattr(model.config.get_text_config(), "layer_types", None)
@@ -36,13 +25,7 @@ def mask_kinds(model: Any, windows: Any) -> MaskKinds:
 
 
 def attention_masks(kinds: MaskKinds, readable: torch.Tensor, last: torch.Tensor) -> Any:
-    """Return the masks `[batch, 1, tokens, places]` of queries that see everything up to a place.
-
-    Args:
-        kinds: Which masks the model wants.
-        readable: Which places hold text, bool `[batch, places]`.
-        last: The last place that each query sees, `[batch, tokens]`.
-    """
+    """Return the masks `[batch, 1, tokens, places]` of queries that see everything up to a place."""
     readable = readable[:, None, None]
     if last.shape[1] == 1 and kinds.windows == (None,):
         # A row has nothing readable after its last token.
@@ -59,10 +42,5 @@ def attention_masks(kinds: MaskKinds, readable: torch.Tensor, last: torch.Tensor
 
 
 def as_attention_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask that is added to attention scores: made once per pass, where a bool would be at every layer.
-
-    Args:
-        seen: What each query sees, bool `[batch, 1, tokens, places]`.
-        dtype: The model's.
-    """
+    """Return a mask that is added to attention scores: made once per pass, where a bool would be at every layer."""
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)

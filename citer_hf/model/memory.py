@@ -19,31 +19,19 @@ KINDS = (torch.OutOfMemoryError, MemoryError, OSError, RuntimeError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory ran out: torch, Python and the system each have their own.
-
-    Args:
-        error: What was raised.
-    """
+    """Say whether an error means that memory ran out: torch, Python and the system each have their own."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and ALLOCATION_FAILED.search(str(error)) is not None
 
 
 def weight_bytes(model: PreTrainedModel) -> float:
-    """Count the bytes of a loaded model's weights, as they are stored.
-
-    Args:
-        model: One of the two models.
-    """
+    """Count the bytes of a loaded model's weights, as they are stored."""
     return float(sum(part.nbytes for part in (*model.parameters(), *model.buffers())))
 
 
 def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy a configuration as it is without quantization.
-
-    Args:
-        config: Of a model.
-    """
+    """Copy a configuration as it is without quantization."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -51,12 +39,7 @@ def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def weight_bytes_of(config: PreTrainedConfig, keywords: dict[str, Any]) -> float:
-    """Count the bytes of a model's weights, unquantized, without loading any.
-
-    Args:
-        config: Its configuration.
-        keywords: The keywords that it is to be loaded with.
-    """
+    """Count the bytes of a model's weights, unquantized, without loading any."""
     config = unquantized(config)
     dtype: Any = keywords.get("dtype", keywords.get("torch_dtype"))
     if isinstance(dtype, str):
@@ -67,14 +50,7 @@ def weight_bytes_of(config: PreTrainedConfig, keywords: dict[str, Any]) -> float
 
 
 def not_loaded(error: Exception, role: str, source: Any, needed: float) -> Exception:
-    """Return an error of the same type which says which model could not be loaded and what helps.
-
-    Args:
-        error: What was raised, for which `is_out_of_memory` holds.
-        role: `slm` or `llm`.
-        source: Path or repository id of that model.
-        needed: Bytes of its weights.
-    """
+    """Return an error of the same type which says which model could not be loaded and what helps."""
     kind = next(kind for kind in KINDS if isinstance(error, kind))
     return kind(
         f"{role.upper()}: out of memory while it was loaded from {source}. It needs about {needed / GB:.3g} GB for "
@@ -86,11 +62,7 @@ def not_loaded(error: Exception, role: str, source: Any, needed: float) -> Excep
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> float:
-    """Estimate the bytes of one token's keys and values, as if every layer had attention over the whole text.
-
-    Args:
-        model: One of the two models.
-    """
+    """Estimate the bytes of one token's keys and values, as if every layer had attention over the whole text."""
     config: Any = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
     groups = getattr(config, "num_key_value_heads", None) or heads
@@ -102,16 +74,7 @@ def kv_bytes_per_token(model: PreTrainedModel) -> float:
 
 
 def explained(error: Exception, role: str, model: PreTrainedModel, rows: int, tokens: int, length: int) -> Exception:
-    """Return an error of the same type which says what did not fit and what helps.
-
-    Args:
-        error: What was raised, for which `is_out_of_memory` holds.
-        role: `slm` or `llm`.
-        model: That model.
-        rows: Rows of the batch.
-        tokens: Tokens that it was reading of each row.
-        length: Tokens of each row that its cache then holds.
-    """
+    """Return an error of the same type which says what did not fit and what helps."""
     name, kv = role.upper(), rows * length * kv_bytes_per_token(model)
     kind = next(kind for kind in KINDS if isinstance(error, kind))
     # What was raised stays in the text: accelerate's search for a batch size that fits looks for it.

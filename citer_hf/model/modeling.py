@@ -128,11 +128,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         return self.slm
 
     def train(self, mode: bool = True) -> CiterForCausalLM:
-        """Set the router to training or evaluation; the base models stay in evaluation.
-
-        Args:
-            mode: Whether to train.
-        """
+        """Set the router to training or evaluation; the base models stay in evaluation."""
         super().train(mode)
         self.slm.eval()
         self.llm.eval()
@@ -143,11 +139,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         return self.slm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the SLM's input embeddings.
-
-        Args:
-            value: The new embeddings.
-        """
+        """Replace the SLM's input embeddings."""
         self.slm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -155,11 +147,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         return self.slm.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the SLM's output embeddings.
-
-        Args:
-            value: The new embeddings.
-        """
+        """Replace the SLM's output embeddings."""
         self.slm.set_output_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:

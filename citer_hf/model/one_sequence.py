@@ -11,19 +11,7 @@ from .forward import below
 
 
 def decode_one_row(model: Any, decoding: Decoding, logits: torch.Tensor) -> Any:
-    """Write one text, token by token, each with the model that the router chooses (CITER, section 3).
-
-    transformers' own loop prepares the inputs of any kind of model anew at every token. Next to a small SLM this
-    takes as long as half an SLM step.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for.
-        logits: Routed logits of the first token, `[1, 1, vocabulary]`.
-
-    Returns:
-        What `generate` returns.
-    """
+    """Write one text, token by token, each with the model that the router chooses (CITER, section 3)."""
     text = TextOfOneRow(decoding)
     while True:
         token = choose(decoding, text.so_far, logits)
@@ -40,23 +28,14 @@ def decode_one_row(model: Any, decoding: Decoding, logits: torch.Tensor) -> Any:
 
 
 def has_met_another_criterion(decoding: Decoding, text: torch.Tensor) -> bool:
-    """Say whether a criterion other than length and end tokens ends the text.
-
-    Args:
-        decoding: What is asked for.
-        text: The text so far, `[1, length]`.
-    """
+    """Say whether a criterion other than length and end tokens ends the text."""
     return bool(decoding.stops.others) and decoding.stops.met(
         text, tuple(decoding.scores) if decoding.keeps_scores else None
     )
 
 
 class TextOfOneRow:
-    """The text, its mask and its positions, in memory for the longest text that may come.
-
-    Args:
-        decoding: What is asked for.
-    """
+    """The text, its mask and its positions, in memory for the longest text that may come."""
 
     def __init__(self, decoding: Decoding):
         prompt = decoding.input_ids
@@ -81,11 +60,7 @@ class TextOfOneRow:
         return None if self._mask is None else self._mask.narrow(1, 0, self._read + self._new)
 
     def append(self, token: torch.Tensor) -> torch.Tensor:
-        """Add a token, and return it as the next input, `[1, 1]`.
-
-        Args:
-            token: `[1]`.
-        """
+        """Add a token, and return it as the next input, `[1, 1]`."""
         place = self._ids.narrow(1, self.length, 1)
         place.copy_(token)
         self.length += 1
@@ -99,16 +74,7 @@ class TextOfOneRow:
 
 
 def choose(decoding: Decoding, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Choose the next token, as transformers does.
-
-    Args:
-        decoding: What is asked for.
-        text: The text so far, `[1, length]`.
-        logits: Routed logits, `[1, 1, vocabulary]`.
-
-    Returns:
-        `[1]`.
-    """
+    """Choose the next token, as transformers does."""
     # A copy where others see it: they may change it.
     seen = bool(decoding.processors) or decoding.keeps_logits or decoding.keeps_scores
     raw = logits[:, -1].to(dtype=torch.float32, device=text.device, copy=seen)
@@ -125,18 +91,7 @@ def choose(decoding: Decoding, text: torch.Tensor, logits: torch.Tensor) -> torc
 def read_token(
     model: Any, decoding: Decoding, token: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Let the SLM read one token, the router decide about the next, and the LLM catch up if it is to write that.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for.
-        token: `[1, 1]`.
-        position: `[1, 1]`.
-        mask: `[1, cached + 1]`, or `None`.
-
-    Returns:
-        Routed logits, `[1, 1, vocabulary]`.
-    """
+    """Let the SLM read one token, the router decide about the next, and the LLM catch up if it is to write that."""
     cache = decoding.cache
     inputs = {"attention_mask": mask, "use_cache": True}
     with decoding.reading():

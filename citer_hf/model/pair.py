@@ -12,15 +12,7 @@ from .configuration import table_size
 
 
 def check_config(role: str, config: PreTrainedConfig) -> None:
-    """Refuse the configuration of a model that does not write text from left to right.
-
-    Args:
-        role: `slm` or `llm`, for the message.
-        config: The model's configuration.
-
-    Raises:
-        ValueError: for an encoder-decoder, an encoder, or a model without a language modelling head.
-    """
+    """Refuse the configuration of a model that does not write text from left to right."""
     name = f"{role}: {type(config).__name__}"
     advice = "Choose a decoder-only causal language model."
     if getattr(config, "is_encoder_decoder", False):
@@ -38,16 +30,7 @@ def check_config(role: str, config: PreTrainedConfig) -> None:
 
 
 def check_model(role: str, model: Any) -> None:
-    """Refuse what is not a causal language model of transformers.
-
-    Args:
-        role: `slm` or `llm`, for the message.
-        model: What was given.
-
-    Raises:
-        ValueError: when it does not generate text.
-        TypeError: when it is not a transformers model.
-    """
+    """Refuse what is not a causal language model of transformers."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"{role}: expected a model id, a path or a transformers model, got {name}.")
@@ -59,16 +42,7 @@ def check_model(role: str, model: Any) -> None:
 
 
 def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
-    """Refuse two models that cannot decode together.
-
-    Args:
-        slm: The small language model.
-        llm: The large language model.
-
-    Raises:
-        ValueError: when one of them cannot generate with a cache from token ids.
-        TypeError: when one of them is not a transformers model.
-    """
+    """Refuse two models that cannot decode together."""
     for role, model in (("slm", slm), ("llm", llm)):
         check_model(role, model)
         name = f"{role}: {type(model).__name__}"
@@ -81,12 +55,7 @@ def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
 
 
 def load_tokenizer(source: str, **kwargs: Any) -> Any:
-    """Load the tokenizer of a repository, or return `None` when it has none.
-
-    Args:
-        source: Path or repository id.
-        kwargs: For `AutoTokenizer.from_pretrained`.
-    """
+    """Load the tokenizer of a repository, or return `None` when it has none."""
     # Importing tokenizers takes as long as all of this package.
     from transformers import AutoTokenizer
 
@@ -98,15 +67,7 @@ def load_tokenizer(source: str, **kwargs: Any) -> Any:
 
 
 def check_tokenizers(slm_tokenizer: Any, llm_tokenizer: Any) -> None:
-    """Refuse two tokenizers that number their tokens differently.
-
-    Args:
-        slm_tokenizer: The SLM's, or `None` when it has none.
-        llm_tokenizer: The LLM's, or `None` when it has none.
-
-    Raises:
-        ValueError: which names the first token id on which they differ.
-    """
+    """Refuse two tokenizers that number their tokens differently."""
     if slm_tokenizer is None or llm_tokenizer is None:
         return
     slm_tokens = {index: token for token, index in slm_tokenizer.get_vocab().items()}
@@ -122,16 +83,7 @@ def check_tokenizers(slm_tokenizer: Any, llm_tokenizer: Any) -> None:
 
 
 def check_table_sizes(tokenizer: Any, slm_config: PreTrainedConfig, llm_config: PreTrainedConfig) -> None:
-    """Refuse a model whose table has no row for some token of the shared tokenizer.
-
-    Args:
-        tokenizer: The shared tokenizer, or `None` when there is none.
-        slm_config: The SLM's configuration.
-        llm_config: The LLM's configuration.
-
-    Raises:
-        ValueError: which names the model and both sizes.
-    """
+    """Refuse a model whose table has no row for some token of the shared tokenizer."""
     if tokenizer is None:
         return
     largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -12,19 +12,8 @@ REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_reference(role: str, reference: Any, router_path: str) -> None:
-    """Refuse a reference to a base model, or to its adapter, that leads anywhere else than where a router may point.
-
-    A router in a local directory may name another local directory by its absolute path; one from the Hub may not.
-
-    Args:
-        role: `slm`, `llm`, `slm_adapter` or `llm_adapter`. An adapter's own reference, in that of its model, is
-            checked by itself.
-        reference: What the router's configuration says.
-        router_path: Path or repository id of the router.
-
-    Raises:
-        ValueError: which names the setting and what it says.
-    """
+    """Refuse a reference to a base model, or to its adapter, that leads anywhere else than where a router may
+    point."""
     values = [value for key, value in reference.items() if key != "adapter"] if isinstance(reference, dict) else [None]
     if not all(isinstance(value, str) for value in values):
         raise ValueError(
@@ -47,14 +36,7 @@ def check_reference(role: str, reference: Any, router_path: str) -> None:
 
 
 def refusal(role: str, key: str, value: str, expected: str) -> str:
-    """Return the message about a reference that is not followed.
-
-    Args:
-        role: `slm` or `llm`.
-        key: The setting.
-        value: What it says.
-        expected: What it may say.
-    """
+    """Return the message about a reference that is not followed."""
     return (
         f"{role}_reference: the router's configuration says {key}={value!r}, expected {expected}. It is not followed. "
         f"If you trust that place, pass {role}_name_or_path=... yourself."
@@ -62,11 +44,7 @@ def refusal(role: str, key: str, value: str, expected: str) -> str:
 
 
 def leads_out(name: str) -> bool:
-    """Say whether a relative path could lead out of the directory that it is meant for.
-
-    Args:
-        name: The path, of any system.
-    """
+    """Say whether a relative path could lead out of the directory that it is meant for."""
     return any(
         path.is_absolute() or bool(path.drive) or bool(path.root) or ".." in path.parts
         for path in (PurePosixPath(name), PureWindowsPath(name))
@@ -74,15 +52,7 @@ def leads_out(name: str) -> bool:
 
 
 def check_folder(path: str, folder: str = "") -> None:
-    """Refuse a folder of a local router whose files lie elsewhere, by links or by the names in an index of shards.
-
-    Args:
-        path: The router's directory.
-        folder: A folder in it; by default the directory itself.
-
-    Raises:
-        ValueError: which names the file.
-    """
+    """Refuse a folder of a local router whose files lie elsewhere, by links or by the names in an index of shards."""
     inside = os.path.join(path, folder)
     if not os.path.isdir(inside):
         return
@@ -95,15 +65,7 @@ def check_folder(path: str, folder: str = "") -> None:
 
 
 def refuse_outsider(file: str, path: str) -> None:
-    """Refuse a file of a local router that is a link out of the router's directory.
-
-    Args:
-        file: The file.
-        path: The router's directory.
-
-    Raises:
-        ValueError: which names the file.
-    """
+    """Refuse a file of a local router that is a link out of the router's directory."""
     roots = [os.path.realpath(path)]
     if os.path.basename(os.path.dirname(roots[0])) == "snapshots":
         # In the Hub's cache, the files of a snapshot are links to the repository's blobs.
@@ -114,14 +76,7 @@ def refuse_outsider(file: str, path: str) -> None:
 
 
 def check_index(file: str) -> None:
-    """Refuse an index of weights files that names files elsewhere.
-
-    Args:
-        file: The index.
-
-    Raises:
-        ValueError: which names the file.
-    """
+    """Refuse an index of weights files that names files elsewhere."""
     with open(file, encoding="utf-8") as opened:
         named = set(json.load(opened).get("weight_map", {}).values())
     for name in sorted(named):

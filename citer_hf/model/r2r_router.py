@@ -14,13 +14,7 @@ FP32 = torch.float32
 
 
 class R2RBlock(nn.Module):
-    """A residual block: layer norm, linear, GELU, linear, added to what came in.
-
-    Args:
-        size: Width of what comes in.
-        inner_size: Width between the two linear layers.
-        out_size: Width of what goes out; where it differs, a linear layer takes what came in there.
-    """
+    """A residual block: layer norm, linear, GELU, linear, added to what came in."""
 
     def __init__(self, size: int, inner_size: int, out_size: int):
         super().__init__()
@@ -35,19 +29,7 @@ class R2RBlock(nn.Module):
 
 
 class R2RRouter(Router):
-    """The router of R2R: one minus the probability that the SLM's token leads the text astray.
-
-    It reads the SLM's hidden state, the embedding of the token that the SLM finds most likely, and a projection of the
-    SLM's largest logits, in this order. The SLM's own table of embeddings is used, which `bind` is told of: it is
-    neither saved nor moved with the router.
-
-    Args:
-        hidden_size: Width H of the SLM's last hidden state.
-        embedding_size: Width E of the SLM's input embeddings. Default: H.
-        top_logits: How many of the SLM's largest logits are read, largest first; where the vocabulary is smaller, the
-            rest is 0.
-        blocks: Widths (in, between, out) of every residual block. Default: one, `H → 4H → H`.
-    """
+    """The router of R2R: one minus the probability that the SLM's token leads the text astray."""
 
     def __init__(
         self,
@@ -72,14 +54,7 @@ class R2RRouter(Router):
         self._bound: tuple[Any, ...] = ()
 
     def bind(self, slm: Any) -> None:
-        """Take the embeddings of tokens from this model.
-
-        Args:
-            slm: The SLM of the pair.
-
-        Raises:
-            ValueError: when its embeddings have another width than those that the router was made for.
-        """
+        """Take the embeddings of tokens from this model."""
         width = slm.get_input_embeddings().weight.shape[-1]
         if width != self.embedding_size:
             raise ValueError(
@@ -93,12 +68,7 @@ class R2RRouter(Router):
         return 1 - torch.sigmoid(self.divergence(hidden, logits))
 
     def divergence(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logit of the probability that the SLM's token leads astray.
-
-        Args:
-            hidden: Last hidden state of the SLM, after the final norm, `[..., H]`.
-            logits: Logits of the SLM at the same positions, `[..., V]`.
-        """
+        """Return the logit of the probability that the SLM's token leads astray."""
         like = self.combined_projection.weight
         largest = logits.topk(min(self.top_logits, logits.shape[-1]), dim=-1).values.to(like)
         largest = nn.functional.pad(largest, (0, self.top_logits - largest.shape[-1]))

@@ -52,15 +52,7 @@ LOADING_KEYWORDS = frozenset(inspect.signature(PreTrainedModel.from_pretrained).
 
 
 def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Divide the keywords of a pair among its models.
-
-    Args:
-        kwargs: Keywords with the prefix `slm_` or `llm_` are for that model alone, the others for both, except
-            `quantization_config`, which is for the LLM.
-
-    Returns:
-        The keywords of each model, without prefix.
-    """
+    """Divide the keywords of a pair among its models."""
     prefixes = tuple(f"{role}_" for role in ROLES)
     shared = {key: value for key, value in kwargs.items() if not key.startswith(prefixes)}
     quantization = {key: shared.pop(key) for key in ("quantization_config",) if key in shared}
@@ -73,17 +65,7 @@ def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_keywords(role: str, keywords: dict[str, Any], given: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Refuse keywords that nothing reads.
-
-    Args:
-        role: `slm` or `llm`.
-        keywords: The keywords of this model, without prefix.
-        given: The keywords as the user wrote them.
-        config: The model's configuration, whose attributes can be set by keyword.
-
-    Raises:
-        ValueError: which names the keyword as it was written.
-    """
+    """Refuse keywords that nothing reads."""
     for key in keywords:
         if key not in LOADING_KEYWORDS and not hasattr(config, key):
             written = f"{role}_{key}" if f"{role}_{key}" in given else key
@@ -94,36 +76,18 @@ def check_keywords(role: str, keywords: dict[str, Any], given: dict[str, Any], c
 
 
 def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Select what says where a model's files are.
-
-    Args:
-        keywords: The keywords of one model.
-    """
+    """Select what says where a model's files are."""
     names = (*HUB_KEYWORDS, "revision", "subfolder", "gguf_file", "trust_remote_code")
     return {key: keywords[key] for key in names if key in keywords}
 
 
 def file_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Select what says where any file of a repository is.
-
-    Args:
-        keywords: The keywords of a model, an adapter or a router.
-    """
+    """Select what says where any file of a repository is."""
     return {key: keywords[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if keywords.get(key)}
 
 
 def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedConfig:
-    """Return the configuration of a base model, without loading its weights.
-
-    Args:
-        role: `slm` or `llm`.
-        source: Repository id, path or loaded model.
-        keywords: The keywords of this model.
-
-    Raises:
-        ValueError: when it is not a causal language model, or settings are given for a loaded one.
-        OSError: when the repository cannot be found.
-    """
+    """Return the configuration of a base model, without loading its weights."""
     if isinstance(source, nn.Module):
         check_model(role, source)
         config: PreTrainedConfig = source.config
@@ -140,12 +104,7 @@ def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedC
 
 
 def load_models(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, PreTrainedModel]:
-    """Load the two base models, the SLM first, so that the LLM's device map is planned with what is left.
-
-    Args:
-        sources: Repository id, path or loaded model of each.
-        keywords: The keywords of each.
-    """
+    """Load the two base models, the SLM first, so that the LLM's device map is planned with what is left."""
     models: dict[str, PreTrainedModel] = {}
     for role in ROLES:
         source, own = sources[role], keywords[role]
@@ -160,22 +119,14 @@ def load_models(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) ->
 
 
 def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return how an adapter beside a model is looked for: where files are looked for, which transformers 5.17 forgets.
-
-    Args:
-        keywords: The keywords of the model.
-    """
+    """Return how an adapter beside a model is looked for: where files are looked for, which transformers 5.17
+    forgets."""
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
     return {"adapter_kwargs": files} if files else {}
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:
-    """Subtract what the SLM takes from a memory budget.
-
-    Args:
-        max_memory: Bytes, or sizes such as "10GB", per device.
-        slm: The SLM, loaded.
-    """
+    """Subtract what the SLM takes from a memory budget."""
     taken: dict[Any, int] = {}
     for parameter in slm.parameters():
         device: Any = parameter.device.index if parameter.device.type == "cuda" else parameter.device.type
@@ -185,12 +136,7 @@ def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, A
 
 
 def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None:
-    """Say where a base model came from, or `None` when it has never been on disk.
-
-    Args:
-        source: Repository id, path or loaded model.
-        keywords: The keywords it is loaded with.
-    """
+    """Say where a base model came from, or `None` when it has never been on disk."""
     name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
     if os.path.isdir(name):
         reference = {"name_or_path": os.path.abspath(name)}
@@ -205,12 +151,7 @@ def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None
 
 
 def commit_of(name: str, keywords: dict[str, Any]) -> str | None:
-    """Return the commit that a repository's revision stands for, from the local cache.
-
-    Args:
-        name: Repository id.
-        keywords: The keywords it was loaded with.
-    """
+    """Return the commit that a repository's revision stands for, from the local cache."""
     hub = {key: keywords[key] for key in ("cache_dir", "revision", "token", "subfolder") if keywords.get(key)}
     file = keywords.get("gguf_file") or "config.json"
     found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False, **hub)
@@ -218,12 +159,7 @@ def commit_of(name: str, keywords: dict[str, Any]) -> str | None:
 
 
 def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the commits of base models that were loaded from the Hub or its cache.
-
-    Args:
-        sources: Repository id, path or loaded model of each; nobody knows the commit of a loaded one.
-        keywords: The keywords each was loaded with.
-    """
+    """Return the commits of base models that were loaded from the Hub or its cache."""
     named = {role: os.fspath(source) for role, source in sources.items() if not isinstance(source, nn.Module)}
     found = {role: commit_of(name, keywords[role]) for role, name in named.items()}
     return {role: commit for role, commit in found.items() if commit}
@@ -232,18 +168,7 @@ def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> 
 def locate_base_model(
     role: str, path: str, reference: dict[str, Any] | None, keywords: dict[str, Any], repository: dict[str, Any]
 ) -> str:
-    """Say where a base model of a saved router is, and complete the keywords it is loaded with.
-
-    Args:
-        role: `slm` or `llm`.
-        path: Path or repository id of the router.
-        reference: What the router's configuration says.
-        keywords: The keywords of this model; they win over the reference, and are completed in place.
-        repository: The keywords of the router's own repository.
-
-    Raises:
-        ValueError: when the configuration does not say where the model is, or says a place where it may not be.
-    """
+    """Say where a base model of a saved router is, and complete the keywords it is loaded with."""
     if keywords.get("name_or_path"):
         return str(keywords.pop("name_or_path"))
     if reference is None:
@@ -266,16 +191,7 @@ def locate_base_model(
 
 
 def folder_of_router(path: str, folder: str, repository: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Say where a folder of a router's own repository is, wherever that is now, and how its files are fetched.
-
-    Args:
-        path: Path or repository id of the router.
-        folder: The folder.
-        repository: The keywords of the router's own repository.
-
-    Raises:
-        ValueError: when it leads out of the router's directory.
-    """
+    """Say where a folder of a router's own repository is, wherever that is now, and how its files are fetched."""
     folder = os.path.join(repository.get("subfolder", ""), folder)
     if os.path.isdir(path):
         check_folder(path, folder)
@@ -285,17 +201,7 @@ def folder_of_router(path: str, folder: str, repository: dict[str, Any]) -> tupl
 
 
 def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreTrainedConfig) -> None:
-    """Refuse a base model that is not the one a router was saved with.
-
-    Args:
-        role: `slm` or `llm`.
-        source: Where it was found.
-        found: Its configuration.
-        saved: The configuration in the router's repository.
-
-    Raises:
-        ValueError: which names what has changed.
-    """
+    """Refuse a base model that is not the one a router was saved with."""
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         now, then = (getattr(config.get_text_config(), name, None) for config in (found, saved))
         if now != then:
@@ -306,17 +212,7 @@ def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreT
 
 
 def check_same_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None:
-    """Refuse a base model that numbers its tokens otherwise than the router's tokenizer.
-
-    Args:
-        role: `slm` or `llm`.
-        source: Where it was found.
-        found: Its tokenizer, or `None` when it has none.
-        saved: The router's, or `None` when it has none.
-
-    Raises:
-        ValueError: when they differ.
-    """
+    """Refuse a base model that numbers its tokens otherwise than the router's tokenizer."""
     if found is not None and saved is not None and found.get_vocab() != saved.get_vocab():
         raise ValueError(
             f"{role}: {source} is not the model that this router was made for: its tokenizer has changed. Pass the "
@@ -327,17 +223,7 @@ def check_same_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None
 def shared_tokenizer(
     sources: dict[str, Any], keywords: dict[str, dict[str, Any]], configs: dict[str, Any], adapters: dict[str, Any]
 ) -> Any:
-    """Return the tokenizer that both models share, or `None` when neither comes with one.
-
-    Args:
-        sources: Repository id, path or loaded model of each.
-        keywords: The keywords of each.
-        configs: The configuration of each.
-        adapters: The `Adapter` of each, if it has one; a tokenizer in it is preferred.
-
-    Raises:
-        ValueError: when they have different ones.
-    """
+    """Return the tokenizer that both models share, or `None` when neither comes with one."""
     tokenizers = {}
     for role in ROLES:
         source = sources[role]
@@ -350,37 +236,19 @@ def shared_tokenizer(
 
 
 def own_tokenizer(source: str, keywords: dict[str, Any], adapter: Any) -> Any:
-    """Return the tokenizer of one model, or `None` when it comes with none.
-
-    Args:
-        source: Path or repository id, empty for a model that has none.
-        keywords: The keywords of the model.
-        adapter: Its `Adapter`, if it has one; a tokenizer in its folder is preferred.
-    """
+    """Return the tokenizer of one model, or `None` when it comes with none."""
     if adapter is not None and os.path.isfile(os.path.join(adapter.folder, "tokenizer_config.json")):
         return load_tokenizer(adapter.folder, trust_remote_code=False)
     return load_tokenizer(source, **hub_keywords(keywords)) if source else None
 
 
 def is_broken_transfer(error: BaseException) -> bool:
-    """Say whether a download broke off: what is raised then is of the library that the Hub's client uses.
-
-    Args:
-        error: What was raised.
-    """
+    """Say whether a download broke off: what is raised then is of the library that the Hub's client uses."""
     return any(base.__module__.partition(".")[0] in ("httpx", "httpx2", "requests") for base in type(error).__mro__)
 
 
 class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
-    """Context in which a base model's loading error says which model it was and what to do.
-
-    Out of memory keeps its type; whatever else a file or the network brings about becomes an `OSError`.
-
-    Args:
-        role: `slm`, `llm`, `slm_adapter` or `llm_adapter`.
-        source: Where the model was looked for.
-        keywords: The keywords it was loaded with.
-    """
+    """Context in which a base model's loading error says which model it was and what to do."""
 
     def __init__(self, role: str, source: Any, keywords: dict[str, Any]):
         self.role, self.source, self.keywords = role, source, keywords

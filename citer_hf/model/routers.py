@@ -15,18 +15,7 @@ MlpWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class MlpRouter(Router):
-    """The router of CITER: `H → 2H → H → 1` and a sigmoid (section 3.1).
-
-    There is no non-linearity between the last two layers, so that in evaluation they, and the batch norm, are
-    folded into a matrix product, a ReLU and a product with one vector.
-
-    Args:
-        hidden_size: Width H of the SLM's last hidden state.
-        batch_norm: Whether a batch norm follows the first layer, as in the released code.
-        dropout: Dropout rate in training, after the first and the second layer.
-        top_logprobs: How many of the SLM's largest log-probabilities the first layer reads beside the hidden state,
-            largest first. Not in the paper; `citer-plus` trains with them.
-    """
+    """The router of CITER: `H → 2H → H → 1` and a sigmoid (section 3.1)."""
 
     def __init__(
         self,
@@ -57,11 +46,7 @@ class MlpRouter(Router):
         return torch.sigmoid(nn.functional.linear(hidden, vector, offset).squeeze(-1))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logit of `p_slm`, layer by layer.
-
-        Args:
-            inputs: What the first layer reads, `[..., H + top_logprobs]`.
-        """
+        """Return the logit of `p_slm`, layer by layer."""
         expanded = self.expand(inputs)
         if self.norm is not None:
             expanded = self.norm(expanded.reshape(-1, expanded.shape[-1])).view_as(expanded)
@@ -69,10 +54,8 @@ class MlpRouter(Router):
         return self.score(self.dropout(contracted)).squeeze(-1)
 
     def folded(self) -> MlpWeights:
-        """Return the evaluation form: weight `[2H, H]` and bias `[2H]`, and after the ReLU `[1, 2H]` and offset `[1]`.
-
-        It is computed again when a weight has changed since the last call.
-        """
+        """Return the evaluation form: weight `[2H, H]` and bias `[2H]`, and after the ReLU `[1, 2H]` and offset
+        `[1]`."""
         # One by one: what goes through all of a module's tensors takes as long as the router itself.
         layers = (self.expand, self.contract, self.score)
         tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
@@ -98,11 +81,7 @@ class MlpRouter(Router):
 
 
 class LinearRouter(Router):
-    """One linear layer and a sigmoid, the router of Co-LLM.
-
-    Args:
-        hidden_size: Width H of the SLM's last hidden state.
-    """
+    """One linear layer and a sigmoid, the router of Co-LLM."""
 
     def __init__(self, hidden_size: int, **options: Any):
         super().__init__(hidden_size, **options)
@@ -112,11 +91,7 @@ class LinearRouter(Router):
         return torch.sigmoid(self.log_odds(hidden.to(self.score.weight)))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logit of `p_slm`.
-
-        Args:
-            inputs: Hidden states, `[..., H]`.
-        """
+        """Return the logit of `p_slm`."""
         return self.score(inputs).squeeze(-1)
 
 
@@ -125,15 +100,7 @@ LEAST_LOGPROB = -15.0
 
 
 def top_logprobs(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the largest log-probabilities, largest first, none below `LEAST_LOGPROB`.
-
-    Args:
-        logits: `[..., V]`.
-        count: How many; where the vocabulary is smaller, the rest is `LEAST_LOGPROB`.
-
-    Returns:
-        fp32, `[..., count]`.
-    """
+    """Return the largest log-probabilities, largest first, none below `LEAST_LOGPROB`."""
     largest = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]), dim=-1).values
     if largest.shape[-1] < count:
         largest = nn.functional.pad(largest, (0, count - largest.shape[-1]), value=LEAST_LOGPROB)
@@ -159,15 +126,7 @@ class EntropyRouter(Router):
 
 
 class RandomRouter(Router):
-    """A score that says nothing, spread evenly over [0, 1]: threshold τ sends about the share τ to the LLM.
-
-    It is a fixed pseudo-random function of the hidden state and draws no random numbers, so that decoding stays
-    reproducible and a batch still equals its rows.
-
-    Args:
-        hidden_size: Width H of the SLM's last hidden state.
-        seed: Another seed makes other decisions.
-    """
+    """A score that says nothing, spread evenly over [0, 1]: threshold τ sends about the share τ to the LLM."""
 
     def __init__(self, hidden_size: int, seed: int = 0, **options: Any):
         super().__init__(hidden_size, **options)
@@ -245,14 +204,7 @@ class Routing:
         self._steps: list[tuple[int, tuple[torch.Tensor, ...]]] = []
 
     def add(self, first: int, scores: torch.Tensor, to_llm: torch.Tensor, unfinished: torch.Tensor) -> None:
-        """Record one step.
-
-        Args:
-            first: Index in the text of the first token that the step decides.
-            scores: `p_slm`, `[batch, tokens]`.
-            to_llm: bool, whether the LLM writes the token, `[batch, tokens]`.
-            unfinished: bool, whether the token is a real one, `[batch, tokens]`.
-        """
+        """Record one step."""
         skip = self.start - first
         if skip > 0:
             first, scores, to_llm, unfinished = self.start, scores[:, skip:], to_llm[:, skip:], unfinished[:, skip:]
@@ -281,15 +233,7 @@ class Routing:
         return int(self.to_llm.sum()) / real if real else 0.0
 
     def by_llm(self, index: int, row: int = 0) -> bool:
-        """Say whether the LLM wrote one token, without joining the record: for streams, which ask for the newest.
-
-        Args:
-            index: Its place among the generated tokens, from 0.
-            row: Its row in the batch.
-
-        Raises:
-            IndexError: when nothing was recorded about such a token.
-        """
+        """Say whether the LLM wrote one token, without joining the record: for streams, which ask for the newest."""
         place = self.start + index
         for first, records in reversed(self._steps):
             if first <= place < first + records[TO_LLM].shape[1]:
@@ -303,11 +247,7 @@ class Routing:
         return f"Routing(tokens={len(self)}, llm_share={self.llm_share:.3f}, llm_calls={self.llm_calls})"
 
     def crop(self, length: int) -> None:
-        """Forget the decisions about tokens that were taken back.
-
-        Args:
-            length: Number of tokens left in the cache; the decision about the token that follows them stays.
-        """
+        """Forget the decisions about tokens that were taken back."""
         while self._steps and self._steps[-1][0] > length:
             self._steps.pop()
         if self._steps:
@@ -315,11 +255,7 @@ class Routing:
             self._steps[-1] = (first, tuple(record[:, : length + 1 - first] for record in records))
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order.
-
-        Args:
-            rows: Indices of rows, `[new_batch]`.
-        """
+        """Keep these rows, in this order."""
         if self.follows_beams:
             return
         self._steps = [
@@ -328,12 +264,7 @@ class Routing:
         ]
 
     def follow_beams(self, beam_indices: torch.Tensor) -> None:
-        """Turn the record of running beams, row by row and step by step, into that of the returned sequences.
-
-        Args:
-            beam_indices: For each returned token the row that it was taken from, -1 after the end,
-                `[sequences, generated]`, as beam search returns it.
-        """
+        """Turn the record of running beams, row by row and step by step, into that of the returned sequences."""
         if not self._steps:
             return
         first, records = self._steps[0]

@@ -10,16 +10,7 @@ MOST_BYTES = 2**28
 
 
 class Draws:
-    """What `torch.multinomial` draws for a batch, column by column, for rows that ask at their own pace.
-
-    `torch.multinomial` draws one exponential number per row and token, and takes the token with the largest quotient
-    of probability and number. So a row gets the text that it gets in lock-step from the same seed.
-
-    Args:
-        rows: Rows of the batch.
-        vocabulary: Size of the vocabulary.
-        device: Where the probabilities are.
-    """
+    """What `torch.multinomial` draws for a batch, column by column, for rows that ask at their own pace."""
 
     def __init__(self, rows: int, vocabulary: int, device: torch.device):
         self._shape, self._device = (rows, vocabulary), device
@@ -29,15 +20,7 @@ class Draws:
         self._drawn = 0
 
     def choose(self, probabilities: torch.Tensor, columns: dict[int, int]) -> torch.Tensor:
-        """Draw a token for some rows.
-
-        Args:
-            probabilities: Of these rows, `[rows, vocabulary]`.
-            columns: For each of these rows, in the same order, which of its tokens is drawn, from 0.
-
-        Returns:
-            `[rows]`.
-        """
+        """Draw a token for some rows."""
         if len(columns) == self._shape[0] and len(set(columns.values())) == 1:
             numbers = self._column(next(iter(columns.values())))
         else:
@@ -45,11 +28,7 @@ class Draws:
         return (probabilities / numbers).argmax(dim=-1)
 
     def forget(self, before: int) -> None:
-        """Drop what no row will ask for again.
-
-        Args:
-            before: The first column that may still be asked for.
-        """
+        """Drop what no row will ask for again."""
         for column in [column for column in self._states if column < before]:
             self._states.pop(column)
             self._kept.pop(column, None)

@@ -21,15 +21,7 @@ ROUTER_WEIGHTS = "model.safetensors"
 
 
 class ChosenRouter:
-    """What the `router` argument of `from_pair` means.
-
-    Args:
-        spec: The configuration's `router` dictionary.
-        threshold: The threshold to start with.
-        module: The router itself, when an instance was given.
-        weights: Its weights, when it was saved.
-        name: Where from, for messages.
-    """
+    """What the `router` argument of `from_pair` means."""
 
     def __init__(
         self,
@@ -49,17 +41,7 @@ ROUTER_FILES = (".pt", ".pth")
 
 
 def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> ChosenRouter:
-    """Interpret the `router` argument of `from_pair`.
-
-    Args:
-        router: A kind, a dictionary, a path or repository id, a router file, or a module.
-        threshold: The threshold that was given, if any.
-        hub: Keywords for fetching files.
-
-    Raises:
-        ValueError: when it is none of these.
-        OSError: when a saved router cannot be read.
-    """
+    """Interpret the `router` argument of `from_pair`."""
     start = check_threshold_value(0.5 if threshold is None else threshold)
     if isinstance(router, nn.Module):
         return ChosenRouter({"type": CUSTOM_ROUTER}, start, module=router)
@@ -86,16 +68,7 @@ def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> 
 
 
 def needs_weights(spec: dict[str, Any], module: nn.Module | None, slm_config: PreTrainedConfig) -> bool:
-    """Say whether a router has weights, and refuse one that does not fit the SLM, before gigabytes are read.
-
-    Args:
-        spec: The configuration's `router` dictionary.
-        module: The router itself, when an instance was given; it is taken at its word.
-        slm_config: The SLM's configuration.
-
-    Raises:
-        ValueError: for an unknown kind or option, or a router made for another hidden size.
-    """
+    """Say whether a router has weights, and refuse one that does not fit the SLM, before gigabytes are read."""
     if module is None:
         with torch.device("meta"):
             module = build_router(spec, slm_config.get_text_config().hidden_size)
@@ -103,15 +76,7 @@ def needs_weights(spec: dict[str, Any], module: nn.Module | None, slm_config: Pr
 
 
 def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Read the weights of a saved router.
-
-    Args:
-        path: Path or repository id.
-        repository: Keywords for fetching files.
-
-    Raises:
-        OSError: when the file is missing or damaged.
-    """
+    """Read the weights of a saved router."""
     if os.path.isdir(path):
         check_folder(path)
     try:
@@ -142,33 +107,14 @@ def router_state_dict(path: str, repository: dict[str, Any]) -> dict[str, torch.
 def check_router_weights(
     spec: dict[str, Any], slm_config: PreTrainedConfig, weights: dict[str, torch.Tensor], name: str
 ) -> None:
-    """Refuse weights that do not fit, before memory is taken for a router as large as a configuration claims.
-
-    Args:
-        spec: The configuration's `router` dictionary.
-        slm_config: The SLM's configuration.
-        weights: The router's tensors.
-        name: Where they are from.
-
-    Raises:
-        ValueError: which names a tensor that is missing, unknown or of another shape.
-    """
+    """Refuse weights that do not fit, before memory is taken for a router as large as a configuration claims."""
     with torch.device("meta"):
         router = build_router(spec, slm_config.get_text_config().hidden_size)
     refuse_misfits(router.state_dict(), weights, name)
 
 
 def refuse_misfits(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], name: str) -> None:
-    """Refuse weights that do not fit a router.
-
-    Args:
-        expected: The router's own tensors.
-        weights: Those of the file.
-        name: Where they are from.
-
-    Raises:
-        ValueError: which names a tensor that is missing, unknown or of another shape.
-    """
+    """Refuse weights that do not fit a router."""
     refuse_wrong_tensors([f"router.{key}" for key in expected.keys() ^ weights.keys()], name)
     for key, tensor in weights.items():
         if tensor.shape != expected[key].shape:
@@ -179,30 +125,13 @@ def refuse_misfits(expected: dict[str, torch.Tensor], weights: dict[str, torch.T
 
 
 def load_router_weights(router: nn.Module, weights: dict[str, torch.Tensor], name: str) -> None:
-    """Put saved weights into a router, all of them and nothing else.
-
-    Args:
-        router: The router.
-        weights: Its tensors.
-        name: Where they are from.
-
-    Raises:
-        ValueError: which names a tensor that is missing, unknown or of another shape.
-    """
+    """Put saved weights into a router, all of them and nothing else."""
     refuse_misfits(router.state_dict(), weights, name)
     router.load_state_dict(weights)
 
 
 def refuse_wrong_tensors(names: list[str], path: str) -> None:
-    """Refuse a weights file with missing or unknown router tensors.
-
-    Args:
-        names: The tensors that are in the file or in the router, but not in both.
-        path: Where the file is from.
-
-    Raises:
-        ValueError: which names them.
-    """
+    """Refuse a weights file with missing or unknown router tensors."""
     if names:
         raise ValueError(
             f"{path}: its weights file does not fit its router: {sorted(names)} are missing or not known. Save the "

@@ -27,15 +27,7 @@ STALE_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?
 
 
 def save_atomically(save_directory: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Write files beside the directory's present ones, and put them in place only when all are complete.
-
-    Args:
-        save_directory: The directory; made when it is not there.
-        write: Writes the files into the folder it is given.
-
-    Raises:
-        OSError: when something cannot be written; then nothing in the directory has changed.
-    """
+    """Write files beside the directory's present ones, and put them in place only when all are complete."""
     directory = os.path.abspath(save_directory)
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise NotADirectoryError(f"save_directory: expected a directory, got the file {directory}.")
@@ -88,17 +80,7 @@ def _refuse_link(folder: str, directory: str) -> None:
 
 
 def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:
-    """Write a router, its configuration, generation settings and tokenizer, and base models where they belong.
-
-    Args:
-        model: The pair.
-        folder: An empty folder.
-        save_base_models: Whether both base models are saved too; otherwise those without a name.
-        kwargs: `state_dict`, `is_main_process`, and what `save_pretrained` of the base models takes.
-
-    Raises:
-        ValueError: when a base model cannot be saved.
-    """
+    """Write a router, its configuration, generation settings and tokenizer, and base models where they belong."""
     if not kwargs.pop("is_main_process", True):
         return
     model = unwrap_model(model)
@@ -136,16 +118,7 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
 
 
 def origin_of(model: Any, role: str, reference: dict[str, str] | None) -> dict[str, str]:
-    """Say from which published model one was loaded that is now saved along; nothing where that is not known.
-
-    Args:
-        model: The pair.
-        role: `slm` or `llm`.
-        reference: What the pair's configuration says of it.
-
-    Returns:
-        `origin`, a repository id, and `origin_revision`, a commit: for people, not for loading.
-    """
+    """Say from which published model one was loaded that is now saved along; nothing where that is not known."""
     name, (repository, _) = str(getattr(model, role).name_or_path), model._repository or ("", {})
     lies_there = name == repository or name.startswith(os.path.join(repository, ""))
     if reference is not None and "name_or_path" not in reference and lies_there:
@@ -158,14 +131,7 @@ def origin_of(model: Any, role: str, reference: dict[str, str] | None) -> dict[s
 def reference_from_elsewhere(
     reference: dict[str, Any], path: str, hub: dict[str, Any], save_directory: str
 ) -> dict[str, Any]:
-    """Say where a base model is that lies in a folder of the repository which the pair was loaded from.
-
-    Args:
-        reference: Its folder in that repository.
-        path: Path or repository id of that repository.
-        hub: The keywords it was fetched with.
-        save_directory: Where the pair is saved; the repository itself keeps its own folders.
-    """
+    """Say where a base model is that lies in a folder of the repository which the pair was loaded from."""
     folder = os.path.join(hub.get("subfolder", ""), reference.get("subfolder", ""))
     if not os.path.isdir(path):
         commit = commit_of(path, hub) or hub.get("revision")
@@ -176,11 +142,7 @@ def reference_from_elsewhere(
 
 
 def save_code(folder: str) -> None:
-    """Copy the files of the core, so that the repository works where this package is not installed.
-
-    Args:
-        folder: Where to.
-    """
+    """Copy the files of the core, so that the repository works where this package is not installed."""
     model_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling.py")
     os.mkdir(os.path.join(folder, CODE_FOLDER))
     for file in {model_file, *get_relative_import_files(model_file)}:
@@ -188,29 +150,14 @@ def save_code(folder: str) -> None:
 
 
 def save_tokenizer(model: Any, folder: str) -> None:
-    """Save the tokenizer of a pair that has one.
-
-    Args:
-        model: The pair.
-        folder: Where to.
-    """
+    """Save the tokenizer of a pair that has one."""
     tokenizer = model.load_tokenizer()
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:
-    """Save one of the two base models.
-
-    Args:
-        role: `slm` or `llm`.
-        model: The model.
-        folder: Where to.
-        kwargs: What its `save_pretrained` takes.
-
-    Raises:
-        ValueError: when it refuses to be saved.
-    """
+    """Save one of the two base models."""
     names = ("max_shard_size", "variant", "save_original_format")
     try:
         without_adapter(role, model).save_pretrained(folder, **{key: kwargs[key] for key in names if key in kwargs})

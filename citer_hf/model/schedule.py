@@ -32,14 +32,7 @@ SHORTEST_CALL, CHEAPER = 3e-3, 0.9
 
 
 def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | None:
-    """Return the policy that a user means.
-
-    Args:
-        waiting_rows: How many waiting rows trigger a call of the LLM, or a function that says so.
-
-    Raises:
-        ValueError: for anything else; also when the function is asked and does not say.
-    """
+    """Return the policy that a user means."""
     if waiting_rows is None:
         return None
     if callable(waiting_rows):
@@ -54,17 +47,7 @@ def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | 
 
 
 def answer_of(policy: WaitingPolicy, unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Ask a user's policy.
-
-    Args:
-        policy: The policy.
-        unfinished: Rows whose text has not ended.
-        llm_share: Share of the tokens that the LLM writes, as seen so far.
-        step_ratio: Time of an SLM step over time of an LLM call.
-
-    Raises:
-        ValueError: when it returns no number.
-    """
+    """Ask a user's policy."""
     enough: Any = policy(unfinished, llm_share, step_ratio)
     if not isinstance(enough, Real):
         raise ValueError(
@@ -77,24 +60,7 @@ def answer_of(policy: WaitingPolicy, unfinished: int, llm_share: float, step_rat
 def rows_to_wait_for(
     unfinished: int, llm_share: float, step_ratio: float, growth: float = 0.0, length: int = 512
 ) -> int:
-    """Choose how many waiting rows trigger a call of the LLM; 1 is lock-step.
-
-    Time per position is proportional to `step_ratio · (SLM steps) + (LLM calls) + growth`, steps and calls predicted
-    by `passes_per_position`. Every token is read once, and every call reads about one more of each row than it has to,
-    since the row that has most to read decides how wide it is; in lock-step all rows have as much to read. Among the
-    numbers that predict a gain over lock-step and at most 1.45 SLM steps per position, the cheapest is taken. For 8
-    rows and an LLM share of 0.2 that is 5, for 16 rows 10.
-
-    Args:
-        unfinished: Rows whose text has not ended.
-        llm_share: Share of the tokens that the LLM writes, as seen so far, from 0 to 1.
-        step_ratio: Time of an SLM step over time of an LLM call that reads one token of each row, as measured.
-        growth: What such a call takes more for another token of each row, as a part of its time.
-        length: Most new tokens of a row.
-
-    Returns:
-        From 1 to `unfinished`.
-    """
+    """Choose how many waiting rows trigger a call of the LLM; 1 is lock-step."""
     if unfinished > MOST_ROWS:
         return round(rows_to_wait_for(MOST_ROWS, llm_share, step_ratio, growth, length) * unfinished / MOST_ROWS)
     # Steps of 0.02 and of 0.05, so that few predictions are ever made.
@@ -116,33 +82,17 @@ def _cheapest(unfinished: int, share: float, step_ratio: float, growth: float, l
 
 
 class Pace:
-    """How long an SLM step and a call of the LLM take.
-
-    Calls that come less often read more tokens of each row, and take longer for it. What is compared is a call that
-    reads as many as an SLM step: where an LLM is no dearer than the SLM, longer calls must not make it look so.
-
-    Until both have been seen, an SLM step is taken to cost a tenth of a call.
-    """
+    """How long an SLM step and a call of the LLM take."""
 
     def __init__(self) -> None:
         self._slm, self._llm = Durations(), Durations()
 
     def note(self, model: str, seconds: float, tokens: int = 1) -> None:
-        """Add a measurement.
-
-        Args:
-            model: `slm` or `llm`.
-            seconds: What one forward pass took.
-            tokens: Tokens that it read of each row.
-        """
+        """Add a measurement."""
         (self._slm if model == "slm" else self._llm).add(seconds, tokens)
 
     def note_writing(self, seconds: float) -> None:
-        """Add what choosing and writing tokens took, which every SLM step is followed by.
-
-        Args:
-            seconds: What it took.
-        """
+        """Add what choosing and writing tokens took, which every SLM step is followed by."""
         self._slm.lengthen(seconds)
 
     @property
@@ -173,12 +123,7 @@ class Durations:
         self._seconds = self._tokens = self._squares = self._products = 0.0
 
     def add(self, seconds: float, tokens: int) -> None:
-        """Add a pass.
-
-        Args:
-            seconds: What it took.
-            tokens: Tokens that it read.
-        """
+        """Add a pass."""
         self.count += 1
         self._seconds += seconds
         self._tokens += tokens
@@ -186,11 +131,7 @@ class Durations:
         self._products += tokens * seconds
 
     def lengthen(self, seconds: float) -> None:
-        """Add to what passes over one token took.
-
-        Args:
-            seconds: How much.
-        """
+        """Add to what passes over one token took."""
         self._seconds += seconds
         self._products += seconds
 
@@ -208,34 +149,14 @@ class Durations:
 
 
 def pressure(waiting: list[int], unfinished: list[int]) -> float:
-    """Count waiting rows, those that lag behind for more than one and those that are ahead for less.
-
-    Rows that drift apart end one after the other, and the last of them go on alone. Left to chance, that costs 16
-    rows of 512 tokens 0.08 SLM steps per position; `LAG` halves that, and what calls it costs is 0.01.
-
-    Args:
-        waiting: Tokens written of each row that waits.
-        unfinished: Tokens written of each row whose text has not ended.
-    """
+    """Count waiting rows, those that lag behind for more than one and those that are ahead for less."""
     mean, weight = sum(unfinished) / len(unfinished), sqrt(len(unfinished)) / LAG
     return sum(min(max(1 + (mean - written) * weight, 0.0), 6.0) for written in waiting)
 
 
 @lru_cache(maxsize=4096)
 def passes_per_position(rows: int, waiting: int, llm_share: float) -> tuple[float, float]:
-    """Predict LLM calls and SLM steps per position of the text, where each token is the LLM's independently.
-
-    A Markov chain over the number of rows that wait, from one call of the LLM to the next: every SLM step moves the
-    rows that do not wait, and each of these needs the LLM next with probability `llm_share`.
-
-    Args:
-        rows: Rows of the batch.
-        waiting: How many waiting rows trigger a call.
-        llm_share: Probability that the LLM writes a token, above 0 and below 1.
-
-    Returns:
-        LLM calls and SLM steps per position.
-    """
+    """Predict LLM calls and SLM steps per position of the text, where each token is the LLM's independently."""
     # Rows only ever join those that wait, so that one pass over the states is enough.
     visits = [1.0] + [0.0] * (waiting - 1)
     for already in range(waiting):

@@ -102,12 +102,7 @@ class CiterSharingMixin:
 
 
 class Saved(PushToHubMixin):
-    """What transformers uploads of a pair.
-
-    Args:
-        model: The pair.
-        save_base_models: Whether both models are saved too.
-    """
+    """What transformers uploads of a pair."""
 
     def __init__(self, model: Any, save_base_models: bool):
         self.model, self.save_base_models = model, save_base_models

@@ -28,20 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 def decode_static(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
-    """Write the texts of a batch, or of one row, with passes that always have the same shapes and addresses.
-
-    The passes are compiled on an accelerator, unless `disable_compile` says otherwise. The host waits for the device
-    once per pass.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for; its cache has a `max_cache_len`, which is raised where the text needs more.
-        logits: Routed logits of the first tokens, `[batch, 1, vocabulary]`.
-        policy: How many waiting rows trigger a call of the LLM.
-
-    Returns:
-        What `generate` returns.
-    """
+    """Write the texts of a batch, or of one row, with passes that always have the same shapes and addresses."""
     cache = decoding.cache
     longest = cache.get_seq_length() + decoding.stops.max_length - decoding.input_ids.shape[1]
     # The last token of the longest text is read by nobody.
@@ -54,24 +41,12 @@ def decode_static(model: Any, decoding: Decoding, logits: torch.Tensor, policy: 
 
 
 def lock_step(unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Call the LLM as soon as one row waits; a policy.
-
-    Args:
-        unfinished: Not looked at.
-        llm_share: Not looked at.
-        step_ratio: Not looked at.
-    """
+    """Call the LLM as soon as one row waits; a policy."""
     return 1
 
 
 class StaticRows(Rows):
-    """Rows whose state is on the device, in a workspace; the host knows where they are and what was written.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for.
-        work: The workspace.
-    """
+    """Rows whose state is on the device, in a workspace; the host knows where they are and what was written."""
 
     def __init__(self, model: Any, decoding: Decoding, work: Workspace):
         self.work = work
@@ -116,13 +91,7 @@ class StaticRows(Rows):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def read_with_slm(self) -> tuple[torch.Tensor, list[int]]:
-        """Let the SLM read the last token of every row, and decide about the next of those that move.
-
-        The decisions, the scores and the tokens that the SLM would write come to the host in one copy.
-
-        Returns:
-            The SLM's logits, `[batch, vocabulary]`, and the rows whose next token it writes.
-        """
+        """Let the SLM read the last token of every row, and decide about the next of those that move."""
         began = time.perf_counter()
         self._tell()
         with self._reading():
@@ -151,11 +120,7 @@ class StaticRows(Rows):
             return logits, self.model.router(hidden, logits)
 
     def read_with_llm(self) -> torch.Tensor:
-        """Let the LLM read what it has not seen of every unfinished row.
-
-        Returns:
-            Its logits after the last token of each row, `[batch, vocabulary]`.
-        """
+        """Let the LLM read what it has not seen of every unfinished row."""
         self._guess = None
         if self.cache.llm_length < self.start and not self._read_prompts_alone():
             self._flush()
@@ -188,12 +153,7 @@ class StaticRows(Rows):
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def write(self, writing: Any, logits: torch.Tensor) -> None:
-        """Choose the next token of some rows, and see which texts end.
-
-        Args:
-            writing: Rows that get a token.
-            logits: Routed logits, `[batch, vocabulary]`.
-        """
+        """Choose the next token of some rows, and see which texts end."""
         if writing and self._guess is not None:
             self._append(list(writing), *self._guess)
         else:
@@ -254,21 +214,12 @@ class StaticRows(Rows):
 
 
 def asks_for_static(cache: Any) -> bool:
-    """Say whether a cache is one for which `generate` takes its static path.
-
-    Args:
-        cache: A `CiterCache` or nothing.
-    """
+    """Say whether a cache is one for which `generate` takes its static path."""
     return getattr(cache, "max_cache_len", None) is not None
 
 
 def decodes_statically(decoding: Decoding | None, model: Any) -> TypeGuard[Decoding]:
-    """Say whether a text can be written with static caches, and warn, once per reason, where it cannot.
-
-    Args:
-        decoding: What is asked for; `None` where only the loop of transformers does that.
-        model: The pair.
-    """
+    """Say whether a text can be written with static caches, and warn, once per reason, where it cannot."""
     reason = why_no_static_cache(model) or why_not_static(model, decoding)
     if reason:
         warn_of_dynamic_cache(reason)
@@ -276,11 +227,7 @@ def decodes_statically(decoding: Decoding | None, model: Any) -> TypeGuard[Decod
 
 
 def warn_of_dynamic_cache(reason: str) -> None:
-    """Say, once per reason, that a text is written with caches that grow though static ones were asked for.
-
-    Args:
-        reason: Why.
-    """
+    """Say, once per reason, that a text is written with caches that grow though static ones were asked for."""
     logger.warning_once(
         f"cache_implementation='static': {reason}. The text is the same, written with a cache that grows and passes "
         "that are not compiled."
@@ -288,12 +235,7 @@ def warn_of_dynamic_cache(reason: str) -> None:
 
 
 def why_not_static(model: Any, decoding: Decoding | None) -> str:
-    """Say why a text cannot be written with static caches; nothing where it can.
-
-    Args:
-        model: The pair.
-        decoding: What is asked for; `None` where only the loop of transformers does that.
-    """
+    """Say why a text cannot be written with static caches; nothing where it can."""
     if decoding is None:
         return (
             "hidden states or attentions are to be returned, `forward` is observed or changed, or a keyword is given "
@@ -313,11 +255,7 @@ def why_not_static(model: Any, decoding: Decoding | None) -> str:
 
 
 def why_no_static_cache(model: Any) -> str:
-    """Say why a pair cannot have static caches; nothing where it can.
-
-    Args:
-        model: The pair.
-    """
+    """Say why a pair cannot have static caches; nothing where it can."""
     for part in (model.slm, model.llm):
         name, implementation = part.config.model_type, part.config.get_text_config()._attn_implementation
         if name not in ARCHITECTURES:

@@ -21,13 +21,7 @@ LAST, UNREAD, TOKEN = range(3)
 
 
 class PlacedLayer(DynamicLayer):
-    """One layer's keys and values during one forward pass, whose new tokens go to given places.
-
-    Args:
-        keys: Room for all keys, `[batch, heads, places, width]`.
-        values: Room for all values, `[batch, heads, places, width]`.
-        places: Where the new tokens go, `[batch, tokens]`.
-    """
+    """One layer's keys and values during one forward pass, whose new tokens go to given places."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor):
         super().__init__()
@@ -37,14 +31,7 @@ class PlacedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new keys and values to their places, and return the whole room.
-
-        Args:
-            key_states: `[batch, heads, tokens, width]`.
-            value_states: `[batch, heads, tokens, width]`.
-            args: Not used.
-            kwargs: Not used.
-        """
+        """Write new keys and values to their places, and return the whole room."""
         places = self.places[:, None, :, None].to(key_states.device)
         self.keys.scatter_(-2, places.expand_as(key_states), key_states)
         self.values.scatter_(-2, places.expand_as(value_states), value_states)
@@ -52,14 +39,7 @@ class PlacedLayer(DynamicLayer):
 
 
 class Room:
-    """The keys and values of one model, for a number of tokens that does not change.
-
-    Args:
-        model: The model.
-        cache: Its cache, which holds the prompts: the shapes of the layers are taken from it.
-        capacity: Number of places, the last of which is for what nobody reads.
-        compiled: Whether compiled passes use it.
-    """
+    """The keys and values of one model, for a number of tokens that does not change."""
 
     def __init__(self, model: Any, cache: Cache, capacity: int, compiled: bool):
         self.windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
@@ -71,19 +51,11 @@ class Room:
         self._layers: list[Any] = []
 
     def at(self, places: torch.Tensor) -> Cache:
-        """Return a cache for one forward pass.
-
-        Args:
-            places: Where the new tokens go, `[batch, tokens]`.
-        """
+        """Return a cache for one forward pass."""
         return Cache(layers=[PlacedLayer(keys, values, places) for keys, values in self.states])
 
     def take(self, cache: Cache) -> None:
-        """Copy what a cache holds to the same places here; its layers show it from now on, so that it is held once.
-
-        Args:
-            cache: The model's own cache.
-        """
+        """Copy what a cache holds to the same places here; its layers show it from now on, so that it is held once."""
         self._layers, end = list(cache.layers), cache.get_seq_length()
         for layer, states in zip(self._layers, self.states, strict=True):
             held = layer.keys.shape[-2]
@@ -93,11 +65,7 @@ class Room:
         self.hand_back(end)
 
     def hand_back(self, length: int) -> None:
-        """Let the model's own cache show the first tokens of all rows, as it would hold them itself.
-
-        Args:
-            length: How many; all rows must have read them.
-        """
+        """Let the model's own cache show the first tokens of all rows, as it would hold them itself."""
         for layer, window, states in zip(self._layers, self.windows, self.states, strict=True):
             first = 0
             if window is not None:
@@ -106,34 +74,14 @@ class Room:
             show(layer, *(room.narrow(-2, first, length - first) for room in states))
 
     def let_go(self, keep: bool) -> None:
-        """Part from the model's own cache: the room is used again.
-
-        Args:
-            keep: Whether the cache is, and so needs tensors of its own.
-        """
+        """Part from the model's own cache: the room is used again."""
         for layer in self._layers if keep else ():
             show(layer, layer.keys.clone(), layer.values.clone())
         self._layers = []
 
 
 class Workspace:
-    """The state of the rows of one generation, on the SLM's device.
-
-    Args:
-        rows: Rows of the batch.
-        capacity: Number of places, from the first token of the prompts; the last is for what nobody reads.
-        device: Of the SLM.
-        compiled: Whether any of its passes is compiled.
-
-    Attributes:
-        tokens: Token ids by place, where the LLM may still have to read them, `[rows, capacity]`.
-        readable: Which places hold text that the SLM has read, bool `[rows, capacity]`.
-        control: What the host says before each pass, `[rows, 3]`: see `LAST`, `UNREAD`, `TOKEN`.
-        offset: Position of a token minus its place, `[rows, 1]`.
-        threshold: The SLM writes where `p_slm` reaches it, `[rows, 1]`.
-        rooms: Keys and values of the two models; the LLM's once it has read the prompts.
-        steps: The passes, compiled or not, by what they are and how many tokens they read.
-    """
+    """The state of the rows of one generation, on the SLM's device."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device, compiled: bool = False):
         self.rows, self.capacity, self.device, self.compiled = rows, capacity, device, compiled
@@ -156,22 +104,12 @@ class Workspace:
         return self.capacity - 1
 
     def tell(self, control: list[list[int]]) -> None:
-        """Tell the device where the rows are: one copy, which nothing waits for.
-
-        Args:
-            control: The columns of `control`, row by row.
-        """
+        """Tell the device where the rows are: one copy, which nothing waits for."""
         self._from_host.copy_(torch.tensor(control))
         self.control.copy_(self._from_host, non_blocking=True)
 
     def take(self, name: str, model: Any, cache: Cache) -> Room:
-        """Copy the prompts of one model, and return its room.
-
-        Args:
-            name: `slm` or `llm`.
-            model: The model.
-            cache: Its own cache.
-        """
+        """Copy the prompts of one model, and return its room."""
         if name not in self.rooms:
             self.rooms[name] = Room(model, cache, self.capacity, self.compiled)
         self.rooms[name].take(cache)
@@ -179,12 +117,7 @@ class Workspace:
 
 
 def kept_in_place(tensor: torch.Tensor, compiled: bool) -> torch.Tensor:
-    """Promise that a tensor stays where it is, so that a recorded graph may read and write it there.
-
-    Args:
-        tensor: The tensor.
-        compiled: Whether anybody wants to know: the compiler takes a second to import.
-    """
+    """Promise that a tensor stays where it is, so that a recorded graph may read and write it there."""
     if compiled:
         torch._dynamo.mark_static_address(tensor, guard=False)
     return tensor
@@ -194,15 +127,7 @@ def kept_in_place(tensor: torch.Tensor, compiled: bool) -> torch.Tensor:
 
 
 def slm_pass(model: Any, work: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let the SLM read the last token of every row.
-
-    Args:
-        model: The pair.
-        work: The workspace.
-
-    Returns:
-        Its logits `[rows, 1, vocabulary]` and its last hidden state `[rows, 1, H]`.
-    """
+    """Let the SLM read the last token of every row."""
     places = work.control[:, LAST : LAST + 1]
     ids = work.control[:, TOKEN : TOKEN + 1]
     work.tokens.scatter_(1, places, ids)
@@ -213,17 +138,7 @@ def slm_pass(model: Any, work: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
 def read_with_slm(
     model: Any, work: Workspace, ids: torch.Tensor, places: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let the SLM read tokens at their places.
-
-    Args:
-        model: The pair.
-        work: The workspace, where these places are marked as readable.
-        ids: `[rows, tokens]`.
-        places: `[rows, tokens]`.
-
-    Returns:
-        Its logits `[rows, tokens, vocabulary]` and its last hidden state `[rows, tokens, H]`.
-    """
+    """Let the SLM read tokens at their places."""
     room = work.rooms["slm"]
     inputs = {"attention_mask": attention_masks(room.kinds, work.readable, places), "use_cache": True}
     output, hidden = model._run_slm(ids, places + work.offset, room.at(places), ids.shape[1], inputs, {})
@@ -233,49 +148,19 @@ def read_with_slm(
 def decide(
     model: Any, work: Workspace, logits: torch.Tensor, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Let the router decide who writes each row's next token.
-
-    Args:
-        model: The pair.
-        work: The workspace.
-        logits: The SLM's, `[rows, 1, vocabulary]`.
-        hidden: Its last hidden state, `[rows, 1, H]`.
-
-    Returns:
-        `p_slm`, whether the LLM writes, and the SLM's most likely token, each `[rows, 1]`.
-    """
+    """Let the router decide who writes each row's next token."""
     scores = model.router(hidden, logits)
     return scores, below(scores, work.threshold), logits.argmax(-1)
 
 
 def slm_step(model: Any, work: Workspace) -> tuple[torch.Tensor, ...]:
-    """Let the SLM read the last token of every row, and the router decide about the next.
-
-    Args:
-        model: The pair.
-        work: The workspace.
-
-    Returns:
-        The SLM's logits and what `decide` returns.
-    """
+    """Let the SLM read the last token of every row, and the router decide about the next."""
     logits, hidden = slm_pass(model, work)
     return logits, *decide(model, work, logits, hidden)
 
 
 def llm_pass(model: Any, work: Workspace, tokens: int) -> torch.Tensor:
-    """Let the LLM read what it has not read of every row.
-
-    The last tokens of all rows stand in one column. What only fills up the rectangle goes nowhere, is seen by nobody,
-    and sees what the last token sees: anything but nothing, which would be NaN.
-
-    Args:
-        model: The pair.
-        work: The workspace.
-        tokens: How many to read of each row; at least as many as any unfinished row has.
-
-    Returns:
-        Its logits after the last token of each row, `[rows, vocabulary]`.
-    """
+    """Let the LLM read what it has not read of every row."""
     room = work.rooms["llm"]
     last, unread = work.control[:, LAST : LAST + 1], work.control[:, UNREAD : UNREAD + 1]
     places = last - tokens + 1 + torch.arange(tokens, device=last.device)

@@ -19,17 +19,7 @@ __all__ = ["Answer", "Finished", "write"]
 
 @dataclass
 class Finished:
-    """The end of an answer.
-
-    Args:
-        reason: `stop` at an end token or a stop string, `length` at the limit of tokens or time.
-        prompt_tokens: Tokens that were read.
-        tokens: Tokens that were written.
-        llm_tokens: How many of them the LLM wrote.
-        llm_calls: Forward passes of the LLM.
-        first_token_seconds: From the arrival of the request to the first token.
-        seconds: What writing took.
-    """
+    """The end of an answer."""
 
     reason: str
     prompt_tokens: int
@@ -42,19 +32,7 @@ class Finished:
 
 @dataclass
 class Answer:
-    """What an answer is written from, and whether it is still wanted.
-
-    Args:
-        prompt: Token ids.
-        settings: For `generate`.
-        processors: What changes the logits besides.
-        threshold: The SLM writes a token when its score reaches this.
-        stops: Stop strings.
-        seed: Of sampling. Default: another one every time.
-        arrived: When its request came, on the monotonic clock.
-        deadline: When it must end.
-        parser: Finds tool calls and reasoning in the text.
-    """
+    """What an answer is written from, and whether it is still wanted."""
 
     prompt: list[int]
     settings: GenerationConfig
@@ -78,14 +56,8 @@ class Answer:
 
 
 class Pieces(DirectStreamer):
-    """Turns tokens into pieces of text, tool calls and reasoning, as transformers' server does, up to a stop string.
-
-    Args:
-        tokenizer: The pair's.
-        answer: The answer.
-        loop: Where the pieces are awaited.
-        queue: Where they go.
-    """
+    """Turns tokens into pieces of text, tool calls and reasoning, as transformers' server does, up to a stop
+    string."""
 
     def __init__(self, tokenizer: Any, answer: Answer, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any]):
         self.stop = StopText(answer.stops)
@@ -95,11 +67,7 @@ class Pieces(DirectStreamer):
         super().__init__(tokenizer._tokenizer, loop, queue, response_parser=answer.parser)
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, and then every token.
-
-        Args:
-            value: Token ids, `[1, prompt]`, then `[1]`.
-        """
+        """Take the prompt, and then every token."""
         if not self._first:
             self.first_token = self.first_token or time.monotonic()
             self.tokens += value.tolist()
@@ -125,12 +93,7 @@ class Pieces(DirectStreamer):
 
 
 class EndsEarly(StoppingCriteria):
-    """Ends an answer at a stop string, at its deadline, and when its client has gone.
-
-    Args:
-        answer: The answer.
-        stop: Its stop strings.
-    """
+    """Ends an answer at a stop string, at its deadline, and when its client has gone."""
 
     def __init__(self, answer: Answer, stop: StopText):
         self.answer, self.stop = answer, stop
@@ -143,17 +106,7 @@ class EndsEarly(StoppingCriteria):
 def write(
     model: Any, tokenizer: Any, answer: Answer, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any]
 ) -> Finished:
-    """Write an answer, piece by piece.
-
-    Random numbers are those of the whole process, so that only one answer may be written at a time.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        answer: The answer.
-        loop: Where the pieces are awaited.
-        queue: Where they go.
-    """
+    """Write an answer, piece by piece."""
     if answer.seed is None:
         torch.seed()
     else:
@@ -183,12 +136,7 @@ def write(
 
 
 def reason_of(answer: Answer, pieces: Pieces) -> str:
-    """Say why an answer ended, in OpenAI's words.
-
-    Args:
-        answer: The answer.
-        pieces: What was written.
-    """
+    """Say why an answer ended, in OpenAI's words."""
     ends = answer.settings.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return "stop" if pieces.stop.met or pieces.tokens[-1] in ends else "length"

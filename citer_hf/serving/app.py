@@ -45,13 +45,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(engine: Engine, names: tuple[str, ...], router_threshold: float) -> FastAPI:
-    """Return the app that serves a pair.
-
-    Args:
-        engine: The pair.
-        names: What requests may call it; answers call it by the first.
-        router_threshold: For requests that say none.
-    """
+    """Return the app that serves a pair."""
     app = FastAPI(title="citer serve", docs_url=None, redoc_url=None)
     answer_errors(app)
     app.add_middleware(BodyLimit, most=engine.limits.body_bytes)
@@ -89,47 +83,24 @@ def build_app(engine: Engine, names: tuple[str, ...], router_threshold: float) -
 
 
 class Server:
-    """Answers requests with a pair.
-
-    Args:
-        engine: The pair.
-        names: What requests may call it.
-        router_threshold: For requests that say none.
-    """
+    """Answers requests with a pair."""
 
     def __init__(self, engine: Engine, names: tuple[str, ...], router_threshold: float):
         self.engine, self.names, self.router_threshold = engine, names, router_threshold
 
     def check_name(self, model: str | None) -> None:
-        """Refuse a request for another model.
-
-        Args:
-            model: What it asks for; nothing is this one.
-
-        Raises:
-            RequestError: for another name.
-        """
+        """Refuse a request for another model."""
         if model is not None and model not in self.names:
             raise RequestError(
                 f"model: this server has {self.names[0]!r} only.", status=404, param="model", code="model_not_found"
             )
 
     async def chat(self, request: fastapi.Request, body: ChatRequest) -> Response:
-        """Answer a chat.
-
-        Args:
-            request: The request.
-            body: Its body.
-        """
+        """Answer a chat."""
         return await self._answer(request, body, lambda: [chat_prompt(self.engine.tokenizer, body)], ChatReply)
 
     async def complete(self, request: fastapi.Request, body: CompletionRequest) -> Response:
-        """Continue texts.
-
-        Args:
-            request: The request.
-            body: Its body.
-        """
+        """Continue texts."""
         engine = self.engine
         prompts = partial(text_prompts, engine.tokenizer, body, engine.model.vocab_size)
         return await self._answer(request, body, prompts, CompletionReply)
@@ -193,12 +164,7 @@ class Server:
 
 
 async def notice_leaving(request: fastapi.Request, left: asyncio.Event) -> None:
-    """Wait until the client of a request has gone.
-
-    Args:
-        request: The request, whose body has been read.
-        left: Set then.
-    """
+    """Wait until the client of a request has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     left.set()
@@ -211,15 +177,7 @@ async def stream(
     prompts: int,
     include_usage: bool,
 ) -> AsyncIterator[str]:
-    """Give the events of a stream. The last choice tells what the request took, as transformers' server does.
-
-    Args:
-        first: The first piece; none when the client has gone.
-        others: Those after it.
-        reply: Collects the pieces.
-        prompts: Number of prompts.
-        include_usage: Whether an event of its own tells that too, as OpenAI's server does.
-    """
+    """Give the events of a stream. The last choice tells what the request took, as transformers' server does."""
     finished: list[Finished] = []
     used = None
     try:

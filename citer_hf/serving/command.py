@@ -34,22 +34,7 @@ def serve(
     limits: Limits,
     options: dict[str, Any],
 ) -> None:
-    """Serve a pair until interrupted.
-
-    Args:
-        path: Directory or repository id of a router.
-        name: What the user called it.
-        host: Address to listen at.
-        port: Port; 0 takes a free one.
-        router_threshold: For requests that say none. Default: the saved one.
-        cache_implementation: As for `generate`.
-        limits: What is taken on.
-        options: For `from_pretrained`.
-
-    Raises:
-        OSError: when the port cannot be had, or the pair cannot be loaded.
-        ValueError: when the pair cannot be loaded, or has no tokenizer that can stream.
-    """
+    """Serve a pair until interrupted."""
     # Whoever cannot have the port learns it before minutes of loading.
     listener = listen(host, port)
     with listener:
@@ -75,15 +60,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound.
-
-    Args:
-        host: Name or address.
-        port: Port; 0 takes a free one.
-
-    Raises:
-        OSError: which says what to change.
-    """
+    """Return a socket that is bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -95,24 +72,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def names_of(path: str, name: str) -> tuple[str, ...]:
-    """Return what requests may call the model: as the user does, or by the name of its directory.
-
-    Args:
-        path: Where it is.
-        name: What the user called it.
-    """
+    """Return what requests may call the model: as the user does, or by the name of its directory."""
     return tuple(dict.fromkeys((name, path, Path(path).name)))
 
 
 def welcome(name: str, threshold: float, host: str, port: int) -> str:
-    """Say where the server is and how it is asked.
-
-    Args:
-        name: What the user called the model.
-        threshold: Its threshold.
-        host: Address.
-        port: Port.
-    """
+    """Say where the server is and how it is asked."""
     inside = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     warning = (
         "" if inside else "\nAnyone who reaches this address can use it: it asks for no key. Put a proxy before it."

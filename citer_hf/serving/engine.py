@@ -26,17 +26,7 @@ SECONDS_TO_END = 5
 
 
 class Engine:
-    """A pair that writes for many clients.
-
-    One answer is written at a time: random numbers then belong to one request, so that a seed means the same whoever
-    else is asking, and compiled passes stay on the thread that recorded them.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        limits: What is taken on.
-        metrics: What is counted.
-    """
+    """A pair that writes for many clients."""
 
     def __init__(self, model: Any, tokenizer: Any, limits: Limits, metrics: Metrics):
         self.model, self.tokenizer, self.limits, self.metrics = model, tokenizer, limits, metrics
@@ -55,11 +45,7 @@ class Engine:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Hold one of the places for requests.
-
-        Raises:
-            RequestError: when all are taken.
-        """
+        """Hold one of the places for requests."""
         if self._requests > self.limits.waiting:
             raise RequestError(
                 f"{self._requests} requests are here already (--max-waiting). Try again later.",
@@ -75,15 +61,7 @@ class Engine:
             self.metrics.requests_here.dec()
 
     async def pieces(self, answer: Answer, left: asyncio.Event) -> AsyncGenerator[Any, None]:
-        """Give the pieces of an answer as they are written, and `Finished` at the end.
-
-        Args:
-            answer: The answer.
-            left: Set when the client has gone; then the answer ends, and nothing more is given.
-
-        Raises:
-            RequestError: when its time is over before it has begun, or when the models fail.
-        """
+        """Give the pieces of an answer as they are written, and `Finished` at the end."""
         queue: asyncio.Queue[Any] = asyncio.Queue()
         watch = asyncio.create_task(self._watch(answer, left, queue))
         self._thread.submit(self._write, answer, asyncio.get_running_loop(), queue)
@@ -136,11 +114,7 @@ class Engine:
 
 
 def advice(error: Exception) -> str:
-    """Say to a client what failed, without what the server's operator alone should see.
-
-    Args:
-        error: What was raised.
-    """
+    """Say to a client what failed, without what the server's operator alone should see."""
     if type(error).__name__ == "OutOfMemoryError":
         return "The server has not enough memory for this request. Shorten the prompt or lower max_tokens."
     return INTERNAL

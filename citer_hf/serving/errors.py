@@ -17,15 +17,7 @@ INTERNAL = "The server failed at this request; its log says why."
 
 
 class RequestError(Exception):
-    """A request that gets no answer.
-
-    Args:
-        message: What was wrong and what to do.
-        status: HTTP status.
-        param: The field it is about.
-        code: OpenAI's name for the case.
-        retry_after: Seconds after which trying again may help.
-    """
+    """A request that gets no answer."""
 
     def __init__(
         self,
@@ -40,14 +32,7 @@ class RequestError(Exception):
 
 
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return the JSON of an error.
-
-    Args:
-        message: What was wrong and what to do.
-        status: HTTP status.
-        param: The field it is about.
-        code: OpenAI's name for the case.
-    """
+    """Return the JSON of an error."""
     # What a client has sent may be quoted in it, and may be no text.
     message = message.encode(errors="backslashreplace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -55,11 +40,7 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Let an app answer every error in this form.
-
-    Args:
-        app: The app.
-    """
+    """Let an app answer every error in this form."""
 
     async def refused(request: Request, error: Any) -> JSONResponse:
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
@@ -85,21 +66,13 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def field_of(error: dict[str, Any]) -> str:
-    """Name the field that a validation error is about.
-
-    Args:
-        error: One of pydantic's.
-    """
+    """Name the field that a validation error is about."""
     names = [str(name) for name in error["loc"] if name != "body"]
     return ".".join(names) or "body"
 
 
 def wording(error: dict[str, Any]) -> str:
-    """Say what is wrong with a field. What was sent is not repeated: it may be long, or no text at all.
-
-    Args:
-        error: One of pydantic's.
-    """
+    """Say what is wrong with a field. What was sent is not repeated: it may be long, or no text at all."""
     if error["type"] in ("extra_forbidden", "none_required"):
         return "this server does not offer that, and will not pretend to. Leave it out."
     if error["type"] == "json_invalid":

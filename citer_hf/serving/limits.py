@@ -15,14 +15,7 @@ BODY_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes on.
-
-    Args:
-        body_bytes: Largest body of a request.
-        new_tokens: Longest answer, in tokens; prompt and answer must also fit into the models' context.
-        seconds: Longest time from a request's arrival to the end of its answer, the wait for its turn included.
-        waiting: Requests that may wait while another is answered.
-    """
+    """What the server takes on."""
 
     body_bytes: int = 4 * 2**20
     new_tokens: int = 4096
@@ -38,13 +31,7 @@ class Limits:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies which are too large or come too slowly, while they come.
-
-    Args:
-        app: What answers the others.
-        most: Bytes.
-        seconds: From the first to the last byte.
-    """
+    """ASGI middleware that refuses bodies which are too large or come too slowly, while they come."""
 
     def __init__(self, app: Any, most: int, seconds: float = BODY_SECONDS):
         self.app, self.most, self.seconds = app, most, seconds

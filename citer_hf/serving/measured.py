@@ -15,12 +15,7 @@ CLIENT_LEFT = 499
 
 
 class Measured:
-    """ASGI middleware that counts requests for answers.
-
-    Args:
-        app: What answers them.
-        metrics: The counters.
-    """
+    """ASGI middleware that counts requests for answers."""
 
     def __init__(self, app: Any, metrics: Metrics):
         self.app, self.metrics = app, metrics

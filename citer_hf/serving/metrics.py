@@ -49,11 +49,7 @@ class Metrics:
             self.tokens.labels(model)
 
     def count(self, finished: Finished) -> None:
-        """Count an answer, also one whose client has gone.
-
-        Args:
-            finished: What it took.
-        """
+        """Count an answer, also one whose client has gone."""
         self.tokens.labels("slm").inc(finished.tokens - finished.llm_tokens)
         self.tokens.labels("llm").inc(finished.llm_tokens)
         self.prompt_tokens.inc(finished.prompt_tokens)

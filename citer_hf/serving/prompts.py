@@ -20,15 +20,7 @@ RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_templa
 
 
 def chat_prompt(tokenizer: Any, request: ChatRequest) -> list[int]:
-    """Return the tokens of a chat, up to where the answer begins.
-
-    Args:
-        tokenizer: The pair's.
-        request: The request.
-
-    Raises:
-        RequestError: when the model has no chat template, or its template refuses the messages.
-    """
+    """Return the tokens of a chat, up to where the answer begins."""
     if tokenizer.chat_template is None:
         raise RequestError(
             "messages: this model has no chat template. Use /v1/completions with the whole text as prompt.",
@@ -56,14 +48,7 @@ def chat_prompt(tokenizer: Any, request: ChatRequest) -> list[int]:
 
 
 def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
-    """Return the messages as chat templates read them.
-
-    Args:
-        request: The request.
-
-    Raises:
-        ValueError: when the arguments of a tool call are no JSON.
-    """
+    """Return the messages as chat templates read them."""
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
     for message in messages:
         # OpenAI's newer name, which templates do not know.
@@ -73,14 +58,7 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
 
 
 def parser_of(tokenizer: Any, llm: Any, request: Request, prompt: list[int]) -> Any:
-    """Return what finds tool calls and reasoning in an answer, or `None` where its text is all there is.
-
-    Args:
-        tokenizer: The pair's.
-        llm: Which markup a model uses is known by its type, and the pair stands in for its LLM.
-        request: The request.
-        prompt: Its tokens.
-    """
+    """Return what finds tool calls and reasoning in an answer, or `None` where its text is all there is."""
     markup = get_response_template(tokenizer, llm) if isinstance(request, ChatRequest) else None
     # A prompt that does not lead up to the answer as the markup expects would be taken for a part of it.
     if markup is None or markup.get("start_anchor", "") not in tokenizer.decode(prompt):
@@ -90,16 +68,7 @@ def parser_of(tokenizer: Any, llm: Any, request: Request, prompt: list[int]) -> 
 
 
 def text_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) -> list[list[int]]:
-    """Return the tokens of every prompt.
-
-    Args:
-        tokenizer: The pair's.
-        request: The request.
-        vocabulary: Number of tokens.
-
-    Raises:
-        RequestError: for a prompt without tokens, or tokens that do not exist.
-    """
+    """Return the tokens of every prompt."""
     prompts: list[Any] = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
     if isinstance(prompts[0], int):
         prompts = [prompts]
@@ -110,15 +79,7 @@ def text_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) ->
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text.
-
-    Args:
-        tokenizer: The pair's.
-        text: The text.
-
-    Raises:
-        RequestError: when it has half a character, as JSON can.
-    """
+    """Return the tokens of a text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -127,24 +88,12 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def begin_of(tokenizer: Any) -> list[int]:
-    """Return what stands for an empty text.
-
-    Args:
-        tokenizer: The pair's.
-    """
+    """Return what stands for an empty text."""
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
 
 
 def checked(ids: list[int], param: str) -> list[int]:
-    """Return tokens that models can read.
-
-    Args:
-        ids: The tokens.
-        param: The field they come from.
-
-    Raises:
-        RequestError: when there are none.
-    """
+    """Return tokens that models can read."""
     if not ids:
         raise RequestError(f"{param}: the prompt has no tokens; the models need at least one.", param=param)
     return ids

@@ -15,12 +15,7 @@ __all__ = ["ChatReply", "CompletionReply", "Reply", "event", "usage"]
 
 
 def usage(finished: list[Finished], prompts: int) -> dict[str, Any]:
-    """Return what a request took: OpenAI's counts, and who wrote how much.
-
-    Args:
-        finished: The ends of its answers, those to one prompt side by side.
-        prompts: Number of prompts; several answers to one count it once, as OpenAI does.
-    """
+    """Return what a request took: OpenAI's counts, and who wrote how much."""
     tokens = sum(one.tokens for one in finished)
     llm_tokens = sum(one.llm_tokens for one in finished)
     prompt_tokens = sum(one.prompt_tokens for one in finished[:: max(len(finished) // prompts, 1)])
@@ -36,21 +31,12 @@ def usage(finished: list[Finished], prompts: int) -> dict[str, Any]:
 
 
 def event(content: Any) -> str:
-    """Return one event of a stream.
-
-    Args:
-        content: What is written as JSON.
-    """
+    """Return one event of a stream."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 class Reply:
-    """The answers to one request, as they are written.
-
-    Args:
-        model: The name under which the model is served.
-        choices: Number of answers.
-    """
+    """The answers to one request, as they are written."""
 
     prefix: str
     whole_object: str
@@ -62,12 +48,7 @@ class Reply:
         self.reasons: list[str | None] = [None] * choices
 
     def add(self, index: int, piece: Any) -> dict[str, Any]:
-        """Note a piece, and return the choice that tells it in a stream.
-
-        Args:
-            index: Which answer it is of.
-            piece: Text, reasoning, a tool call, or `Finished`.
-        """
+        """Note a piece, and return the choice that tells it in a stream."""
         if isinstance(piece, Finished):
             called = any(isinstance(one, ToolCall) for one in self.pieces[index])
             self.reasons[index] = "tool_calls" if called and piece.reason == "stop" else piece.reason
@@ -77,30 +58,17 @@ class Reply:
         return choice
 
     def chunk(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return one piece of a stream.
-
-        Args:
-            choices: What it tells.
-            used: What the request took, at the end.
-        """
+        """Return one piece of a stream."""
         tail = {} if used is None else {"usage": used}
         return {**self.head, "object": self.chunk_object, "choices": choices, **tail}
 
     def whole(self, used: dict[str, Any]) -> dict[str, Any]:
-        """Return all answers.
-
-        Args:
-            used: What the request took.
-        """
+        """Return all answers."""
         choices = [self._choice(index) for index in range(len(self.pieces))]
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": used}
 
     def text(self, index: int) -> str:
-        """Return the text of an answer, without reasoning.
-
-        Args:
-            index: Which answer.
-        """
+        """Return the text of an answer, without reasoning."""
         return "".join(one for one in self.pieces[index] if is_content(one))
 
     def _told(self, index: int, piece: Any) -> dict[str, Any]:
@@ -111,11 +79,7 @@ class Reply:
 
 
 def is_content(piece: Any) -> bool:
-    """Say whether a piece is text of the answer itself.
-
-    Args:
-        piece: The piece.
-    """
+    """Say whether a piece is text of the answer itself."""
     return isinstance(piece, str) and not isinstance(piece, ReasoningText)
 
 

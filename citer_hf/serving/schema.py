@@ -18,14 +18,7 @@ TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS
 
 
 def refuse(wanted: bool) -> bool:
-    """Refuse what this server does not offer.
-
-    Args:
-        wanted: Whether a request asks for it.
-
-    Raises:
-        ValueError: when it does.
-    """
+    """Refuse what this server does not offer."""
     if wanted:
         raise ValueError("this server does not offer that")
     return wanted

@@ -21,17 +21,7 @@ COLDEST = 1e-4
 
 
 def generation_settings(model: Any, request: Request, prompt_tokens: int, limits: Limits) -> GenerationConfig:
-    """Return the model's own settings with what the request changes.
-
-    Args:
-        model: The pair.
-        request: The request.
-        prompt_tokens: Length of its prompt.
-        limits: The longest answer.
-
-    Raises:
-        RequestError: when prompt and answer do not fit, or a token of `logit_bias` does not exist.
-    """
+    """Return the model's own settings with what the request changes."""
     settings = copy.deepcopy(model.generation_config)
     room = room_for_answer(model, request, prompt_tokens, limits, settings.max_new_tokens)
     # One answer is written at a time, which a stream can follow.
@@ -54,18 +44,7 @@ def generation_settings(model: Any, request: Request, prompt_tokens: int, limits
 
 
 def room_for_answer(model: Any, request: Request, prompt_tokens: int, limits: Limits, usual: int | None) -> int:
-    """Return how many tokens the answer may have.
-
-    Args:
-        model: The pair.
-        request: The request.
-        prompt_tokens: Length of its prompt.
-        limits: The longest answer.
-        usual: What the model's settings say.
-
-    Raises:
-        RequestError: when the context has no room for the prompt, or for the answer that was asked for.
-    """
+    """Return how many tokens the answer may have."""
     context = model.config.max_position_embeddings
     asked = request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
@@ -88,15 +67,7 @@ def room_for_answer(model: Any, request: Request, prompt_tokens: int, limits: Li
 
 
 def biases(logit_bias: dict[str, float], vocabulary: int) -> dict[tuple[int, ...], float]:
-    """Return OpenAI's `logit_bias` as transformers takes it.
-
-    Args:
-        logit_bias: Token ids, as text, and what is added to their logits.
-        vocabulary: Number of tokens.
-
-    Raises:
-        RequestError: for something that is no token id.
-    """
+    """Return OpenAI's `logit_bias` as transformers takes it."""
     for token in logit_bias:
         if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocabulary):
             raise RequestError(
@@ -106,34 +77,19 @@ def biases(logit_bias: dict[str, float], vocabulary: int) -> dict[tuple[int, ...
 
 
 def stops_of(request: Request) -> tuple[str, ...]:
-    """Return the stop strings of a request.
-
-    Args:
-        request: The request.
-    """
+    """Return the stop strings of a request."""
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
 
 
 def processors(request: Request, prompt_tokens: int) -> LogitsProcessorList:
-    """Return what changes the logits besides transformers' own processors.
-
-    Args:
-        request: The request.
-        prompt_tokens: Length of its prompt.
-    """
+    """Return what changes the logits besides transformers' own processors."""
     frequency, presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
     wanted = [UsedTokens(prompt_tokens, frequency, presence)] if frequency or presence else []
     return LogitsProcessorList(wanted)
 
 
 class UsedTokens(LogitsProcessor):
-    """OpenAI's penalties, which transformers does not have: on the logits, for tokens of the answer alone.
-
-    Args:
-        prompt_tokens: Length of the prompt.
-        frequency: Taken off for every time that a token was used.
-        presence: Taken off once for a token that was used.
-    """
+    """OpenAI's penalties, which transformers does not have: on the logits, for tokens of the answer alone."""
 
     def __init__(self, prompt_tokens: int, frequency: float, presence: float):
         self.prompt_tokens, self.frequency, self.presence = prompt_tokens, frequency, presence

@@ -6,14 +6,7 @@ __all__ = ["StopText"]
 
 
 class StopText:
-    """Passes text on as far as it can be no part of a stop string.
-
-    Args:
-        stops: The strings.
-
-    Attributes:
-        met: Whether one of them was found; what follows it is dropped.
-    """
+    """Passes text on as far as it can be no part of a stop string."""
 
     def __init__(self, stops: tuple[str, ...] = ()):
         self.stops = stops
@@ -21,11 +14,7 @@ class StopText:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """Take new text, and return what is now known to be part of the answer.
-
-        Args:
-            text: The text.
-        """
+        """Take new text, and return what is now known to be part of the answer."""
         if self.met:
             return ""
         text = self._held + text
@@ -42,11 +31,6 @@ class StopText:
 
 
 def begun(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text may be the beginning of a stop string.
-
-    Args:
-        text: The text.
-        stop: The string.
-    """
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
     longest = min(len(stop) - 1, len(text))
     return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)

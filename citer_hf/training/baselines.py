@@ -28,22 +28,7 @@ def train_baselines(
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
     methods: Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """Train a router with every objective, and query-level routing; add those that need no training.
-
-    A method whose labels are all equal is left out with a warning.
-
-    Args:
-        labels: The labels.
-        settings: Of every training.
-        report: Told what is being done: a description, routers done, routers in all.
-        methods: Names of those to return. Default: all.
-
-    Returns:
-        The routers by the names that `results.json` uses.
-
-    Raises:
-        ValueError: when there are too few questions, or there is no method of some name.
-    """
+    """Train a router with every objective, and query-level routing; add those that need no training."""
     known = [*OBJECTIVES, "query", *UNTRAINED]
     unknown = sorted(set(methods or ()) - set(known))
     if unknown:

@@ -62,15 +62,7 @@ def write_card(
     outcomes: Mapping[RollOut, Outcome],
     answers: Mapping[str, Sequence[Outcome]],
 ) -> None:
-    """Write the card, and `labels.json`, which says that the labels are complete.
-
-    Args:
-        out: The directory of labels.
-        arguments: Of the run.
-        read: What was read.
-        outcomes: Of the roll-outs.
-        answers: Of the SLM and of the LLM alone.
-    """
+    """Write the card, and `labels.json`, which says that the labels are complete."""
     facts = count(read, outcomes, answers)
     cases = "\n".join(
         f"| {case} | {what} | {facts['cases'][case]} | {facts['cases'][case] / facts['tokens']:.1%} | "
@@ -97,13 +89,7 @@ def write_card(
 def count(
     read: ReadTokens, outcomes: Mapping[RollOut, Outcome], answers: Mapping[str, Sequence[Outcome]]
 ) -> dict[str, Any]:
-    """Count tokens, cases and roll-outs.
-
-    Args:
-        read: What was read.
-        outcomes: Of the roll-outs.
-        answers: Of the SLM and of the LLM alone.
-    """
+    """Count tokens, cases and roll-outs."""
     cases, rolled, right = Counter(read.case.tolist()), Counter[int](), Counter[int]()
     for token in read.mismatches():
         outcome = outcomes.get(read.rollout(token))
@@ -125,10 +111,5 @@ def count(
 
 
 def share(part: int, whole: int) -> str:
-    """Return a share in percent, or a dash where there is nothing.
-
-    Args:
-        part: Of the whole.
-        whole: Perhaps 0.
-    """
+    """Return a share in percent, or a dash where there is nothing."""
     return f"{part / whole:.1%}" if whole else "–"

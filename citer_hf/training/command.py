@@ -49,14 +49,7 @@ INTERRUPTED = 130
 
 
 def load_pair(name: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> Any:
-    """Load a pair; under `accelerate launch`, each process on a device of its own.
-
-    Args:
-        name: A router's directory or repository id.
-        dtype: Precision of both models.
-        device_map: Where they go.
-        trust_remote_code: Whether to run code that the repository brings.
-    """
+    """Load a pair; under `accelerate launch`, each process on a device of its own."""
     state = process_state()
     several = state.num_processes > 1 and device_map == "auto"
     where: Any = ({"": state.device} if state.device.type != "cpu" else "cpu") if several else device_map
@@ -64,14 +57,7 @@ def load_pair(name: str, dtype: str, device_map: str | None, trust_remote_code: 
 
 
 def parse_columns(pairs: Sequence[str] | None) -> dict[str, str]:
-    """Read `FIELD=COLUMN` options.
-
-    Args:
-        pairs: What was given.
-
-    Raises:
-        ValueError: when one is of another form.
-    """
+    """Read `FIELD=COLUMN` options."""
     columns = {}
     for pair in pairs or ():
         field, equals, column = pair.partition("=")
@@ -82,29 +68,12 @@ def parse_columns(pairs: Sequence[str] | None) -> dict[str, str]:
 
 
 def read(data: str, columns: Sequence[str] | None, split: str | None, limit: int | None) -> list[Example]:
-    """Read examples with answers.
-
-    Args:
-        data: A file or a dataset id.
-        columns: `FIELD=COLUMN` options.
-        split: Which split.
-        limit: How many at most.
-    """
+    """Read examples with answers."""
     return read_examples(data, parse_columns(columns), split=split, needs=("answer",), limit=limit)
 
 
 def settings(learning_rates: str, epochs: int, batch_size: int, seed: int) -> TrainingSettings:
-    """Return the settings of a training.
-
-    Args:
-        learning_rates: Those to try, separated by commas.
-        epochs: At most.
-        batch_size: Tokens in a batch.
-        seed: Of everything that is drawn.
-
-    Raises:
-        ValueError: for a learning rate that is not above 0, or none.
-    """
+    """Return the settings of a training."""
     rates = parse_numbers("--learning-rate", learning_rates)
     if not rates or min(rates) <= 0:
         raise ValueError(f"--learning-rate: expected numbers above 0, got {learning_rates!r}.")
@@ -112,15 +81,7 @@ def settings(learning_rates: str, epochs: int, batch_size: int, seed: int) -> Tr
 
 
 def label(model: Any, data: str, checker: str, out: Path, **options: Any) -> None:
-    """Do what `citer label` does.
-
-    Args:
-        model: The pair.
-        data: A file or a dataset id.
-        checker: Name of the checker.
-        out: Directory for the labels.
-        options: Of `label_preferences`.
-    """
+    """Do what `citer label` does."""
     with going_on(out), reporting() as report:
         labels = label_preferences(model, data, checker, out, report=report, **options)
     if process_state().is_main_process:
@@ -133,15 +94,7 @@ def label(model: Any, data: str, checker: str, out: Path, **options: Any) -> Non
 
 
 def train(model: Any, labels: Path, out: Path, report_to: str, **options: Any) -> None:
-    """Do what `citer train` does.
-
-    Args:
-        model: The pair.
-        labels: Directory of the labels.
-        out: Directory for the router repository.
-        report_to: Of `TrainingArguments`.
-        options: Of `train`.
-    """
+    """Do what `citer train` does."""
     with going_on(out), reporting() as report:
         provenance = train_router(model, labels, out, report=report, report_to=report_to, **options)
     if process_state().is_main_process:
@@ -170,21 +123,7 @@ def evaluate(
     seed: int,
     **options: Any,
 ) -> None:
-    """Do what `citer evaluate` does.
-
-    Args:
-        model: The pair.
-        examples: The problems.
-        checker: Name of the checker.
-        out: Directory for the results.
-        baselines: Directory of labels to train other methods on.
-        compare: Directories of other routers for the same pair, which take the place of baselines of their name.
-        methods: Names of the baselines; `None` is all.
-        shares: LLM shares at which points are wanted; none is the default.
-        thresholds: Of the model's own router instead.
-        seed: Of the training of baselines and of the bootstrap.
-        options: Of `evaluate`.
-    """
+    """Do what `citer evaluate` does."""
     own = objective_of(str(model.name_or_path)) or method_name(model)
     routers: dict[str, nn.Module] = {}
     with going_on(out):
@@ -216,24 +155,13 @@ def evaluate(
 
 
 def objective_of(name: str) -> str | None:
-    """Return the method that a router was trained with, where `citer train` has noted it.
-
-    Args:
-        name: A router's directory or repository id.
-    """
+    """Return the method that a router was trained with, where `citer train` has noted it."""
     file = cached_file(name, PROVENANCE, _raise_exceptions_for_missing_entries=False) if name else None
     return json.loads(Path(file).read_text()).get("objective") if file else None
 
 
 def name_of(directory: Path) -> str:
-    """Return the method of a router to compare with.
-
-    Args:
-        directory: Made by `citer train`.
-
-    Raises:
-        FileNotFoundError: when it does not say.
-    """
+    """Return the method of a router to compare with."""
     objective = objective_of(str(directory)) if (directory / PROVENANCE).is_file() else None
     if objective is None:
         raise FileNotFoundError(
@@ -246,15 +174,7 @@ def name_of(directory: Path) -> str:
 def calibrate(
     model: Any, examples: Sequence[Example], checker: str | None, directory: Path | None, **options: Any
 ) -> None:
-    """Do what `citer calibrate` does.
-
-    Args:
-        model: The pair.
-        examples: Problems like those that the pair will meet.
-        checker: Name of the checker, if any.
-        directory: The router repository to write the threshold into, if any.
-        options: Of `calibrate`.
-    """
+    """Do what `citer calibrate` does."""
     found = calibration.calibrate(model, examples, checker, **options)
     low, high = found.llm_share_ci
     typer.echo(
@@ -270,14 +190,7 @@ def calibrate(
 
 @contextmanager
 def going_on(out: Path) -> Iterator[None]:
-    """Say, when work is interrupted, that it can go on.
-
-    Args:
-        out: Its directory.
-
-    Raises:
-        typer.Exit: with status 130 when it is interrupted.
-    """
+    """Say, when work is interrupted, that it can go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -287,22 +200,14 @@ def going_on(out: Path) -> Iterator[None]:
 
 @contextmanager
 def reporting() -> Iterator[Callable[[str, int, int], None]]:
-    """Show how far work is: a bar on a terminal, a line for every kind of work elsewhere.
-
-    Yields:
-        A function to call with a description, units done, and units in all.
-    """
+    """Show how far work is: a bar on a terminal, a line for every kind of work elsewhere."""
     shown = process_state().is_main_process
     with progress_bar(None, "units") as steps:
         yield Reporter(steps) if shown else lambda what, done, total: None
 
 
 class Reporter:
-    """Tells a bar about units of work, or stderr about kinds of work where there is no terminal.
-
-    Args:
-        steps: The bar.
-    """
+    """Tells a bar about units of work, or stderr about kinds of work where there is no terminal."""
 
     def __init__(self, steps: Steps):
         self.steps, self.what = steps, ""

@@ -23,12 +23,7 @@ NAMES = {
 
 
 def made_with(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Return what labels depend on, for `labels.json`.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-    """
+    """Return what labels depend on, for `labels.json`."""
     return {
         "slm": base_model_fingerprint(model.slm)[:16],
         "llm": base_model_fingerprint(model.llm)[:16],
@@ -40,16 +35,7 @@ def made_with(model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def check_made_with(found: dict[str, Any], expected: dict[str, Any], directory: Any) -> None:
-    """Refuse labels that were made with something else.
-
-    Args:
-        found: What `labels.json` says.
-        expected: What `made_with` says of the pair at hand.
-        directory: Of the labels, for the message.
-
-    Raises:
-        ValueError: which names everything that differs.
-    """
+    """Refuse labels that were made with something else."""
     different = [name for name in NAMES if found.get(name) != expected[name]]
     if different:
         what = ", ".join(f"{NAMES[name]} ({found.get(name)!r} there, {expected[name]!r} here)" for name in different)
@@ -60,9 +46,5 @@ def check_made_with(found: dict[str, Any], expected: dict[str, Any], directory: 
 
 
 def fingerprint_of_questions(questions: Sequence[Encoded]) -> str:
-    """Return a hash of questions, their references and answers, in their order.
-
-    Args:
-        questions: All questions.
-    """
+    """Return a hash of questions, their references and answers, in their order."""
     return fingerprint([[asdict(one.example), one.prompt_ids, one.response_ids] for one in questions])[:16]

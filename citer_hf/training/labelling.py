@@ -121,14 +121,7 @@ def label_preferences(
 
 
 def check_out(out: Path) -> None:
-    """Refuse a directory that holds anything but labels that were begun.
-
-    Args:
-        out: The directory.
-
-    Raises:
-        FileExistsError: when it holds finished labels or something else.
-    """
+    """Refuse a directory that holds anything but labels that were begun."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: {out} is a file; give a directory that does not exist yet.")
     if not out.is_dir() or (out / WORK).is_dir() or not any(out.iterdir()):
@@ -138,14 +131,7 @@ def check_out(out: Path) -> None:
 
 
 def load_tokenizer(model: Any) -> Any:
-    """Return the pair's tokenizer.
-
-    Args:
-        model: The pair.
-
-    Raises:
-        ValueError: when it came without one.
-    """
+    """Return the pair's tokenizer."""
     tokenizer = model.load_tokenizer()
     if tokenizer is None:
         raise ValueError(
@@ -163,19 +149,7 @@ def read_questions(
     split: str | None,
     limit: int | None,
 ) -> list[Encoded]:
-    """Read examples as token ids, the shortest first, which is the order of all work.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        dataset: As for `label_preferences`.
-        columns: As for `label_preferences`.
-        split: As for `label_preferences`.
-        limit: As for `label_preferences`.
-
-    Raises:
-        ValueError: which names the row and the field that cannot be used.
-    """
+    """Read examples as token ids, the shortest first, which is the order of all work."""
     examples = read_examples(dataset, columns or {}, split=split, needs=("response", "answer"), limit=limit)
     longest = model.config.max_position_embeddings
     end = model.generation_config.eos_token_id

@@ -27,11 +27,7 @@ INFO = "labels.json"
 
 
 def token_schema(hidden_size: int) -> pa.Schema:
-    """Return the columns of `data/`.
-
-    Args:
-        hidden_size: Width H of the SLM's last hidden state.
-    """
+    """Return the columns of `data/`."""
     return pa.schema(
         [
             ("question", pa.string()),
@@ -71,28 +67,7 @@ def question_schema() -> pa.Schema:
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels in memory, one entry per token, questions one after the other.
-
-    Attributes:
-        directory: Where they are.
-        info: The content of `labels.json`.
-        questions: Prompts, references and examples.
-        slm_correct: Whether the SLM alone is right, bool `[questions]`.
-        llm_correct: Whether the LLM alone is right, bool `[questions]`.
-        question: Index of each token's question, `[tokens]`.
-        position: Place in its reference answer, `[tokens]`.
-        hidden: fp16 `[tokens, H]`.
-        top_logprobs: fp16 `[tokens, 8]`.
-        case: 1, 2 or 3, `[tokens]`.
-        reference_token: `[tokens]`.
-        slm_token: `[tokens]`.
-        llm_token: `[tokens]`.
-        slm_logprob: Log-probability of the reference token, `[tokens]`.
-        llm_logprob: The same of the LLM, `[tokens]`.
-        label: 1, 0, or -1 where it is not known (the paper's preference), `[tokens]`.
-        rollout: Outcome of the SLM's token: 1, 0, or -1 where no roll-out was made, `[tokens]`.
-        llm_rollout: Outcome of the LLM's token where the SLM's is 0, else -1, `[tokens]`.
-    """
+    """Labels in memory, one entry per token, questions one after the other."""
 
     directory: Path
     info: dict[str, Any]
@@ -115,15 +90,7 @@ class Labels:
 
     @classmethod
     def load(cls, directory: str | Path) -> Labels:
-        """Read a directory of labels.
-
-        Args:
-            directory: Made by `citer label`.
-
-        Raises:
-            FileNotFoundError: when it is no such directory, or the labels are not complete.
-            ValueError: when it holds no label, or something that is not finite.
-        """
+        """Read a directory of labels."""
         directory = Path(directory)
         if not (directory / INFO).is_file():
             state = "holds no labels" if directory.is_dir() else "does not exist"
@@ -157,31 +124,19 @@ INTEGERS = ("position", "case", "reference_token", "slm_token", "llm_token", "la
 
 
 def integers(column: pa.ChunkedArray) -> torch.Tensor:
-    """Return a column of integers, -1 for null.
-
-    Args:
-        column: Of a table.
-    """
+    """Return a column of integers, -1 for null."""
     return torch.tensor(column.fill_null(-1).to_numpy().astype(np.int64))
 
 
 def vectors(column: pa.ChunkedArray) -> torch.Tensor:
-    """Return a column of vectors, `[rows, width]`.
-
-    Args:
-        column: Of a table, a list of a fixed size.
-    """
+    """Return a column of vectors, `[rows, width]`."""
     values = column.combine_chunks()
     width = values.type.list_size
     return torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width).copy())
 
 
 def question_of(row: dict[str, Any]) -> Encoded:
-    """Return a question as it was labelled.
-
-    Args:
-        row: Of `questions/`.
-    """
+    """Return a question as it was labelled."""
     fields = json.loads(row["example"])
     for name in ("messages", "choices"):
         if fields[name] is not None:

@@ -16,12 +16,7 @@ __all__ = ["OBJECTIVES", "QUERY", "Objective", "Targets", "co_llm_loss", "known"
 
 @dataclass(frozen=True)
 class Targets:
-    """What is wanted of every token that counts.
-
-    Attributes:
-        tokens: Indices of those tokens in the labels, `[used]`.
-        label: 1 where the SLM's token is good enough, else 0, `[used]`.
-    """
+    """What is wanted of every token that counts."""
 
     tokens: torch.Tensor
     label: torch.Tensor
@@ -29,14 +24,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Objective:
-    """One way to train a router.
-
-    Attributes:
-        router: Kind and options of the router.
-        targets: What is wanted of every token that counts.
-        loss: Of log-odds, labels, and both log-probabilities of the reference token, all `[tokens]`, as is the result.
-        relabelled: The cases that a further round rolls out again with the new router.
-    """
+    """One way to train a router."""
 
     router: dict[str, object]
     targets: Callable[[Labels], Targets]
@@ -47,92 +35,51 @@ class Objective:
 def preference_loss(
     log_odds: torch.Tensor, label: torch.Tensor, slm_logprob: torch.Tensor, llm_logprob: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of the preference between two actions (CITER, equation 5: Bradley-Terry).
-
-    Args:
-        log_odds: Logit of `p_slm`, `[tokens]`.
-        label: 1 where the SLM is preferred, `[tokens]`.
-        slm_logprob: Not looked at.
-        llm_logprob: Not looked at.
-    """
+    """Cross-entropy of the preference between two actions (CITER, equation 5: Bradley-Terry)."""
     return functional.binary_cross_entropy_with_logits(log_odds, label, reduction="none")
 
 
 def co_llm_loss(
     log_odds: torch.Tensor, label: torch.Tensor, slm_logprob: torch.Tensor, llm_logprob: torch.Tensor
 ) -> torch.Tensor:
-    """Negative log of the marginal likelihood `p_slm · P_SLM(y) + (1 - p_slm) · P_LLM(y)` (Co-LLM).
-
-    Args:
-        log_odds: Logit of `p_slm`, `[tokens]`.
-        label: Not looked at.
-        slm_logprob: The SLM's log-probability of the reference token, `[tokens]`.
-        llm_logprob: The LLM's, `[tokens]`.
-    """
+    """Negative log of the marginal likelihood `p_slm · P_SLM(y) + (1 - p_slm) · P_LLM(y)` (Co-LLM)."""
     by_slm = functional.logsigmoid(log_odds) + slm_logprob
     return -torch.logaddexp(by_slm, functional.logsigmoid(-log_odds) + llm_logprob)
 
 
 def known(labels: Labels, label: torch.Tensor) -> Targets:
-    """Keep the tokens whose label is known.
-
-    Args:
-        labels: All labels.
-        label: 1, 0, or -1 where it is not known, `[tokens]`.
-    """
+    """Keep the tokens whose label is known."""
     tokens = (label >= 0).nonzero()[:, 0]
     return Targets(tokens, label[tokens].float())
 
 
 def citer_targets(labels: Labels) -> Targets:
-    """Return the paper's preferences: the shortcut's cases, and in case 3 the outcome of the roll-out.
-
-    Args:
-        labels: All labels.
-    """
+    """Return the paper's preferences: the shortcut's cases, and in case 3 the outcome of the roll-out."""
     shortcut = (labels.case == SLM_RIGHT).long()
     return known(labels, torch.where(labels.case == BOTH_WRONG, labels.rollout, shortcut))
 
 
 def citer_plus_targets(labels: Labels) -> Targets:
-    """Return which action's outcome is better, wherever the SLM's token differs from the reference, also in case 2.
-
-    The LLM is preferred where its token leads to a right answer and the SLM's does not. Where both fail, the LLM would
-    cost more and bring nothing.
-
-    Args:
-        labels: All labels.
-    """
+    """Return which action's outcome is better, wherever the SLM's token differs from the reference, also in case 2."""
     outcome = torch.where((labels.rollout == 0) & (labels.llm_rollout == 0), 1, labels.rollout)
     return known(labels, torch.where(labels.case == SLM_RIGHT, 1, outcome))
 
 
 def citer_s_targets(labels: Labels) -> Targets:
-    """Return preferences without the long-term effect: case 3 by which model finds the reference token likelier.
-
-    Args:
-        labels: All labels.
-    """
+    """Return preferences without the long-term effect: case 3 by which model finds the reference token likelier."""
     likelier = (labels.slm_logprob >= labels.llm_logprob).long()
     shortcut = (labels.case == SLM_RIGHT).long()
     return known(labels, torch.where(labels.case == BOTH_WRONG, likelier, shortcut))
 
 
 def all_tokens(labels: Labels) -> Targets:
-    """Return every token; the label only serves the report, it is whether the SLM's token is the reference.
-
-    Args:
-        labels: All labels.
-    """
+    """Return every token; the label only serves the report, it is whether the SLM's token is the reference."""
     return known(labels, (labels.case == SLM_RIGHT).long())
 
 
 def query_targets(labels: Labels) -> Targets:
-    """Return one preference per question, at its prompt's last token: the LLM where it is right and the SLM is wrong.
-
-    Args:
-        labels: All labels.
-    """
+    """Return one preference per question, at its prompt's last token: the LLM where it is right and the SLM is
+    wrong."""
     tokens = (labels.position == 0).nonzero()[:, 0]
     question = labels.question[tokens]
     return Targets(tokens, (labels.slm_correct[question] | ~labels.llm_correct[question]).float())

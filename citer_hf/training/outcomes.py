@@ -21,13 +21,7 @@ __all__ = ["Outcome", "Policy", "judge_answers", "judge_states"]
 
 @dataclass(frozen=True)
 class Policy:
-    """What continues a roll-out.
-
-    Attributes:
-        threshold: Of the pair's router: 0 is the SLM alone, above 1 the LLM alone.
-        max_new_tokens: Longest response, in tokens.
-        batch_tokens: Tokens in a batch, padding included.
-    """
+    """What continues a roll-out."""
 
     threshold: float
     max_new_tokens: int
@@ -40,12 +34,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one roll-out, or of one answer.
-
-    Attributes:
-        correct: Whether the answer is right.
-        extracted: Whether an answer could be found in the text.
-    """
+    """What came of one roll-out, or of one answer."""
 
     correct: bool
     extracted: bool
@@ -61,18 +50,7 @@ def judge_rollouts(
     place: Workplace,
     name: str,
 ) -> dict[RollOut, Outcome]:
-    """Make roll-outs and look at their answers.
-
-    Args:
-        model: The pair, with the router of the policy.
-        tokenizer: Its tokenizer.
-        questions: All questions.
-        wanted: Roll-outs.
-        policy: What continues them.
-        checker: Decides which answer is right.
-        place: Where units of work are kept.
-        name: Of this work, which is also the name of its folder.
-    """
+    """Make roll-outs and look at their answers."""
 
     def compute(batch: list[RollOut]) -> pa.Table:
         texts = roll_out(model, questions, batch, policy.threshold, policy.max_new_tokens)
@@ -100,18 +78,7 @@ def judge_states(
     place: Workplace,
     when: str = "",
 ) -> dict[RollOut, Outcome]:
-    """Compare both models' tokens at some states: the SLM's everywhere, the LLM's where the SLM's fails.
-
-    Args:
-        model: The pair, with the router of the policy.
-        tokenizer: Its tokenizer.
-        questions: All questions.
-        states: For each, the roll-out that takes the SLM's token and the one that takes the LLM's.
-        policy: What continues the roll-outs.
-        checker: Decides which answer is right.
-        place: Where units of work are kept.
-        when: Ends the name of this work, where there is more of it.
-    """
+    """Compare both models' tokens at some states: the SLM's everywhere, the LLM's where the SLM's fails."""
     rest = (policy, checker, place)
     first = [by_slm for by_slm, _ in states]
     outcomes = judge_rollouts(model, tokenizer, questions, first, *rest, f"roll-outs of the SLM{when}")
@@ -128,19 +95,7 @@ def judge_answers(
     checker: Checker,
     place: Workplace,
 ) -> dict[str, list[Outcome]]:
-    """Let each model answer every question alone.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        questions: All questions.
-        policy: How long an answer may be.
-        checker: Decides which answer is right.
-        place: Where units of work are kept.
-
-    Returns:
-        The outcomes of `slm` and of `llm`, in the order of the questions.
-    """
+    """Let each model answer every question alone."""
 
     def answer(alone: Any) -> Any:
         def compute(batch: list[RollOut]) -> pa.Table:
@@ -165,28 +120,13 @@ def judge_answers(
 def judge_texts(
     tokenizer: Any, checker: Checker, questions: Sequence[Encoded], texts: Sequence[Sequence[int]]
 ) -> list[Verdict]:
-    """Let the checker look at responses.
-
-    Args:
-        tokenizer: The pair's.
-        checker: Decides which answer is right.
-        questions: The question of each.
-        texts: Token ids of each response.
-
-    Raises:
-        ValueError: when the checker raises, which names the example.
-        TypeError: when it returns no `Verdict`.
-    """
+    """Let the checker look at responses."""
     responses = tokenizer.batch_decode([list(text) for text in texts], skip_special_tokens=True)
     return [judge(checker, response, one.example) for one, response in zip(questions, responses, strict=True)]
 
 
 def as_columns(verdicts: Sequence[Verdict]) -> dict[str, list[bool]]:
-    """Return verdicts as columns of a table.
-
-    Args:
-        verdicts: Any number.
-    """
+    """Return verdicts as columns of a table."""
     return {
         "correct": [bool(one.correct) for one in verdicts],
         "extracted": [one.extracted is not None for one in verdicts],

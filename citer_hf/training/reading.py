@@ -26,20 +26,7 @@ MOST_LOGITS = 1 << 29
 
 
 class ReadTokens:
-    """What both models said along the reference answers, in files of a few questions each.
-
-    Args:
-        files: One per unit.
-        hidden_size: Width H of the SLM's last hidden state.
-
-    Attributes:
-        question: Index of the question of each token.
-        position: Place in its reference answer.
-        case: 1, 2 or 3.
-        slm_token: The SLM's most likely token.
-        llm_token: The LLM's most likely token.
-        score: `p_slm` of the pair's router.
-    """
+    """What both models said along the reference answers, in files of a few questions each."""
 
     def __init__(self, files: Sequence[Path], hidden_size: int):
         self.files, self.hidden_size = files, hidden_size
@@ -54,25 +41,13 @@ class ReadTokens:
         return np.flatnonzero(self.case != SLM_RIGHT).tolist()
 
     def rollout(self, token: int, by: str = "slm") -> RollOut:
-        """Return the roll-out of a model's token.
-
-        Args:
-            token: Index of the place.
-            by: `slm` or `llm`.
-        """
+        """Return the roll-out of a model's token."""
         action = self.slm_token if by == "slm" else self.llm_token
         return RollOut(int(self.question[token]), int(self.position[token]), int(action[token]))
 
 
 def read_units(model: Any, questions: Sequence[Encoded], place: Workplace, batch_tokens: int) -> ReadTokens:
-    """Let both models read all reference answers, a batch of whole sequences at a time.
-
-    Args:
-        model: The pair.
-        questions: The shortest first.
-        place: Where units of work are kept.
-        batch_tokens: Tokens in a batch, padding included; fewer where the vocabulary is large.
-    """
+    """Let both models read all reference answers, a batch of whole sequences at a time."""
     batch_tokens = max(min(batch_tokens, MOST_LOGITS // model.vocab_size), 1)
     lengths = [len(one.prompt_ids) + len(one.response_ids) for one in questions]
     units: list[list[int]] = []
@@ -89,12 +64,7 @@ def read_units(model: Any, questions: Sequence[Encoded], place: Workplace, batch
 
 
 def as_table(question: int, text: ForcedText) -> pa.Table:
-    """Return what was read of one question as a table.
-
-    Args:
-        question: Its index.
-        text: What was read.
-    """
+    """Return what was read of one question as a table."""
     count = len(text.reference)
     columns: dict[str, Any] = {
         "question": pa.array([question] * count, pa.int32()),
@@ -116,25 +86,13 @@ def as_table(question: int, text: ForcedText) -> pa.Table:
 
 
 def as_vectors(values: torch.Tensor) -> pa.Array:
-    """Return vectors as a column of lists of a fixed size.
-
-    Args:
-        values: fp16 `[rows, width]`.
-    """
+    """Return vectors as a column of lists of a fixed size."""
     flat = pa.array(values.contiguous().numpy().reshape(-1), pa.float16())
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def choose_rollouts(read: ReadTokens, budget: int | None, router_threshold: float, seed: int) -> list[int]:
-    """Choose the tokens at which the SLM's is rolled out.
-
-    Args:
-        read: What was read.
-        budget: How many at most, those at which the log-odds of the router's score are nearest to the threshold's.
-            `None` is all.
-        router_threshold: The threshold.
-        seed: Decides between equals.
-    """
+    """Choose the tokens at which the SLM's is rolled out."""
     tokens = read.mismatches()
     if budget is not None and budget < len(tokens):
         rng = random.Random(seed)
@@ -145,10 +103,6 @@ def choose_rollouts(read: ReadTokens, budget: int | None, router_threshold: floa
 
 
 def log_odds(probability: float) -> float:
-    """Return log-odds, of 0 and 1 those of the smallest and largest number that differs from them.
-
-    Args:
-        probability: From 0 to 1.
-    """
+    """Return log-odds, of 0 and 1 those of the smallest and largest number that differs from them."""
     probability = min(max(probability, 1e-7), 1 - 1e-7)
     return math.log(probability / (1 - probability))

@@ -21,17 +21,7 @@ RECALL = 0.95
 
 
 def report_on(trained: TrainedRouter, labels: Labels) -> dict[str, Any]:
-    """Measure a router on the questions that were held out.
-
-    Args:
-        trained: The router.
-        labels: What it was trained on.
-
-    Returns:
-        `auc`, `calibration_error` (expected, ten bins), `loss` and `learning_rate` of the weights that are kept, the
-        share of the labels that prefer the LLM, the LLM share that each threshold gives along the references, and
-        `router_threshold`, which catches 95 % of the tokens that prefer the LLM.
-    """
+    """Measure a router on the questions that were held out."""
     from sklearn.metrics import roc_auc_score
 
     scores = torch.sigmoid(trained.log_odds)
@@ -61,23 +51,13 @@ def report_on(trained: TrainedRouter, labels: Labels) -> dict[str, Any]:
 
 
 def above(ordered: torch.Tensor, share: float) -> float:
-    """Return the smallest threshold that sends at least a share of scores to the LLM.
-
-    Args:
-        ordered: Scores, the smallest first.
-        share: From 0 to 1.
-    """
+    """Return the smallest threshold that sends at least a share of scores to the LLM."""
     last = ordered[min(int(share * len(ordered)), len(ordered) - 1)]
     return float(torch.nextafter(last, torch.tensor(2.0)))
 
 
 def calibration_error(scores: torch.Tensor, label: torch.Tensor) -> float:
-    """Return the expected calibration error: how far `p_slm` is from what it promises, over bins of equal width.
-
-    Args:
-        scores: `p_slm`, `[tokens]`.
-        label: 1 where the SLM is preferred, `[tokens]`.
-    """
+    """Return the expected calibration error: how far `p_slm` is from what it promises, over bins of equal width."""
     bins = (scores * BINS).long().clamp(max=BINS - 1)
     error = 0.0
     for number in range(BINS):
@@ -89,13 +69,7 @@ def calibration_error(scores: torch.Tensor, label: torch.Tensor) -> float:
 
 
 def draw_training(trained: TrainedRouter, objective: str, path: Path) -> None:
-    """Draw the losses of training and validation by epoch; nothing where matplotlib is not installed.
-
-    Args:
-        trained: The router.
-        objective: Its name.
-        path: A `.png` file.
-    """
+    """Draw the losses of training and validation by epoch; nothing where matplotlib is not installed."""
     try:
         figure = new_figure((6, 4))
     except ImportError:

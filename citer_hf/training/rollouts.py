@@ -33,13 +33,7 @@ STRETCH = 32
 
 @dataclass(frozen=True)
 class RollOut:
-    """One action at one state.
-
-    Attributes:
-        question: Index of the question.
-        position: Tokens of the reference answer before the action.
-        token: The action; -1 lets the policy decide from the state itself.
-    """
+    """One action at one state."""
 
     question: int
     position: int
@@ -49,15 +43,7 @@ class RollOut:
 def cut_into_batches(
     wanted: Sequence[RollOut], questions: Sequence[Encoded], max_new_tokens: int, batch_tokens: int = BATCH_TOKENS
 ) -> list[list[RollOut]]:
-    """Divide roll-outs into batches of questions of like lengths; the same roll-outs always give the same batches.
-
-    Args:
-        wanted: The roll-outs, in any order.
-        questions: All questions.
-        max_new_tokens: Longest response, in tokens.
-        batch_tokens: Tokens of all rows of a batch, at most, if that leaves one row and responses get as long as their
-            references.
-    """
+    """Divide roll-outs into batches of questions of like lengths; the same roll-outs always give the same batches."""
 
     def room(one: RollOut) -> int:
         question = questions[one.question]
@@ -79,18 +65,7 @@ def roll_out(
     router_threshold: float,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Carry out actions and let the policy, which is the pair at a threshold, write to the end.
-
-    Args:
-        model: The pair, with the router of the policy.
-        questions: All questions.
-        batch: Roll-outs.
-        router_threshold: 0 is the SLM alone, above 1 the LLM alone.
-        max_new_tokens: Longest response, in tokens, the state's part included.
-
-    Returns:
-        The whole response of each, from its first token on: reference, action, and what the policy wrote.
-    """
+    """Carry out actions and let the policy, which is the pair at a threshold, write to the end."""
     end_tokens, _ = special_tokens(model)
     texts = [started(one, questions) for one in batch]
     going = [
@@ -125,16 +100,7 @@ def started(one: RollOut, questions: Sequence[Encoded]) -> list[int]:
 
 
 class Prefixes:
-    """What the policy has read of prompts and references, one row per roll-out.
-
-    Args:
-        policy: The pair, or the one of its models that writes everything, with plain settings.
-        options: For its `generate`.
-        cache: What it has read.
-        ids: The tokens that it has read, `[rows, width]`.
-        visible: Which of them lie before the last token of a row's own text, bool `[rows, width]`.
-        last: The last token of a row's own text, `[rows, 1]`.
-    """
+    """What the policy has read of prompts and references, one row per roll-out."""
 
     def __init__(
         self,
@@ -150,12 +116,7 @@ class Prefixes:
         self.mask = torch.cat([visible, torch.ones_like(last, dtype=torch.bool)], dim=1).long()
 
     def write(self, end_tokens: Sequence[int], max_new_tokens: int) -> list[list[int]]:
-        """Let the policy write from every state to the end.
-
-        Args:
-            end_tokens: What ends a text.
-            max_new_tokens: Of a row, at most.
-        """
+        """Let the policy write from every state to the end."""
         ids, mask = self.ids, self.mask
         written: list[list[int]] = [[] for _ in ids]
         going = list(range(len(ids)))
@@ -187,18 +148,7 @@ class Prefixes:
 def shared_prefixes(
     model: Any, questions: Sequence[Encoded], batch: Sequence[RollOut], router_threshold: float
 ) -> Prefixes | None:
-    """Let the policy read every question of a batch once.
-
-    Args:
-        model: The pair.
-        questions: All questions.
-        batch: Roll-outs.
-        router_threshold: Of the policy. Where one model writes everything, the other reads nothing.
-
-    Returns:
-        `None` where a layer does not keep the whole text by its place (sliding windows, linear attention), so that
-        nothing in it can be hidden.
-    """
+    """Let the policy read every question of a batch once."""
     alone: Any = "slm" if router_threshold == 0 else "llm" if router_threshold > 1 else None
     policy = greedy_view(model, alone)
     cache = CiterCache(model.config) if alone is None else growing_cache(policy.config)

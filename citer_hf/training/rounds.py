@@ -31,13 +31,7 @@ POLICY_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class Rounds:
-    """How often, and with what, the labels are made anew.
-
-    Attributes:
-        count: Rounds of training, at least 1.
-        rollouts: Roll-outs of a round at most, where its router is least sure; `None` is all.
-        checker: Decides which answer is right.
-    """
+    """How often, and with what, the labels are made anew."""
 
     count: int
     rollouts: int | None
@@ -54,24 +48,7 @@ def train_in_rounds(
     place: Workplace,
     **arguments: Any,
 ) -> tuple[TrainedRouter, Labels]:
-    """Train, and before every further round replace the outcomes of roll-outs by those with the new router.
-
-    What does not change is used again: what both models said along the reference answers, and the cases that the
-    objective does not roll out.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        labels: The labels of the first round.
-        objective: What the router is trained to do.
-        settings: How.
-        rounds: How often.
-        place: Where units of work are kept.
-        arguments: For `TrainingArguments`.
-
-    Returns:
-        The router of the last round, and the labels that it was trained on.
-    """
+    """Train, and before every further round replace the outcomes of roll-outs by those with the new router."""
     for number in range(1, rounds.count + 1):
         file = place.folder / f"round-{number}.pt"
         if not file.exists() and place.state.is_main_process:
@@ -96,18 +73,7 @@ def relabel(
     place: Workplace,
     number: int,
 ) -> Labels:
-    """Roll out again with a new router.
-
-    Args:
-        model: The pair.
-        tokenizer: Its tokenizer.
-        labels: The labels so far.
-        objective: Says which cases are rolled out.
-        trained: The router of the policy.
-        rounds: Budget and checker.
-        place: Where units of work are kept.
-        number: Of the round that the router was trained in.
-    """
+    """Roll out again with a new router."""
     assert rounds.checker is not None
     with torch.no_grad():
         scores = trained.router.log_odds(router_inputs(labels, trained.spec, torch.arange(len(labels.case))))  # type: ignore[operator]
@@ -137,12 +103,7 @@ def relabel(
 
 
 def save(trained: TrainedRouter, file: Path) -> None:
-    """Keep the router of a round, complete or not at all.
-
-    Args:
-        trained: The router.
-        file: The place.
-    """
+    """Keep the router of a round, complete or not at all."""
     content = {
         "router": trained.router.state_dict(),
         "spec": json.dumps(trained.spec),
@@ -158,12 +119,7 @@ def save(trained: TrainedRouter, file: Path) -> None:
 
 
 def load(file: Path, labels: Labels) -> TrainedRouter:
-    """Return the router of a round.
-
-    Args:
-        file: Where it was kept.
-        labels: What it was trained on.
-    """
+    """Return the router of a round."""
     content = torch.load(file, weights_only=True)
     spec = json.loads(content["spec"])
     router = build_router(spec, labels.hidden.shape[1])

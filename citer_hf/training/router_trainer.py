@@ -30,18 +30,7 @@ class NothingToLearn(ValueError):  # noqa: N818 - says what there is
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a router is trained.
-
-    Attributes:
-        learning_rates: Those to try; the router with the best validation loss is kept. A rate warms up for a twentieth
-            of the steps and falls to 0 as a cosine.
-        epochs: At most; training stops after `patience` epochs without a better validation loss.
-        batch_size: Tokens in a batch.
-        weight_decay: Of AdamW.
-        patience: Epochs.
-        validation: Share of the questions that are held out.
-        seed: Of the split, the order of the tokens and the first weights.
-    """
+    """How a router is trained."""
 
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     epochs: int = 25
@@ -57,18 +46,7 @@ DEFAULTS = TrainingSettings()
 
 @dataclass(frozen=True)
 class TrainedRouter:
-    """A router and how it came about.
-
-    Attributes:
-        router: In evaluation mode, on the CPU.
-        spec: The configuration's `router` dictionary.
-        validation: Tokens of the held-out questions that counted, `[used]`.
-        log_odds: The router's at those tokens, `[used]`.
-        label: What was wanted of them, `[used]`.
-        learning_rate: The best of those that were tried.
-        loss: The validation loss of the weights that were kept.
-        history: What `Trainer` logged.
-    """
+    """A router and how it came about."""
 
     router: nn.Module
     spec: dict[str, Any]
@@ -81,11 +59,7 @@ class TrainedRouter:
 
 
 class TokenDataset(Dataset[dict[str, torch.Tensor]]):
-    """Tokens as the router sees them; a batch is taken from the tensors at once.
-
-    Args:
-        columns: Tensors of one length.
-    """
+    """Tokens as the router sees them; a batch is taken from the tensors at once."""
 
     def __init__(self, columns: dict[str, torch.Tensor]):
         self.columns = columns
@@ -101,12 +75,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 class RouterInTraining(nn.Module):
-    """The router with its loss, as `Trainer` wants it.
-
-    Args:
-        router: It gives `log_odds` of its inputs.
-        objective: What it is trained to do.
-    """
+    """The router with its loss, as `Trainer` wants it."""
 
     def __init__(self, router: Any, objective: Objective):
         super().__init__()
@@ -120,15 +89,7 @@ class RouterInTraining(nn.Module):
         llm_logprob: torch.Tensor,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Return the mean loss and the log-odds.
-
-        Args:
-            inputs: What the router's first layer reads, `[tokens, width]`.
-            labels: 1 where the SLM is preferred, `[tokens]`.
-            slm_logprob: `[tokens]`.
-            llm_logprob: `[tokens]`.
-            kwargs: What `Trainer` adds.
-        """
+        """Return the mean loss and the log-odds."""
         log_odds = self.router.log_odds(inputs)
         loss = self.objective.loss(log_odds, labels, slm_logprob, llm_logprob)
         return {"loss": loss.mean(), "logits": log_odds}
@@ -141,18 +102,7 @@ def train_router(
     settings: TrainingSettings = DEFAULTS,
     **arguments: Any,
 ) -> TrainedRouter:
-    """Train a router on labels, once for every learning rate, and keep the weights with the best validation loss.
-
-    Args:
-        labels: The labels.
-        objective: What the router is trained to do.
-        folder: For checkpoints; training goes on from the last one there.
-        settings: How.
-        arguments: For `TrainingArguments`, such as `report_to`.
-
-    Raises:
-        ValueError: when all labels are equal, or too few questions are left to hold some out.
-    """
+    """Train a router on labels, once for every learning rate, and keep the weights with the best validation loss."""
     targets = objective.targets(labels)
     training, validation = split_by_question(labels, targets, settings.validation, settings.seed)
     check_labels(labels, targets, training)
@@ -196,20 +146,7 @@ def fit(
     learning_rate: float,
     arguments: dict[str, Any],
 ) -> tuple[float, float, Any, list[dict[str, Any]]]:
-    """Train at one learning rate.
-
-    Args:
-        objective: What the router is trained to do.
-        hidden_size: Width H of the SLM's last hidden state.
-        parts: Tokens for training and for validation.
-        folder: For checkpoints.
-        settings: How.
-        learning_rate: At its peak.
-        arguments: For `TrainingArguments`.
-
-    Returns:
-        The best validation loss, the learning rate, the router with those weights, and what was logged.
-    """
+    """Train at one learning rate."""
     set_seed(settings.seed)
     router = build_router(dict(objective.router), hidden_size)
     trainer = Trainer(
@@ -230,15 +167,7 @@ def fit(
 def training_arguments(
     folder: Path, settings: TrainingSettings, learning_rate: float, tokens: int, **arguments: Any
 ) -> TrainingArguments:
-    """Return the settings as `Trainer` wants them.
-
-    Args:
-        folder: For checkpoints.
-        settings: How to train.
-        learning_rate: At its peak.
-        tokens: For training; a batch holds a sixteenth of them at most.
-        arguments: What else to set, or to set differently.
-    """
+    """Return the settings as `Trainer` wants them."""
     return TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -267,33 +196,14 @@ def training_arguments(
 
 
 def router_inputs(labels: Labels, spec: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
-    """Return what a router's first layer reads, fp32 `[used, width]`.
-
-    Args:
-        labels: The labels.
-        spec: Kind and options of the router.
-        tokens: Which tokens, `[used]`.
-    """
+    """Return what a router's first layer reads, fp32 `[used, width]`."""
     inputs = labels.hidden[tokens].float()
     count = int(spec.get("top_logprobs", 0))
     return torch.cat([inputs, labels.top_logprobs[tokens, :count].float()], dim=1) if count else inputs
 
 
 def split_by_question(labels: Labels, targets: Targets, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide the tokens that count into training and validation, no question in both.
-
-    Args:
-        labels: The labels.
-        targets: The tokens that count.
-        share: Of the questions, for validation.
-        seed: Another seed, another division.
-
-    Returns:
-        Indices into the targets, for training and for validation.
-
-    Raises:
-        ValueError: when there are too few questions.
-    """
+    """Divide the tokens that count into training and validation, no question in both."""
     count = len(labels.questions)
     held_out = round(count * share)
     if not 0 < held_out < count:
@@ -309,16 +219,7 @@ def split_by_question(labels: Labels, targets: Targets, share: float, seed: int)
 
 
 def check_labels(labels: Labels, targets: Targets, training: torch.Tensor) -> None:
-    """Refuse labels from which nothing can be learned.
-
-    Args:
-        labels: The labels.
-        targets: The tokens that count.
-        training: Those of training.
-
-    Raises:
-        NothingToLearn: when they are all equal.
-    """
+    """Refuse labels from which nothing can be learned."""
     values = torch.unique(targets.label[training]).tolist()
     if len(values) < 2:
         always = "none is known" if not values else f"all are {int(values[0])}"
@@ -331,14 +232,7 @@ def check_labels(labels: Labels, targets: Targets, training: torch.Tensor) -> No
 
 @torch.no_grad()
 def fold_into(router: Any, mean: torch.Tensor, scale: torch.Tensor, shrink: float) -> None:
-    """Let a router read plain inputs though it was trained on standardised ones, and scale its log-odds.
-
-    Args:
-        router: An `mlp` or a `linear` router.
-        mean: Of the inputs, `[width]`.
-        scale: Their standard deviation, `[width]`.
-        shrink: Factor of the log-odds.
-    """
+    """Let a router read plain inputs though it was trained on standardised ones, and scale its log-odds."""
     first, last = getattr(router, "expand", router.score), router.score
     first.weight.copy_(first.weight / scale)
     first.bias.copy_(first.bias - first.weight @ mean)

@@ -28,15 +28,7 @@ def write_shards(
     outcomes: Mapping[RollOut, Outcome],
     answers: Mapping[str, Sequence[Outcome]],
 ) -> None:
-    """Write the tokens with their labels, and the questions, as Parquet shards.
-
-    Args:
-        out: The directory of labels.
-        read: What was read.
-        questions: All questions.
-        outcomes: Of the roll-outs.
-        answers: Of the SLM and of the LLM alone, one per question.
-    """
+    """Write the tokens with their labels, and the questions, as Parquet shards."""
     for folder in ("data", "questions"):
         (out / folder).mkdir(exist_ok=True)
     schema = token_schema(read.hidden_size)
@@ -58,23 +50,12 @@ def write_shards(
 
 
 def shard_name(number: int, count: int) -> str:
-    """Return the name that `datasets` gives to a shard.
-
-    Args:
-        number: From 0.
-        count: Of all shards.
-    """
+    """Return the name that `datasets` gives to a shard."""
     return f"train-{number:05d}-of-{count:05d}.parquet"
 
 
 def labelled(table: pa.Table, questions: Sequence[Encoded], outcomes: Mapping[RollOut, Outcome]) -> pa.Table:
-    """Add the outcome of roll-outs, and the preference of the shortcut: cases 1, 2, and 3 by its roll-out.
-
-    Args:
-        table: One unit of what was read.
-        questions: All questions.
-        outcomes: Of the roll-outs.
-    """
+    """Add the outcome of roll-outs, and the preference of the shortcut: cases 1, 2, and 3 by its roll-out."""
     index, position, case = (table[name].to_pylist() for name in ("question", "position", "case"))
 
     def found(by: str, looked_at: list[bool]) -> list[int | None]:

@@ -21,18 +21,7 @@ SLICE = 2048
 
 @dataclass(frozen=True)
 class ForcedText:
-    """What the models say along one reference answer, before each of its tokens.
-
-    Attributes:
-        hidden: The SLM's last hidden state, fp16 `[tokens, H]`.
-        top_logprobs: The SLM's largest log-probabilities, fp16 `[tokens, 8]`.
-        reference: The token that follows, `[tokens]`.
-        slm_token: The SLM's most likely token, `[tokens]`.
-        llm_token: The LLM's most likely token, `[tokens]`.
-        slm_logprob: The SLM's log-probability of the reference token, fp32 `[tokens]`.
-        llm_logprob: The LLM's, fp32 `[tokens]`.
-        score: `p_slm` of the pair's router, fp32 `[tokens]`.
-    """
+    """What the models say along one reference answer, before each of its tokens."""
 
     hidden: torch.Tensor
     top_logprobs: torch.Tensor
@@ -52,15 +41,7 @@ class ForcedText:
 
 @torch.inference_mode()
 def read_references(model: Any, batch: Sequence[Encoded]) -> list[ForcedText]:
-    """Let each model read prompts and reference answers in one forward pass.
-
-    Args:
-        model: The pair.
-        batch: Questions with their reference answers.
-
-    Raises:
-        ValueError: when a hidden state is not finite, which names the question.
-    """
+    """Let each model read prompts and reference answers in one forward pass."""
     texts = [one.prompt_ids + one.response_ids for one in batch]
     width = max(map(len, texts))
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.slm.device)
@@ -96,12 +77,7 @@ def read_references(model: Any, batch: Sequence[Encoded]) -> list[ForcedText]:
 
 
 def follow(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the likeliest token at each position and the log-probability of the reference token.
-
-    Args:
-        logits: `[positions, vocabulary]`.
-        reference: `[positions]`.
-    """
+    """Return the likeliest token at each position and the log-probability of the reference token."""
     tokens, logprobs = [], []
     for start in range(0, len(logits), SLICE):
         part, wanted = logits[start : start + SLICE], reference[start : start + SLICE, None]
@@ -111,15 +87,7 @@ def follow(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def check_finite(question: Encoded, text: ForcedText) -> None:
-    """Refuse hidden states and log-probabilities that are not numbers.
-
-    Args:
-        question: Where they were made.
-        text: The values.
-
-    Raises:
-        ValueError: which names the question.
-    """
+    """Refuse hidden states and log-probabilities that are not numbers."""
     for name, values in (("hidden states", text.hidden), ("log-probabilities", text.slm_logprob + text.llm_logprob)):
         if not bool(values.isfinite().all()):
             raise ValueError(

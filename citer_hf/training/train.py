@@ -46,28 +46,7 @@ def train(
     report: Callable[[str, int, int], None] = lambda what, done, total: None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train a router for a pair, and save it as a router repository with its provenance and training curve.
-
-    Args:
-        model: The pair that the labels were made with; its own router is not looked at.
-        labels: Made by `label_preferences`.
-        out: Directory for the router repository. An interrupted run with the same arguments goes on.
-        objective: `citer-plus`, `citer` (the paper's), `citer-s` or `co-llm`.
-        rounds: How often to train. Before every further round, roll-outs are made again with the new router.
-        data: The examples that the labels were made from, to be sure; the labels hold what further rounds need.
-        checker: Of further rounds. Default: the one that the labels were made with.
-        rollouts: Roll-outs of a further round at most, where its router is least sure. Default: all.
-        settings: Of the training.
-        report: Told what is being done: a description, units done, units in all.
-        arguments: For transformers' `TrainingArguments`, such as `report_to="tensorboard"`.
-
-    Returns:
-        The provenance that is saved beside the router, with the report on the held-out questions.
-
-    Raises:
-        ValueError: for an unknown objective, labels of another pair, or labels from which nothing can be learned.
-        FileExistsError: when the directory holds something else.
-    """
+    """Train a router for a pair, and save it as a router repository with its provenance and training curve."""
     out = Path(out)
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, got {objective!r}.")
@@ -107,15 +86,7 @@ def train(
 
 
 def check_data(labels: Labels, data: Any) -> None:
-    """Refuse examples other than those that were labelled.
-
-    Args:
-        labels: The labels.
-        data: As for `label_preferences`.
-
-    Raises:
-        ValueError: which names the first difference.
-    """
+    """Refuse examples other than those that were labelled."""
     labelled = {one.example.id for one in labels.questions}
     missing = labelled - {one.id for one in read_examples(data, labels.info["columns"], split=labels.info["split"])}
     if missing:
@@ -126,15 +97,7 @@ def check_data(labels: Labels, data: Any) -> None:
 
 
 def find_checker(checker: str | Checker | None, labels: Labels) -> Checker:
-    """Return the checker of further rounds.
-
-    Args:
-        checker: What was given.
-        labels: They name the checker that they were made with.
-
-    Raises:
-        ValueError: when that was a function without a name to find it by.
-    """
+    """Return the checker of further rounds."""
     if callable(checker):
         return checker
     try:
@@ -144,14 +107,7 @@ def find_checker(checker: str | Checker | None, labels: Labels) -> Checker:
 
 
 def save(model: Any, trained: TrainedRouter, router_threshold: float, out: Path) -> None:
-    """Save the pair with its new router.
-
-    Args:
-        model: The pair.
-        trained: The router.
-        router_threshold: The threshold to start with.
-        out: Directory of the router repository.
-    """
+    """Save the pair with its new router."""
     pair = with_router(model, trained.router)
     pair.config = type(model.config).from_dict(model.config.to_dict())
     pair.config.router = {**trained.spec, "hidden_size": hidden_size_of(model.slm)}

@@ -20,18 +20,7 @@ ARGUMENTS = "arguments.json"
 
 
 class Workplace:
-    """A folder of finished units of work.
-
-    With several processes (`accelerate launch`), each does its part of the units; all of them see the same folder.
-
-    Args:
-        folder: Made when it is not there.
-        arguments: What the results depend on, as JSON values.
-        report: Told what is being done: a description, units done, units in all.
-
-    Raises:
-        ValueError: when the folder holds work that was begun with other arguments, which are named.
-    """
+    """A folder of finished units of work."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any], report: Callable[[str, int, int], None]):
         self.folder, self.report = folder, report
@@ -53,16 +42,7 @@ class Workplace:
             )
 
     def run(self, name: str, units: Sequence[Any], compute: Callable[[Any], pa.Table]) -> list[Path]:
-        """Do the units that are not done yet, and wait until all processes have done theirs.
-
-        Args:
-            name: Of this kind of work.
-            units: What `compute` gets; the same sequence whenever the work goes on.
-            compute: Makes the result of a unit.
-
-        Returns:
-            A Parquet file for each unit.
-        """
+        """Do the units that are not done yet, and wait until all processes have done theirs."""
         (self.folder / name).mkdir(exist_ok=True)
         files = [self.folder / name / f"{number:06d}.parquet" for number in range(len(units))]
         mine = range(self.state.process_index, len(units), self.state.num_processes)
@@ -76,15 +56,7 @@ class Workplace:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file, complete or not at all.
-
-    Args:
-        table: Its content.
-        path: The place.
-
-    Raises:
-        OSError: when it cannot be written.
-    """
+    """Write a Parquet file, complete or not at all."""
     with written_beside(path) as file:
         pq.write_table(table, file)
         file.flush()
@@ -92,9 +64,5 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def read_table(files: Sequence[Path]) -> pa.Table:
-    """Read Parquet files, one after the other.
-
-    Args:
-        files: At least one.
-    """
+    """Read Parquet files, one after the other."""
     return pa.concat_tables([pq.read_table(file) for file in files])

@@ -1,4 +1,5 @@
-"""What each choice of `citer-plus` brings: `python docs/benchmarks/choices.py LABELS VALIDATION OUT [NAME=LABELS ...]`.
+"""What each choice of `citer-plus` brings: `python docs/benchmarks/choices.py LABELS VALIDATION OUT [NAME=LABELS
+...]`.
 
 Trains variants of the objective on LABELS, three seeds each, and measures on validation problems which share of LLM
 tokens reaches 90, 95 and 98 % of the LLM's accuracy. NAME=LABELS adds the objective as it is on labels of another

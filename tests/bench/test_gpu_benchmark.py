@@ -1,4 +1,5 @@
-"""`docs/benchmarks/gpu.py`, which fills in `docs/performance.md` where there is a GPU, tried with small models on a CPU."""
+"""`docs/benchmarks/gpu.py`, which fills in `docs/performance.md` where there is a GPU, tried with small models on a
+CPU."""
 
 from __future__ import annotations
 
