@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evaluation.results import Results
 from .facts import CURVE, Facts
-from .files import written_beside
+from .runs import atomic_write
 
 __all__ = ["CARD", "GENERATED", "make_card", "write_card"]
 
@@ -99,7 +99,7 @@ def write_card(directory: Path, repo_id: str, tags: Sequence[str] = ()) -> None:
     for message in facts.foreign:
         logger.warning("The card leaves it out. %s", message)
     card = make_card(facts, repo_id, metadata)
-    with written_beside(path) as file:
+    with atomic_write(path) as file:
         file.write(str(card).encode())
 
 

@@ -17,11 +17,11 @@ from .card import CARD
 from .evaluation.provenance import module_fingerprint
 from .evaluation.results import Results
 from .facts import CURVE
-from .files import read_json
 from .model.configuration import CiterConfig
 from .model.paths import refuse_outsider
 from .model.references import ROLES, commit_of, file_keywords
 from .model.saved_router import router_state_dict
+from .runs import read_json
 
 __all__ = ["FACTS", "carry"]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .cli_shared import DeviceMap, Dtype, Threshold, TrustRemoteCode, plain_errors, resolve_model
-from .extras import import_extra
+from .runs import import_extra
 
 __all__ = ["serve"]
 

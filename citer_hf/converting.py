@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import citer_hf
 
-from .files import written_beside
 from .model.loading import saved_generation_config
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, reference_to
+from .runs import atomic_write
 
 __all__ = ["PROVENANCE", "convert"]
 
@@ -67,7 +67,7 @@ def convert(
         setattr(model.config, f"{role}_reference", reference_to(sources[role], keywords))
     model.generation_config = saved_generation_config(os.fspath(llm), {}) or model.generation_config
     model.save_pretrained(out)
-    with written_beside(out / PROVENANCE) as record:
+    with atomic_write(out / PROVENANCE) as record:
         record.write((json.dumps(provenance(model, Path(file)), indent=2) + "\n").encode())
     return model
 

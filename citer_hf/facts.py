@@ -10,7 +10,7 @@ from .belonging import ForeignFactsError, check_provenance, method_in, published
 from .evaluation.evaluate import METHODS
 from .evaluation.points import Point
 from .evaluation.results import Results
-from .files import read_json
+from .runs import read_json
 
 __all__ = ["CURVE", "Facts"]
 

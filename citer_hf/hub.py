@@ -17,8 +17,8 @@ from .belonging import ForeignFactsError
 from .card import CARD, write_card
 from .carrying import FACTS, carry
 from .facts import Facts
-from .files import read_json
 from .model.saved_router import ROUTER_WEIGHTS
+from .runs import read_json
 
 __all__ = ["push", "push_pair", "repository_files"]
 

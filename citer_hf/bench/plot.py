@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from citer_hf.figures import GREY, new_figure, save_figure
+from citer_hf.runs import new_figure, save_figure
 
 from .contenders import ASSISTED, CITER, FLOOR, LOCK_STEP, RELEASED
 from .results import BenchReport, Measurement
@@ -26,7 +26,7 @@ INCHES = (7.5, 5.0)
 
 def draw(report: BenchReport, path: Path) -> None:
     """Draw the results into a file, whole or not at all."""
-    figure = new_figure(INCHES, "--plot")
+    figure = new_figure(INCHES)
     if not any(row.speedup for row in report.rows):
         return
     fill(figure.add_subplot(), report)
@@ -35,7 +35,7 @@ def draw(report: BenchReport, path: Path) -> None:
 
 def fill(axes: Any, report: BenchReport) -> None:
     """Put everything into the axes."""
-    axes.axhline(1, color=GREY, linewidth=1.2)
+    axes.axhline(1, color="#555555", linewidth=1.2)
     axes.annotate(
         "LLM alone",
         (1, 1),
@@ -43,14 +43,14 @@ def fill(axes: Any, report: BenchReport) -> None:
         xytext=(-4, 4),
         textcoords="offset points",
         ha="right",
-        color=GREY,
+        color="#555555",
         fontsize=9,
     )
     for row in report.rows:
         if row.kind == ASSISTED and row.speedup is not None:
             axes.axhline(
                 row.speedup.median,
-                color=GREY,
+                color="#555555",
                 linewidth=1.2,
                 linestyle=(0, (1, 2)),
                 label="assisted generation, same pair",
@@ -66,7 +66,7 @@ def fill(axes: Any, report: BenchReport) -> None:
         label = "break-even by the costs of single passes" + (" (rows in step)" if report.curve.rows > 1 else "")
         axes.axvline(
             report.break_even.share,
-            color=GREY,
+            color="#555555",
             linewidth=1.2,
             linestyle="--",
             label=f"{label}: {report.break_even.share:.0%}",

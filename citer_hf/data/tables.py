@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..extras import import_extra
+from ..runs import import_extra
 
 __all__ = ["Data", "Table", "read_table"]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from citer_hf import CiterCache, CiterForCausalLM
-from citer_hf.files import written_beside
+from citer_hf.runs import atomic_write
 from citer_hf.terminal import Paint, WriterStreamer, legend
 
 from .measuring import Measurement, measure, settings, spread_thresholds
@@ -34,7 +34,7 @@ def export(path: Path, seed: int, count: int, split: Any = "test") -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no directory to write {path.name} in.")
     chosen = list(problems(split, seed, count))
-    with written_beside(path) as file:
+    with atomic_write(path) as file:
         for problem in chosen:
             file.write((json.dumps(asdict(problem)) + "\n").encode())
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from citer_hf import CiterForCausalLM
-from citer_hf.files import read_json, written_beside
+from citer_hf.runs import atomic_write, read_json
 
 from ..data.checkers import Checker
 from ..data.examples import Example
@@ -226,4 +226,4 @@ def write_threshold(directory: Path, calibration: Calibration) -> None:
     origin = (read_json(provenance) if provenance.exists() else {}) | {"calibration": record}
     with ExitStack() as both:
         for path, values in ((provenance, origin), (config, settings)):
-            both.enter_context(written_beside(path)).write((json.dumps(values, indent=2) + "\n").encode())
+            both.enter_context(atomic_write(path)).write((json.dumps(values, indent=2) + "\n").encode())

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from citer_hf import CiterForCausalLM
-from citer_hf.processes import process_state, wait_for_all
+from citer_hf.runs import process_state, wait_for_all
 
 from ..data.checkers import Checker
 from ..data.examples import Example

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from citer_hf.figures import GREY, new_figure, save_figure
+from citer_hf.runs import new_figure, save_figure
 
 from .points import Point
 from .results import Results
@@ -82,7 +82,7 @@ def _fill(axes: Any, results: Results, cost: str, scale: float) -> None:
         )
     level = LEVEL * llm.accuracy * 100
     axes.axhline(
-        level, color=GREY, linewidth=1, linestyle=(0, (6, 4)), label=f"{LEVEL * 100:.0f} % of the LLM's accuracy"
+        level, color="#555555", linewidth=1, linestyle=(0, (6, 4)), label=f"{LEVEL * 100:.0f} % of the LLM's accuracy"
     )
     bottom = min(point.accuracy_ci[0] for point in (slm, llm)) * 100
     axes.set_ylim(max(bottom - 8, 0), min(llm.accuracy_ci[1] * 100 + 6, 106))

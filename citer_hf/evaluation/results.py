@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from citer_hf.files import read_json, written_beside
+from citer_hf.runs import atomic_write, read_json
 
 from .points import Point
 from .summary import Comparison, average_curves, compare, summarize
@@ -40,7 +40,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write `results.json`, whole or not at all."""
-        with written_beside(path) as file:
+        with atomic_write(path) as file:
             file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
 
     @classmethod

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from citer_hf.files import written_beside
+from citer_hf.runs import atomic_write
 
 __all__ = ["Store"]
 
@@ -109,5 +109,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, value: Any) -> None:
-    with written_beside(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(value).encode())

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from citer_hf.files import written_beside
+from citer_hf.runs import atomic_write
 
 from .points import Point
 from .results import Results
@@ -56,7 +56,7 @@ def print_tables(results: Results, console: Console | None = None) -> None:
 
 def write_markdown(results: Results, path: Path) -> None:
     """Write the tables into a file, whole or not at all."""
-    with written_beside(path) as file:
+    with atomic_write(path) as file:
         file.write(markdown(results).encode())
 
 

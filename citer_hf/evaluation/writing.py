@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from citer_hf import CiterForCausalLM
-from citer_hf.processes import wait_for_all
+from citer_hf.runs import wait_for_all
 
 from .decoding import Alone, batches, decode
 from .grading import Grader

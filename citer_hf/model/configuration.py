@@ -202,7 +202,7 @@ def check_threshold_value(threshold: float) -> float:
 
 
 def check_layers(role: str, config: Any) -> None:
-    """Refuse a configuration with more layers than any model has: transformers makes each before it sees any weight."""
+    """Refuse a configuration with more layers than any model has."""
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         claimed = config.get(name) if isinstance(config, dict) else None
         if isinstance(claimed, int) and claimed > MOST_LAYERS:

@@ -1,6 +1,6 @@
 """From examples with reference answers to a trained router: label preferences, train, repeat (CITER, section 3)."""
 
-from citer_hf.extras import import_extra
+from citer_hf.runs import import_extra
 
 import_extra("pyarrow", "train")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from citer_hf.evaluation.provenance import versions
-from citer_hf.files import written_beside
+from citer_hf.runs import atomic_write
 
 from .labels import INFO
 from .outcomes import Outcome
@@ -82,7 +82,7 @@ def write_card(
     )
     info = {**arguments, "counts": facts, "versions": versions()}
     for name, text in (("README.md", card), (INFO, json.dumps(info, indent=2) + "\n")):
-        with written_beside(out / name) as file:
+        with atomic_write(out / name) as file:
             file.write(text.encode())
 
 

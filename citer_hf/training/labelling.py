@@ -20,7 +20,7 @@ from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation.decoding import BATCH_TOKENS
-from citer_hf.processes import wait_for_all
+from citer_hf.runs import wait_for_all
 
 from .cards import write_card
 from .fingerprint import fingerprint_of_questions, made_with

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from citer_hf.figures import GREY, new_figure, save_figure
+from citer_hf.runs import new_figure, save_figure
 
 from .labels import Labels
 from .router_trainer import TrainedRouter, router_inputs
@@ -79,7 +79,7 @@ def draw_training(trained: TrainedRouter, objective: str, path: Path) -> None:
         entries = [entry for entry in trained.history if key in entry]
         color = "#0072B2" if key == "loss" else "#D55E00"
         axes.plot([one["epoch"] for one in entries], [one[key] for one in entries], style, color=color, label=label)
-    axes.axhline(trained.loss, color=GREY, linewidth=0.8, linestyle=":", label="weights that are kept")
+    axes.axhline(trained.loss, color="#555555", linewidth=0.8, linestyle=":", label="weights that are kept")
     axes.set(xlabel="epoch", ylabel="loss per token", title=f"router trained with {objective}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -11,9 +11,8 @@ import torch
 
 from citer_hf.data.checkers import Checker
 from citer_hf.evaluation.decoding import with_router
-from citer_hf.files import written_beside
 from citer_hf.model.routers import build_router
-from citer_hf.processes import alone, wait_for_all
+from citer_hf.runs import alone, atomic_write, wait_for_all
 
 from .labels import Labels
 from .objectives import Objective
@@ -114,7 +113,7 @@ def save(trained: TrainedRouter, file: Path) -> None:
         "loss": trained.loss,
         "history": json.dumps(trained.history),
     }
-    with written_beside(file) as beside:
+    with atomic_write(file) as beside:
         torch.save(content, beside)
 
 

@@ -13,9 +13,8 @@ from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decoding import with_router
 from citer_hf.evaluation.provenance import module_fingerprint, versions
-from citer_hf.files import written_beside
 from citer_hf.model.hidden_states import hidden_size_of
-from citer_hf.processes import wait_for_all
+from citer_hf.runs import atomic_write, wait_for_all
 
 from .fingerprint import check_made_with, made_with
 from .labelling import load_tokenizer
@@ -77,7 +76,7 @@ def train(
     provenance["router_sha256"] = module_fingerprint(trained.router)
     if place.state.is_main_process:
         save(model, trained, facts["router_threshold"], out)
-        with written_beside(out / PROVENANCE) as file:
+        with atomic_write(out / PROVENANCE) as file:
             file.write((json.dumps(provenance, indent=2) + "\n").encode())
         draw_training(trained, objective, out / "training.png")
         shutil.rmtree(out / WORK)

@@ -11,8 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from citer_hf.files import written_beside
-from citer_hf.processes import process_state, wait_for_all
+from citer_hf.runs import atomic_write, process_state, wait_for_all
 
 __all__ = ["Workplace", "read_table", "write_table"]
 
@@ -29,7 +28,7 @@ class Workplace:
         begun = folder / ARGUMENTS
         arguments = json.loads(json.dumps(arguments))
         if not begun.exists() and self.state.is_main_process:
-            with written_beside(begun) as file:
+            with atomic_write(begun) as file:
                 file.write(json.dumps(arguments, indent=2).encode())
         wait_for_all()
         found = json.loads(begun.read_text())
@@ -57,7 +56,7 @@ class Workplace:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a Parquet file, complete or not at all."""
-    with written_beside(path) as file:
+    with atomic_write(path) as file:
         pq.write_table(table, file)
         file.flush()
         os.fsync(file.fileno())

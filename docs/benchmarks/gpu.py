@@ -22,7 +22,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.bench.options import BenchOptions, check_device, check_dtype, parse_numbers
 from citer_hf.bench.report import print_report
 from citer_hf.bench.run import Bench
-from citer_hf.files import read_json, written_beside
+from citer_hf.runs import atomic_write, read_json
 
 # What an SLM step, the floor, and the LLM alone are compared with: TokenRouter's gains on the method's own pair.
 STEP_OVER_BANDWIDTH, SPEED_OF_FLOOR, SPEEDUPS = 2.0, 0.9, {1: 1.47, 4: 1.21}
@@ -127,7 +127,7 @@ def save(path: Path, setting: dict[str, Any], reports: dict[str, Any]) -> None:
         setting: What the runs have in common.
         reports: Runs by their names.
     """
-    with written_beside(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps({"setting": setting, "reports": reports}, indent=2).encode())
 
 

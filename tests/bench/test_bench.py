@@ -137,7 +137,7 @@ def test_a_plot_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("citer_hf.files.os.replace", full)
+    monkeypatch.setattr("citer_hf.runs.os.replace", full)
     result = invoke("bench", "demo", *QUICK, "--shares", "1", "--plot", tmp_path / "speed.png")
     assert result.exit_code == 1 and "No space left" in result.stderr and "CITER, share 1" in result.stdout
     assert list(tmp_path.iterdir()) == []

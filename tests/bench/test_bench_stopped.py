@@ -298,7 +298,7 @@ def test_signals_that_are_ignored_stay_ignored_and_threads_leave_all_as_they_are
 def test_ctrl_c_while_the_plot_is_drawn_leaves_the_tables_and_no_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("citer_hf.files.os.replace", interrupt)
+    monkeypatch.setattr("citer_hf.runs.os.replace", interrupt)
     result = invoke("bench", "demo", *QUICK, "--shares", "1", "--plot", tmp_path / "speed.png")
     assert result.exit_code == 130 and "CITER, share 1" in result.stdout and list(tmp_path.iterdir()) == []
     assert "Traceback" not in result.stderr and "Interrupted" in result.stderr

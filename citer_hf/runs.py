@@ -1,0 +1,417 @@
+"""Long runs: files that are whole or absent, work that can be resumed, one progress bar, provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+logger = logging.getLogger(__name__)
+
+# --- Options of a command ------------------------------------------------------------------------------------------
+
+
+def option(default: Any, help: str, metavar: str | None = None, flag: str | None = None, **limits: Any) -> Any:
+    """Return a field of a command's options dataclass, which the Python function and the command line share."""
+    metadata = {"help": help, "metavar": metavar, "flag": flag, **limits}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside `path`, and move it there when it is complete; on an error nothing is left behind."""
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+        # mkstemp makes files for the owner alone; this one is as public as any other.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; a `ValueError` names the file when it holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a JSON object, but it cannot be read ({error}). Write it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}. Write the file again.")
+    return values
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """Return an empty matplotlib figure that needs no display."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("A plot needs matplotlib: pip install 'citer-hf[plot]'") from None
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as `.png`, `.svg` or `.pdf`, whole or not at all."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
+
+
+def import_extra(library: str, extra: str) -> ModuleType:
+    """Return a library of an optional extra, or raise one line that says how to install it."""
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise ImportError(f"{library} is not installed: pip install 'citer-hf[{extra}]'") from None
+
+
+# --- Resumable work -------------------------------------------------------------------------------------------------
+
+WORK, ARGUMENTS = ".work", "arguments.json"
+
+
+class Work:
+    """Results of units of work, kept in `out/.work` until the run is complete, and divided among processes.
+
+    A unit's result is a `pyarrow.Table` (kept as Parquet) or what JSON can hold. Without `out`, everything is computed
+    in this process and kept in a temporary folder.
+    """
+
+    def __init__(self, out: Path | None, arguments: Mapping[str, Any]):
+        self.out = out
+        self._temporary = tempfile.TemporaryDirectory() if out is None else None
+        self.folder = Path(self._temporary.name) if self._temporary else Path(out) / WORK  # type: ignore[arg-type]
+        state = None if out is None else process_state()
+        self.process: int = 0 if state is None else state.process_index
+        self.processes: int = 1 if state is None else state.num_processes
+        if out is not None:
+            self._resume(out, json.loads(json.dumps(dict(arguments), default=str)))
+
+    def _resume(self, out: Path, arguments: dict[str, Any]) -> None:
+        begun = self.folder / ARGUMENTS
+        if self.process == 0 and not begun.exists():
+            if out.exists() and (not out.is_dir() or any(path.name != WORK for path in out.iterdir())):
+                raise FileExistsError(f"out: {out} exists already. Choose another directory, or remove it.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(begun, arguments)
+        self.wait()
+        found = read_json(begun)
+        different = sorted(key for key in found.keys() | arguments.keys() if found.get(key) != arguments.get(key))
+        if different:
+            raise ValueError(
+                f"out: {out} holds work that was begun with other arguments: "
+                + "; ".join(f"{key} was {found.get(key)!r} and is {arguments.get(key)!r}" for key in different)
+                + ". Give the same arguments to resume (in every process), or another directory."
+            )
+
+    def run(
+        self, name: str, units: Sequence[Any], compute: Callable[[Any], Any], progress: Progress | None = None
+    ) -> list[Any]:
+        """Compute the units that nobody has computed yet, and return the results of all, in order."""
+        (self.folder / name).mkdir(exist_ok=True)
+        mine = range(self.process, len(units), self.processes)
+        for number in mine:
+            if self._find(name, number) is None:
+                self._keep(self.folder / name / f"{number:06d}", compute(units[number]))
+            if progress is not None:
+                progress.advance(1)
+        self.wait()
+        return [self._read(name, number) for number in range(len(units))]
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return one result, computed by the main process unless it is kept already."""
+        return self.run(name, [None], lambda _: compute())[0]
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.processes > 1:
+            wait_for_all()
+
+    def finish(self) -> None:
+        """Remove the kept results: the run is complete."""
+        if self.process == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.wait()
+
+    def _find(self, name: str, number: int) -> Path | None:
+        paths = (self.folder / name / f"{number:06d}{suffix}" for suffix in (".json", ".parquet"))
+        return next((path for path in paths if path.exists()), None)
+
+    def _keep(self, stem: Path, value: Any) -> None:
+        if type(value).__module__.startswith("pyarrow"):
+            write_table(value, stem.with_suffix(".parquet"))
+        else:
+            write_json(stem.with_suffix(".json"), {"value": value})
+
+    def _read(self, name: str, number: int) -> Any:
+        path = self._find(name, number)
+        if path is None:
+            raise FileNotFoundError(f"{self.folder / name}: unit {number} is gone. Run the same command to resume.")
+        if path.suffix == ".json":
+            return read_json(path)["value"]
+        import pyarrow.parquet as pq
+
+        return pq.read_table(path, memory_map=True)
+
+
+def write_table(table: Any, path: Path) -> None:
+    """Write a Parquet file, whole or not at all."""
+    import pyarrow.parquet as pq
+
+    with atomic_write(path) as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- Progress -------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar on stderr; where that is no terminal, one line for every kind of work."""
+
+    def __init__(self, bar: Any, shown: bool):
+        self._bar, self._task, self._shown = bar, bar.add_task("", total=None), shown
+
+    def begin(self, description: str, total: int | None) -> None:
+        """Begin another kind of work, with an estimate of its own."""
+        self._bar.reset(self._task, description=description, total=total)
+        if self._shown and self._bar.disable:
+            print(description if total is None else f"{description}: {total}", file=sys.stderr)
+
+    def advance(self, done: int = 1) -> None:
+        """Note that some of the work is done."""
+        self._bar.advance(self._task, done)
+
+
+@contextmanager
+def progress_bar(shown: bool = True) -> Iterator[Progress]:
+    """Show how far a run is, with an estimate of the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("passed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Bar(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        yield Progress(bar, shown)
+
+
+# --- Processes ------------------------------------------------------------------------------------------------------
+
+# One process may have hours of work left when another has none: torch would give up after minutes.
+LONGEST_WAIT = timedelta(days=30)
+# What launchers tell a process about the others.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def process_state() -> Any:
+    """Return accelerate's `PartialState`: which of how many processes this is; the first call connects them."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    if PartialState._shared_state:
+        return PartialState()
+    launched = any(name in os.environ for name in LAUNCHED)
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and not launched:
+        logger.warning(
+            "accelerate has started one process: with --cpu it starts several through MPI alone. Start them with "
+            "`accelerate launch --multi_gpu --num_processes N` (on a CPU too) or `torchrun --nproc-per-node N`."
+        )
+    # accelerate takes a machine without accelerator for a single process, unless it is told.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT) if launched else PartialState(cpu=on_cpu)
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here; `ConnectionError` when another one has ended."""
+    with _explained():
+        process_state().wait_for_everyone()
+
+
+def from_main_process(value: Any) -> Any:
+    """Return what the main process has (something that can be pickled), in every process."""
+    from accelerate.utils import broadcast_object_list
+
+    process_state()
+    with _explained():
+        return broadcast_object_list([value])[0]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            "Another process has ended before its work was done; the reason is above. What is done is kept: run the "
+            f"same command to resume. ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Make `Trainer` take this process for the only one: it must not wait for the others."""
+    from accelerate.state import AcceleratorState
+
+    hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
+    if not hidden:
+        yield
+        return
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        process_state()
+
+
+# --- Provenance -----------------------------------------------------------------------------------------------------
+
+# A token of the Hub; real ones are longer.
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+
+
+def provenance(model: Any, options: Any = None) -> dict[str, Any]:
+    """Return what a run was made with: router, base models, versions, machine, date and options (a dataclass)."""
+    import torch
+    import transformers
+
+    from . import __version__
+
+    device = model.slm.device
+    return {
+        "router_sha256": router_sha256(model.router),
+        "router": {"name": anonymous(model.name_or_path), "type": model.config.router["type"]},
+        **base_models(model),
+        "versions": {
+            "citer_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "device": device.type,
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+            "threads": torch.get_num_threads(),
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "options": anonymous(vars(options) if options is not None else {}),
+    }
+
+
+def base_models(model: Any) -> dict[str, dict[str, Any]]:
+    """Return what identifies both base models: name, commit, size, and a sha256 of a sample of their weights."""
+    return {
+        role: {
+            "name": anonymous(getattr(model, role).name_or_path),
+            "commit": model._commits.get(role),
+            "parameters": getattr(model, role).num_parameters(),
+            "sample_sha256": sample_sha256(getattr(model, role)),
+        }
+        for role in ("slm", "llm")
+    }
+
+
+def sample_sha256(model: Any, numbers: int = 32) -> str:
+    """Return the sha256 of some numbers of each weight of a model, in whatever precision and place it is loaded."""
+    import torch
+
+    digest = hashlib.sha256(str(model.config.model_type).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":
+            flat = tensor.detach().reshape(-1)
+            digest.update(str(flat[:: max(flat.numel() // numbers, 1)].to(torch.bfloat16).cpu().tolist()).encode())
+    return digest.hexdigest()
+
+
+def sha256_of(value: Any) -> str:
+    """Return the sha256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def router_sha256(router: Any) -> str | None:
+    """Return the sha256 of the `model.safetensors` that a router is saved as, or `None` for one without weights."""
+    return weights_sha256(router.state_dict(prefix="router."))
+
+
+def file_sha256(path: Path) -> str | None:
+    """Return the sha256 of the router in a `model.safetensors`, which may hold base models too."""
+    from safetensors.torch import load_file
+
+    return weights_sha256(load_file(path)) if path.is_file() else None
+
+
+def weights_sha256(tensors: Mapping[str, Any]) -> str | None:
+    """Return the sha256 of a router's tensors as safetensors writes them."""
+    from safetensors.torch import save
+
+    router = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if key.startswith("router.")}
+    return hashlib.sha256(save(router, metadata={"format": "pt"})).hexdigest() if router else None
+
+
+def processor_name() -> str:
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def anonymous(value: Any) -> Any:
+    """Return arguments as they may be published: only the last part of absolute paths, no tokens."""
+    if isinstance(value, Mapping):
+        return {str(key): anonymous(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [anonymous(one) for one in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    value = TOKEN.sub("hf_...", str(value))
+    return Path(value).name if value.startswith("~") or Path(value).is_absolute() else value
