@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .adapter_files import Adapter, saved_adapter, split_off_adapter
 from .adapters import adapter_layers, attach_adapter, unwrapped
@@ -33,7 +34,7 @@ from .references import (
     shared_tokenizer,
     split_keywords,
 )
-from .routers import CUSTOM_ROUTER, as_threshold
+from .routers import CUSTOM_ROUTER, UNTRAINED, as_threshold
 from .saved_router import (
     check_router_weights,
     choose_router,
@@ -42,6 +43,8 @@ from .saved_router import (
     refuse_wrong_tensors,
     router_state_dict,
 )
+
+logger = logging.get_logger(__name__)
 
 # The router's own, which are never passed on to the base models.
 REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", "code_revision", "generation_config")
@@ -54,6 +57,8 @@ class CiterLoadingMixin:
     _repository: tuple[str, dict[str, Any]] | None = None
     # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
     _commits: dict[str, str] = {}
+    # Some of the weights of a router that nobody has trained yet.
+    _fresh_router: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def from_pair(
@@ -106,6 +111,13 @@ class CiterLoadingMixin:
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=chosen.module)  # type: ignore[call-arg]
         if chosen.weights is not None:
             load_router_weights(model.router, chosen.weights, chosen.name)
+        if chosen.module is None and chosen.weights is None and model.router.state_dict():
+            config.router[UNTRAINED] = True
+            logger.warning(
+                f"router: the weights of this {chosen.spec['type']!r} router are random, so its choices are a coin flip. "
+                "Train it (`citer train`), or pass the path or repository id of a trained router."
+            )
+        model._fresh_router = some_weights(model.router) if model.router_is_untrained else None
         model._tokenizer, model._commits = tokenizer, commits_of(sources, keywords)
         return place(model.eval(), keywords)
 
@@ -147,10 +159,12 @@ class CiterLoadingMixin:
             model = cls._load_whole(path, *model_args, config=config, router=router, **kwargs)
         else:
             model = cls._load_referred(str(path), config, router, kwargs)
+        loaded = model[0] if isinstance(model, tuple) else model
+        loaded._fresh_router = some_weights(loaded.router) if loaded.router_is_untrained else None
         if path is not None:
             names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
             hub = FetchedWith({key: kwargs[key] for key in names if key in kwargs})
-            (model[0] if isinstance(model, tuple) else model)._repository = (str(path), hub)
+            loaded._repository = (str(path), hub)
         return model
 
     @classmethod
@@ -258,6 +272,17 @@ class CiterLoadingMixin:
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, info | {"error_msgs": []}) if wants_info else model
 
+    @property
+    def router_is_untrained(self) -> bool:
+        """Whether the router's weights are still the random ones that `from_pair` made."""
+        if not self.config.router.get(UNTRAINED):  # type: ignore[attr-defined]
+            return False
+        if self._fresh_router is None:
+            return True
+        now = some_weights(self.router)  # type: ignore[attr-defined]
+        fresh = {key: tensor.to(now[key]) for key, tensor in self._fresh_router.items() if key in now}
+        return fresh.keys() == now.keys() and all(torch.equal(fresh[key], now[key]) for key in now)
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse an adapter for both models at once: it would match layers of both, and its names fit neither."""
         raise ValueError(
@@ -282,6 +307,11 @@ class CiterLoadingMixin:
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         # Named with its anchor: mixtures of experts have routers too.
         return {**super()._get_dtype_plan(dtype), r"^router\.": torch.float32}  # type: ignore[misc]
+
+
+def some_weights(router: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the first weights of each tensor, by which a change of a router is noticed."""
+    return {key: tensor.detach().flatten()[:64].clone().cpu() for key, tensor in router.named_parameters()}
 
 
 def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:

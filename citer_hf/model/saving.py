@@ -16,6 +16,7 @@ from transformers.modeling_utils import safe_save_file, unwrap_model
 
 from .adapters import active_adapter, adapter_origin, save_adapter, without_adapter
 from .references import commit_of
+from .routers import UNTRAINED
 
 # Where `trust_remote_code=True` finds the classes: the files of this folder, copied into one of the repository.
 CODE_FOLDER = "citer"
@@ -86,6 +87,8 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
     model = unwrap_model(model)
     state_dict = kwargs.pop("state_dict", None)
     config = copy.deepcopy(model.config)
+    if not model.router_is_untrained:
+        config.router.pop(UNTRAINED, None)
     for role in ("slm", "llm"):
         base = getattr(model, role)
         adapter = active_adapter(role, base)
