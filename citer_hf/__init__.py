@@ -4,8 +4,6 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import importers
-from .model import saved_router
 from .model.cache import CiterCache
 from .model.configuration import CiterConfig
 from .model.modeling import CiterForCausalLM
@@ -15,7 +13,6 @@ __all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__"]
 
 AutoConfig.register("citer", CiterConfig)
 AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
-saved_router.read_router_file = importers.read_router_file
 
 
 def _push(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) -> str:
