@@ -36,12 +36,18 @@ STALE_WEIGHTS = re.compile(
 STALE_CODE = re.compile(r"\w+_citer\.py")
 PUSH_KEYWORDS = ("private", "token", "create_pr", "revision", "commit_message", "commit_description", "tags")
 
+# Upload a pair that is saved in a folder: (pair, folder, repo_id, **keywords of `push_to_hub`) -> address. `citer_hf`
+# registers one that writes a model card; where a pair runs without the package, transformers uploads it alone.
+UPLOADERS: list[Callable[..., str]] = []
+
+
+def register_uploader(upload: Callable[..., str]) -> None:
+    """Let `push_to_hub` upload with this function."""
+    UPLOADERS[:] = [upload]
+
 
 class CiterSharingMixin:
     """`save_pretrained` and `push_to_hub` of `CiterForCausalLM`."""
-
-    # Uploads a pair that is saved in a folder, with a model card: (pair, folder, repo_id, **kwargs of `push_to_hub`).
-    _push: Callable[..., str] | None = None
 
     def save_pretrained(
         self,
@@ -109,11 +115,11 @@ class CiterSharingMixin:
         unknown = sorted(kwargs.keys() - set(PUSH_KEYWORDS))
         if unknown:
             raise TypeError(f"{unknown[0]}: push_to_hub takes {', '.join(PUSH_KEYWORDS)}.")
-        if self._push is None:
+        if not UPLOADERS:
             return Saved(self, save_base_models).push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, save_base_models=save_base_models, max_shard_size=max_shard_size)
-            return str(self._push(self, folder, repo_id, **kwargs))
+            return UPLOADERS[0](self, folder, repo_id, **kwargs)
 
     def _save_whole(self, folder: str, **kwargs: Any) -> None:
         model: Any = self
