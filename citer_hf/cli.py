@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import sys
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .bench.devices import DEVICES
 from .cli_bench import refuse_options
 from .cli_convert import convert
 from .cli_hub import push
 from .cli_method import calibrate, evaluate, label, train
 from .cli_serve import serve
-from .cli_shared import DEMO, DeviceMap, Dtype, Threshold, TrustRemoteCode, app, plain_errors, resolve_model
+from .cli_shared import (
+    DEMO,
+    DeviceMap,
+    Dtype,
+    Threshold,
+    TrustRemoteCode,
+    app,
+    parse_numbers,
+    plain_errors,
+    resolve_model,
+)
 
 __all__ = ["app", "main", "resolve_model"]
 
@@ -122,7 +132,7 @@ def bench(
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Run nothing: project the pair on a machine, from configurations alone.")
     ] = False,
-    gpu: Annotated[str | None, typer.Option(metavar="NAME", help=f"With --simulate: {', '.join(DEVICES)}.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="With --simulate: h100 and others.")] = None,
     bandwidth: Annotated[
         float | None, typer.Option(metavar="GB/S", help="With --simulate: of the memory; overrides --gpu's.")
     ] = None,
@@ -139,57 +149,84 @@ def bench(
 ) -> None:
     """Measure how fast a pair decodes, beside each model alone and the least that its decisions can cost."""
     with plain_errors():
-        from citer_hf.bench import command, options
+        from citer_hf.bench.bench import BenchOptions, as_device
+        from citer_hf.bench.bench import bench as run
+        from citer_hf.bench.plot import check_plot, draw
 
         refuse_options(context, simulate)
-        forced = options.parse_numbers("--shares", shares)
-        routed = options.parse_numbers("--thresholds", thresholds)
-        wanted = options.BenchOptions(
-            shares=forced or (() if routed else options.DEFAULT_SHARES),
-            thresholds=routed,
-            prompts=prompts,
-            prompt_length=prompt_length,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            repeats=repeats,
-            warmup=warmup,
-            cache_implementation=cache_implementation,
-            seed=seed,
-            released_loop=released_loop,
-            assisted=assisted,
-        )
-        source = command.Source(
-            model=None if model is None else resolve_model(model),
-            slm=slm,
-            llm=llm,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            label=model,
-        )
+        source = (None if model is None else resolve_model(model)), slm, llm
+        if (model is None) != (slm is not None and llm is not None) or (model and (slm or llm)):
+            raise ValueError("MODEL, --slm, --llm: expected a router or `demo`, or --slm and --llm without MODEL.")
+        forced, routed = parse_numbers("--shares", shares), parse_numbers("--thresholds", thresholds)
+        sizes: dict[str, Any] = {
+            "batch_size": batch_size,
+            "prompt_length": prompt_length,
+            "max_new_tokens": max_new_tokens,
+        }
         if simulate:
-            from citer_hf.bench import projections
+            from citer_hf.bench.simulate import simulate as project
+            from citer_hf.bench.simulate import table
 
-            if gpu is None and bandwidth is None:
-                raise ValueError("--simulate: give the machine, as --gpu h100 or as --bandwidth 2039 (GB/s).")
-            with projections.named_as_options(router=source.model is not None):
-                found = projections.simulate_command(
-                    source.model or str(slm),
-                    None if source.model else llm,
-                    device=gpu,
-                    bandwidth_gb_s=bandwidth,
-                    slm_bits=slm_bits,
-                    llm_bits=llm_bits,
-                    shares=wanted.shares,
-                    batch_sizes=(batch_size,),
-                    context=prompt_length + max_new_tokens,
-                    tensor_parallel=tensor_parallel,
-                    replicas=replicas,
-                )
-            typer.echo(projections.to_json(found) if json else projections.table(found))
+            slm_config, llm_config = _configs(*source)
+            projections = project(
+                slm_config,
+                llm_config,
+                gpu=gpu,
+                bandwidth=bandwidth,
+                slm_bits=slm_bits or 16,
+                llm_bits=llm_bits or 16,
+                tensor_parallel=tensor_parallel,
+                replicas=replicas,
+                **({"shares": forced} if forced else {}),
+                **sizes,
+            )
+            typer.echo(dumps(projections, indent=2) if json else table(projections))
             return
-        status = command.bench_command(source, wanted, json, plot)
-    raise typer.Exit(status)
+        options: dict[str, Any] = {
+            "shares": forced or None,
+            "thresholds": routed,
+            "prompts": prompts and str(prompts),
+            "repeats": repeats,
+            "warmup": warmup,
+            "cache_implementation": cache_implementation,
+            "seed": seed,
+            "released_loop": released_loop,
+            "assisted": assisted,
+            **sizes,
+        }
+        # Options are checked before minutes are spent on loading.
+        BenchOptions(**options)
+        if plot is not None:
+            check_plot(plot)
+        loading: dict[str, Any] = {
+            "dtype": dtype,
+            "device_map": as_device(device),
+            "trust_remote_code": trust_remote_code,
+        }
+        report = run(_bench_pair(*source, **loading), model or f"{slm} + {llm}", **options)
+        typer.echo(dumps(report.as_dict(), indent=2) if json else report.table())
+        if plot is not None:
+            draw(report.as_dict(), plot)
+    raise typer.Exit(130 if report.interrupted else 1 if report.error else 0)
+
+
+def _bench_pair(model: str | None, slm: str | None, llm: str | None, **loading: Any) -> Any:
+    from citer_hf import CiterForCausalLM
+
+    if model is not None:
+        return CiterForCausalLM.from_pretrained(model, **loading).eval()
+    return CiterForCausalLM.from_pair(str(slm), str(llm), router="confidence", **loading).eval()
+
+
+def _configs(model: str | None, slm: str | None, llm: str | None) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+
+    from citer_hf import CiterConfig
+
+    if model is not None:
+        config = CiterConfig.from_pretrained(model)
+        return config.slm_config, config.llm_config
+    return AutoConfig.from_pretrained(slm), AutoConfig.from_pretrained(llm)
 
 
 for command in (label, train, evaluate, calibrate, convert, push, serve):

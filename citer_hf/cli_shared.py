@@ -11,7 +11,16 @@ import typer
 
 from .model.routers import as_threshold
 
-__all__ = ["DeviceMap", "Dtype", "Threshold", "TrustRemoteCode", "app", "plain_errors", "resolve_model"]
+__all__ = [
+    "DeviceMap",
+    "Dtype",
+    "Threshold",
+    "TrustRemoteCode",
+    "app",
+    "parse_numbers",
+    "plain_errors",
+    "resolve_model",
+]
 
 DEMO = "demo"
 
@@ -58,6 +67,14 @@ def resolve_model(name: str) -> str:
     if looks_like_path or path.exists():
         raise FileNotFoundError(f"{name} is neither a router directory nor a repository id.")
     return name
+
+
+def parse_numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Return numbers that are separated by commas."""
+    try:
+        return tuple(float(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers separated by commas, such as 0.2,0.5, got {text!r}.") from None
 
 
 @contextmanager
