@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from citer_hf import CiterForCausalLM
-from citer_hf.bench.costs import ModelCost, cost_of_model, flops
+from citer_hf.costs import ModelCost, cost_of_model, flops
 
 __all__ = ["ModelPasses", "PairCosts", "TextCost", "scoring_cost"]
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 import citer_hf
 from citer_hf import CiterForCausalLM
-from citer_hf.bench.machine import processor_name
 from citer_hf.model.references import commit_of
+from citer_hf.runs import processor_name
 
 from ..data.examples import Example
 

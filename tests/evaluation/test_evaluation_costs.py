@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from citer_hf import CiterCache
-from citer_hf.bench.costs import cost_of_model
+from citer_hf.costs import cost_of_model
 from citer_hf.evaluation.costs import ModelPasses, PairCosts, scoring_cost
 from citer_hf.evaluation.decoding import decode
 from citer_hf.model.routers import EntropyRouter, LinearRouter, MlpRouter
