@@ -34,16 +34,20 @@ def serve(
     with plain_errors():
         for library in ("fastapi", "uvicorn", "pydantic", "prometheus_client"):
             import_extra(library, "serve")
-        from .serving.command import serve as run
-        from .serving.limits import Limits
+        from .model.modeling import CiterForCausalLM
+        from .serving.server import serve as run
 
+        path = resolve_model(model)
+        loading = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         run(
-            resolve_model(model),
+            lambda: CiterForCausalLM.from_pretrained(path, **loading),
             model,
-            host,
-            port,
-            router_threshold,
-            cache_implementation,
-            Limits(body_bytes=max_request_bytes, new_tokens=max_new_tokens, seconds=timeout, waiting=max_waiting),
-            {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code},
+            host=host,
+            port=port,
+            router_threshold=router_threshold,
+            max_new_tokens=max_new_tokens,
+            max_request_bytes=max_request_bytes,
+            max_waiting=max_waiting,
+            timeout=timeout,
+            cache_implementation=cache_implementation,
         )
