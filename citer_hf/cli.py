@@ -73,9 +73,11 @@ def chat(
     """Chat with a pair, and see who writes what."""
     with plain_errors():
         from citer_hf.chat import chat as run
+        from citer_hf.model.modeling import CiterForCausalLM
 
-        options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        run(resolve_model(model), router_threshold, max_new_tokens, system, options)
+        loading = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+        pair = CiterForCausalLM.from_pretrained(resolve_model(model), **loading)
+        run(pair, router_threshold=router_threshold, max_new_tokens=max_new_tokens, system=system)
 
 
 @app.command()
