@@ -185,6 +185,9 @@ def calibrate(
     write: Annotated[
         bool, typer.Option("--write", help="Write the threshold into MODEL's config, a directory.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Copy MODEL, a directory, and write the threshold there.")
+    ] = None,
     columns: Columns = None,
     split: Split = None,
     limit: Limit = None,
@@ -206,7 +209,8 @@ def calibrate(
             command.load_pair(name, dtype, device_map, trust_remote_code),
             command.read(data, columns, split, limit),
             checker,
-            Path(name) if write else None,
+            write=write,
+            out=out,
             llm_share=llm_share,
             accuracy=accuracy,
             max_new_tokens=max_new_tokens,

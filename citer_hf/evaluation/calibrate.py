@@ -37,6 +37,8 @@ NEAR = 0.003
 STAIRS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.95)
 HALVINGS = 4
 PACKAGE = Path(__file__).resolve().parents[1]
+GENERATION = "generation_config.json"
+FILES = ("provenance.json", "config.json", GENERATION)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class CalibrateOptions:
     llm_share: float | None = runs.option(None, "Share of the tokens that the LLM should decide.", "P")
     accuracy: float | None = runs.option(None, "Fraction of the LLM's accuracy to reach as cheaply as possible.", "P")
     write: bool = runs.option(False, "Write the threshold into MODEL, a directory.")
-    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
+    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")  # noqa: RUF009
     max_new_tokens: int = runs.option(512, "Longest output, in tokens.", "N", min=1)
     batch_tokens: int = runs.option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
     seed: int = runs.option(0, "Seed of the bootstrap.", "N")
@@ -93,7 +95,9 @@ class Calibration:
     def summary(self) -> str:
         """Return the threshold, LLM share and accuracy as text."""
         low, high = self.llm_share_ci
-        text = f"router_threshold {self.threshold:.6g}: the LLM share is {self.llm_share:.1%} ({low:.1%} to {high:.1%})"
+        text = (
+            f"router_threshold {self.threshold:.6g}: the LLM share is {self.llm_share:.1%} ({low:.1%} to {high:.1%})"
+        )
         if self.accuracy is not None and self.accuracy_ci is not None:
             low, high = self.accuracy_ci
             text += f"\naccuracy {self.accuracy:.1%} ({low:.1%} to {high:.1%}) of {self.problems} problems"
@@ -108,46 +112,30 @@ class Calibration:
         Raises:
             FileNotFoundError: when the directory holds no `config.json`.
             ValueError: when the directory is part of the installed package or of the Hub's cache, or when one of its
-                files cannot be parsed. No file has changed then.
+                files is broken. All files are as they were then.
         """
         directory = Path(directory)
-        check_directory(directory)
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        files = {"provenance.json": {"calibration": asdict(self) | {"date": now}}}
-        files["generation_config.json"] = files["config.json"] = {"router_threshold": self.threshold}
-        contents = {name: runs.read_json(directory / name) for name in files if (directory / name).exists()}
-        contents.setdefault("provenance.json", {})
-        # A threshold in generation_config.json would win over the one in config.json.
-        if "router_threshold" not in contents.get("generation_config.json", {}):
-            contents.pop("generation_config.json", None)
-        for name, values in contents.items():
-            runs.write_json(directory / name, values | files[name])
+        _check_directory(directory)
+        record = asdict(self) | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        threshold: dict[str, Any] = {"router_threshold": self.threshold}
+        changes = {"provenance.json": {"calibration": record}, "config.json": threshold}
+        found = {name: runs.read_json(directory / name) for name in FILES if (directory / name).exists()}
+        # A threshold in the generation settings would win over the one in the configuration.
+        if "router_threshold" in found.get(GENERATION, {}):
+            changes[GENERATION] = threshold
+        for name, change in changes.items():
+            runs.write_json(directory / name, found.get(name, {}) | change)
 
 
-def check_directory(directory: Path) -> None:
-    """Raise an error when a threshold must not be written into a directory."""
+def _check_directory(directory: Path) -> None:
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory}: expected a router repository on this machine, with a config.json.")
     parents = (directory.resolve(), *directory.resolve().parents)
-    if PACKAGE in parents:
+    if PACKAGE in parents or any(parent.name.startswith("models--") for parent in parents):
+        owner = "the installed package" if PACKAGE in parents else "the Hub's cache"
         raise ValueError(
-            f"{directory} is part of the installed package. Pass out=DIR (--out DIR) to write the threshold into a "
-            "copy of the router."
+            f"write: {directory} is part of {owner}. Pass out=DIR (--out DIR) to write the threshold into a copy."
         )
-    if any(parent.name.startswith("models--") for parent in parents):
-        raise ValueError(
-            f"{directory} is part of the Hub's cache. Pass out=DIR (--out DIR) to write the threshold into a copy of "
-            "the router."
-        )
-
-
-def write_copy(calibration: Calibration, directory: Path, out: Path) -> None:
-    """Copy a router repository and write a threshold into the copy, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
-        copy = shutil.copytree(directory, Path(beside) / out.name)
-        calibration.write(copy)
-        copy.rename(out)
 
 
 def calibrate(
@@ -183,7 +171,7 @@ def calibrate(
         raise ValueError("accuracy: it needs a checker, which judges whether an output answers a problem.")
     if not examples:
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
-    directory = _directory_of(model, settings) if settings.write or settings.out is not None else None
+    directory = _directory_of(model, settings)
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = None if checker is None else Grader(checker, examples, tokenizer)
     prompts = encode_prompts(model, examples, tokenizer)
@@ -195,25 +183,36 @@ def calibrate(
     if directory is not None and settings.write:
         found.write(directory)
     if directory is not None and settings.out is not None:
-        write_copy(found, directory, Path(settings.out))
+        _write_copy(found, directory, Path(settings.out))
     return found
 
 
-def _directory_of(model: CiterForCausalLM, settings: CalibrateOptions) -> Path:
-    """Return the directory that a pair was loaded from, before hours of work, or raise why it cannot be used."""
-    name = str(model.name_or_path)
-    if not name or not Path(name).is_dir():
+def _directory_of(model: CiterForCausalLM, settings: CalibrateOptions) -> Path | None:
+    """Return the directory whose threshold is to be written or copied, or raise why not before hours of work."""
+    if not settings.write and settings.out is None:
+        return None
+    directory, out = Path(model.name_or_path), settings.out
+    if not model.name_or_path or not directory.is_dir():
         raise ValueError(
-            f"write, out: expected a pair that was loaded from a directory, got {name or 'one that was never saved'!r}. "
-            "Save the pair with model.save_pretrained(DIR) and load it from there."
+            f"write, out: expected a pair that was loaded from a directory, got {model.name_or_path!r}, which is no "
+            "directory. Save the pair with model.save_pretrained(DIR) and load it from there."
         )
     if settings.write:
-        check_directory(Path(name))
-    if settings.out is not None and Path(settings.out).exists():
-        raise FileExistsError(f"out: {settings.out} exists already. Choose another directory, or remove it.")
-    if settings.out is not None and PACKAGE in Path(settings.out).resolve().parents:
-        raise ValueError(f"out: {settings.out} is part of the installed package. Choose another directory.")
-    return Path(name)
+        _check_directory(directory)
+    if out is not None and Path(out).exists():
+        raise FileExistsError(f"out: {out} exists already. Choose another directory, or remove it.")
+    if out is not None and PACKAGE in Path(out).resolve().parents:
+        raise ValueError(f"out: {out} is part of the installed package. Choose another directory.")
+    return directory
+
+
+def _write_copy(found: Calibration, directory: Path, out: Path) -> None:
+    """Copy a router repository and write a threshold into the copy, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
+        copy = shutil.copytree(directory, Path(beside) / out.name)
+        found.write(copy)
+        copy.rename(out)
 
 
 class _Trials:
@@ -237,8 +236,8 @@ class _Trials:
 
     def _decode(self, name: str, **options: Any) -> Decoded:
         self.progress.begin(name, len(self.prompts))
-        sizes = {"max_new_tokens": self.settings.max_new_tokens, "batch_tokens": self.settings.batch_tokens}
-        return decode(self.model, self.prompts, progress=self.progress.advance, **options, **sizes)
+        options |= {"max_new_tokens": self.settings.max_new_tokens, "batch_tokens": self.settings.batch_tokens}
+        return decode(self.model, self.prompts, progress=self.progress.advance, **options)
 
     def at(self, threshold: float) -> Decoded:
         """Decode with a threshold, once."""

@@ -25,8 +25,8 @@ Alone = Literal["slm", "llm"]
 BATCH_TOKENS = 1 << 14
 # Logits of a batch that is scored, in numbers: 1 GB in fp32.
 MOST_LOGITS = 1 << 28
-# Time of an SLM step over that of an LLM call. A measured ratio would differ from run to run, and with it the shapes of
-# the batches and the last bits of the scores.
+# Time of an SLM step over that of an LLM call. A measured ratio would differ from run to run, and with it the shapes
+# of the batches and the last bits of the scores.
 STEP_RATIO = 0.3
 
 

@@ -18,6 +18,7 @@ from citer_hf import runs
 from citer_hf.data.checkers import Checker, Verdict, get_checker
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, defer
 
 from .decode import (
     BATCH_TOKENS,
@@ -32,14 +33,13 @@ from .decode import (
     with_router,
 )
 from .plot import draw
-from .results import OutputCost, PairCosts, Point, Results, bootstrap_interval, scoring_cost
+from .results import PairCosts, Point, Results, bootstrap_interval, make_results, scoring_cost
 
 # LLM shares at which points are wanted: close to each other where curves bend.
 SHARES = (0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 # The methods of routers whose kind does not name one.
 METHODS = {"mlp": "citer", "linear": "co-llm"}
 UNTRAINED = "untrained"
-SLM_ALONE, LLM_ALONE = 0.0, 2.0
 RESULTS = "results.json"
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ class EvaluateOptions:
         # From Python, thresholds may also be given by method.
         given = self.thresholds.values() if isinstance(self.thresholds, Mapping) else [self.thresholds]
         for value in (value for values in given for value in values):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"thresholds: expected numbers from 0 (SLM alone) to above 1 (LLM), got {value!r}.")
+            as_threshold(value)
 
 
 def evaluate(
@@ -151,7 +150,7 @@ def evaluate(
         for name, router in routers.items()
     }
     points = {name: run.end_point(name, outputs_of_end) for name, outputs_of_end in ends.items()}
-    results = Results.of(points, methods, provenance | {"processes": work.processes})
+    results = make_results(points, methods, provenance | {"processes": work.processes})
     if out is not None:
         write_report(results, out)
     work.finish()
@@ -257,16 +256,6 @@ def _name_of(checker: Checker) -> str:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way to decode all problems: a model alone, or a pair at a threshold."""
-
-    model: CiterForCausalLM
-    router: str = ""
-    threshold: float | None = None
-    alone: Alone | None = None
-
-
-@dataclass(frozen=True)
 class _Outputs:
     """An output for every problem, and the checker's verdict on it."""
 
@@ -278,6 +267,8 @@ class _Outputs:
 
 
 PER_PROBLEM = ("tokens", "to_llm", "correct", "extracted")
+# A way to decode all problems: a pair, the name of its router, and a threshold or one of the models alone.
+Way = tuple[CiterForCausalLM, str, float | None, Alone | None]
 
 
 class _Evaluation:
@@ -293,25 +284,31 @@ class _Evaluation:
         self.model, self.prompts, self.grader, self.options = model, prompts, grader, options
         self.work, self.progress, self.costs = work, progress, PairCosts(model)
         self.lengths = [len(prompt) for prompt in prompts]
-        self.sizes = {"max_new_tokens": options.max_new_tokens, "batch_tokens": options.batch_tokens}
-        limit = model.config.max_position_embeddings
+        limit, new_tokens = model.config.max_position_embeddings, options.max_new_tokens
         # Every way decodes the same batches, in any number of processes.
-        self.batches = [places for places, _ in batches(self.lengths, limit=limit, **self.sizes)]
+        self.batches = [places for places, _ in batches(self.lengths, new_tokens, limit, options.batch_tokens)]
         self.order = np.argsort(np.concatenate(self.batches)).tolist()
 
-    def decode(self, description: str, ways: Sequence[_Way]) -> list[_Outputs]:
+    def decode(self, description: str, ways: Sequence[Way]) -> list[_Outputs]:
         """Decode all problems in several ways; the processes divide the batches."""
         units = [(way, places) for way in ways for places in self.batches]
         self.progress.begin(description, math.ceil(len(units) / self.work.processes))
-        done = iter(self.work.run(description, units, self._decode_batch, self.progress))
-        return [self._joined([next(done) for _ in self.batches]) for _ in ways]
+        done = self.work.run(description, units, self._decode_batch, self.progress)
+        size = len(self.batches)
+        return [self._joined(done[start : start + size]) for start in range(0, len(done), size)]
 
-    def _decode_batch(self, unit: tuple[_Way, list[int]]) -> dict[str, Any]:
-        way, places = unit
-        prompts = [self.prompts[place] for place in places]
-        decoded = decode(way.model, prompts, router_threshold=way.threshold, alone=way.alone, **self.sizes)
-        if way.alone is None:
-            check_scores(way.router, np.concatenate([np.asarray(scores) for scores in decoded.scores]))
+    def _decode_batch(self, unit: tuple[Way, list[int]]) -> dict[str, Any]:
+        (model, router, threshold, alone), places = unit
+        decoded = decode(
+            model,
+            [self.prompts[place] for place in places],
+            router_threshold=threshold,
+            alone=alone,
+            max_new_tokens=self.options.max_new_tokens,
+            batch_tokens=self.options.batch_tokens,
+        )
+        if alone is None:
+            check_scores(router, np.concatenate([np.asarray(scores) for scores in decoded.scores]))
         verdicts = self.grader.grade(decoded.tokens, places)
         return {
             "tokens": decoded.tokens,
@@ -333,7 +330,7 @@ class _Evaluation:
         # Every model runs once before, so that the first point does not pay for what happens only once.
         for alone in (*names, None):
             decode(self.model, self.prompts[:2], max_new_tokens=2, alone=alone, router_threshold=0.5)
-        ways = [_Way(self.model, alone=name) for name in names]
+        ways: list[Way] = [(self.model, "", None, name) for name in names]
         return dict(zip(names, self.decode("models alone", ways), strict=True))
 
     def sweeps(
@@ -343,41 +340,36 @@ class _Evaluation:
 
         def compute() -> dict[str, list[float]]:
             scores = score_outputs(self.model, unknown, self.prompts, llm.tokens, self.options.batch_tokens)
-            return {name: self._spread(np.concatenate(of_one)) for name, of_one in scores.items()}
+            return {name: spread_thresholds(np.concatenate(one), self.options.shares) for name, one in scores.items()}
 
         unknown = {name: router for name, router in routers.items() if name not in given}
         self.progress.begin("scores", None)
         found = self.work.once("scores", compute) if unknown else {}
         return {name: found[name] if name in found else given[name] for name in routers}
 
-    def _spread(self, scores: np.ndarray) -> list[float]:
-        return spread_thresholds(scores, self.options.shares)
-
     def outputs(
         self, routers: Mapping[str, nn.Module], sweeps: Mapping[str, Sequence[float]]
     ) -> dict[str, list[_Outputs]]:
         """Decode with every router at each of its thresholds."""
         pairs = {name: with_router(self.model, router) for name, router in routers.items()}
-        ways = [_Way(pairs[name], name, threshold) for name in routers for threshold in sweeps[name]]
+        ways: list[Way] = [(pairs[name], name, threshold, None) for name in routers for threshold in sweeps[name]]
         done = iter(self.decode("routers at thresholds", ways))
         return {name: [next(done) for _ in sweeps[name]] for name in routers}
 
     def end_point(self, name: str, outputs: _Outputs) -> Point:
         """Return the point of a model alone."""
         by_llm = name == "llm"
-        costs = [
-            self.costs.alone(by_llm, *sizes) for sizes in zip(self.lengths, map(len, outputs.tokens), strict=True)
-        ]
+        lengths = map(len, outputs.tokens)
+        costs = [self.costs.alone(by_llm, *sizes) for sizes in zip(self.lengths, lengths, strict=True)]
         return self._point(LLM_ALONE if by_llm else SLM_ALONE, outputs, costs)
 
     def points(self, router: nn.Module, outputs: Sequence[_Outputs], thresholds: Sequence[float]) -> list[Point]:
         """Return the points of a router at its thresholds."""
-        scoring = scoring_cost(router)
-
-        def costs(one: _Outputs) -> list[OutputCost]:
-            return [self.costs.routed(scoring, *sizes) for sizes in zip(self.lengths, one.to_llm, strict=True)]
-
-        return [self._point(threshold, one, costs(one)) for threshold, one in zip(thresholds, outputs, strict=True)]
+        scoring, points = scoring_cost(router), []
+        for threshold, one in zip(thresholds, outputs, strict=True):
+            costs = [self.costs.routed(scoring, *sizes) for sizes in zip(self.lengths, one.to_llm, strict=True)]
+            points.append(self._point(threshold, one, costs))
+        return points
 
     def query_points(
         self, name: str, router: nn.Module, ends: Mapping[str, _Outputs], given: list[float] | None
@@ -386,38 +378,36 @@ class _Evaluation:
         began = time.perf_counter()
         first = [tokens[:1] for tokens in ends["llm"].tokens]
         found = score_outputs(self.model, {name: router}, self.prompts, first, self.options.batch_tokens)
-        reading = (time.perf_counter() - began) / len(self.prompts)
+        prefill = (time.perf_counter() - began) / len(self.prompts)
         scores, scoring = torch.from_numpy(np.concatenate(found[name])), scoring_cost(router)
+        per_token = {end: one.seconds / sum(map(len, one.tokens)) for end, one in ends.items()}
         points = []
-        for threshold in self._spread(scores.numpy()) if given is None else given:
-            to_llm = (scores < threshold).tolist()
-            chosen = [ends["llm" if one else "slm"] for one in to_llm]
-            per_problem = {
-                field: [getattr(end, field)[place] for place, end in enumerate(chosen)] for field in PER_PROBLEM
+        for threshold in spread_thresholds(scores.numpy(), self.options.shares) if given is None else given:
+            to_llm = defer(scores, threshold).tolist()
+            chosen = ["llm" if by_llm else "slm" for by_llm in to_llm]
+            of_chosen = {
+                field: [getattr(ends[end], field)[place] for place, end in enumerate(chosen)] for field in PER_PROBLEM
             }
-            lengths = [len(tokens) for tokens in per_problem["tokens"]]
-            costs = [
-                self.costs.routed_by_query(scoring, *sizes)
-                for sizes in zip(self.lengths, lengths, to_llm, strict=True)
-            ]
-            per_token = {id(end): end.seconds / sum(map(len, end.tokens)) for end in ends.values()}
-            seconds = sum(per_token[id(end)] * length for end, length in zip(chosen, lengths, strict=True))
-            outputs = _Outputs(**per_problem, seconds=seconds + reading * sum(to_llm))
-            points.append(self._point(threshold, outputs, costs))
+            sizes = [*zip(self.lengths, map(len, of_chosen["tokens"]), to_llm, strict=True)]
+            seconds = sum(per_token[end] * tokens for end, (_, tokens, _) in zip(chosen, sizes, strict=True))
+            outputs = _Outputs(**of_chosen, seconds=seconds + prefill * sum(to_llm))
+            points.append(
+                self._point(threshold, outputs, [self.costs.routed_by_query(scoring, *size) for size in sizes])
+            )
         return points
 
-    def _point(self, threshold: float, outputs: _Outputs, costs: Sequence[OutputCost]) -> Point:
+    def _point(self, threshold: float, outputs: _Outputs, costs: Sequence[np.ndarray]) -> Point:
         """Add up the outputs and costs of all problems."""
         tokens, problems = sum(map(len, outputs.tokens)), len(self.prompts)
-        correct = [float(one) for one in outputs.correct]
+        moved, operations, passes = (np.sum(costs, axis=0) / tokens).tolist()
         return Point(
             threshold=threshold,
-            accuracy=sum(correct) / problems,
-            accuracy_ci=bootstrap_interval(correct, seed=self.options.seed),
+            accuracy=sum(outputs.correct) / problems,
+            accuracy_ci=bootstrap_interval(outputs.correct, seed=self.options.seed),
             llm_share=sum(map(sum, outputs.to_llm)) / tokens,
-            llm_calls=sum(one.llm_passes for one in costs) / tokens,
-            bytes=sum(one.bytes for one in costs) / tokens,
-            flops=sum(one.flops for one in costs) / tokens,
+            llm_calls=passes,
+            bytes=moved,
+            flops=operations,
             seconds=outputs.seconds / tokens,
             extracted=sum(outputs.extracted) / problems,
         )

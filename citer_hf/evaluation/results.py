@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from citer_hf.costs import ModelCost, cost_of_model, flops
+from citer_hf.costs import cost_of_model, flops
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.runs import read_json, write_json
 
@@ -31,78 +31,47 @@ ENDS = {"slm": "SLM alone", "llm": "LLM alone"}
 # --- Costs of outputs (CITER, section 4.1: bytes moved), as each is decoded alone with a cache for each model --------
 
 
-@dataclass(frozen=True)
-class OutputCost:
-    """Bytes moved, operations and passes of the LLM."""
-
-    bytes: float = 0.0
-    flops: float = 0.0
-    llm_passes: int = 0
-
-    def __add__(self, other: OutputCost) -> OutputCost:
-        return OutputCost(self.bytes + other.bytes, self.flops + other.flops, self.llm_passes + other.llm_passes)
-
-
-class ModelPasses:
-    """Costs of forward passes of one model over one sequence, each counted once and remembered."""
-
-    def __init__(self, cost: ModelCost, is_llm: bool):
-        self.cost, self.is_llm = cost, is_llm
-        self.one_pass = cache(self._one_pass)
-        self._steps = [OutputCost()]
-
-    def _one_pass(self, tokens: int, context: int) -> OutputCost:
-        """Cost of a pass over some tokens behind others in the cache; logits of the last one are computed."""
-        moved = self.cost.bytes_moved(1, tokens, context)
-        return OutputCost(moved, flops(self.cost, tokens, context), int(self.is_llm))
-
-    def output(self, prompt: int, tokens: int) -> OutputCost:
-        """Cost of a pass over the prompt, and of one over each new token but the last."""
-        first, last = prompt, prompt + tokens - 1
-        while len(self._steps) <= last:
-            self._steps.append(self._steps[-1] + self.one_pass(1, len(self._steps) - 1))
-        before, after = self._steps[first], self._steps[last]
-        steps = OutputCost(
-            after.bytes - before.bytes, after.flops - before.flops, after.llm_passes - before.llm_passes
-        )
-        return self.one_pass(prompt, 0) + steps
-
-
 class PairCosts:
-    """Costs of the outputs of a pair."""
+    """Costs of outputs, each an array `[bytes moved, operations, LLM passes]`."""
 
     def __init__(self, model: CiterForCausalLM):
-        self.slm = ModelPasses(cost_of_model(model.slm), is_llm=False)
-        self.llm = ModelPasses(cost_of_model(model.llm), is_llm=True)
+        self._models = {False: cost_of_model(model.slm), True: cost_of_model(model.llm)}
+        self._steps = {by_llm: [np.zeros(3)] for by_llm in self._models}
+        self.one_pass = cache(self._one_pass)
 
-    def alone(self, by_llm: bool, prompt: int, tokens: int) -> OutputCost:
-        """Cost of an output of one model without the other."""
-        return (self.llm if by_llm else self.slm).output(prompt, tokens)
+    def _one_pass(self, by_llm: bool, tokens: int, context: int) -> np.ndarray:
+        """Cost of a pass over some tokens behind others in the cache; logits of the last one are computed."""
+        cost = self._models[by_llm]
+        return np.array([cost.bytes_moved(1, tokens, context), flops(cost, tokens, context), by_llm])
 
-    def routed(self, scoring: OutputCost, prompt: int, to_llm: Sequence[bool]) -> OutputCost:
-        """Cost of an output that is routed token by token."""
-        slm = self.slm.output(prompt, len(to_llm))
-        moved, operations = slm.bytes + scoring.bytes * len(to_llm), slm.flops + scoring.flops * len(to_llm)
-        passes = seen = 0
+    def alone(self, by_llm: bool, prompt: int, tokens: int) -> np.ndarray:
+        """Cost of an output of one model alone: a pass over the prompt, and over each new token but the last."""
+        steps = self._steps[by_llm]  # the sum of all passes over one token behind fewer tokens
+        while len(steps) < prompt + tokens:
+            steps.append(steps[-1] + self.one_pass(by_llm, 1, len(steps) - 1))
+        return self.one_pass(by_llm, prompt, 0) + steps[prompt + tokens - 1] - steps[prompt]
+
+    def routed(self, scoring: np.ndarray, prompt: int, to_llm: Sequence[bool]) -> np.ndarray:
+        """Cost of an output that is routed token by token; the LLM catches up with all tokens since its last pass."""
+        cost = self.alone(False, prompt, len(to_llm)) + scoring * len(to_llm)
+        seen = 0
         for place, by_llm in enumerate(to_llm, prompt):
             if by_llm:
-                # The LLM catches up with all tokens since its last pass.
-                one = self.llm.one_pass(place - seen, seen)
-                moved, operations, passes, seen = moved + one.bytes, operations + one.flops, passes + 1, place
-        return OutputCost(moved, operations, passes)
+                cost, seen = cost + self.one_pass(True, place - seen, seen), place
+        return cost
 
-    def routed_by_query(self, scoring: OutputCost, prompt: int, tokens: int, by_llm: bool) -> OutputCost:
+    def routed_by_query(self, scoring: np.ndarray, prompt: int, tokens: int, by_llm: bool) -> np.ndarray:
         """Cost of an output whose model is chosen once, after the SLM's pass over the prompt."""
         cost = self.alone(by_llm, prompt, tokens) + scoring
-        return cost + self.slm.one_pass(prompt, 0) if by_llm else cost
+        return cost + self.one_pass(False, prompt, 0) if by_llm else cost
 
 
-def scoring_cost(router: nn.Module) -> OutputCost:
+def scoring_cost(router: nn.Module) -> np.ndarray:
     """Return the cost of one score: every weight is read, multiplied and added; embeddings are looked up."""
     folded: Any = getattr(router, "folded", None)
     tables = {id(module.weight) for module in router.modules() if isinstance(module, nn.Embedding)}
     weights = folded() if folded is not None else [one for one in router.parameters() if id(one) not in tables]
-    return OutputCost(float(sum(one.nbytes for one in weights)), 2.0 * sum(one.numel() for one in weights))
+    return np.array([sum(one.nbytes for one in weights), 2 * sum(one.numel() for one in weights), 0])
 
 
 # --- Points and curves ----------------------------------------------------------------------------------------------
@@ -258,13 +227,6 @@ class Results:
     provenance: dict[str, Any]
     shipped: str | None = None
 
-    @classmethod
-    def of(cls, ends: Ends, methods: Mapping[str, Sequence[Point]], provenance: Mapping[str, Any]) -> Results:
-        """Put points in order and add the summary."""
-        ordered = {name: sorted(points, key=lambda point: point.llm_share) for name, points in methods.items()}
-        summary = {name: summarize(ends, points) for name, points in ordered.items()}
-        return cls(dict(ends), ordered, summary, dict(provenance))
-
     def as_dict(self) -> dict[str, Any]:
         """Return everything above, for JSON."""
         return ({} if self.shipped is None else {"shipped": self.shipped}) | {
@@ -344,6 +306,15 @@ class Results:
         return "\n\n".join(parts) + "\n"
 
 
+def make_results(
+    ends: Ends, methods: Mapping[str, Sequence[Point]], provenance: Mapping[str, Any], shipped: str | None = None
+) -> Results:
+    """Put points in order and add the summary."""
+    ordered = {name: sorted(points, key=lambda point: point.llm_share) for name, points in methods.items()}
+    summary = {name: summarize(ends, points) for name, points in ordered.items()}
+    return Results(dict(ends), ordered, summary, dict(provenance), shipped)
+
+
 # --- Tables ---------------------------------------------------------------------------------------------------------
 
 # A title, the cells of the header (their lines are one in Markdown), and the rows.
@@ -354,10 +325,10 @@ def _tables(results: Results) -> Tables:
     problems = results.provenance.get("problems")
     of = f" ({problems} problems)" if problems else ""
     shares = next((list(one["accuracy_at"]) for one in results.summary.values()), [])
+    header = ["method", "area\nunder it", "LLM tokens for\n95 / 98 %", "MB / token for\n95 / 98 %"]
     yield (
         f"The curves{of}: cost of 95 and 98 % of the LLM's accuracy, answers right at shares of LLM tokens",
-        ["method", "area\nunder it", "LLM tokens for\n95 / 98 %", "MB / token for\n95 / 98 %"]
-        + [f"right\nat {float(share):.0%}" for share in shares],
+        [*header, *(f"right\nat {float(share):.0%}" for share in shares)],
         [_summary_row(name, one) for name, one in results.summary.items()],
     )
     others = [name for name in results.methods if name != results.shipped]
@@ -368,14 +339,12 @@ def _tables(results: Results) -> Tables:
             [_comparison_row(name, results.compare(results.shipped, name)) for name in others],
         )
     points = [(name, point) for name, of_method in results.methods.items() for point in of_method]
+    points = [(ENDS["slm"], results.ends["slm"]), *points, (ENDS["llm"], results.ends["llm"])]
+    header = ["method", "threshold", "accuracy, %\n(95 % interval)", "LLM\ntokens", "LLM passes\n/ token"]
     yield (
         f"All points{of}; bytes and operations as each text decodes alone",
-        ["method", "threshold", "accuracy, %\n(95 % interval)", "LLM\ntokens", "LLM passes\n/ token", "MB\n/ token"]
-        + ["MFLOP\n/ token", "ms\n/ token"],
-        [
-            _point_row(name, point)
-            for name, point in ((ENDS["slm"], results.ends["slm"]), *points, (ENDS["llm"], results.ends["llm"]))
-        ],
+        [*header, "MB\n/ token", "MFLOP\n/ token", "ms\n/ token"],
+        [_point_row(name, point) for name, point in points],
     )
 
 
