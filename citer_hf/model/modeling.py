@@ -20,9 +20,9 @@ from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache
 from .hidden_states import Watched, hidden_size_of, mark_initialized, set_heard, watch, watched
 from .loading import CiterLoadingMixin
 from .memory import explained, is_out_of_memory
-from .pair import check_pair
+from .references import check_pair
 from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer
-from .sharing import CiterSharingMixin
+from .saving import CiterSharingMixin
 from .small_products import weights_first
 
 MODELS = ("slm", "llm")

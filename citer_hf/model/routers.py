@@ -196,6 +196,8 @@ ROUTERS: dict[str, type[Router]] = {
     "r2r": R2RRouter,
 }
 CUSTOM_ROUTER = "custom"
+# In a configuration's `router`: its weights are still the random ones that `from_pair` made.
+UNTRAINED = "untrained"
 
 
 def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
@@ -208,7 +210,7 @@ def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
     Raises:
         ValueError: for an unknown kind or option, or a router made for another hidden size.
     """
-    options = {key: value for key, value in spec.items() if key not in ("type", "hidden_size")}
+    options = {key: value for key, value in spec.items() if key not in ("type", "hidden_size", UNTRAINED)}
     trained_for = spec.get("hidden_size", hidden_size)
     if trained_for != hidden_size:
         raise ValueError(
