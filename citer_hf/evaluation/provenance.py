@@ -1,4 +1,4 @@
-"""How results came about: what they depend on, in a form that names neither people nor places."""
+"""Fingerprints of earlier versions; goes when training and hub use `runs`."""
 
 from __future__ import annotations
 
