@@ -15,11 +15,10 @@ import numpy as np
 from citer_hf import CiterForCausalLM
 from citer_hf.runs import atomic_write, read_json
 
-from ..data.checkers import Checker
+from ..data.checkers import Checker, Grader
 from ..data.examples import Example
 from ..data.tokens import encode_prompt
 from .decoding import BATCH_TOKENS, Decoded, check_room, decode
-from .grading import Grader
 from .points import bootstrap_interval
 from .progress import Steps, progress_bar
 from .provenance import data_fingerprint

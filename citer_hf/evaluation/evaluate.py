@@ -13,12 +13,11 @@ from torch import nn
 from citer_hf import CiterForCausalLM
 from citer_hf.runs import process_state, wait_for_all
 
-from ..data.checkers import Checker
+from ..data.checkers import Checker, Grader
 from ..data.examples import Example
 from ..data.tokens import encode_prompt
 from .costs import PairCosts, TextCost, scoring_cost
 from .decoding import BATCH_TOKENS, Alone, check_room, decode, with_router
-from .grading import Grader
 from .points import Point, TextResult, make_point
 from .progress import progress_bar
 from .provenance import anonymous, data_fingerprint, describe_run, fingerprint, model_fingerprint, module_fingerprint

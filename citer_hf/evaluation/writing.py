@@ -11,8 +11,8 @@ import numpy as np
 from citer_hf import CiterForCausalLM
 from citer_hf.runs import wait_for_all
 
+from ..data.checkers import Grader
 from .decoding import Alone, batches, decode
-from .grading import Grader
 from .progress import Steps
 from .scoring import check_scores
 from .store import Store
