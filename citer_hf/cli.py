@@ -136,7 +136,7 @@ KEYWORD = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
 class PairOptions:
     """Options of every command that loads a pair."""
 
-    model: str | None = option(None, "A router's directory or repository id, or `demo`.", "[MODEL]", argument=True)
+    model: str | None = option(None, "A router's directory or repository id, or `demo`.", "MODEL", argument=True)
     revision: str | None = option(None, "Branch, tag or commit of MODEL.", "NAME")
     slm: Sequence[str] = option(
         (), "A keyword of loading for the SLM, such as revision=v2. Without MODEL: its name or path.", "KEY=VALUE"
