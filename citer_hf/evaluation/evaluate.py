@@ -209,7 +209,7 @@ class Grader:
                     f"row {example.row}: it has no answer for the checker to compare with. Add the field, or name the "
                     "column that holds it (columns={'answer': 'COLUMN'}, --map answer=COLUMN)."
                 )
-        self.name = checker if isinstance(checker, str) else _name_of(checker)
+        self.name = checker if isinstance(checker, str) else name_of(checker)
         self.checker = get_checker(checker) if isinstance(checker, str) else checker
         self.examples, self.tokenizer = examples, tokenizer
         self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
@@ -230,7 +230,7 @@ CHECKER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, 
 
 def judge(checker: Checker, response: str, example: Example, name: str | None = None) -> Verdict:
     """Return the verdict of a checker, which may be a user's own, on one response."""
-    name = _name_of(checker) if name is None else name
+    name = name_of(checker) if name is None else name
     where = f"at row {example.row} of the data ({example.id!r})"
     try:
         verdict = checker(response, example)
@@ -245,7 +245,7 @@ def judge(checker: Checker, response: str, example: Example, name: str | None = 
     return verdict
 
 
-def _name_of(checker: Checker) -> str:
+def name_of(checker: Checker) -> str:
     """Return the name by which a checker can be found: its module and its function or class."""
     named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
     return f"{named.__module__}:{named.__qualname__}"

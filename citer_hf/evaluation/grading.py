@@ -1,5 +1,5 @@
-"""Former place of `judge`; goes when training imports it from `evaluate`."""
+"""Former place of `judge` and `name_of`; goes when training imports them from `evaluate`."""
 
-from .evaluate import judge
+from .evaluate import judge, name_of
 
-__all__ = ["judge"]
+__all__ = ["judge", "name_of"]
