@@ -109,17 +109,18 @@ def _cost(
     # Embedding tables are looked up, not read.
     tables = sum(size(weight, False) for weight in model.parameters() if id(weight) not in read)
     layers = _cache_layers(skeleton)
+    full, windowed = ([layer for layer in layers if bool(layer[2]) is has_window] for has_window in (False, True))
     itemsize = kv_size.itemsize if isinstance(kv_size, torch.dtype) else kv_size / 8
     return ModelCost(
         weight_bytes=round(shared + fraction * experts),
-        kv_bytes_per_token=round(itemsize * sum(layer.elements for layer in layers)),
+        kv_bytes_per_token=round(itemsize * sum(elements for elements, _, _ in layers)),
         active_parameters=round(active),
-        head_parameters=_head(skeleton).weight.numel(),
+        head_parameters=skeleton.get_output_embeddings().weight.numel(),
         resident_bytes=round(shared + experts + tables),
-        attention_width=sum(layer.attention_width for layer in layers if layer.window is None),
-        windowed_attention_width=sum(layer.attention_width for layer in layers if layer.window),
-        kv_window=max((layer.window for layer in layers if layer.window is not None), default=None),
-        windowed_kv_bytes_per_token=round(itemsize * sum(layer.elements for layer in layers if layer.window)),
+        attention_width=sum(width for _, width, _ in full),
+        windowed_attention_width=sum(width for _, width, _ in windowed),
+        kv_window=max((window for _, _, window in windowed if window), default=None),
+        windowed_kv_bytes_per_token=round(itemsize * sum(elements for elements, _, _ in windowed)),
         expert_bytes=round(experts),
         expert_fraction=fraction,
     )
@@ -136,16 +137,6 @@ def _skeleton(config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
     return skeleton.eval()
 
 
-def _head(model: PreTrainedModel) -> Any:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(
-            f"model: expected a causal language model, got {type(model).__name__}, which has no head. "
-            "Load it with AutoModelForCausalLM."
-        )
-    return head
-
-
 def _expert_fraction(config: PreTrainedConfig) -> float:
     total, per_token = (
         next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
@@ -156,7 +147,7 @@ def _expert_fraction(config: PreTrainedConfig) -> float:
 
 def _weights_read(model: PreTrainedModel, expert_fraction: float) -> Iterator[tuple[torch.Tensor, bool, bool]]:
     """Yield every weight that a forward pass reads, and whether it is of a routed expert, and of the head."""
-    head = _head(model)
+    head = model.get_output_embeddings()
     seen = {id(weight) for weight in head.parameters()}
     for name, module in model.get_decoder().named_modules():
         if isinstance(module, nn.Embedding) or module is head:
@@ -186,17 +177,11 @@ def _stored_bytes(weight: torch.Tensor) -> int:
     return weight.nbytes + sum(int(part.nbytes) for part in beside if part is not None)
 
 
-@dataclass(frozen=True)
-class _CacheLayer:
-    """Keys and values of one token in one attention layer: their numbers, and those that a query meets."""
+def _cache_layers(skeleton: PreTrainedModel) -> list[tuple[int, int, int | None]]:
+    """Run the model on one token, and look at the cache; layers without keys are left out.
 
-    elements: int
-    attention_width: int
-    window: int | None
-
-
-def _cache_layers(skeleton: PreTrainedModel) -> list[_CacheLayer]:
-    """Run the model on one token, and look at the cache; layers without keys are left out."""
+    Returns the numbers that each layer keeps of a token, those that take part in its attention, and its window.
+    """
     config = skeleton.config.get_text_config(decoder=True)
     for name, module in skeleton.named_modules():
         if name.endswith(".experts"):
@@ -214,5 +199,5 @@ def _cache_layers(skeleton: PreTrainedModel) -> list[_CacheLayer]:
                 # Compressed keys and values are expanded for attention.
                 width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
             window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
-            layers.append(_CacheLayer(elements, int(getattr(config, "num_attention_heads", 1)) * width, window))
+            layers.append((elements, int(getattr(config, "num_attention_heads", 1)) * width, window))
     return layers

@@ -210,8 +210,8 @@ def write_table(table: Any, path: Path) -> None:
 class Progress:
     """A bar on stderr; where that is no terminal, one line for every kind of work."""
 
-    def __init__(self, bar: Any, shown: bool):
-        self._bar, self._task, self._shown = bar, bar.add_task("", total=None), shown
+    def __init__(self, bar: Any, shown: bool, by_thread: bool = True):
+        self._bar, self._task, self._shown, self._by_thread = bar, bar.add_task("", total=None), shown, by_thread
 
     def begin(self, description: str, total: int | None) -> None:
         """Begin another kind of work, with an estimate of its own."""
@@ -222,11 +222,13 @@ class Progress:
     def advance(self, done: int = 1) -> None:
         """Note that some of the work is done."""
         self._bar.advance(self._task, done)
+        if not self._by_thread:
+            self._bar.refresh()
 
 
 @contextmanager
-def progress_bar(shown: bool = True) -> Iterator[Progress]:
-    """Show how far a run is, with an estimate of the time left."""
+def progress_bar(shown: bool = True, by_thread: bool = True) -> Iterator[Progress]:
+    """Show how far a run is, with an estimate of the time left; a thread that draws slows down what is timed."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -241,8 +243,9 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Bar(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        yield Progress(bar, shown)
+    options: dict[str, Any] = {"disable": not (shown and console.is_terminal), "auto_refresh": by_thread}
+    with Bar(*columns, console=console, transient=True, **options) as bar:
+        yield Progress(bar, shown, by_thread)
 
 
 # --- Processes ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from citer_hf import CiterCache, CiterForCausalLM
-from citer_hf.chat import StopOnInterrupt, answer, obey
-from citer_hf.conversation import Conversation, Turn, common_prefix, plain_text
+from citer_hf.chat import Conversation, StopOnInterrupt, Turn, answer, common_prefix, obey, plain_text
 from citer_hf.terminal import Paint
 from tests.chat_pairs import TEMPLATE, chat_pair
 

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from citer_hf import CiterForCausalLM
 from citer_hf.belonging import saved_router
-from citer_hf.bench.options import parse_numbers
+from citer_hf.cli_shared import parse_numbers
 from citer_hf.data.examples import Example, read_examples
 from citer_hf.evaluation import calibrate as calibration
 from citer_hf.evaluation.evaluate import SHARES, method_name

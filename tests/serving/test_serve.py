@@ -21,10 +21,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from citer_hf.model.routers import Routing
-from citer_hf.serving.stops import StopText
+from citer_hf.serving.answers import StopText
 from tests.chat_pairs import character_tokenizer, chat_pair, save_demo_pair
 from tests.conftest import make_pair
-from tests.serving import NAME, HeldRouter, Served, serving, wait_until
+from tests.served import NAME, HeldRouter, Served, serving, wait_until
 
 PROMPT = "hello, is 7 + 5 = 12?"
 CHAT = [{"role": "system", "content": "be brief."}, {"role": "user", "content": PROMPT}]
