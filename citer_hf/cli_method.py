@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,15 +53,15 @@ def label(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Label which of the two models should write each token of reference answers."""
-    with plain_errors():
-        from citer_hf.training import command
+    with plain_errors(), resumable(out):
+        from citer_hf.training.label import label_preferences
 
-        command.label(
-            command.load_pair(resolve_model(model), dtype, device_map, trust_remote_code),
+        labels = label_preferences(
+            load_pair(resolve_model(model), dtype, device_map, trust_remote_code),
             data,
             checker,
             out,
-            columns=command.parse_columns(columns),
+            columns=parse_columns(columns),
             split=split,
             limit=limit,
             router_threshold=router_threshold,
@@ -68,6 +70,7 @@ def label(
             batch_tokens=batch_tokens,
             seed=seed,
         )
+        say(labels.summary())
 
 
 def train(
@@ -101,11 +104,13 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a router on labels, and save it as a router repository."""
-    with plain_errors():
-        from citer_hf.training import command
+    with plain_errors(), resumable(out):
+        from citer_hf.bench.options import parse_numbers
+        from citer_hf.training.train import summary
+        from citer_hf.training.train import train as train_router
 
-        command.train(
-            command.load_pair(resolve_model(model), dtype, device_map, trust_remote_code),
+        provenance = train_router(
+            load_pair(resolve_model(model), dtype, device_map, trust_remote_code),
             labels,
             out,
             objective=objective,
@@ -113,9 +118,13 @@ def train(
             data=data,
             checker=checker,
             rollouts=rollouts,
-            settings=command.settings(learning_rates, epochs, batch_size, seed),
+            learning_rates=parse_numbers("--learning-rate", learning_rates),
+            epochs=epochs,
+            batch_size=batch_size,
             report_to=report_to,
+            seed=seed,
         )
+        say(f"Router saved in {out}. {summary(provenance)}")
 
 
 def evaluate(
@@ -151,23 +160,40 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot."""
-    with plain_errors():
-        from citer_hf.training import command
+    with plain_errors(), resumable(out):
+        from citer_hf.bench.options import parse_numbers
+        from citer_hf.data.examples import read_examples
+        from citer_hf.evaluation.evaluate import evaluate as measure
+        from citer_hf.evaluation.evaluate import method_name
+        from citer_hf.evaluation.results import SHARES
+        from citer_hf.evaluation.table import print_tables
+        from citer_hf.runs import process_state
+        from citer_hf.training.baselines import baseline_routers, method_of, router_of
 
-        command.evaluate(
-            command.load_pair(resolve_model(model), dtype, device_map, trust_remote_code),
-            command.read(data, columns, split, limit),
+        pair = load_pair(resolve_model(model), dtype, device_map, trust_remote_code)
+        examples = read_examples(data, parse_columns(columns), split=split, needs=("answer",), limit=limit)
+        own = method_of(str(pair.name_or_path)) or method_name(pair)
+        routers = {}
+        if baselines is not None:
+            routers |= baseline_routers(pair, baselines, None if methods is None else methods.split(","), seed)
+        routers |= dict(router_of(directory, pair) for directory in compare or ())
+        given = parse_numbers("--thresholds", thresholds)
+        results = measure(
+            pair,
+            examples,
             checker,
-            out,
-            baselines=baselines,
-            compare=compare or (),
-            methods=None if methods is None else methods.split(","),
-            shares=command.parse_numbers("--shares", shares),
-            thresholds=command.parse_numbers("--thresholds", thresholds),
+            routers={own: pair.router} | {name: router for name, router in routers.items() if name != own},
+            shares=parse_numbers("--shares", shares) or SHARES,
+            thresholds={own: given} if given else None,
+            seed=seed,
+            out=out,
+            arguments={"baselines": baselines, "compare": list(compare or ())},
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
-            seed=seed,
         )
+        if process_state().is_main_process:
+            print_tables(results)
+        say(f"results.json, results.md and curve.png are in {out}.")
 
 
 def calibrate(
@@ -197,19 +223,67 @@ def calibrate(
 ) -> None:
     """Find the threshold for a budget: an LLM share, or a fraction of the LLM's accuracy."""
     with plain_errors():
-        from citer_hf.training import command
+        from citer_hf.data.examples import read_examples
+        from citer_hf.evaluation import calibrate as calibration
 
         name = resolve_model(model)
         if write and not Path(name).is_dir():
             raise ValueError(f"--write: {model} is no directory; save the router there first.")
-        command.calibrate(
-            command.load_pair(name, dtype, device_map, trust_remote_code),
-            command.read(data, columns, split, limit),
+        found = calibration.calibrate(
+            load_pair(name, dtype, device_map, trust_remote_code),
+            read_examples(data, parse_columns(columns), split=split, needs=("answer",), limit=limit),
             checker,
-            Path(name) if write else None,
             llm_share=llm_share,
             accuracy=accuracy,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
             seed=seed,
         )
+        low, high = found.llm_share_ci
+        say(f"router_threshold {found.threshold:.6g}: the LLM writes {found.llm_share:.1%} ({low:.1%} to {high:.1%})")
+        if found.accuracy is not None and found.accuracy_ci is not None:
+            low, high = found.accuracy_ci
+            say(f"accuracy {found.accuracy:.1%} ({low:.1%} to {high:.1%}) of {found.problems} problems")
+        if write:
+            calibration.write_threshold(Path(name), found)
+            say(f"Written into {name}.")
+
+
+def load_pair(name: str, dtype: str, device_map: str | None, trust_remote_code: bool) -> Any:
+    """Load a pair; under `accelerate launch`, each process on a device of its own."""
+    from citer_hf import CiterForCausalLM
+    from citer_hf.runs import process_state
+
+    state = process_state()
+    several = state.num_processes > 1 and device_map == "auto"
+    where: Any = ({"": state.device} if state.device.type != "cpu" else "cpu") if several else device_map
+    return CiterForCausalLM.from_pretrained(name, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
+
+
+def parse_columns(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Return `FIELD=COLUMN` options as a dictionary."""
+    columns = {}
+    for pair in pairs or ():
+        field, equals, column = pair.partition("=")
+        if not (field and equals and column):
+            raise ValueError(f"--map: expected FIELD=COLUMN, such as prompt=question, got {pair!r}.")
+        columns[field] = column
+    return columns
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Print, when work is interrupted, that it can be resumed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. The work so far is kept in {out}: run the same command to resume.", err=True)
+        raise typer.Exit(130) from None
+
+
+def say(text: str) -> None:
+    """Print a result, once when there are several processes."""
+    from citer_hf.runs import process_state
+
+    if process_state().is_main_process:
+        typer.echo(text)
