@@ -22,10 +22,9 @@ from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.data.tokens import Encoded, encode
-from citer_hf.evaluation.decoding import BATCH_TOKENS
-from citer_hf.evaluation.grading import judge, name_of
-from citer_hf.model.configuration import check_threshold_value
-from citer_hf.model.routers import top_logprobs
+from citer_hf.evaluation.decode import BATCH_TOKENS
+from citer_hf.evaluation.evaluate import judge, name_of
+from citer_hf.model.routers import as_threshold, top_logprobs
 from citer_hf.runs import Progress, Work, option, progress_bar, provenance, sha256_of
 
 from .labels import (
@@ -74,7 +73,7 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         if self.router_threshold is not None:
-            check_threshold_value(self.router_threshold)
+            as_threshold(self.router_threshold)
         for name, least in (("limit", 1), ("rollouts", 0), ("max_new_tokens", 1), ("batch_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

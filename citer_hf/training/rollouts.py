@@ -13,7 +13,7 @@ import torch
 
 from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.data.tokens import Encoded
-from citer_hf.evaluation.decoding import cut, decode, greedy_view, special_tokens, steady_policy, text_lengths
+from citer_hf.evaluation.decode import cut, decode, greedy_view, special_tokens, steady_policy, text_lengths
 from citer_hf.model.kv_layers import all_grow, growing_cache
 
 __all__ = ["RollOut", "cut_into_batches", "roll_out"]
