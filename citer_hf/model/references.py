@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash, has_file
 
+from .compat import cache_name, is_broken_transfer
 from .configuration import table_size
 from .memory import is_out_of_memory, not_loaded, weight_bytes_of
 
@@ -120,8 +121,7 @@ def load_models(
 
 
 def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return how an adapter beside a model is looked for: where files are looked for, which transformers 5.17
-    forgets."""
+    """Return how an adapter beside a model is looked for: where files are, which transformers does not pass on."""
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
     return {"adapter_kwargs": files} if files else {}
 
@@ -155,9 +155,9 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
         if isinstance(error, Exception) and role in ROLES and is_out_of_memory(error):
             config = AutoConfig.from_pretrained(source, **hub_keywords(self.keywords))
             raise not_loaded(error, role, source, weight_bytes_of(config, self.keywords)) from error
-        # A download that breaks off raises an error of the library that the Hub's client uses.
-        of = {base.__module__.partition(".")[0] for base in kind.__mro__} if kind is not None else set()
-        if isinstance(error, OSError) or of & {"httpx", "httpx2", "requests", "safetensors", "safetensors_rust"}:
+        if error is not None and (
+            isinstance(error, OSError) or is_broken_transfer(error) or type(error).__name__ == "SafetensorError"
+        ):
             title = {"router": "router", "slm": "SLM", "llm": "LLM"}.get(role, f"{role[:3].upper()}'s adapter")
             revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
             moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
@@ -325,12 +325,12 @@ def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
     """Raise an error for two models that cannot decode together."""
     for role, model in (("slm", slm), ("llm", llm)):
         check_model(role, model)
-        parameters = inspect.signature(model.forward).parameters
-        if "past_key_values" not in parameters:
+        layers = DynamicCache(config=model.config)
+        if cache_name(model) is None or (len(layers) and all(layers.is_linear)):
+            parameters = ", ".join(list(inspect.signature(model.forward).parameters)[:6])
             raise ValueError(
-                f"{role}: {type(model).__name__} keeps its state in something else than `past_key_values` (its "
-                f"forward takes {', '.join(list(parameters)[:6])}, ...), so that it cannot share "
-                "a generation with another model."
+                f"{role}: {type(model).__name__} keeps no keys and values in a `cache` (or `past_key_values`) (its "
+                f"forward takes {parameters}, ...), so that it cannot share a generation with another model."
             )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 import torch
+import transformers.utils.hub
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from citer_hf import CiterForCausalLM
@@ -247,7 +247,7 @@ def test_the_hub_is_asked_once_when_there_is_no_network(bases, monkeypatch):
 
     def head(url: str, **options: Any) -> Any:
         asked.append(url)
-        raise httpx.ConnectError("no network")
+        raise transformers.utils.hub.httpx.ConnectError("no network")
 
     monkeypatch.setattr("transformers.utils.hub.get_session", lambda: SimpleNamespace(head=head))
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *a, **k: pytest.fail("retries"))
