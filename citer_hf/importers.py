@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .model.configuration import check_threshold_value
+from .model.routers import as_threshold
 from .model.saved_router import ChosenRouter
 
 __all__ = ["MAX_BYTES", "read_router_file", "threshold_from_divergence"]
@@ -60,7 +60,7 @@ def read_router_file(path: str | os.PathLike[str], threshold: float | None = Non
             "linear.weight) nor one of R2R's (a dictionary with model_type, common_args and state_dict). It holds "
             f"{described(content)}."
         )
-    start = check_threshold_value(0.5 if threshold is None else threshold)
+    start = as_threshold(0.5 if threshold is None else threshold)
     return ChosenRouter(spec, start, weights=weights, name=name)
 
 

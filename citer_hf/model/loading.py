@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from .adapter_files import Adapter, saved_adapter, split_off_adapter
 from .adapters import adapter_layers, attach_adapter, unwrapped
 from .compat import FetchedWith
-from .configuration import CiterConfig, check_threshold_value
+from .configuration import CiterConfig
 from .pair import load_tokenizer
 from .paths import check_folder
 from .references import (
@@ -33,7 +33,7 @@ from .references import (
     shared_tokenizer,
     split_keywords,
 )
-from .routers import CUSTOM_ROUTER
+from .routers import CUSTOM_ROUTER, as_threshold
 from .saved_router import (
     check_router_weights,
     choose_router,
@@ -140,7 +140,7 @@ class CiterLoadingMixin:
         else:
             config = copy.deepcopy(config)
         assert isinstance(config, PreTrainedConfig)
-        config.router_threshold = check_threshold_value(kwargs.pop("router_threshold", config.router_threshold))
+        config.router_threshold = as_threshold(kwargs.pop("router_threshold", config.router_threshold))
         if isinstance(config.router, nn.Module):
             router, config.router = config.router, {"type": CUSTOM_ROUTER}
         if config.slm_reference is None and config.llm_reference is None:
