@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .model.cache import CiterCache
-from .model.configuration import check_threshold_value
+from .model.routers import as_threshold
 from .model.modeling import CiterForCausalLM
 from .runs import option
 from .terminal import Paint, WriterStreamer, legend
@@ -278,7 +278,7 @@ def set_threshold(conversation: Conversation, argument: str) -> None:
     """Change the threshold, or say what it is."""
     if argument:
         try:
-            conversation.router_threshold = check_threshold_value(float(argument))
+            conversation.router_threshold = as_threshold(float(argument))
         except ValueError:
             print(f"Error: {argument} is no threshold: give a number from 0 up, such as 0.7.", file=sys.stderr)
             return

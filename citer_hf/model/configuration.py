@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from .compat import CACHE_NAMES, keep_token, restore_token
+from .routers import as_threshold
 
 CONFIG_VERSION = 1
-MOST_LAYERS = 10_000
 
 
 class CiterConfig(PreTrainedConfig):
@@ -21,8 +20,8 @@ class CiterConfig(PreTrainedConfig):
         slm_config: Configuration (object or dict) of the small language model. Default: `LlamaConfig()`.
         llm_config: Configuration (object or dict) of the large language model. Default: `LlamaConfig()`.
         router: Kind and options of the router, for example `{"type": "mlp"}`; a bare string is the kind.
-        router_threshold: The SLM writes a token when the router's score reaches this number; at least 0.
-            0 is the SLM alone, anything above 1 the LLM alone (CITER, section 3: τ).
+        router_threshold: The SLM writes a token when the router's score reaches this number, from 0 (the SLM alone)
+            to 2 (above 1: the LLM alone) (CITER, section 3: τ).
         slm_reference: Where the SLM's weights are: `{"name_or_path", "revision", ...}`. `None` means that they
             are in this repository's own `model.safetensors`. `adapter` in it says where its adapter is, likewise.
         llm_reference: The same for the LLM.
@@ -30,7 +29,7 @@ class CiterConfig(PreTrainedConfig):
         citer_version: Version of this format that wrote the configuration.
 
     Raises:
-        ValueError: for a threshold that is not a number from 0 up, or a router that does not name its type.
+        ValueError: for a threshold that is not a number from 0 to 2, or a router that does not name its type.
     """
 
     model_type = "citer"
@@ -52,7 +51,7 @@ class CiterConfig(PreTrainedConfig):
         self.slm_config = _as_config(slm_config)
         self.llm_config = _as_config(llm_config)
         self.router = _router_spec(router)
-        self.router_threshold = check_threshold_value(router_threshold)
+        self.router_threshold = as_threshold(router_threshold)
         self.slm_reference = slm_reference
         self.llm_reference = llm_reference
         self.use_cache = use_cache
@@ -87,8 +86,6 @@ class CiterConfig(PreTrainedConfig):
                 f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
                 "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
             )
-        for role in ("slm", "llm"):
-            check_layers(role, config_dict.get(f"{role}_config"))
         unknown = sorted(key for key in set(config_dict) - _known_keys() if not key.startswith("_"))
         if unknown:
             warnings.warn(
@@ -181,31 +178,6 @@ def _known_keys() -> set[str]:
     }
 
 
-def check_threshold_value(threshold: float) -> float:
-    """Return `threshold` as a float."""
-    try:
-        value = float(threshold)
-    except (TypeError, ValueError):
-        value = math.nan
-    if math.isnan(value) or value < 0:
-        raise ValueError(
-            "router_threshold: expected a number from 0 (the SLM alone) to above 1 (the LLM alone), got "
-            f"{threshold!r}."
-        )
-    return value
-
-
-def check_layers(role: str, config: Any) -> None:
-    """Refuse a configuration with more layers than any model has."""
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        claimed = config.get(name) if isinstance(config, dict) else None
-        if isinstance(claimed, int) and claimed > MOST_LAYERS:
-            raise ValueError(
-                f"config: {role}_config says that {name} is {claimed}, expected at most {MOST_LAYERS}. The file is "
-                "damaged, or means harm."
-            )
-
-
 def table_size(config: PreTrainedConfig) -> int:
     """Number of rows of a model's vocabulary table."""
     size = getattr(config.get_text_config(), "vocab_size", None)
@@ -214,6 +186,12 @@ def table_size(config: PreTrainedConfig) -> int:
             f"{type(config).__name__} has no vocab_size: expected the configuration of a causal language model."
         )
     return int(size)
+
+
+def router_width(config: PreTrainedConfig) -> int:
+    """Return the width of an SLM's last hidden state, as its head takes it."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

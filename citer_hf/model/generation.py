@@ -22,11 +22,10 @@ from .batch import decode_rows
 from .batch_support import rows_can_part
 from .cache import CiterCache
 from .compat import CACHE, cache_of, with_both_names, with_cache_name
-from .configuration import check_threshold_value
 from .decoding import Decoding, Stops
 from .kv_layers import all_grow, growing_cache
 from .one_sequence import decode_one_row
-from .routers import Routing
+from .routers import Routing, as_threshold
 from .schedule import waiting_policy
 from .static import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
 
@@ -89,10 +88,8 @@ class CiterGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         threshold = model_kwargs.get("router_threshold")
-        if isinstance(threshold, torch.Tensor):
-            check_threshold_tensor(threshold)
-        elif threshold is not None:
-            check_threshold_value(threshold)
+        if threshold is not None:
+            as_threshold(threshold, threshold.numel() if isinstance(threshold, torch.Tensor) else None)
         waiting_policy(model_kwargs.get("waiting_rows"))
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != "waiting_rows"})
 
@@ -187,13 +184,17 @@ class CiterGenerationMixin(GenerationMixin):
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if any(one is not None and one.dim() != 2 for one in (mask, positions)) or set(kwargs) - KNOWN_KEYWORDS:
             return None
+        threshold = kwargs.get("router_threshold")
+        threshold = as_threshold(self.config.router_threshold if threshold is None else threshold, len(input_ids))
+        if isinstance(threshold, torch.Tensor):
+            threshold = threshold.to(input_ids.device)
         return Decoding(
             input_ids=input_ids,
             processors=logits_processor,
             stops=Stops(stopping_criteria),
             settings=generation_config,
             cache=cache,
-            threshold=self._threshold(kwargs.get("router_threshold"), input_ids.shape[0], None),
+            threshold=threshold,
             attention_mask=mask,
             position_ids=positions,
             streamer=kwargs.get("streamer"),
@@ -338,12 +339,3 @@ def check_max_cache_len(length: int | None) -> int:
             "may need."
         )
     return length or 0
-
-
-def check_threshold_tensor(threshold: torch.Tensor) -> None:
-    """Refuse thresholds that mean nothing."""
-    if threshold.dim() != 1 or not bool((threshold >= 0).all()):
-        raise ValueError(
-            "router_threshold: expected a number, or a tensor [batch] of numbers from 0 (the SLM alone) to above 1 "
-            f"(the LLM alone), got {threshold}."
-        )

@@ -15,15 +15,15 @@ from transformers.utils.generic import can_return_tuple
 from .cache import CiterCache
 from .compat import CACHE, BothCacheNames, cache_name, given_cache
 from .compiled import CompiledSteps
-from .configuration import CiterConfig, check_threshold_value
-from .forward import below, in_one_piece, keep, marginal, real_text, to_device
-from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache, check_threshold_tensor
+from .configuration import CiterConfig
+from .forward import in_one_piece, keep, marginal, real_text, to_device
+from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache
 from .hidden_states import Watched, hidden_size_of, mark_initialized, set_heard, watch, watched
 from .loading import CiterLoadingMixin
 from .memory import explained, is_out_of_memory
-from .pair import check_pair
-from .routers import CUSTOM_ROUTER, build_router
-from .sharing import CiterSharingMixin
+from .references import check_pair
+from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer
+from .saving import CiterSharingMixin
 from .small_products import weights_first
 
 MODELS = ("slm", "llm")
@@ -45,7 +45,7 @@ class CiterOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     """
 
     router_scores: torch.FloatTensor | None = None
-    routed_to_llm: torch.BoolTensor | None = None
+    routed_to_llm: torch.Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return what is there as the tuple of every causal language model, which has no place for routing."""
@@ -218,7 +218,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             past_key_values.check_batch_size(input_ids.shape[0])
         elif self.config.use_cache if use_cache is None else use_cache:
             past_key_values = CiterCache(self.config)
-        threshold = self._threshold(router_threshold, input_ids.shape[0], past_key_values)
+        if router_threshold is None:
+            router_threshold = self.config.router_threshold
+        threshold = as_threshold(router_threshold, input_ids.shape[0])
         inputs = {"attention_mask": attention_mask, "use_cache": past_key_values is not None}
 
         if not torch.compiler.is_compiling():
@@ -229,7 +231,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         slm_output, hidden = self._run_slm(input_ids, position_ids, slm_cache, logits_to_keep, inputs, slm_kwargs)
         slm_logits = slm_output.logits[..., : self.vocab_size]
         scores = self.router(hidden, slm_logits)
-        to_llm = below(scores, threshold)
+        to_llm = defer(scores, threshold)
         if finished_rows is not None:
             to_llm &= ~finished_rows.to(to_llm.device)[:, None]
         if past_key_values is not None:
@@ -260,23 +262,6 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
 
     # What a subclass that changes `forward` is told by: `generate` then calls it for every token.
     forward_of_the_pair = forward
-
-    def _threshold(
-        self, threshold: float | torch.Tensor | None, batch_size: int, cache: CiterCache | None
-    ) -> float | torch.Tensor:
-        if threshold is None:
-            threshold = self.config.router_threshold
-        if not isinstance(threshold, torch.Tensor):
-            return check_threshold_value(threshold)
-        if threshold.shape != (batch_size,):
-            raise ValueError(
-                f"router_threshold: expected a number or a tensor [{batch_size}], one per row of input_ids, got a "
-                f"tensor {list(threshold.shape)}."
-            )
-        # Reading the values waits for the device: once per text, not once per token.
-        if cache is None or cache.get_seq_length() == 0:
-            check_threshold_tensor(threshold)
-        return threshold.to(self._device_near(threshold))[:, None]
 
     def _needs_llm(self, to_llm: torch.Tensor, cache: CiterCache | None) -> bool:
         # An exported graph cannot depend on what the router decides. Another thread's compilation is none of ours.

@@ -3,13 +3,58 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from numbers import Real
+from typing import Any, overload
 
 import torch
 from torch import nn
 
 from .r2r_router import R2RRouter
 from .router_base import Router
+
+SLM_ALONE, LLM_ALONE = 0.0, 2.0
+
+
+@overload
+def as_threshold(value: Any, batch_size: None = None) -> float: ...
+
+
+@overload
+def as_threshold(value: Any, batch_size: int) -> float | torch.Tensor: ...
+
+
+def as_threshold(value: Any, batch_size: int | None = None) -> float | torch.Tensor:
+    """Return a valid `router_threshold`: the SLM writes a token when its score reaches it.
+
+    Args:
+        value: A number from 0 (the SLM alone) to 2 (above 1: the LLM alone), or a tensor of one per sequence.
+        batch_size: Number of sequences; without it, only a number is valid.
+
+    Returns:
+        A number, or a tensor `[batch_size, 1]`.
+
+    Raises:
+        ValueError: for anything else, a bool and a string included.
+    """
+    if isinstance(value, torch.Tensor) and batch_size is not None:
+        # A traced graph cannot depend on values.
+        traced = torch.compiler.is_compiling()
+        in_range = traced or bool(((value >= SLM_ALONE) & (value <= LLM_ALONE)).all())
+        if value.shape == (batch_size,) and value.dtype != torch.bool and in_range:
+            return value[:, None]
+    elif isinstance(value, Real) and not isinstance(value, bool) and SLM_ALONE <= float(value) <= LLM_ALONE:
+        return float(value)
+    several = "" if batch_size is None else f", or a tensor [{batch_size}] of such numbers, one per sequence"
+    raise ValueError(
+        f"router_threshold: expected a number from 0 (the SLM alone) to 2 (above 1: the LLM alone){several}; got "
+        f"{value!r}."
+    )
+
+
+def defer(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """Return True where the LLM writes the token: where the score does not reach the threshold of `as_threshold`."""
+    return scores < (threshold.to(scores) if isinstance(threshold, torch.Tensor) else threshold)
+
 
 MlpWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -151,6 +196,8 @@ ROUTERS: dict[str, type[Router]] = {
     "r2r": R2RRouter,
 }
 CUSTOM_ROUTER = "custom"
+# In a configuration's `router`: its weights are still the random ones that `from_pair` made.
+UNTRAINED = "untrained"
 
 
 def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
@@ -163,7 +210,7 @@ def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
     Raises:
         ValueError: for an unknown kind or option, or a router made for another hidden size.
     """
-    options = {key: value for key, value in spec.items() if key not in ("type", "hidden_size")}
+    options = {key: value for key, value in spec.items() if key not in ("type", "hidden_size", UNTRAINED)}
     trained_for = spec.get("hidden_size", hidden_size)
     if trained_for != hidden_size:
         raise ValueError(

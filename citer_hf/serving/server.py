@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from transformers.cli.serving.utils import InferenceThread
 
-from ..model.configuration import check_threshold_value
+from ..model.routers import as_threshold
 from ..model.modeling import CiterForCausalLM
 from . import ServeOptions
 from .answers import Answer, ChatReply, CompletionReply, Finished, Reply, event, usage, write
@@ -363,7 +363,7 @@ def serve(load: Callable[[], CiterForCausalLM], name: str, **options: Any) -> No
         if tokenizer is None or not tokenizer.is_fast:
             found = "no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__}, which cannot stream"
             raise ValueError(f"{name} has {found}: a tokenizer.json is needed. Save one there.")
-        threshold = check_threshold_value(
+        threshold = as_threshold(
             model.config.router_threshold if chosen.router_threshold is None else chosen.router_threshold
         )
         if chosen.cache_implementation is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from citer_hf.model.routers import defer
 from citer_hf.runs import new_figure, save_figure
 
 from .labels import Labels
@@ -43,7 +44,7 @@ def report_on(trained: TrainedRouter, labels: Labels) -> dict[str, Any]:
         "loss": trained.loss,
         "learning_rate": trained.learning_rate,
         "llm_share": [
-            {"threshold": threshold, "llm_share": float((everywhere < threshold).float().mean())}
+            {"threshold": threshold, "llm_share": float(defer(everywhere, threshold).float().mean())}
             for threshold in thresholds
         ],
         "router_threshold": above(critical, RECALL) if len(critical) else 0.5,
