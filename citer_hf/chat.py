@@ -16,8 +16,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .model.cache import CiterCache
-from .model.routers import as_threshold
 from .model.modeling import CiterForCausalLM
+from .model.routers import as_threshold
 from .runs import option
 from .terminal import Paint, WriterStreamer, legend
 

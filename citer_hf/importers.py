@@ -156,7 +156,7 @@ def load_tensors(file: Path) -> Any:
         raise FileNotFoundError(f"router: there is no file {file}.")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, AttributeError) as error:
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it refers to code ({code[1]})" if code else "it is damaged, or was not written by torch.save"
         raise ValueError(

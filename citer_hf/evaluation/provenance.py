@@ -1,4 +1,4 @@
-"""How results came about: what they depend on, in a form that names neither people nor places."""
+"""Fingerprints of earlier versions; goes when training and hub use `runs`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 import citer_hf
 from citer_hf import CiterForCausalLM
-from citer_hf.bench.machine import processor_name
 from citer_hf.model.references import commit_of
+from citer_hf.runs import processor_name
 
 from ..data.examples import Example
 

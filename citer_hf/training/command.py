@@ -14,16 +14,13 @@ from transformers.utils.hub import cached_file
 
 from citer_hf import CiterForCausalLM
 from citer_hf.belonging import saved_router
-from citer_hf.bench.options import parse_numbers
+from citer_hf.cli_shared import parse_numbers
 from citer_hf.data.examples import Example, read_examples
 from citer_hf.evaluation import calibrate as calibration
+from citer_hf.evaluation.evaluate import SHARES, method_name
 from citer_hf.evaluation.evaluate import evaluate as measure
-from citer_hf.evaluation.evaluate import method_name
-from citer_hf.evaluation.progress import Steps, progress_bar
-from citer_hf.evaluation.results import SHARES
-from citer_hf.evaluation.table import print_tables
 from citer_hf.model.hidden_states import hidden_size_of
-from citer_hf.runs import alone, from_main_process, process_state
+from citer_hf.runs import Progress, alone, from_main_process, process_state, progress_bar
 
 from .baselines import train_baselines
 from .fingerprint import check_made_with, made_with
@@ -142,15 +139,14 @@ def evaluate(
             checker,
             routers={own: model.router} | {name: router for name, router in routers.items() if name != own},
             shares=shares or SHARES,
-            thresholds={own: thresholds} if thresholds else None,
+            thresholds=tuple(thresholds),
             seed=seed,
             out=out,
-            arguments={"baselines": baselines, "compare": list(compare)},
             **options,
         )
     if not process_state().is_main_process:
         return
-    print_tables(results)
+    typer.echo(results.table())
     typer.echo(f"results.json, results.md and curve.png are in {out}.")
 
 
@@ -171,21 +167,11 @@ def name_of(directory: Path) -> str:
     return objective
 
 
-def calibrate(
-    model: Any, examples: Sequence[Example], checker: str | None, directory: Path | None, **options: Any
-) -> None:
+def calibrate(model: Any, examples: Sequence[Example], checker: str | None, **options: Any) -> None:
     """Do what `citer calibrate` does."""
-    found = calibration.calibrate(model, examples, checker, **options)
-    low, high = found.llm_share_ci
-    typer.echo(
-        f"router_threshold {found.threshold:.6g}: the LLM writes {found.llm_share:.1%} ({low:.1%} to {high:.1%})"
-    )
-    if found.accuracy is not None and found.accuracy_ci is not None:
-        low, high = found.accuracy_ci
-        typer.echo(f"accuracy {found.accuracy:.1%} ({low:.1%} to {high:.1%}) of {found.problems} problems")
-    if directory is not None:
-        calibration.write_threshold(directory, found)
-        typer.echo(f"Written into {directory}.")
+    typer.echo(calibration.calibrate(model, examples, checker, **options).summary())
+    if options["write"] or options["out"] is not None:
+        typer.echo(f"Written into {options['out'] or model.name_or_path}.")
 
 
 @contextmanager
@@ -202,20 +188,19 @@ def going_on(out: Path) -> Iterator[None]:
 def reporting() -> Iterator[Callable[[str, int, int], None]]:
     """Show how far work is: a bar on a terminal, a line for every kind of work elsewhere."""
     shown = process_state().is_main_process
-    with progress_bar(None, "units") as steps:
-        yield Reporter(steps) if shown else lambda what, done, total: None
+    with progress_bar(shown) as progress:
+        yield Reporter(progress) if shown else lambda what, done, total: None
 
 
 class Reporter:
-    """Tells a bar about units of work, or stderr about kinds of work where there is no terminal."""
+    """Tells a bar about units of work."""
 
-    def __init__(self, steps: Steps):
-        self.steps, self.what = steps, ""
+    def __init__(self, progress: Progress):
+        self.progress, self.what, self.done = progress, "", 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self.what:
-            self.what = what
-            self.steps.begin(what, total)
-            if not self.steps.visible:
-                typer.echo(f"{what}: {total} units", err=True)
-        self.steps.reach(done)
+            self.what, self.done = what, 0
+            self.progress.begin(what, total)
+        self.progress.advance(done - self.done)
+        self.done = done

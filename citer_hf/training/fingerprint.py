@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from citer_hf.data.tokens import Encoded, template_fingerprint, tokenizer_fingerprint
+from citer_hf.data.tokens import Encoded
 from citer_hf.evaluation.provenance import base_model_fingerprint, fingerprint
 from citer_hf.model.hidden_states import hidden_size_of
 
@@ -29,8 +29,8 @@ def made_with(model: Any, tokenizer: Any) -> dict[str, Any]:
         "llm": base_model_fingerprint(model.llm)[:16],
         "layer": "last",
         "hidden_size": hidden_size_of(model.slm),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": template_fingerprint(tokenizer),
+        "tokenizer": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "template": fingerprint(tokenizer.chat_template),
     }
 
 

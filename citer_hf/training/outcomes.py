@@ -8,10 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from citer_hf.data.checkers import Checker, Verdict
+from citer_hf.data.checkers import Checker, Verdict, judge
 from citer_hf.data.tokens import Encoded
 from citer_hf.evaluation.decoding import decode
-from citer_hf.evaluation.grading import judge
 
 from .rollouts import RollOut, cut_into_batches, roll_out
 from .units import Workplace, read_table

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from citer_hf.evaluation.costs import PairCosts, scoring_cost
+from citer_hf.evaluation.scoring import score_texts, spread_thresholds
 from torch import nn
 
 from citer_hf.data.tokens import encode_prompt
 from citer_hf.evaluation import evaluate as module
 from citer_hf.evaluation import writing
-from citer_hf.evaluation.costs import PairCosts, scoring_cost
 from citer_hf.evaluation.evaluate import evaluate, method_name
 from citer_hf.evaluation.points import bootstrap_interval
 from citer_hf.evaluation.provenance import anonymous, module_fingerprint
 from citer_hf.evaluation.results import Results
-from citer_hf.evaluation.scoring import score_texts, spread_thresholds
 from citer_hf.model.routers import ConfidenceRouter, EntropyRouter, LinearRouter, RandomRouter
 from tests.conftest import make_pair
 from tests.evaluation_data import LetterTokenizer, examples, has_letter

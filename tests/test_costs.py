@@ -1,4 +1,4 @@
-"""What a forward pass costs: counted from a configuration, from a model, and held against what torch counts."""
+"""Costs of a forward pass: counted from a configuration and from a model, and compared with torch's own count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
-from citer_hf.bench.costs import ModelCost, bytes_moved, cost_of_config, cost_of_model, flops
+from citer_hf.costs import ModelCost, cost_of_config, cost_of_model, flops
 from tests.families import FAMILIES, tiny_config, tiny_model
 
 # In these, attention and matrix products are all that counts; the others also run convolutions or scans.
@@ -55,7 +55,7 @@ def test_compressed_keys_and_values_count_as_they_are_cached():
     cost = cost_of_model(model)
     assert cost == cost_of_config(config, bits=32, kv_bits=32)
     assert cost.kv_bytes_read(7) == cache_bytes(cache)
-    assert (cost.num_heads, cost.num_kv_heads) == (4, 1)
+    assert flops(cost, 1, 7) - flops(cost, 1, 0) == 2 * 7 * 2 * 4 * (8 + 4 + 8)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
@@ -120,8 +120,7 @@ def test_a_configuration_that_was_given_is_left_as_it_was():
     config._attn_implementation = "sdpa"
     before = config.to_dict()
     cost_of_config(config)
-    assert config.to_dict() == before
-    assert config._attn_implementation == "sdpa"
+    assert config.to_dict() == before and config._attn_implementation == "sdpa"
 
 
 def test_a_large_model_needs_no_memory():
@@ -129,16 +128,14 @@ def test_a_large_model_needs_no_memory():
     assert cost.weight_bytes > 4e9
 
 
-def test_bytes_moved_are_weights_per_pass_and_the_cache():
+def test_bytes_moved_are_the_weights_once_and_the_cache_of_each_sequence():
     cost = ModelCost(weight_bytes=1000, kv_bytes_per_token=10, active_parameters=500)
-    assert bytes_moved(cost, 3, 60, 3) == 3 * 1000 + 60 * 10 + 3 * 10
-    assert bytes_moved(cost, 3, [19, 20, 21], 3) == bytes_moved(cost, 3, 60, 3)
+    assert cost.bytes_moved(sequences=2, tokens=3, context=20) == 1000 + 2 * (20 + 3) * 10
 
 
-def test_a_sliding_window_bounds_what_is_read():
+def test_a_sliding_window_bounds_the_bytes_read():
     cost = cost_of_config(tiny_config("mistral_sliding"))
-    one_pass = bytes_moved(cost, 1, [100], 1)
-    assert one_pass == cost.weight_bytes + (5 + 1) * cost.kv_bytes_per_token
+    assert cost.bytes_moved(1, 1, 100) == cost.weight_bytes + (5 + 1) * cost.kv_bytes_per_token
 
 
 @pytest.mark.parametrize("bits", [0, -4, float("nan")])
