@@ -324,10 +324,10 @@ def evaluate(
     """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot."""
     from .data.examples import read_examples
     from .evaluation.evaluate import evaluate, method_name
-    from .training.baselines import baseline_routers, router_of
+    from .training.baselines import baseline_routers, method_of, router_of
 
     examples, model = read_examples(data, needs=("answer",), **reading), load_pair(pair)
-    routers = {method_name(model): model.router}
+    routers = {method_of(str(model.name_or_path)) or method_name(model): model.router}
     if baselines is not None:
         chosen = None if methods is None else methods.split(",")
         routers = baseline_routers(model, baselines, chosen, options.get("seed", 0)) | routers

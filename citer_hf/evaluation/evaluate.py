@@ -18,7 +18,7 @@ from citer_hf import runs
 from citer_hf.data.checkers import Checker, Verdict, get_checker
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
-from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, defer
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, defer
 
 from .decode import (
     BATCH_TOKENS,
@@ -39,7 +39,6 @@ from .results import PairCosts, Point, Results, bootstrap_interval, make_results
 SHARES = (0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 # The methods of routers whose kind does not name one.
 METHODS = {"mlp": "citer", "linear": "co-llm"}
-UNTRAINED = "untrained"
 RESULTS = "results.json"
 
 logger = logging.getLogger(__name__)
@@ -170,7 +169,7 @@ def write_report(results: Results, out: Path) -> None:
 
 def method_name(model: CiterForCausalLM) -> str:
     """Return the method of the pair's own router, as far as its kind names it."""
-    if getattr(model, "router_is_untrained", False) or model.config.router.get("untrained"):
+    if model.router_is_untrained:
         return UNTRAINED
     kind = model.config.router["type"]
     return METHODS.get(kind, kind)
@@ -210,7 +209,7 @@ class Grader:
                     f"row {example.row}: it has no answer for the checker to compare with. Add the field, or name the "
                     "column that holds it (columns={'answer': 'COLUMN'}, --map answer=COLUMN)."
                 )
-        self.name = checker if isinstance(checker, str) else _name_of(checker)
+        self.name = checker if isinstance(checker, str) else name_of(checker)
         self.checker = get_checker(checker) if isinstance(checker, str) else checker
         self.examples, self.tokenizer = examples, tokenizer
         self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
@@ -231,7 +230,7 @@ CHECKER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, 
 
 def judge(checker: Checker, response: str, example: Example, name: str | None = None) -> Verdict:
     """Return the verdict of a checker, which may be a user's own, on one response."""
-    name = _name_of(checker) if name is None else name
+    name = name_of(checker) if name is None else name
     where = f"at row {example.row} of the data ({example.id!r})"
     try:
         verdict = checker(response, example)
@@ -246,7 +245,7 @@ def judge(checker: Checker, response: str, example: Example, name: str | None = 
     return verdict
 
 
-def _name_of(checker: Checker) -> str:
+def name_of(checker: Checker) -> str:
     """Return the name by which a checker can be found: its module and its function or class."""
     named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
     return f"{named.__module__}:{named.__qualname__}"
