@@ -123,7 +123,7 @@ def described(content: Any) -> str:
 
 
 def from_citer(tensors: Tensors, path: str) -> tuple[dict[str, Any], Tensors]:
-    """Turn a router of CITER's released code into an `mlp` router; its evaluation folds the batch norm exactly."""
+    """Turn a router of CITER's released code into an `mlp` router."""
     _, hidden = matrix_size(tensors, "linear.weight", path)
     wide = (2 * hidden,)
     shapes: Shapes = {
