@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 
+from .compat import reset_cache
 from .kv_layers import growing_cache
 
 
@@ -31,7 +31,6 @@ class CiterCache(Cache):
         routing: Who wrote each token since the last call of `generate` (or since the cache was made).
     """
 
-    # Older transformers have a property of this name, which cannot be set.
     max_cache_len: int | None = None
 
     def __init__(
@@ -129,13 +128,8 @@ class CiterCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache and the record."""
-        self.slm.reset()
-        self.llm.reset()
-        # Older transformers fill a layer that grows with zeros, and keep its length.
-        for layer in (*self.slm.layers, *self.llm.layers):
-            if isinstance(layer, DynamicLayer):
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+        reset_cache(self.slm)
+        reset_cache(self.llm)
         self._length = self.llm_length = 0
         self._batch_size = None
         self._unseen = []
@@ -143,7 +137,6 @@ class CiterCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens."""
-        # Assisted generation of older transformers passes a tensor.
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(

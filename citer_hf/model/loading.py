@@ -12,20 +12,20 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .adapter_files import Adapter, saved_adapter, split_off_adapter
 from .adapters import adapter_layers, attach_adapter, unwrapped
-from .compat import FetchedWith
+from .compat import is_broken_transfer
 from .configuration import CiterConfig
 from .pair import load_tokenizer
 from .paths import check_folder
 from .references import (
     HUB_KEYWORDS,
     ROLES,
+    FetchedWith,
     base_config,
     check_keywords,
     check_same_tokenizer,
     check_unchanged,
     commit_of,
     commits_of,
-    is_broken_transfer,
     load_models,
     locate_base_model,
     own_tokenizer,

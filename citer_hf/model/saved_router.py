@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
+from .compat import is_broken_transfer
 from .configuration import CiterConfig
 from .paths import check_folder
-from .references import file_keywords, is_broken_transfer
+from .references import file_keywords
 from .routers import CUSTOM_ROUTER, ROUTERS, as_threshold, build_router
 
 ROUTER_WEIGHTS = "model.safetensors"

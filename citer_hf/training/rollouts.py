@@ -23,6 +23,7 @@ from citer_hf.evaluation.decoding import (
     steady_policy,
     text_lengths,
 )
+from citer_hf.model.compat import CACHE
 from citer_hf.model.kv_layers import all_grow, growing_cache
 
 __all__ = ["RollOut", "cut_into_batches", "roll_out"]
@@ -128,7 +129,7 @@ class Prefixes:
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=stretch,
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 **self.options,
             )
             new = output[:, ids.shape[1] :]
