@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from citer_hf.bench.forced import ForcedRouter, decides_by
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from citer_hf import CiterForCausalLM
 from citer_hf.bench.contenders import greedy_without_end
-from citer_hf.bench.forced import ForcedRouter, decides_by
 from citer_hf.model.compat import cache_of
 
 SHARE, NEW_TOKENS, LENGTHS = 0.2, 256, (400, 4000)
