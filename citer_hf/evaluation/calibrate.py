@@ -48,7 +48,7 @@ class CalibrateOptions:
     llm_share: float | None = runs.option(None, "Share of the tokens that the LLM should decide.", "P")
     accuracy: float | None = runs.option(None, "Fraction of the LLM's accuracy to reach as cheaply as possible.", "P")
     write: bool = runs.option(False, "Write the threshold into MODEL, a directory.")
-    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")  # noqa: RUF009
+    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
     max_new_tokens: int = runs.option(512, "Longest output, in tokens.", "N", min=1)
     batch_tokens: int = runs.option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
     seed: int = runs.option(0, "Seed of the bootstrap.", "N")

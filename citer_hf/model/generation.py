@@ -20,12 +20,12 @@ from transformers.generation import StoppingCriteriaList
 
 from .batch import decode_rows
 from .batch_support import rows_can_part
-from .cache import CiterCache
+from .cache import CiterCache, Routing
 from .compat import CACHE, cache_of, with_both_names, with_cache_name
 from .decoding import Decoding, Stops
 from .kv_layers import all_grow, growing_cache
 from .one_sequence import decode_one_row
-from .routers import Routing, as_threshold
+from .routers import as_threshold
 from .schedule import waiting_policy
 from .static import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
 

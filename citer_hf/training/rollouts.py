@@ -120,7 +120,7 @@ def shared_prefixes(
     inputs = {"attention_mask": mask, "use_cache": True}
     if alone is None:
         # Above 1, both models read.
-        model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1, router_threshold=2.0, **inputs)
+        model(ids, position_ids=positions, cache=cache, logits_to_keep=1, router_threshold=2.0, **inputs)
     elif alone == "slm":
         model._run_slm(ids, positions, cache, 1, inputs, {})
     else:

@@ -283,8 +283,9 @@ def test_models_and_adapters_that_have_moved_are_found_by_their_new_names(home):
 
 def test_a_router_is_trained_on_an_adapted_model(home):
     pytest.importorskip("pyarrow")
-    from citer_hf.training import label_preferences, train
     from citer_hf.training.router_trainer import TrainingSettings
+
+    from citer_hf.training import label_preferences, train
     from tests.chat_pairs import character_tokenizer
     from tests.training_data import has_letter, task
 
