@@ -23,7 +23,6 @@ from .runs import WORK, import_extra, option
 if TYPE_CHECKING:
     from .model.modeling import CiterForCausalLM
 
-DEMO = "demo"
 INTERRUPTED = 130
 # The extra that brings the libraries which a command needs beyond the package's own.
 EXTRAS = {"serve": "serve", "label": "train", "train": "train", "evaluate": "train", "calibrate": "train"}
@@ -43,7 +42,6 @@ class Commands(typer.core.TyperGroup):
     """The commands, whose options are imported when they are called."""
 
     def resolve_command(self, *arguments: Any) -> Any:
-        """Return the name, the command and the arguments that are left."""
         name, found, rest = super().resolve_command(*arguments)
         if name in COMMANDS:
             one = typer.Typer(**PLAIN)
@@ -81,7 +79,7 @@ def citer(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make `--version` an option of the program."""
+    """Run one of the commands below."""
 
 
 def main() -> None:
@@ -120,9 +118,9 @@ def plain_errors(out: Path | None = None, extra: str | None = None) -> Iterator[
 
 
 def say(text: str) -> None:
-    """Print a result, once when there are several processes."""
     from .runs import process_state
 
+    # Once, when there are several processes.
     if process_state().is_main_process:
         typer.echo(text)
 
@@ -206,7 +204,7 @@ def place_of(model: str) -> str:
     """Return the directory or repository id that a user means."""
     from .demo import PAIR
 
-    return str(PAIR) if model == DEMO else model
+    return str(PAIR) if model == "demo" else model
 
 
 def load_pair(options: Options) -> CiterForCausalLM:
@@ -267,7 +265,7 @@ def demo(
         show.export(export, seed, problems, split)
         typer.echo(f"Wrote {problems} problems to {export}.", err=True)
         return
-    raise typer.Exit(show.show(place_of(DEMO), seed, problems, router_threshold, json))
+    raise typer.Exit(show.show(place_of("demo"), seed, problems, router_threshold, json))
 
 
 @command
