@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from .cli_convert import convert
 from .cli_hub import push
 from .cli_method import calibrate, evaluate, label, train
 from .cli_serve import serve
-from .cli_shared import DEMO, DeviceMap, Dtype, Threshold, TrustRemoteCode, app, plain_errors, resolve_model
+from .cli_shared import DeviceMap, Dtype, Threshold, TrustRemoteCode, app, plain_errors, resolve_model
 
 __all__ = ["app", "main", "resolve_model"]
 
@@ -50,14 +51,16 @@ def demo(
     if export is None and split != "test":
         raise typer.BadParameter("--split is for --export; the demo itself is about test problems.")
     with plain_errors():
-        from citer_hf.demo import show
+        from .demo import demo as command
 
         if export is not None:
-            show.export(export, seed, problems, split)
+            command.export(export, seed, problems, split)  # type: ignore[arg-type]
             typer.echo(f"Wrote {problems} problems to {export}.", err=True)
             return
-        status = show.show(resolve_model(DEMO), seed, problems, router_threshold, json)
-    raise typer.Exit(status)
+        options = {"seed": seed, "problems": problems, "router_threshold": router_threshold}
+        report = command.demo(visible=not json, **options)
+        typer.echo(dumps(report.as_dict(), indent=2) if json else report.table())
+    raise typer.Exit(130 if report.interrupted else 0)
 
 
 @app.command()
