@@ -172,7 +172,7 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
     return report
 
 
-def export(path: str | Path, seed: int = 0, count: int = 200, split: Split = "test") -> None:
+def export(path: str | Path, seed: int = 0, count: int = 200, split: str = "test") -> None:
     """Write problems as JSON lines with `prompt`, `response` and `answer`.
 
     Args:

@@ -46,12 +46,12 @@ class Problem:
     answer: str
 
 
-def problems(split: Split, seed: int, count: int) -> Iterator[Problem]:
+def problems(split: str, seed: int, count: int) -> Iterator[Problem]:
     """Yield the first `count` problems of a split."""
     return (problem(split, seed, index) for index in range(count))
 
 
-def problem(split: Split, seed: int, index: int) -> Problem:
+def problem(split: str, seed: int, index: int) -> Problem:
     """Return problem number `index` of a split, without making those before it."""
     if split not in ("train", "validation", "test"):
         raise ValueError(f"no split named {split!r}: choose train, validation or test")
