@@ -4,25 +4,23 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import importers
-from .model import saved_router
 from .model.cache import CiterCache
 from .model.configuration import CiterConfig
 from .model.modeling import CiterForCausalLM
+from .model.saving import register_uploader
 
 __version__ = "0.1.0"
 __all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__"]
 
 AutoConfig.register("citer", CiterConfig)
 AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
-saved_router.read_router_file = importers.read_router_file
 
 
-def _push(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) -> str:
-    from .hub import push_pair
+def _upload(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) -> str:
+    from .hub import push_model
 
-    return push_pair(model, folder, repo_id, **options)
+    return push_model(model, folder, repo_id, **options)
 
 
-# The core, which travels without the rest, cannot write a card, nor judge what results are of.
-CiterForCausalLM._push = staticmethod(_push)
+# The model, which travels without the rest, cannot write a card.
+register_uploader(_upload)

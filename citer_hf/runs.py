@@ -130,14 +130,7 @@ class Work:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(begun, arguments)
         self.wait()
-        found = read_json(begun)
-        different = sorted(key for key in found.keys() | arguments.keys() if found.get(key) != arguments.get(key))
-        if different:
-            raise ValueError(
-                f"out: {out} holds work that was begun with other arguments: "
-                + "; ".join(f"{key} was {found.get(key)!r} and is {arguments.get(key)!r}" for key in different)
-                + ". Give the same arguments to resume (in every process), or another directory."
-            )
+        check_arguments(out, read_json(begun), arguments)
 
     def run(
         self, name: str, units: Sequence[Any], compute: Callable[[Any], Any], progress: Progress | None = None
@@ -176,7 +169,8 @@ class Work:
         if type(value).__module__.startswith("pyarrow"):
             write_table(value, stem.with_suffix(".parquet"))
         else:
-            write_json(stem.with_suffix(".json"), {"value": value})
+            with atomic_write(stem.with_suffix(".json")) as file:
+                file.write(json.dumps({"value": value}).encode())
 
     def _read(self, name: str, number: int) -> Any:
         path = self._find(name, number)
@@ -187,6 +181,17 @@ class Work:
         import pyarrow.parquet as pq
 
         return pq.read_table(path, memory_map=True)
+
+
+def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` when a directory holds the work of other arguments, and name those that differ."""
+    different = sorted(key for key in found.keys() | arguments.keys() if found.get(key) != arguments.get(key))
+    if different:
+        raise ValueError(
+            f"out: {out} holds work that was begun with other arguments: "
+            + "; ".join(f"{key} was {found.get(key)!r} and is {arguments.get(key)!r}" for key in different)
+            + ". Give the same arguments to resume (in every process), or another directory."
+        )
 
 
 def write_table(table: Any, path: Path) -> None:

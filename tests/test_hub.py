@@ -157,7 +157,7 @@ def test_what_cannot_be_pushed_is_said(pushed):
 
 
 LOAD = """
-    from citer_hf.evaluation.provenance import describe_run
+    from citer_hf.runs import base_models
 
     commits = json.loads(os.environ["COMMITS"])
     torch.manual_seed(3)
@@ -187,8 +187,8 @@ LOAD = """
     moved = CiterForCausalLM.from_pretrained("me/router", revision=commits[0], llm_revision="same", token=TOKEN)
     held = CiterForCausalLM.from_pretrained("me/held", token=TOKEN)
     loaded = CiterForCausalLM.from_pair(model.slm, "me/llm", router=model.router, llm_revision="same", token=TOKEN)
-    runs = [describe_run(pair) for pair in (model, moved, held, loaded)]
-    said["commits"] = [[run[part]["commit"] for part in ("model", "slm", "llm")] for run in runs]
+    runs = [base_models(pair) for pair in (model, moved, held, loaded)]
+    said["commits"] = [[run[role]["commit"] for role in ("slm", "llm")] for run in runs]
     load = CiterForCausalLM.from_pretrained
     said["errors"] = {
         "wrong token": error(lambda: load("me/held", token=WRONG, force_download=True)),
@@ -252,14 +252,9 @@ def test_a_model_that_is_saved_along_says_which_published_one_it_was(client, loa
 
 
 def test_provenance_names_the_commits_of_what_was_loaded(client, loaded):
-    router, held, slm = (head_of(client, f"me/{name}") for name in ("router", "held", "slm"))
+    held, slm = (head_of(client, f"me/{name}") for name in ("held", "slm"))
     same = client.hub.repositories["me/llm"].branches["same"]
-    assert loaded["commits"] == [
-        [router, slm, uploaded(client, "me/llm")],
-        [uploaded(client, "me/router"), slm, same],
-        [held, held, held],
-        [None, None, same],
-    ]
+    assert loaded["commits"] == [[slm, uploaded(client, "me/llm")], [slm, same], [held, held], [None, same]]
 
 
 def test_errors_of_the_hub_name_what_and_what_to_do(loaded):

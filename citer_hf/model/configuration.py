@@ -7,13 +7,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
+from .compat import CACHE_NAMES, keep_token, restore_token
 from .routers import as_threshold
 
 CONFIG_VERSION = 1
-# A second name for `token`, under which it arrives in every version of transformers.
-TOKEN = "_token_of_from_pretrained"
-
-MOST_LAYERS = 10_000
 
 
 class CiterConfig(PreTrainedConfig):
@@ -37,7 +34,7 @@ class CiterConfig(PreTrainedConfig):
 
     model_type = "citer"
     sub_configs = {"slm_config": AutoConfig, "llm_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     def __init__(
         self,
@@ -72,17 +69,12 @@ class CiterConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a configuration, as every transformers configuration is loaded."""
-        # transformers 5.17 forgets a token on the way to `get_config_dict`, so that private routers are not found.
-        token = {TOKEN: kwargs["token"]} if kwargs.get("token") is not None else {}
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **token)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **keep_token(kwargs))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read the content of a `config.json`."""
-        token = kwargs.pop(TOKEN, None)
-        if token is not None:
-            kwargs["token"] = token
-        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return super().get_config_dict(pretrained_model_name_or_path, **restore_token(kwargs))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -94,8 +86,6 @@ class CiterConfig(PreTrainedConfig):
                 f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
                 "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
             )
-        for role in ("slm", "llm"):
-            check_layers(role, config_dict.get(f"{role}_config"))
         unknown = sorted(key for key in set(config_dict) - _known_keys() if not key.startswith("_"))
         if unknown:
             warnings.warn(
@@ -188,17 +178,6 @@ def _known_keys() -> set[str]:
     }
 
 
-def check_layers(role: str, config: Any) -> None:
-    """Refuse a configuration with more layers than any model has."""
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        claimed = config.get(name) if isinstance(config, dict) else None
-        if isinstance(claimed, int) and claimed > MOST_LAYERS:
-            raise ValueError(
-                f"config: {role}_config says that {name} is {claimed}, expected at most {MOST_LAYERS}. The file is "
-                "damaged, or means harm."
-            )
-
-
 def table_size(config: PreTrainedConfig) -> int:
     """Number of rows of a model's vocabulary table."""
     size = getattr(config.get_text_config(), "vocab_size", None)
@@ -207,6 +186,12 @@ def table_size(config: PreTrainedConfig) -> int:
             f"{type(config).__name__} has no vocab_size: expected the configuration of a causal language model."
         )
     return int(size)
+
+
+def router_width(config: PreTrainedConfig) -> int:
+    """Return the width of an SLM's last hidden state, as its head takes it."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

@@ -1,49 +1,98 @@
-"""Routers to compare with, trained on the same labels and with the same settings."""
+"""Routers to compare with in evaluations: trained on the same labels, or by somebody else for the same pair."""
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import safetensors.torch
 from torch import nn
+from transformers.utils.hub import cached_file
 
+from citer_hf import CiterConfig, CiterForCausalLM
+from citer_hf.model.hidden_states import hidden_size_of
 from citer_hf.model.routers import build_router
+from citer_hf.runs import alone, from_main_process, process_state, progress_bar
 
 from .labels import Labels
 from .objectives import OBJECTIVES, QUERY
-from .router_trainer import DEFAULTS, NothingToLearn, TrainingSettings, train_router
+from .train import PROVENANCE, NothingToLearn, TrainOptions, train_router
 
-__all__ = ["train_baselines"]
+__all__ = ["baseline_routers", "method_of", "router_of"]
 
+TRAINED = {**OBJECTIVES, "query": QUERY}
 UNTRAINED = ("confidence", "entropy", "random")
 
 logger = logging.getLogger(__name__)
 
 
-def train_baselines(
-    labels: Labels,
-    settings: TrainingSettings = DEFAULTS,
-    report: Callable[[str, int, int], None] = lambda what, done, total: None,
-    methods: Sequence[str] | None = None,
+def baseline_routers(
+    model: CiterForCausalLM, labels_dir: str | Path, methods: Sequence[str] | None = None, seed: int = 0
 ) -> dict[str, nn.Module]:
-    """Train a router with every objective, and query-level routing; add those that need no training."""
-    known = [*OBJECTIVES, "query", *UNTRAINED]
+    """Train a router with every objective and for whole queries; add the kinds that need no training.
+
+    Args:
+        model: The pair that was labelled.
+        labels_dir: Directory of the labels.
+        methods: The names of those that are wanted. Default: all.
+        seed: Of the training.
+
+    Returns:
+        Routers by the names of their methods, on the SLM's device, in every process.
+
+    Raises:
+        ValueError: for unknown methods, or labels of another pair.
+    """
+    known = [*TRAINED, *UNTRAINED]
     unknown = sorted(set(methods or ()) - set(known))
     if unknown:
         raise ValueError(f"methods: there is no {unknown[0]!r}; expected some of {known}.")
-    wanted = known if methods is None else methods
-    objectives = {name: one for name, one in {**OBJECTIVES, "query": QUERY}.items() if name in wanted}
+    labels = Labels.load(labels_dir)
+    labels.check_pair(model)
+    wanted = [name for name in known if methods is None or name in methods]
     routers: dict[str, nn.Module] = {}
-    for name, objective in objectives.items():
-        report("training", len(routers), len(objectives))
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                routers[name] = train_router(labels, objective, Path(folder), settings).router
-            except NothingToLearn as error:
-                # An SLM that is never right alone leaves query-level routing nothing to learn; the others go on.
-                logger.warning("%s is left out. %s", name, error)
-    report("training", len(routers), len(objectives))
-    hidden_size = labels.hidden.shape[1]
-    return routers | {name: build_router({"type": name}, hidden_size) for name in UNTRAINED if name in wanted}
+    if process_state().is_main_process:
+        with progress_bar() as progress, alone():
+            progress.begin("training", len(wanted))
+            for name in wanted:
+                try:
+                    routers[name] = baseline(name, labels, seed)
+                except NothingToLearn as error:
+                    # An SLM that is never right alone leaves query-level routing nothing to learn.
+                    logger.warning("%s is left out. %s", name, error)
+                progress.advance()
+    return {name: router.to(model.slm.device) for name, router in from_main_process(routers).items()}
+
+
+def baseline(name: str, labels: Labels, seed: int) -> nn.Module:
+    """Return the router of one method."""
+    if name in UNTRAINED:
+        return build_router({"type": name}, labels.hidden.shape[1])
+    with tempfile.TemporaryDirectory() as folder:
+        router: nn.Module = train_router(labels, TRAINED[name], TrainOptions(seed=seed), Path(folder)).router
+    return router
+
+
+def router_of(directory: str | Path, model: CiterForCausalLM) -> tuple[str, nn.Module]:
+    """Return method and router of a directory that `citer train` has made for the same pair."""
+    directory = Path(directory)
+    method = method_of(str(directory)) if (directory / PROVENANCE).is_file() else None
+    if method is None:
+        raise FileNotFoundError(
+            f"--compare: {directory} has no {PROVENANCE} that names its method: expected a directory that "
+            "`citer train` has made."
+        )
+    router = build_router(CiterConfig.from_pretrained(directory).router, hidden_size_of(model.slm))
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    weights = {key.removeprefix("router."): value for key, value in tensors.items() if key.startswith("router.")}
+    router.load_state_dict(weights)
+    return method, router.eval().to(model.slm.device)
+
+
+def method_of(name: str) -> str | None:
+    """Return the method that a router was trained with, where `citer train` has noted it; `name`: path or id."""
+    file = cached_file(name, PROVENANCE, _raise_exceptions_for_missing_entries=False) if name else None
+    return json.loads(Path(file).read_text()).get("objective") if file else None

@@ -1,96 +1,168 @@
-"""Labels on disk: what they hold, and reading them back.
+"""Labels on disk and in memory.
 
-A directory of labels is a `datasets` repository: Parquet shards in `data/` (one row per token of a reference answer)
-and `questions/` (one row per question), a card, and `labels.json` with what they were made with.
+A directory of labels is a `datasets` repository: Parquet shards in `data/` (a row per token of a reference answer) and
+`questions/` (a row per question), a card, and `labels.json`, the last file, with what the labels were made with.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
+from citer_hf import CiterForCausalLM
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
+from citer_hf.runs import atomic_write, base_models, import_extra, read_json, sha256_of, write_json, write_table
 
-from .teacher import TOP_LOGPROBS
-from .units import read_table
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    pa = import_extra("pyarrow", "train")
+    pq = import_extra("pyarrow.parquet", "train")
 
-__all__ = ["INFO", "Labels", "question_schema", "token_schema"]
+__all__ = ["BOTH_WRONG", "INFO", "LLM_RIGHT", "SLM_RIGHT", "TOP_LOGPROBS", "Labels", "token_table", "write_labels"]
 
 INFO = "labels.json"
+CARD = Path(__file__).with_name("card.md")
+TOP_LOGPROBS = 8
+SLM_RIGHT, LLM_RIGHT, BOTH_WRONG = 1, 2, 3
+CASES = {
+    SLM_RIGHT: "the SLM's token is the reference",
+    LLM_RIGHT: "the LLM's is, the SLM's is not",
+    BOTH_WRONG: "neither is",
+}
+INTEGERS = ("position", "case", "reference_token", "slm_token", "llm_token", "label", "rollout", "llm_rollout")
+LOGPROBS = ("slm_logprob", "llm_logprob")
+VECTORS = ("hidden", "top_logprobs")
 
 
 def token_schema(hidden_size: int) -> pa.Schema:
-    """Return the columns of `data/`."""
+    """Return the columns of `data/`; null for what is not known."""
+    vectors = {"hidden": hidden_size, "top_logprobs": TOP_LOGPROBS}
     return pa.schema(
-        [
-            ("question", pa.string()),
-            ("position", pa.int32()),
-            ("hidden", pa.list_(pa.float16(), hidden_size)),
-            ("top_logprobs", pa.list_(pa.float16(), TOP_LOGPROBS)),
-            # 1: the SLM's token is good enough; 0: the LLM must write; null: not known, no roll-out was made.
-            ("label", pa.int8()),
-            ("case", pa.int8()),
-            ("reference_token", pa.int32()),
-            ("slm_token", pa.int32()),
-            ("llm_token", pa.int32()),
-            ("slm_logprob", pa.float32()),
-            ("llm_logprob", pa.float32()),
-            # Whether the answer is right when the SLM's token is taken and the policy goes on; null: no roll-out.
-            ("rollout", pa.int8()),
-            # The same for the LLM's token, where the SLM's has failed.
-            ("llm_rollout", pa.int8()),
-        ]
+        [("question", pa.string()), ("position", pa.int32())]
+        + [(name, pa.list_(pa.float16(), width)) for name, width in vectors.items()]
+        + [(name, pa.int8()) for name in ("label", "case")]
+        + [(name, pa.int32()) for name in ("reference_token", "slm_token", "llm_token")]
+        + [(name, pa.float32()) for name in LOGPROBS]
+        + [(name, pa.int8()) for name in ("rollout", "llm_rollout")]
     )
 
 
 def question_schema() -> pa.Schema:
     """Return the columns of `questions/`."""
-    return pa.schema(
-        [
-            ("question", pa.string()),
-            ("prompt_ids", pa.list_(pa.int32())),
-            ("reference_ids", pa.list_(pa.int32())),
-            # Whether the SLM, and the LLM, alone answer the question rightly.
-            ("slm_correct", pa.bool_()),
-            ("llm_correct", pa.bool_()),
-            ("example", pa.string()),
-        ]
+    lists = [(name, pa.list_(pa.int32())) for name in ("prompt_ids", "reference_ids")]
+    truths = [(name, pa.bool_()) for name in ("slm_correct", "llm_correct")]
+    return pa.schema([("question", pa.string()), *lists, *truths, ("example", pa.string())])
+
+
+def token_table(columns: Mapping[str, torch.Tensor]) -> pa.Table:
+    """Return columns `[tokens]` and `[tokens, width]` as a table."""
+
+    def array(values: torch.Tensor) -> pa.Array:
+        flat = pa.array(values.cpu().contiguous().numpy().reshape(-1))
+        return flat if values.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+    return pa.table({name: array(values) for name, values in columns.items()})
+
+
+def write_labels(
+    out: Path,
+    info: Mapping[str, Any],
+    tables: Sequence[pa.Table],
+    outcomes: Mapping[str, torch.Tensor],
+    questions: Sequence[Encoded],
+    answers: Mapping[str, Sequence[bool]],
+) -> None:
+    """Write shards, card and `labels.json`; outcomes are columns over the tokens of all tables, -1 for unknown."""
+    for folder in ("data", "questions"):
+        (out / folder).mkdir(exist_ok=True)
+    schema = token_schema(tables[0].schema.field("hidden").type.list_size)
+    ids = np.array([one.example.id for one in questions])
+    start = 0
+    for number, table in enumerate(tables):
+        columns = {name: table[name] for name in table.column_names}
+        columns["question"] = pa.array(ids[table["question"].to_numpy()])
+        for name, values in outcomes.items():
+            part = values[start : start + len(table)].numpy()
+            columns[name] = pa.array(part, pa.int8(), mask=part < 0)
+        start += len(table)
+        shard = pa.table(columns).select(schema.names).cast(schema)
+        write_table(shard, out / "data" / f"train-{number:05d}-of-{len(tables):05d}.parquet")
+    rows = [
+        {
+            "question": one.example.id,
+            "prompt_ids": one.prompt_ids,
+            "reference_ids": one.response_ids,
+            "slm_correct": answers["slm"][index],
+            "llm_correct": answers["llm"][index],
+            "example": json.dumps(asdict(one.example)),
+        }
+        for index, one in enumerate(questions)
+    ]
+    write_table(pa.Table.from_pylist(rows, question_schema()), out / "questions" / "train-00000-of-00001.parquet")
+    made_with = {key: value for key, value in info.items() if key != "counts"}
+    counts = info["counts"]
+    card = CARD.read_text(encoding="utf-8").format(
+        **{key: value for key, value in counts.items() if key != "cases"},
+        cases="\n".join(case_line(case, counts) for case in CASES),
+        router_threshold=info["options"]["router_threshold"],
+        info=INFO,
+        made_with=json.dumps(made_with, indent=2),
     )
+    with atomic_write(out / "README.md") as file:
+        file.write(card.encode())
+    write_json(out / INFO, dict(info))
+
+
+def case_line(case: int, counts: Mapping[str, Any]) -> str:
+    """Return the line of a case in the card."""
+    tokens, made, right = (counts[key][case] for key in ("cases", "rollouts", "right"))
+    share = f"{right / made:.1%}" if made else "–"
+    return f"| {case} | {CASES[case]} | {tokens} | {tokens / counts['tokens']:.1%} | {made} | {share} |"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels in memory, one entry per token, questions one after the other."""
+    """Labels in memory: `[tokens]` unless it says otherwise, questions one after the other; -1 for not known."""
 
     directory: Path
-    info: dict[str, Any]
+    info: dict[str, Any]  # what the labels were made with, and counts
     questions: list[Encoded]
-    slm_correct: torch.Tensor
+    slm_correct: torch.Tensor  # bool [questions]: the SLM alone answers the question rightly
     llm_correct: torch.Tensor
-    question: torch.Tensor
-    position: torch.Tensor
-    hidden: torch.Tensor
-    top_logprobs: torch.Tensor
-    case: torch.Tensor
+    question: torch.Tensor  # index of the token's question
+    position: torch.Tensor  # index of the token in its reference answer
+    hidden: torch.Tensor  # fp16 [tokens, H]: last hidden state of the SLM before the token
+    top_logprobs: torch.Tensor  # fp16 [tokens, 8]: largest log-probabilities of the SLM there
+    case: torch.Tensor  # 1: the SLM's token is the reference; 2: only the LLM's is; 3: neither is
     reference_token: torch.Tensor
-    slm_token: torch.Tensor
+    slm_token: torch.Tensor  # likeliest token of each model
     llm_token: torch.Tensor
-    slm_logprob: torch.Tensor
+    slm_logprob: torch.Tensor  # fp32: log-probability of the reference token
     llm_logprob: torch.Tensor
-    label: torch.Tensor
-    rollout: torch.Tensor
-    llm_rollout: torch.Tensor
+    label: torch.Tensor  # 1: the SLM's token is good enough; 0: the LLM must write (cases 1, 2, and 3 by roll-outs)
+    rollout: torch.Tensor  # 1: the answer is right when the SLM's token is taken and the policy goes on
+    llm_rollout: torch.Tensor  # the same for the LLM's token, where the SLM's has failed
 
     @classmethod
     def load(cls, directory: str | Path) -> Labels:
-        """Read a directory of labels."""
+        """Load a directory of labels.
+
+        Args:
+            directory: Made by `citer label` or `label_preferences`.
+
+        Raises:
+            FileNotFoundError: when there are no finished labels.
+            ValueError: when the labels hold values that are not finite.
+        """
         directory = Path(directory)
         if not (directory / INFO).is_file():
             state = "holds no labels" if directory.is_dir() else "does not exist"
@@ -98,41 +170,67 @@ class Labels:
                 f"labels: {directory} {state}: expected a directory that `citer label` has finished ({INFO} is its "
                 "last file). If it was interrupted, run the same `citer label` again."
             )
-        tokens = read_table(sorted((directory / "data").glob("*.parquet")))
-        asked = read_table(sorted((directory / "questions").glob("*.parquet")))
-        names = {name: index for index, name in enumerate(asked["question"].to_pylist())}
-        question = torch.tensor([names[name] for name in tokens["question"].to_pylist()])
-        columns = {name: integers(tokens[name]) for name in INTEGERS}
-        columns |= {name: torch.tensor(tokens[name].to_numpy()) for name in ("slm_logprob", "llm_logprob")}
-        columns |= {name: vectors(tokens[name]) for name in ("hidden", "top_logprobs")}
-        labels = cls(
+        tokens, asked = (read_shards(directory / folder) for folder in ("data", "questions"))
+        numbers = {name: index for index, name in enumerate(asked["question"].to_pylist())}
+        columns = {name: tokens[name].fill_null(-1).to_numpy().astype(np.int64) for name in INTEGERS}
+        columns |= {name: tokens[name].to_numpy() for name in LOGPROBS}
+        columns |= {name: vectors(tokens[name]) for name in VECTORS}
+        for name in (*LOGPROBS, *VECTORS):
+            if not np.isfinite(columns[name]).all():
+                raise ValueError(f"labels: {directory} has NaN or infinite values in {name}; make the labels again.")
+        return cls(
             directory=directory,
-            info=json.loads((directory / INFO).read_text()),
+            info=read_json(directory / INFO),
             questions=[question_of(row) for row in asked.to_pylist()],
             slm_correct=torch.tensor(asked["slm_correct"].to_pylist()),
             llm_correct=torch.tensor(asked["llm_correct"].to_pylist()),
-            question=question,
-            **columns,
+            question=torch.tensor([numbers[name] for name in tokens["question"].to_pylist()]),
+            **{name: torch.from_numpy(values.copy()) for name, values in columns.items()},
         )
-        for name in ("hidden", "top_logprobs", "slm_logprob", "llm_logprob"):
-            if not bool(getattr(labels, name).isfinite().all()):
-                raise ValueError(f"labels: {directory} has NaN or infinite values in {name}; make the labels again.")
-        return labels
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the labels were made with; older labels have them beside the rest."""
+        return self.info.get("options", self.info)
+
+    def check_pair(self, model: CiterForCausalLM) -> None:
+        """Raise a `ValueError` unless the labels were made with this pair; its models may have moved."""
+        for role, here in base_models(model).items():
+            # Older labels have the start of a hash alone.
+            there = self.info.get(role) or {"sample_sha256": self.info["made_with"][role]}
+            same_size = there.get("parameters", here["parameters"]) == here["parameters"]
+            if not (same_size and here["sample_sha256"].startswith(there["sample_sha256"])):
+                made_with = f"{there['name']!r}" if "name" in there else "another one"
+                raise ValueError(
+                    f"labels: expected labels that were made with this pair's {role.upper()}, {here['name']!r}, but "
+                    f"those in {self.directory} were made with {made_with} (other weights). Give the pair that was "
+                    "labelled, or make new labels with `citer label`."
+                )
+        if self.info.get("tokenizer_sha256") not in (None, tokenizer_sha256(model)):
+            raise ValueError(
+                f"labels: expected labels that were made with this pair's tokenizer and chat template, but those in "
+                f"{self.directory} were made with others. Give the pair that was labelled, or make new labels."
+            )
+
+    def summary(self) -> str:
+        """Return what was labelled, as text."""
+        counts = self.info["counts"]
+        cases = ", ".join(f"{counts['cases'][str(case)] / counts['tokens']:.1%}" for case in CASES)
+        return (
+            f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {self.directory}: cases 1, 2, 3 "
+            f"are {cases}; {counts['positive_rollouts']:.1%} of the roll-outs are right."
+        )
 
 
-INTEGERS = ("position", "case", "reference_token", "slm_token", "llm_token", "label", "rollout", "llm_rollout")
+def read_shards(folder: Path) -> pa.Table:
+    """Read the Parquet files of a folder, one after the other."""
+    return pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
 
 
-def integers(column: pa.ChunkedArray) -> torch.Tensor:
-    """Return a column of integers, -1 for null."""
-    return torch.tensor(column.fill_null(-1).to_numpy().astype(np.int64))
-
-
-def vectors(column: pa.ChunkedArray) -> torch.Tensor:
-    """Return a column of vectors, `[rows, width]`."""
+def vectors(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of vectors, `[tokens, width]`."""
     values = column.combine_chunks()
-    width = values.type.list_size
-    return torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width).copy())
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
 
 
 def question_of(row: dict[str, Any]) -> Encoded:
@@ -142,3 +240,20 @@ def question_of(row: dict[str, Any]) -> Encoded:
         if fields[name] is not None:
             fields[name] = tuple(tuple(one) if isinstance(one, list) else one for one in fields[name])
     return Encoded(Example(**fields), row["prompt_ids"], row["reference_ids"])
+
+
+def tokenizer_sha256(model: CiterForCausalLM) -> str:
+    """Return the sha256 of a pair's tokenizer with its chat template."""
+    tokenizer = tokenizer_of(model)
+    return sha256_of([tokenizer.get_vocab(), tokenizer.chat_template])
+
+
+def tokenizer_of(model: CiterForCausalLM) -> Any:
+    """Return the tokenizer of a pair, or raise a `ValueError`."""
+    tokenizer = model.load_tokenizer()
+    if tokenizer is None:
+        raise ValueError(
+            "model: expected a pair with a tokenizer, got one without. Save the tokenizer beside the SLM "
+            "(tokenizer.save_pretrained), and load the pair again."
+        )
+    return tokenizer

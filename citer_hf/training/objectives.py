@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .labels import Labels
-from .teacher import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS
+from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels
 
 __all__ = ["OBJECTIVES", "QUERY", "Objective", "Targets", "co_llm_loss", "known", "preference_loss"]
 

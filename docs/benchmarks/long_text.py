@@ -38,6 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from citer_hf import CiterForCausalLM
 from citer_hf.bench.contenders import greedy_without_end
+from citer_hf.model.compat import cache_of
 
 SHARE, NEW_TOKENS, LENGTHS = 0.2, 256, (400, 4000)
 LONG_PROMPT, LAST_TOKENS = 8184, 8
@@ -143,7 +144,7 @@ def measure_growth(who: str, directory: Path) -> None:
     before = resident("VmRSS")
     prompt = random_prompt(LONG_PROMPT, model.config.vocab_size)
     output = model.generate(prompt, max_new_tokens=LAST_TOKENS, return_dict_in_generate=True, **options)
-    growth, cache = resident("VmHWM") - before, output.past_key_values
+    growth, cache = resident("VmHWM") - before, cache_of(output)
     caches = (cache.slm, cache.llm) if who == "pair" else (cache,)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for one in caches for layer in one.layers)
     print(json.dumps({"growth": growth, "kept": kept}))

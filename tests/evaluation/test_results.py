@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from citer_hf.evaluation.points import Point, bootstrap_interval
-from citer_hf.evaluation.results import Results, average_results, make_results
-from citer_hf.evaluation.summary import accuracy_at, average_curves, compare, cost_at, summarize
-from citer_hf.evaluation.table import markdown
+from citer_hf.evaluation.results import (
+    Point,
+    Results,
+    accuracy_at,
+    bootstrap_interval,
+    compare,
+    cost_at,
+    make_results,
+    summarize,
+)
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def point(share: float, accuracy: float, moved: float | None = None) -> Point:
@@ -64,40 +74,51 @@ def test_a_comparison_is_at_equal_accuracy_and_at_equal_cost():
     assert compared.gain_at_bytes == pytest.approx(compared.gain)
 
 
-def test_the_mean_of_curves_is_taken_at_equal_shares():
-    other = [point(0.2, 0.4), point(0.8, 0.9)]
-    mean = average_curves(ENDS, [CURVE, other], [0.2, 0.4])
-    assert [one.llm_share for one in mean] == pytest.approx([0.2, 0.4])
-    assert mean[0].accuracy == pytest.approx((0.7 + 0.4) / 2)
-    assert mean[0].threshold is None
-    assert mean[0].bytes == pytest.approx(280)
-    one, two = (make_results(ENDS, {"citer": curve}, {"problems": 9}) for curve in (CURVE, other))
-    averaged = average_results([one, two], [0.2, 0.4])
-    assert averaged.methods["citer"] == mean
-    assert averaged.provenance["summaries"]["citer"] == [one.summary["citer"], two.summary["citer"]]
+@pytest.mark.parametrize("other_problems", [False, True])
+def test_the_mean_of_runs_is_taken_at_equal_shares(tmp_path: Path, other_problems: bool):
+    curves = {"one": {"citer": CURVE, "entropy": CURVE}, "two": {"citer": [point(0.2, 0.4), point(0.8, 0.9)]}}
+    ends = {"one": ENDS, "two": {**ENDS, "slm": point(0, 0.3)} if other_problems else ENDS}
+    origin = {"problems": 9, "router_sha256": "ab", "options": {"shares": [0.2, 0.4]}}
+    for name, methods in curves.items():
+        (tmp_path / name).mkdir()
+        make_results(ends[name], methods, origin).write(tmp_path / name / "results.json")
+    script = [sys.executable, REPOSITORY / "docs" / "benchmarks" / "average.py", tmp_path / "one", tmp_path / "two"]
+    command = [*map(str, script), "--shipped", "citer", "--out", str(tmp_path / "mean")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if other_problems:
+        assert done.returncode == 1 and "not the same problems" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    mean = Results.read(tmp_path / "mean" / "results.json")
+    assert [one.llm_share for one in mean.methods["citer"]] == pytest.approx([0.2, 0.4])
+    assert mean.methods["citer"][0].accuracy == pytest.approx((0.7 + 0.4) / 2)
+    assert mean.methods["citer"][0].bytes == pytest.approx(280)
+    assert mean.methods["citer"][0].threshold is None
+    # A method that one run lacks is the mean of the others.
+    assert mean.methods["entropy"][1].accuracy == pytest.approx(0.9)
+    assert mean.provenance["router_sha256"] == "ab" and len(mean.provenance["runs"]) == 2
+    assert "citer against entropy" in done.stdout and "| entropy | " in (tmp_path / "mean" / "results.md").read_text()
 
 
-def test_runs_on_other_problems_have_no_mean():
-    one = make_results(ENDS, {"citer": CURVE}, {})
-    with pytest.raises(ValueError, match="not the same problems"):
-        average_results([one, make_results({**ENDS, "slm": point(0, 0.3)}, {"citer": CURVE}, {})])
-
-
-def test_a_method_that_one_run_lacks_is_averaged_over_the_others():
-    both = make_results(ENDS, {"citer": CURVE, "entropy": CURVE}, {})
-    averaged = average_results([both, make_results(ENDS, {"citer": CURVE}, {})], [0.2, 0.4])
-    assert averaged.methods["entropy"] == averaged.methods["citer"]
-    assert [len(averaged.provenance["summaries"][name]) for name in ("citer", "entropy")] == [2, 1]
-
-
-def test_results_come_back_as_they_were_written(tmp_path):
+def test_results_come_back_as_they_were_written(tmp_path: Path):
     results = make_results(ENDS, {"citer": CURVE[::-1]}, {"problems": 9})
     assert results.methods["citer"] == CURVE
     results.write(tmp_path / "results.json")
     assert Results.read(tmp_path / "results.json") == results
     (tmp_path / "other.json").write_text('{"ends": 3}')
-    with pytest.raises(ValueError, match=r"^other\.json: it holds no results"):
+    with pytest.raises(ValueError, match=r"other\.json: expected the results of `citer evaluate`"):
         Results.read(tmp_path / "other.json")
+
+
+def test_results_of_earlier_versions_are_loaded_and_drawn(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from citer_hf.evaluation.plot import draw
+
+    results = Results.read(REPOSITORY / "docs" / "results" / "results.json")
+    assert results.shipped == "citer-plus" and len(results.provenance["runs"]) == 3
+    assert results.markdown() == (REPOSITORY / "docs" / "results" / "results.md").read_text()
+    draw(results, tmp_path / "curve.svg")
+    assert "the pair that ships, 1000 problems" in (tmp_path / "curve.svg").read_text()
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
@@ -121,9 +142,13 @@ def test_accuracy_between_points_lies_on_a_line():
     assert accuracy_at(ENDS, CURVE, 0.25) == pytest.approx(0.75)
 
 
-def test_the_shipped_method_is_named_and_compared_with_the_others(tmp_path):
-    results = replace(make_results(ENDS, {"citer": CURVE, "co-llm": [point(0.8, 0.9)]}, {}), shipped="citer")
+def test_the_shipped_method_is_compared_with_the_others_in_the_tables(tmp_path: Path):
+    results = make_results(ENDS, {"citer": CURVE, "co-llm": [point(0.8, 0.9)]}, {}, shipped="citer")
     results.write(tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["shipped"] == "citer"
     assert Results.read(tmp_path / "results.json") == results
-    assert "| co-llm | 50.0% / 43.9% |" in markdown(results)
+    assert "| co-llm | 50.0% / 43.9% |" in results.markdown()
+    table = results.table()
+    # The summary is last, where a terminal shows it.
+    assert table.index("All points") < table.index("saved by citer") < table.index("The curves")
+    assert "50.0% / 43.9%" in table and "…" not in table

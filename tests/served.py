@@ -15,10 +15,9 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
-from citer_hf.serving.app import build_app
-from citer_hf.serving.engine import Engine
-from citer_hf.serving.limits import Limits
+from citer_hf.serving import ServeOptions
 from citer_hf.serving.metrics import Metrics
+from citer_hf.serving.server import Engine, build_app
 from tests.chat_pairs import character_tokenizer
 
 NAME = "tiny"
@@ -62,9 +61,9 @@ class Served:
 
 
 @contextmanager
-def serving(model: Any, tokenizer: Any = None, **limits: Any) -> Iterator[Served]:
+def serving(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Served]:
     """Serve a pair on a free port."""
-    engine = Engine(model, tokenizer or character_tokenizer(), Limits(**limits), Metrics())
+    engine = Engine(model, tokenizer or character_tokenizer(), ServeOptions(**options), Metrics())
     app = build_app(engine, (NAME,), model.config.router_threshold)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
