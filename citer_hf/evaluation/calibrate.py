@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,7 @@ from citer_hf.data.checkers import Checker
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 
-from .decode import (
-    BATCH_TOKENS,
-    Decoded,
-    check_scores,
-    check_sizes,
-    decode,
-    encode_prompts,
-    score_outputs,
-    threshold_for_share,
-)
+from .decode import Decoded, DecodeOptions, check_scores, decode, encode_prompts, score_outputs, threshold_for_share
 from .evaluate import Grader
 from .results import bootstrap_interval
 
@@ -38,23 +30,21 @@ STAIRS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.95)
 HALVINGS = 4
 PACKAGE = Path(__file__).resolve().parents[1]
 GENERATION = "generation_config.json"
+OWN = "of the pair"
 FILES = ("provenance.json", "config.json", GENERATION)
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(DecodeOptions):
     """Options of `citer calibrate`."""
 
     llm_share: float | None = runs.option(None, "Share of the tokens that the LLM should decide.", "P")
     accuracy: float | None = runs.option(None, "Fraction of the LLM's accuracy to reach as cheaply as possible.", "P")
     write: bool = runs.option(False, "Write the threshold into MODEL, a directory.")
-    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
-    max_new_tokens: int = runs.option(512, "Longest output, in tokens.", "N", min=1)
-    batch_tokens: int = runs.option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
-    seed: int = runs.option(0, "Seed of the bootstrap.", "N")
+    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        check_sizes(self.max_new_tokens, self.batch_tokens)
+        super().__post_init__()
         if len(self.wanted) != 1:
             raise ValueError(f"llm_share, accuracy: expected exactly one, got {sorted(self.wanted) or 'neither'}.")
         for name, value in self.wanted.items():
@@ -226,13 +216,17 @@ class _Trials:
         settings: CalibrateOptions,
         progress: runs.Progress,
     ):
-        self.model, self.prompts, self.grader = model, prompts, grader
-        self.settings, self.progress = settings, progress
-        self.llm = self._decode("LLM alone", alone="llm")
-        routers = {"of the pair": model.router}
-        scores = score_outputs(model, routers, prompts, self.llm.tokens, settings.batch_tokens)
-        self.scores = np.sort(np.concatenate(scores["of the pair"]))
+        self.model, self.prompts, self.grader, self.settings, self.progress = (
+            model,
+            prompts,
+            grader,
+            settings,
+            progress,
+        )
         self.tried: dict[float, Decoded] = {}
+        self.llm = self._decode("LLM alone", alone="llm")
+        scores = score_outputs(model, {OWN: model.router}, prompts, self.llm.tokens, settings.batch_tokens)
+        self.scores = np.sort(scores[OWN])
 
     def _decode(self, name: str, **options: Any) -> Decoded:
         self.progress.begin(name, len(self.prompts))
@@ -243,7 +237,7 @@ class _Trials:
         """Decode with a threshold, once."""
         if threshold not in self.tried:
             decoded = self._decode(f"threshold {threshold:.5g}", router_threshold=threshold)
-            check_scores("of the pair", _scores(decoded))
+            check_scores(OWN, _scores(decoded))
             self.tried[threshold] = decoded
         return self.tried[threshold]
 
@@ -264,7 +258,7 @@ class _Trials:
 
     def for_accuracy(self) -> Calibration:
         """Climb shares until one is accurate enough, then look for a cheaper one below."""
-        of_llm = _mean(self._correct(self.llm))
+        of_llm = fmean(self._correct(self.llm))
         wanted = float(self.settings.accuracy or 0) * of_llm
         failed = 0.0
         for reached in STAIRS:
@@ -272,10 +266,10 @@ class _Trials:
                 break
             failed = reached
         else:
-            best = max(self.tried, key=lambda one: (_mean(self._correct(self.tried[one])), -one))
+            best = max(self.tried, key=lambda one: (fmean(self._correct(self.tried[one])), -one))
             raise ValueError(
                 f"accuracy: no threshold reaches {self.settings.accuracy:.1%} of the LLM's accuracy ({of_llm:.1%}). "
-                f"The best is {best:.6g}, with an accuracy of {_mean(self._correct(self.tried[best])):.1%} and "
+                f"The best is {best:.6g}, with an accuracy of {fmean(self._correct(self.tried[best])):.1%} and "
                 f"{_share(self.tried[best]):.1%} LLM tokens. Ask for less, use the LLM alone, or train the router."
             )
         for _ in range(HALVINGS if reached > 0 else 0):
@@ -287,7 +281,7 @@ class _Trials:
         return threshold_for_share(self.scores, share) if share > 0 else 0.0
 
     def _accuracy(self, share: float) -> float:
-        return _mean(self._correct(self.at(self._threshold(share))))
+        return fmean(self._correct(self.at(self._threshold(share))))
 
     def _correct(self, decoded: Decoded) -> list[float]:
         assert self.grader is not None
@@ -302,7 +296,7 @@ class _Trials:
             llm_share=_share(decoded),
             llm_share_ci=bootstrap_interval(by_llm, lengths, seed=seed),
             problems=len(self.prompts),
-            accuracy=None if correct is None else _mean(correct),
+            accuracy=None if correct is None else fmean(correct),
             accuracy_ci=None if correct is None else bootstrap_interval(correct, seed=seed),
         )
 
@@ -313,7 +307,3 @@ def _scores(decoded: Decoded) -> np.ndarray:
 
 def _share(decoded: Decoded) -> float:
     return sum(map(sum, decoded.to_llm)) / sum(map(len, decoded.to_llm))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -18,6 +18,7 @@ from citer_hf.data.examples import Example
 from citer_hf.data.tokens import encode_prompt
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.schedule import rows_to_wait_for
+from citer_hf.runs import option
 
 Alone = Literal["slm", "llm"]
 
@@ -28,6 +29,20 @@ MOST_LOGITS = 1 << 28
 # Time of an SLM step over that of an LLM call. A measured ratio would differ from run to run, and with it the shapes
 # of the batches and the last bits of the scores.
 STEP_RATIO = 0.3
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Options of commands that decode problems."""
+
+    max_new_tokens: int = option(512, "Longest output, in tokens.", "N", min=1)
+    batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
+    seed: int = option(0, "Seed of the bootstrap.", "N")
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("batch_tokens", self.batch_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a number of tokens from 1 up, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -52,19 +67,21 @@ def decode(
     progress: Callable[[int], None] = lambda outputs: None,
 ) -> Decoded:
     """Decode every prompt greedily, with the pair or with one of its models alone, and none of their own settings."""
-    tokens: list[list[int]] = [[]] * len(prompts)
-    to_llm: list[list[bool]] = [[]] * len(prompts)
-    scores: list[list[float]] = [[]] * len(prompts)
-    seconds, llm_calls = 0.0, 0
-    lengths, limit = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
-    for places, new_tokens in batches(lengths, max_new_tokens, limit, batch_tokens):
-        with evaluating(model.router):
-            batch = _decode_batch(model, [prompts[place] for place in places], new_tokens, alone, router_threshold)
-        seconds, llm_calls = seconds + batch.seconds, llm_calls + batch.llm_calls
-        for index, place in enumerate(places):
-            tokens[place], to_llm[place], scores[place] = batch.tokens[index], batch.to_llm[index], batch.scores[index]
-        progress(len(places))
-    return Decoded(tokens, to_llm, scores, seconds, llm_calls)
+    done: list[tuple[list[int], Decoded]] = []
+    limit = model.config.max_position_embeddings
+    with evaluating(model.router):
+        for places, new_tokens in batches([len(prompt) for prompt in prompts], max_new_tokens, limit, batch_tokens):
+            batch = [prompts[place] for place in places]
+            done.append((places, _decode_batch(model, batch, new_tokens, alone, router_threshold)))
+            progress(len(places))
+    order = np.argsort([place for places, _ in done for place in places]).tolist()
+
+    def joined(field: str) -> list[Any]:
+        values = [value for _, batch in done for value in getattr(batch, field)]
+        return [values[index] for index in order]
+
+    seconds, llm_calls = sum(batch.seconds for _, batch in done), sum(batch.llm_calls for _, batch in done)
+    return Decoded(joined("tokens"), joined("to_llm"), joined("scores"), seconds, llm_calls)
 
 
 def _decode_batch(
@@ -125,13 +142,6 @@ def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example], tokeniz
                 f"context of the pair, {limit}. Shorten the prompt or leave it out."
             )
     return prompts
-
-
-def check_sizes(max_new_tokens: int, batch_tokens: int) -> None:
-    """Raise `ValueError` for sizes of a batch below one token."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_tokens", batch_tokens)):
-        if value < 1:
-            raise ValueError(f"{name}: expected a number of tokens from 1 up, got {value}.")
 
 
 def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
@@ -199,8 +209,8 @@ def score_outputs(
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
     batch_tokens: int = BATCH_TOKENS,
-) -> dict[str, list[np.ndarray]]:
-    """Return every router's scores of every new token of given outputs; the SLM runs once over each."""
+) -> dict[str, np.ndarray]:
+    """Return every router's scores of all new tokens of given outputs; the SLM runs once over each."""
     scores: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(outputs) for name in routers}
     sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
     most = min(batch_tokens, MOST_LOGITS // model.vocab_size)
@@ -219,9 +229,10 @@ def score_outputs(
                 values = router(hidden, logits).float().cpu().numpy()  # [batch, width]
             for place, value, sequence in zip(places, values, batch, strict=True):
                 scores[name][place] = value[len(sequence) - len(outputs[place]) : len(sequence)]
-    for name, of_router in scores.items():
-        check_scores(name, np.concatenate(of_router))
-    return scores
+    joined = {name: np.concatenate(of_router) for name, of_router in scores.items()}
+    for name, of_router in joined.items():
+        check_scores(name, of_router)
+    return joined
 
 
 def check_scores(name: str, scores: np.ndarray) -> None:

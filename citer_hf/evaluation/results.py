@@ -91,15 +91,6 @@ class Point:
     seconds: float
     extracted: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything above, for JSON."""
-        return asdict(self) | {"accuracy_ci": list(self.accuracy_ci)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Point:
-        """Make a point from its JSON form."""
-        return cls(**{**values, "accuracy_ci": tuple(values["accuracy_ci"])})
-
 
 def bootstrap_interval(
     values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int, resamples: int = RESAMPLES
@@ -229,12 +220,7 @@ class Results:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything above, for JSON."""
-        return ({} if self.shipped is None else {"shipped": self.shipped}) | {
-            "ends": {name: point.as_dict() for name, point in self.ends.items()},
-            "methods": {name: [point.as_dict() for point in points] for name, points in self.methods.items()},
-            "summary": self.summary,
-            "provenance": self.provenance,
-        }
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def write(self, path: str | Path) -> None:
         """Write `results.json`, whole or not at all.
@@ -257,8 +243,8 @@ class Results:
         """
         values = read_json(Path(path))
         try:
-            ends = {name: Point.from_dict(point) for name, point in values["ends"].items()}
-            methods = {name: [Point.from_dict(one) for one in points] for name, points in values["methods"].items()}
+            ends = {name: _point(point) for name, point in values["ends"].items()}
+            methods = {name: [_point(one) for one in points] for name, points in values["methods"].items()}
             return cls(ends, methods, values["summary"], values["provenance"], values.get("shipped"))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -304,6 +290,10 @@ class Results:
             lines = ["| " + " | ".join(cells) + " |" for cells in (heading, ruler, *rows)]
             parts.append("\n".join([f"**{title}**", "", *lines]))
         return "\n\n".join(parts) + "\n"
+
+
+def _point(values: Mapping[str, Any]) -> Point:
+    return Point(**{**values, "accuracy_ci": tuple(values["accuracy_ci"])})
 
 
 def make_results(

@@ -255,9 +255,9 @@ def test_problems_without_answers_are_errors(pair: Any):
     ("options", "message"),
     [
         ({"shares": (0.5, 1.0)}, r"^shares: expected .* got 1.0"),
-        ({"thresholds": {"none": [0.5]}}, r"^thresholds: there is no router named 'none'"),
+        ({"thresholds": {"none": [0.5]}}, r"^thresholds: expected routers among .* got 'none'"),
         ({"thresholds": {"random": [float("nan")]}}, r"^router_threshold: expected a number from 0 .* got nan"),
-        ({"thresholds": (0.5,)}, r"^thresholds: they are for the pair's own router"),
+        ({"thresholds": (0.5,)}, r'^thresholds: expected routers among .* got "the pair.s own"'),
         ({"max_new_tokens": 0}, r"^max_new_tokens: expected .* from 1 up, got 0"),
     ],
 )

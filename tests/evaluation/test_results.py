@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -75,20 +75,23 @@ def test_a_comparison_is_at_equal_accuracy_and_at_equal_cost():
 
 
 @pytest.mark.parametrize("other_problems", [False, True])
-def test_the_mean_of_runs_is_taken_at_equal_shares(tmp_path: Path, other_problems: bool):
+def test_the_mean_of_runs_is_taken_at_equal_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other_problems: bool
+):
     curves = {"one": {"citer": CURVE, "entropy": CURVE}, "two": {"citer": [point(0.2, 0.4), point(0.8, 0.9)]}}
     ends = {"one": ENDS, "two": {**ENDS, "slm": point(0, 0.3)} if other_problems else ENDS}
     origin = {"problems": 9, "router_sha256": "ab", "options": {"shares": [0.2, 0.4]}}
     for name, methods in curves.items():
         (tmp_path / name).mkdir()
         make_results(ends[name], methods, origin).write(tmp_path / name / "results.json")
-    script = [sys.executable, REPOSITORY / "docs" / "benchmarks" / "average.py", tmp_path / "one", tmp_path / "two"]
-    command = [*map(str, script), "--shipped", "citer", "--out", str(tmp_path / "mean")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    script = str(REPOSITORY / "docs" / "benchmarks" / "average.py")
+    directories = [str(tmp_path / name) for name in curves]
+    monkeypatch.setattr(sys, "argv", [script, *directories, "--shipped", "citer", "--out", str(tmp_path / "mean")])
     if other_problems:
-        assert done.returncode == 1 and "not the same problems" in done.stderr
+        with pytest.raises(ValueError, match="not the same problems"):
+            runpy.run_path(script, run_name="__main__")
         return
-    assert done.returncode == 0, done.stderr
+    runpy.run_path(script, run_name="__main__")
     mean = Results.read(tmp_path / "mean" / "results.json")
     assert [one.llm_share for one in mean.methods["citer"]] == pytest.approx([0.2, 0.4])
     assert mean.methods["citer"][0].accuracy == pytest.approx((0.7 + 0.4) / 2)
@@ -97,7 +100,10 @@ def test_the_mean_of_runs_is_taken_at_equal_shares(tmp_path: Path, other_problem
     # A method that one run lacks is the mean of the others.
     assert mean.methods["entropy"][1].accuracy == pytest.approx(0.9)
     assert mean.provenance["router_sha256"] == "ab" and len(mean.provenance["runs"]) == 2
-    assert "citer against entropy" in done.stdout and "| entropy | " in (tmp_path / "mean" / "results.md").read_text()
+    assert (
+        "citer against entropy" in capsys.readouterr().out
+        and "| entropy | " in (tmp_path / "mean" / "results.md").read_text()
+    )
 
 
 def test_results_come_back_as_they_were_written(tmp_path: Path):
