@@ -120,7 +120,7 @@ def load_models(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) ->
 
 
 def elsewhere(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return where transformers looks for an adapter beside a model: where there is none. `adapters.py` attaches it."""
+    """Return where transformers looks for an adapter of a model: where there is none; `adapters.py` attaches it."""
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
     return {**files, "subfolder": "no-adapter"}
 
