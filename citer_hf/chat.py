@@ -14,8 +14,8 @@ import torch
 from transformers import StoppingCriteria
 
 from .conversation import Conversation
-from .model.configuration import check_threshold_value
 from .model.modeling import CiterForCausalLM
+from .model.routers import as_threshold
 from .terminal import Paint, legend
 
 __all__ = ["chat", "load_pair"]
@@ -98,9 +98,9 @@ def set_threshold(conversation: Conversation, argument: str) -> None:
     """Change the threshold, or say what it is."""
     if argument:
         try:
-            conversation.router_threshold = check_threshold_value(float(argument))
+            conversation.router_threshold = as_threshold(float(argument))
         except ValueError:
-            print(f"Error: {argument} is no threshold: give a number from 0 up, such as 0.7.", file=sys.stderr)
+            print(f"Error: {argument} is no threshold: give a number from 0 to 2, such as 0.7.", file=sys.stderr)
             return
     print(f"threshold {conversation.router_threshold:g}")
 

@@ -173,7 +173,7 @@ def evaluate(
         pair = load_pair(resolve_model(model), dtype, device_map, trust_remote_code)
         examples = read_examples(data, parse_columns(columns), split=split, needs=("answer",), limit=limit)
         own = method_of(str(pair.name_or_path)) or method_name(pair)
-        routers = {}
+        routers: dict[str, Any] = {}
         if baselines is not None:
             routers |= baseline_routers(pair, baselines, None if methods is None else methods.split(","), seed)
         routers |= dict(router_of(directory, pair) for directory in compare or ())
@@ -188,7 +188,7 @@ def evaluate(
             seed=seed,
             out=out,
             arguments={"baselines": baselines, "compare": list(compare or ())},
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or 512,
             batch_tokens=batch_tokens,
         )
         if process_state().is_main_process:
@@ -235,7 +235,7 @@ def calibrate(
             checker,
             llm_share=llm_share,
             accuracy=accuracy,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or 512,
             batch_tokens=batch_tokens,
             seed=seed,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .model.routers import as_threshold
 
 __all__ = ["DeviceMap", "Dtype", "Threshold", "TrustRemoteCode", "app", "plain_errors", "resolve_model"]
 
@@ -25,10 +26,11 @@ app = typer.Typer(
 
 
 def threshold_option(value: float | None) -> float | None:
-    """Refuse thresholds that mean nothing."""
-    if value is not None and not (0 <= value < math.inf):
-        raise typer.BadParameter(f"{value} is no threshold: give a number from 0 (SLM alone) to above 1 (LLM alone).")
-    return value
+    """Return a valid threshold."""
+    try:
+        return None if value is None else as_threshold(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 Threshold = Annotated[

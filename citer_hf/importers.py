@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .model.configuration import check_threshold_value
+from .model.routers import as_threshold
 from .model.saved_router import ChosenRouter
 
 __all__ = ["MAX_BYTES", "read_router_file", "threshold_from_divergence"]
@@ -60,7 +60,7 @@ def read_router_file(path: str | os.PathLike[str], threshold: float | None = Non
             "linear.weight) nor one of R2R's (a dictionary with model_type, common_args and state_dict). It holds "
             f"{described(content)}."
         )
-    start = check_threshold_value(0.5 if threshold is None else threshold)
+    start = as_threshold(0.5 if threshold is None else threshold)
     return ChosenRouter(spec, start, weights=weights, name=name)
 
 
@@ -123,7 +123,7 @@ def described(content: Any) -> str:
 
 
 def from_citer(tensors: Tensors, path: str) -> tuple[dict[str, Any], Tensors]:
-    """Turn a router of CITER's released code into an `mlp` router; its evaluation folds the batch norm exactly."""
+    """Turn a router of CITER's released code into an `mlp` router."""
     _, hidden = matrix_size(tensors, "linear.weight", path)
     wide = (2 * hidden,)
     shapes: Shapes = {

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from citer_hf.model.compat import cache_argument
 from citer_hf.model.memory import unquantized
 
 from .stored import is_skipped
@@ -254,7 +255,7 @@ def _cache_layers(skeleton: PreTrainedModel) -> list[_CacheLayer]:
             # Which experts run depends on the content, and there is none. They leave no mark on the cache.
             module.forward = _first_argument
     with torch.device("meta"), torch.no_grad():
-        skeleton(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        skeleton(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(skeleton, cache))
     layers = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

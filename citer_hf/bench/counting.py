@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from citer_hf.model.compat import given_cache
+
 from .costs import ModelCost
 
 __all__ = ["Pass", "Passes", "count_passes"]
@@ -49,7 +51,7 @@ def count_passes(model: Any) -> Iterator[Passes]:
     def watch(noted: list[Pass]) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             input_ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-            cache = kwargs.get("past_key_values")
+            cache = given_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
             context = int(cache.get_seq_length()) if cache is not None else 0
             noted.append(Pass(input_ids.shape[0], input_ids.shape[1], context))
 

@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from citer_hf.model.compat import cache_argument
+
 from .clock import Clock
 from .loops import last_logits_only
 from .prompts import synthetic_batch
@@ -156,4 +158,4 @@ class PassTimer:
 
     def read(self, cache: Any, input_ids: torch.Tensor) -> None:
         """Run one pass."""
-        self.model(input_ids=input_ids, past_key_values=cache, **self.options)
+        self.model(input_ids=input_ids, **cache_argument(self.model, cache), **self.options)

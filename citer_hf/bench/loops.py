@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache
 
+from citer_hf.model.compat import CACHE, cache_argument
+
 from .prompts import Batch
 
 __all__ = ["floor_loop", "last_logits_only", "released_loop"]
@@ -43,7 +45,7 @@ class Reader:
         compiles = static and self.device.type == "cuda" and not model.generation_config.disable_compile
         self.step = model.get_compiled_call(None) if compiles else model
         accepted = inspect.signature(model.forward).parameters
-        self.options = {"past_key_values": self.cache, "use_cache": True, **last_logits_only(model)}
+        self.options = {**cache_argument(model, self.cache), "use_cache": True, **last_logits_only(model)}
         # Without padding the models count by themselves.
         self.mask = self.positions = None
         if batch.padded:
@@ -78,7 +80,7 @@ def released_loop(model: Any, batch: Batch, to_llm: torch.Tensor, new_tokens: in
     cache = DynamicCache(config=model.slm.config)
     for step in range(new_tokens):
         output = model.slm.generate(
-            text, attention_mask=mask, past_key_values=cache, max_new_tokens=1, return_dict_in_generate=True
+            text, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True, **{CACHE: cache}
         )
         tokens = output.sequences[:, -1]
         rows = to_llm[:, step].nonzero().squeeze(1).to(text.device)

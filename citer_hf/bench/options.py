@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from citer_hf.model.routers import as_threshold
 
 __all__ = ["DEFAULT_SHARES", "BenchOptions", "Setting", "check_device", "check_dtype", "check_plot", "parse_numbers"]
 
@@ -69,11 +70,7 @@ class BenchOptions:
                     f"got {share:g}. Give shares such as 0,0.2,0.5,1."
                 )
         for threshold in self.thresholds:
-            if not 0 <= threshold < math.inf:
-                raise ValueError(
-                    f"--thresholds: expected numbers from 0 (SLM alone) to above 1 (LLM alone), got {threshold:g}. "
-                    "Give thresholds such as 0.5,0.8."
-                )
+            as_threshold(threshold)
         for name, least in (("prompt_length", 1), ("batch_size", 1), ("max_new_tokens", 1), ("repeats", 1)):
             if getattr(self, name) < least:
                 option = "--" + name.replace("_", "-")

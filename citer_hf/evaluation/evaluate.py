@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from citer_hf import CiterForCausalLM
@@ -16,6 +17,7 @@ from citer_hf.runs import process_state, wait_for_all
 from ..data.checkers import Checker
 from ..data.examples import Example
 from ..data.tokens import encode_prompt
+from ..model.routers import LLM_ALONE, SLM_ALONE, as_threshold, defer
 from .costs import PairCosts, TextCost, scoring_cost
 from .decoding import BATCH_TOKENS, Alone, check_room, decode, with_router
 from .grading import Grader
@@ -32,7 +34,6 @@ __all__ = ["evaluate", "method_name"]
 
 # What a router that needs no name of its own is called, by its kind.
 METHODS = {"mlp": "citer", "linear": "co-llm"}
-SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
 
 def method_name(model: CiterForCausalLM) -> str:
@@ -164,9 +165,9 @@ def _check_sweep(
     unknown = sorted(set(thresholds) - set(routers))
     if unknown:
         raise ValueError(f"thresholds: there is no router named {unknown[0]!r}; there are {sorted(routers)}.")
-    for name, values in thresholds.items():
-        if not all(value >= 0 for value in values):
-            raise ValueError(f"thresholds: expected numbers from 0 up for {name!r}, got {list(values)!r}.")
+    for values in thresholds.values():
+        for value in values:
+            as_threshold(value)
 
 
 @dataclass(frozen=True)
@@ -272,11 +273,12 @@ class _Run:
         """Measure a router that decides once per prompt, from the texts of both models alone."""
         first = [text[:1] for text in ends["llm"].tokens]
         scored = score_texts(self.model, {name: router}, self.prompts, first, self.batch_tokens)
-        scores = np.concatenate(scored.scores[name])
+        scores = torch.from_numpy(np.concatenate(scored.scores[name]))
         scoring = scoring_cost(router)
-        chosen = sorted(set(given)) if given is not None else spread_thresholds(scores, shares)
+        chosen = sorted(set(given)) if given is not None else spread_thresholds(scores.numpy(), shares)
         return [
-            self._query_point(scores < threshold, threshold, ends, scoring, scored.seconds) for threshold in chosen
+            self._query_point(defer(scores, threshold).numpy(), threshold, ends, scoring, scored.seconds)
+            for threshold in chosen
         ]
 
     def _query_point(

@@ -11,9 +11,9 @@ from transformers.generation import LogitsProcessorList
 
 from .batch_support import processor_of_row, reads_no_text
 from .decoding import Decoding
-from .forward import below
 from .kv_layers import RowsCache
 from .masks import attention_masks, mask_kinds
+from .routers import defer
 from .sampling import Draws
 from .schedule import Pace, WaitingPolicy, pressure, rows_to_wait_for
 
@@ -110,7 +110,7 @@ class Rows:
         last = torch.tensor(self.written, device=self.device)[:, None] - 1
         self.readable.scatter_(1, self.start + last, True)
         logits, scores = self._run_slm(last, max(self.written))
-        decisions = below(scores, self.decoding.threshold).squeeze(1).tolist()
+        decisions = defer(scores, self.decoding.threshold).squeeze(1).tolist()
         kept_scores = scores.squeeze(1).tolist()
         self.pace.note("slm", time.perf_counter() - began)
         moving = [row for row in self.unfinished if row not in self.waiting]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-CONFIG_VERSION = 1
-# A second name for `token`, under which it arrives in every version of transformers.
-TOKEN = "_token_of_from_pretrained"
+from .compat import CACHE_NAMES, keep_token, restore_token
+from .routers import as_threshold
 
+CONFIG_VERSION = 1
 MOST_LAYERS = 10_000
 
 
@@ -22,8 +21,8 @@ class CiterConfig(PreTrainedConfig):
         slm_config: Configuration (object or dict) of the small language model. Default: `LlamaConfig()`.
         llm_config: Configuration (object or dict) of the large language model. Default: `LlamaConfig()`.
         router: Kind and options of the router, for example `{"type": "mlp"}`; a bare string is the kind.
-        router_threshold: The SLM writes a token when the router's score reaches this number; at least 0.
-            0 is the SLM alone, anything above 1 the LLM alone (CITER, section 3: τ).
+        router_threshold: The SLM writes a token when the router's score reaches this number, from 0 (the SLM alone)
+            to 2 (above 1: the LLM alone) (CITER, section 3: τ).
         slm_reference: Where the SLM's weights are: `{"name_or_path", "revision", ...}`. `None` means that they
             are in this repository's own `model.safetensors`. `adapter` in it says where its adapter is, likewise.
         llm_reference: The same for the LLM.
@@ -31,12 +30,12 @@ class CiterConfig(PreTrainedConfig):
         citer_version: Version of this format that wrote the configuration.
 
     Raises:
-        ValueError: for a threshold that is not a number from 0 up, or a router that does not name its type.
+        ValueError: for a threshold that is not a number from 0 to 2, or a router that does not name its type.
     """
 
     model_type = "citer"
     sub_configs = {"slm_config": AutoConfig, "llm_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     def __init__(
         self,
@@ -53,7 +52,7 @@ class CiterConfig(PreTrainedConfig):
         self.slm_config = _as_config(slm_config)
         self.llm_config = _as_config(llm_config)
         self.router = _router_spec(router)
-        self.router_threshold = check_threshold_value(router_threshold)
+        self.router_threshold = as_threshold(router_threshold)
         self.slm_reference = slm_reference
         self.llm_reference = llm_reference
         self.use_cache = use_cache
@@ -71,17 +70,12 @@ class CiterConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a configuration, as every transformers configuration is loaded."""
-        # transformers 5.17 forgets a token on the way to `get_config_dict`, so that private routers are not found.
-        token = {TOKEN: kwargs["token"]} if kwargs.get("token") is not None else {}
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **token)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **keep_token(kwargs))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read the content of a `config.json`."""
-        token = kwargs.pop(TOKEN, None)
-        if token is not None:
-            kwargs["token"] = token
-        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return super().get_config_dict(pretrained_model_name_or_path, **restore_token(kwargs))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -185,20 +179,6 @@ def _known_keys() -> set[str]:
         *of_transformers.split(),
         *("_attn_implementation", "custom_pipelines"),
     }
-
-
-def check_threshold_value(threshold: float) -> float:
-    """Return `threshold` as a float."""
-    try:
-        value = float(threshold)
-    except (TypeError, ValueError):
-        value = math.nan
-    if math.isnan(value) or value < 0:
-        raise ValueError(
-            "router_threshold: expected a number from 0 (the SLM alone) to above 1 (the LLM alone), got "
-            f"{threshold!r}."
-        )
-    return value
 
 
 def check_layers(role: str, config: Any) -> None:

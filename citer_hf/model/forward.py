@@ -14,11 +14,6 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def below(scores: torch.Tensor, threshold: float | torch.Tensor) -> Any:
-    """Say which scores do not reach the threshold, where the LLM writes."""
-    return scores < (threshold.to(scores.dtype) if isinstance(threshold, torch.Tensor) else threshold)
-
-
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """Select positions as `logits_to_keep` says, for models that do not know it."""
     if isinstance(logits_to_keep, torch.Tensor):

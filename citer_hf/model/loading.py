@@ -12,20 +12,20 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .adapter_files import Adapter, saved_adapter, split_off_adapter
 from .adapters import adapter_layers, attach_adapter, unwrapped
-from .compat import FetchedWith
-from .configuration import CiterConfig, check_threshold_value
+from .compat import is_broken_transfer
+from .configuration import CiterConfig
 from .pair import load_tokenizer
 from .paths import check_folder
 from .references import (
     HUB_KEYWORDS,
     ROLES,
+    FetchedWith,
     base_config,
     check_keywords,
     check_same_tokenizer,
     check_unchanged,
     commit_of,
     commits_of,
-    is_broken_transfer,
     load_models,
     locate_base_model,
     own_tokenizer,
@@ -33,7 +33,7 @@ from .references import (
     shared_tokenizer,
     split_keywords,
 )
-from .routers import CUSTOM_ROUTER
+from .routers import CUSTOM_ROUTER, as_threshold
 from .saved_router import (
     check_router_weights,
     choose_router,
@@ -140,7 +140,7 @@ class CiterLoadingMixin:
         else:
             config = copy.deepcopy(config)
         assert isinstance(config, PreTrainedConfig)
-        config.router_threshold = check_threshold_value(kwargs.pop("router_threshold", config.router_threshold))
+        config.router_threshold = as_threshold(kwargs.pop("router_threshold", config.router_threshold))
         if isinstance(config.router, nn.Module):
             router, config.router = config.router, {"type": CUSTOM_ROUTER}
         if config.slm_reference is None and config.llm_reference is None:

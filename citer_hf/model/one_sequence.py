@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .decoding import Decoding
-from .forward import below
+from .routers import defer
 
 
 def decode_one_row(model: Any, decoding: Decoding, logits: torch.Tensor) -> Any:
@@ -98,7 +98,7 @@ def read_token(
         output, hidden = model._run_slm(token, position, cache.slm, 1, inputs, {})
         logits = output.logits[..., : model.vocab_size]
         scores = model.router(hidden, logits)
-        to_llm = below(scores, decoding.threshold)
+        to_llm = defer(scores, decoding.threshold)
         cache.add_tokens(token, position)
         if to_llm.item():
             logits = model._catch_up(token, position, cache, 1, inputs, {})

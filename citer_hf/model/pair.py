@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
+from .compat import cache_name
 from .configuration import table_size
 
 
@@ -46,11 +47,12 @@ def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
     for role, model in (("slm", slm), ("llm", llm)):
         check_model(role, model)
         name = f"{role}: {type(model).__name__}"
-        parameters = inspect.signature(model.forward).parameters
-        if "past_key_values" not in parameters:
+        layers = DynamicCache(config=model.config)
+        if cache_name(model) is None or (len(layers) and all(layers.is_linear)):
+            parameters = ", ".join(list(inspect.signature(model.forward).parameters)[:6])
             raise ValueError(
-                f"{name} keeps its state in something else than `past_key_values` (its forward takes "
-                f"{', '.join(list(parameters)[:6])}, ...), so that it cannot share a generation with another model."
+                f"{name} keeps no keys and values in a `cache` (or `past_key_values`) (its forward takes "
+                f"{parameters}, ...), so that it cannot share a generation with another model."
             )
 
 

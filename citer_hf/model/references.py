@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash
 
+from .compat import is_broken_transfer
 from .memory import is_out_of_memory, not_loaded, weight_bytes_of
 from .pair import check_config, check_model, check_table_sizes, check_tokenizers, load_tokenizer
 from .paths import check_folder, check_reference
@@ -119,8 +120,7 @@ def load_models(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) ->
 
 
 def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return how an adapter beside a model is looked for: where files are looked for, which transformers 5.17
-    forgets."""
+    """Return how an adapter beside a model is looked for: where files are, which transformers does not pass on."""
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
     return {"adapter_kwargs": files} if files else {}
 
@@ -242,11 +242,6 @@ def own_tokenizer(source: str, keywords: dict[str, Any], adapter: Any) -> Any:
     return load_tokenizer(source, **hub_keywords(keywords)) if source else None
 
 
-def is_broken_transfer(error: BaseException) -> bool:
-    """Say whether a download broke off: what is raised then is of the library that the Hub's client uses."""
-    return any(base.__module__.partition(".")[0] in ("httpx", "httpx2", "requests") for base in type(error).__mro__)
-
-
 class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
     """Context in which a base model's loading error says which model it was and what to do."""
 
@@ -281,3 +276,22 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
             f"If it has moved, pass {self.role}_name_or_path=... (and {self.role}_revision=...); if a file is "
             "damaged, download it anew with force_download=True."
         ) from error
+
+
+class FetchedWith(dict[str, Any]):
+    """Keywords for fetching files, whose token stays in this process: it is neither shown nor pickled."""
+
+    def __repr__(self) -> str:
+        return repr(self._without_secret())
+
+    def __reduce__(self) -> tuple[type[FetchedWith], tuple[dict[str, Any]]]:
+        return FetchedWith, (self._without_secret(),)
+
+    def __copy__(self) -> FetchedWith:
+        return FetchedWith(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FetchedWith:
+        return FetchedWith(self)
+
+    def _without_secret(self) -> dict[str, Any]:
+        return {key: value for key, value in self.items() if key != "token"}

@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
-from .configuration import CiterConfig, check_threshold_value
+from .compat import is_broken_transfer
+from .configuration import CiterConfig
 from .paths import check_folder
-from .references import file_keywords, is_broken_transfer
-from .routers import CUSTOM_ROUTER, ROUTERS, build_router
+from .references import file_keywords
+from .routers import CUSTOM_ROUTER, ROUTERS, as_threshold, build_router
 
 ROUTER_WEIGHTS = "model.safetensors"
 
@@ -42,7 +43,7 @@ ROUTER_FILES = (".pt", ".pth")
 
 def choose_router(router: Any, threshold: float | None, hub: dict[str, Any]) -> ChosenRouter:
     """Interpret the `router` argument of `from_pair`."""
-    start = check_threshold_value(0.5 if threshold is None else threshold)
+    start = as_threshold(0.5 if threshold is None else threshold)
     if isinstance(router, nn.Module):
         return ChosenRouter({"type": CUSTOM_ROUTER}, start, module=router)
     if isinstance(router, dict):

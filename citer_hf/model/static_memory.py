@@ -8,9 +8,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from .forward import below
 from .kv_layers import room_like, show
 from .masks import MaskKinds, attention_masks, mask_kinds
+from .routers import defer
 
 # Lengths of the LLM's catch-ups. What lies between two is filled up, since each is compiled on its own; on a GPU a
 # pass over four tokens costs what one over two does.
@@ -150,7 +150,7 @@ def decide(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Let the router decide who writes each row's next token."""
     scores = model.router(hidden, logits)
-    return scores, below(scores, work.threshold), logits.argmax(-1)
+    return scores, defer(scores, work.threshold), logits.argmax(-1)
 
 
 def slm_step(model: Any, work: Workspace) -> tuple[torch.Tensor, ...]:

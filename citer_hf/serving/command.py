@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from citer_hf.chat import load_pair
-from citer_hf.model.configuration import check_threshold_value
+from citer_hf.model.routers import as_threshold
 
 from .app import build_app
 from .engine import Engine
@@ -46,7 +46,7 @@ def serve(
             model.generation_config.cache_implementation = cache_implementation
         threshold = model.config.router_threshold if router_threshold is None else router_threshold
         engine = Engine(model, tokenizer, limits, Metrics())
-        app = build_app(engine, names_of(path, name), check_threshold_value(threshold))
+        app = build_app(engine, names_of(path, name), as_threshold(threshold))
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_LEAVE
         )

@@ -92,7 +92,7 @@ class Request(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    router_threshold: float | None = Field(None, ge=0, le=1e6)
+    router_threshold: float | None = Field(None, ge=0, le=2, strict=True)
     # Who asks does not change the answer.
     user: str | None = None
     safety_identifier: str | None = None

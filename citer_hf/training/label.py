@@ -24,8 +24,7 @@ from citer_hf.data.examples import read_examples
 from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation.decoding import BATCH_TOKENS
 from citer_hf.evaluation.grading import judge, name_of
-from citer_hf.model.configuration import check_threshold_value
-from citer_hf.model.routers import top_logprobs
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, top_logprobs
 from citer_hf.runs import Progress, Work, option, progress_bar, provenance, sha256_of
 
 from .labels import (
@@ -42,13 +41,10 @@ from .labels import (
 )
 from .rollouts import RollOut, cut_into_batches, roll_out
 
-__all__ = ["LabelOptions", "Policy", "label_preferences", "least_sure"]
-
 # Logits of a batch of whole sequences, over all tokens and the vocabulary: 1 GB in half precision.
 MOST_LOGITS = 1 << 29
 # Positions whose log-probabilities over the whole vocabulary are in memory at once.
 SLICE = 2048
-SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         if self.router_threshold is not None:
-            check_threshold_value(self.router_threshold)
+            as_threshold(self.router_threshold)
         for name, least in (("limit", 1), ("rollouts", 0), ("max_new_tokens", 1), ("batch_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -86,8 +82,8 @@ def label_preferences(
 ) -> Labels:
     """Label every token of the reference answers with the model that should write it (CITER, section 3.3).
 
-    Under `accelerate launch`, processes divide the work and need one directory that all of them see. The labels are the
-    same for any number of processes. The same call resumes an interrupted run.
+    Under `accelerate launch`, processes divide the work and need one directory that all of them see. The labels are
+    the same for any number of processes. The same call resumes an interrupted run.
 
     Args:
         model: The pair. Its router at a threshold is the policy that continues the roll-outs.

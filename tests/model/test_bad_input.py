@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
+from citer_hf import CiterConfig, CiterForCausalLM
+from citer_hf.model.routers import as_threshold
 from tests.conftest import left_padded, random_prompts
 
 TEXT = torch.tensor(random_prompts((6, 6)))
-BAD_THRESHOLDS = [
-    (-0.5, "expected a number from 0"),
-    (float("nan"), "expected a number from 0"),
-    ("half", "expected a number from 0"),
-    (torch.tensor([0.5, -0.1]), r"numbers from 0 .* got tensor\(\[ 0.5"),
-    (torch.tensor([0.5, float("nan")]), "numbers from 0"),
+BAD_NUMBERS = [-0.5, 2.01, 70, float("nan"), float("inf"), "0.7", True, [0.5, 0.5], None]
+BAD_TENSORS = [
+    torch.tensor(values)
+    for values in ([0.5, -0.1], [0.5, float("nan")], [0.5, 70], [True, False], [0.5], 0.5, [[0.5], [0.5]])
 ]
 
 
-@pytest.mark.parametrize(("threshold", "message"), BAD_THRESHOLDS)
-def test_a_threshold_that_means_nothing_is_refused(pair, threshold, message):
-    with pytest.raises(ValueError, match=f"router_threshold: .*{message}"):
+@pytest.mark.parametrize("threshold", BAD_NUMBERS + BAD_TENSORS, ids=str)
+def test_what_is_no_threshold_is_an_error_that_names_the_range_and_the_value(pair, threshold):
+    message = r"router_threshold: expected a number from 0 .* to 2 .*; got " + re.escape(repr(threshold))
+    with pytest.raises(ValueError, match=message):
+        as_threshold(threshold, 2)
+    if threshold is None:
+        return
+    with pytest.raises(ValueError, match=message.replace(" .*; got", ".*; got")):
         pair.generate(input_ids=TEXT, max_new_tokens=2, router_threshold=threshold)
-    with torch.no_grad(), pytest.raises(ValueError, match=f"router_threshold: .*{message}"):
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
         pair(input_ids=TEXT, router_threshold=threshold)
+    for make in (CiterConfig, partial(CiterForCausalLM.from_pair, pair.slm, pair.llm)):
+        with pytest.raises(ValueError, match="router_threshold: expected a number from 0"):
+            make(router_threshold=threshold)
 
 
-@pytest.mark.parametrize("shape", [(3,), (1,), (2, 1), ()])
-def test_a_threshold_of_another_shape_is_refused(pair, shape):
-    threshold = torch.full(shape, 0.5)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"router_threshold: expected a number or a tensor \[2\]"):
-        pair(input_ids=TEXT, router_threshold=threshold)
-    with pytest.raises(ValueError, match="router_threshold: expected a number"):
-        pair.generate(input_ids=TEXT, max_new_tokens=2, router_threshold=threshold)
+@pytest.mark.parametrize("value", [0, 0.7, 1, 2, np.float32(0.5), np.float64(0.5), np.int64(1)])
+def test_a_threshold_is_any_number_from_0_to_2(value):
+    assert type(as_threshold(value)) is float and as_threshold(value) == value
+    assert as_threshold(torch.tensor([value, value]), 2).shape == (2, 1)
 
 
 def test_a_wrong_threshold_is_refused_before_the_prompt_is_read(pair, count_calls):
