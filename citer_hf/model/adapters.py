@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from importlib import import_module
 from typing import Any, NamedTuple

@@ -21,8 +21,6 @@ from .labels import Labels
 from .objectives import OBJECTIVES, QUERY
 from .train import PROVENANCE, NothingToLearn, TrainOptions, train_router
 
-__all__ = ["baseline_routers", "method_of", "router_of"]
-
 TRAINED = {**OBJECTIVES, "query": QUERY}
 UNTRAINED = ("confidence", "entropy", "random")
 

@@ -24,7 +24,7 @@ from citer_hf.data.examples import read_examples
 from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation.decode import BATCH_TOKENS
 from citer_hf.evaluation.evaluate import judge, name_of
-from citer_hf.model.routers import as_threshold, top_logprobs
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, top_logprobs
 from citer_hf.runs import Progress, Work, option, progress_bar, provenance, sha256_of
 
 from .labels import (
@@ -41,13 +41,10 @@ from .labels import (
 )
 from .rollouts import RollOut, cut_into_batches, roll_out
 
-__all__ = ["LabelOptions", "Policy", "label_preferences", "least_sure"]
-
 # Logits of a batch of whole sequences, over all tokens and the vocabulary: 1 GB in half precision.
 MOST_LOGITS = 1 << 29
 # Positions whose log-probabilities over the whole vocabulary are in memory at once.
 SLICE = 2048
-SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
 
 @dataclass(frozen=True)
