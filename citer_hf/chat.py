@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 import sys
 import threading
@@ -86,6 +85,10 @@ class Conversation:
                 f"this chat with your message has {len(ids)} tokens, and the models read at most {self.context}. "
                 "/reset starts a new chat."
             )
+        if self.model.generation_config.prompt_lookup_num_tokens is not None:
+            # transformers' loop with drafts needs a cache that takes them back, and begins with an empty one.
+            self._drop_cache()
+            self.cache.activate_past_recording()
         self._keep_prefix_of(ids)
         kept = self.cache.get_seq_length()
         streamer = WriterStreamer(self.tokenizer, self.cache, paint)
@@ -115,20 +118,23 @@ class Conversation:
         return self.last
 
     def _generate(self, ids: list[int], max_new_tokens: int, streamer: WriterStreamer, stop: Any) -> None:
-        model: Any = self.model
-        input_ids = torch.tensor([ids], device=model.device)
-        settings = copy.deepcopy(model.generation_config)
-        # The cache is given, and only one text can be streamed.
-        settings.update(max_new_tokens=max_new_tokens, cache_implementation=None, num_beams=1, num_return_sequences=1)
-        model.generate(
+        input_ids = torch.tensor([ids], device=self.model.device)
+        pair: Any = self.model
+        pair.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=settings,
             past_key_values=self.cache,
             router_threshold=self.router_threshold,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
-            tokenizer=self.tokenizer,
+            # Published stop strings need it.
+            **({"tokenizer": self.tokenizer} if pair.generation_config.stop_strings else {}),
+            max_new_tokens=max_new_tokens,
+            # A published generation config may ask for another cache, for none, or for several sequences.
+            cache_implementation=None,
+            use_cache=True,
+            num_beams=1,
+            num_return_sequences=1,
         )
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:

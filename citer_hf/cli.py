@@ -155,8 +155,8 @@ class PairOptions:
         given = [self.revision] if self.model is None else [*self.names, self.router]
         if (self.model is None and None in self.names) or given.count(None) < len(given):
             raise ValueError(
-                "MODEL, --slm, --llm: expected MODEL (a router's directory or id, or `demo`), with --revision "
-                "or --llm name_or_path=X as wanted; or without MODEL both --slm X and --llm Y, with --router as wanted."
+                "MODEL, --slm, --llm: expected MODEL (a router's directory or id, or `demo`), with --revision or "
+                "--llm name_or_path=X as wanted; or without MODEL both --slm X and --llm Y, with --router as wanted."
             )
 
     @property

@@ -70,20 +70,9 @@ def cost_of_config(config: PreTrainedConfig, bits: float = 16, kv_bits: float = 
 
     `bits` are those of the weight matrices. Tables, norms and the head have 16 bits or more.
     """
-    for name, value in (("bits", bits), ("kv_bits", kv_bits)):
-        if not 0 < value <= 64:
-            raise ValueError(f"{name}: expected a number of bits above 0, such as 16, 8 or 4.5, got {value!r}.")
     skeleton = _skeleton(config, AutoModelForCausalLM)
     others = max(bits, 16)
     return _cost(skeleton, skeleton, lambda weight, matrix: weight.numel() * (bits if matrix else others) / 8, kv_bits)
-
-
-def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Copy a configuration without its quantization."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _cost(
@@ -128,7 +117,9 @@ def _cost(
 
 def _skeleton(config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
     """Build the model without memory for its weights."""
-    config = unquantized(config)
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     # With a padding token, forward looks into its input, which has no content here.
     config.get_text_config(decoder=True).pad_token_id = None
     build = getattr(model_class, "_from_config", None) or model_class.from_config

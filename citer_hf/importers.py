@@ -232,8 +232,9 @@ def r2r_spec(tensors: dict[str, Any], file: Any) -> dict[str, Any]:
 def r2r_threshold(common_args: Any) -> float | None:
     """Return the threshold of an R2R file in our terms, or `None` where the file has none."""
     given = common_args.get("threshold") if isinstance(common_args, dict) else None
-    is_number = isinstance(given, int | float) and not isinstance(given, bool) and given == given
-    return threshold_from_divergence(given) if is_number else None
+    if isinstance(given, bool) or not isinstance(given, int | float) or given != given:
+        return None
+    return threshold_from_divergence(given)
 
 
 def threshold_from_divergence(threshold: float) -> float:

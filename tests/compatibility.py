@@ -121,7 +121,7 @@ against a naive loop without cache and padding, or against the same mode without
 
 {table()}
 What is refused is refused when the pair is made or when the mode is asked for, with the reason. Architectures that
-keep their state in something else than `past_key_values` (Mamba, RWKV) are refused when the pair is made.
+keep no keys and values (Mamba, RWKV) are refused when the pair is made.
 Recurrent layers (linear attention) cannot take tokens back, so that transformers does not offer assisted generation
 for them; that holds for a pair as soon as one of its models has them.
 """

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from citer_hf.facts import Facts
 
 from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.results import Results
-from citer_hf.facts import Facts
 from citer_hf.training import baselines
 from citer_hf.training.train import TrainOptions
 from tests.chat_pairs import invoke, save_demo_pair
@@ -105,7 +105,10 @@ def test_a_threshold_for_a_budget_is_written_into_the_router(work: Path) -> None
     [
         (("label", "{work}/pair", "--data", "{work}/no.jsonl", "--checker", "math", "--out", "{tmp}/x"), "no.jsonl"),
         (("label", "{work}/pair", "--data", "{work}/test.jsonl", "--checker", "maths", "--out", "{tmp}/x"), "'maths'"),
-        (("label", "{work}/pair", "--data", "{work}/test.jsonl", "--checker", "math", "--out", "{work}"), "exists already"),
+        (
+            ("label", "{work}/pair", "--data", "{work}/test.jsonl", "--checker", "math", "--out", "{work}"),
+            "exists already",
+        ),
         (("train", "{work}/pair", "--labels", "{work}", "--out", "{tmp}/x"), "holds no labels"),
         (("train", "{work}/pair", "--labels", "{work}/labels", "--out", "{tmp}/x", "--learning-rate", "0"), "above 0"),
         (("evaluate", "{work}/pair", "--data", "{work}/test.jsonl", "--checker", "math", "--out", "{work}"), "{work}"),

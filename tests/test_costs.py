@@ -138,13 +138,6 @@ def test_a_sliding_window_bounds_the_bytes_read():
     assert cost.bytes_moved(1, 1, 100) == cost.weight_bytes + (5 + 1) * cost.kv_bytes_per_token
 
 
-@pytest.mark.parametrize("bits", [0, -4, float("nan")])
-@pytest.mark.parametrize("name", ["bits", "kv_bits"])
-def test_senseless_bits_are_refused(name: str, bits: float):
-    with pytest.raises(ValueError, match=f"^{name}: expected .* got {bits}"):
-        cost_of_config(tiny_config("llama"), **{name: bits})
-
-
 def read(model: Any, tokens: int, cache: Any) -> None:
     with torch.no_grad():
         model(input_ids=torch.ones(1, tokens, dtype=torch.long), past_key_values=cache, logits_to_keep=1)

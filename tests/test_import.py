@@ -61,5 +61,5 @@ def test_a_model_that_keeps_its_state_elsewhere_is_refused_when_the_pair_is_made
     other = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, name)(vocab_size=61, hidden_size=32, num_hidden_layers=2)
     )
-    with pytest.raises(ValueError, match="keeps its state in something else than `past_key_values`"):
+    with pytest.raises(ValueError, match="keeps no keys and values in a `cache`"):
         citer_hf.CiterForCausalLM.from_pair(tiny_model("llama"), other)

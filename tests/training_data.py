@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from citer_hf.training.teacher import LLM_RIGHT, SLM_RIGHT
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Verdict
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
 from citer_hf.training.labels import Labels
-from citer_hf.training.teacher import LLM_RIGHT, SLM_RIGHT
 from tests.chat_pairs import CHARACTERS, character_tokenizer
 from tests.conftest import make_pair
 from tests.families import EOS, PAD

@@ -28,12 +28,12 @@ from .contenders import (
     Batch,
     Contender,
     Decoders,
-    Setting,
     count_passes,
     greedy_without_end,
     padded_batches,
     random_batch,
     read_prompts,
+    settings_of,
 )
 from .cost_curve import CostCurve, measure_curve, seconds
 
@@ -75,19 +75,9 @@ class BenchOptions:
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag}: expected a whole number from {least}, got {getattr(self, name)}.")
-        if abs(self.seed) >= 1 << 63:
-            raise ValueError(f"--seed: expected a whole number of at most 63 bits, got {self.seed}.")
         if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
             known = ", ".join(CACHE_IMPLEMENTATIONS)
             raise ValueError(f"--cache-implementation: expected one of {known}, got {self.cache_implementation!r}.")
-
-    @property
-    def settings(self) -> list[Setting]:
-        """The settings of the pair, each once, in the order given."""
-        default = () if self.thresholds else (0.0, 0.2, 0.5, 1.0)
-        shares = default if self.shares is None else self.shares
-        wanted = [*(Setting(share=share) for share in shares), *(Setting(threshold=one) for one in self.thresholds)]
-        return list(dict.fromkeys(wanted))
 
 
 def as_device(name: str | None) -> str:
@@ -127,7 +117,6 @@ class Row:
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of each repetition."""
         return [whole for whole, _ in self.times]
 
 
@@ -154,6 +143,8 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
+        share = None if self.curve is None else self.curve.break_even()
+        slower = "the pair is slower than the LLM alone at every share"
         return {
             "model": self.model,
             "complete": not self.interrupted and self.error is None,
@@ -163,7 +154,8 @@ class Report:
             "machine": self.machine or None,
             "rows": [self._row(row) for row in self.rows],
             "cost_curve": None if self.curve is None else self.curve.as_dict(),
-            "break_even_llm_share": None if self.curve is None else self.curve.break_even(),
+            "break_even_llm_share": share,
+            "break_even_reason": slower if self.curve is not None and share is None else None,
             "notes": self.notes,
         }
 
@@ -176,7 +168,7 @@ class Report:
             "name": row.contender.name,
             "kind": kind,
             "share": setting.share if setting else None,
-            "threshold": setting.threshold if setting and setting.share is None else None,
+            "threshold": setting.router_threshold if setting and setting.share is None else None,
             "error": row.error,
             "seconds": row.seconds,
             "tokens": row.tokens,
@@ -207,20 +199,18 @@ class Report:
         Console(file=text, width=None if sys.stdout.isatty() else 160).print(shown)
         ended = f"Interrupted: {'this is what' if rows else 'nothing'} was measured until then."
         parts = [ended] if self.interrupted else []
-        parts += [self._heading(), text.getvalue().rstrip()] if rows else []
+        if rows:
+            device, sizes, repeats = self.machine, self.options, max(len(row["seconds"]) for row in rows)
+            parts += [
+                f"{self.model} on {device['device']} ({device['name']}, threads: {device['threads']}, "
+                f"{device['memory_bandwidth'] / 1e9:.1f} GB/s), {sizes['dtype']['llm']}",
+                f"batch size {sizes['batch_size']}, prompts of up to {max(sizes['prompt_length'])} tokens, "
+                f"{sizes['max_new_tokens']} new ones; median of {repeats} repetitions (smallest–largest)",
+                text.getvalue().rstrip(),
+            ]
         parts += [f"{row['name']} failed: {row['error']}" for row in rows if row["error"]]
         parts += [] if self.curve is None else [str(self.curve)]
         return "\n".join(parts + [f"Note: {note}" for note in self.notes])
-
-    def _heading(self) -> str:
-        options, machine, lengths = self.options, self.machine, self.options["prompt_length"]
-        bandwidth = f"{machine['memory_bandwidth'] / 1e9:.1f} GB/s"
-        return (
-            f"{self.model} on {machine['device']} ({machine['name']}, threads: {machine['threads']}, {bandwidth}), "
-            f"{options['dtype']['llm']}\nbatch size {options['batch_size']}, prompts of up to {max(lengths)} tokens, "
-            f"{options['max_new_tokens']} new ones; median of {max(len(row.times) for row in self.rows)} repetitions "
-            "(smallest–largest)"
-        )
 
 
 def _spread(value: dict[str, float]) -> str:
@@ -299,7 +289,9 @@ def _measure(
     alone = wanted.batch_size == 1
     if wanted.assisted and not alone:
         report.notes.append("assisted generation was not measured: transformers has it for batch_size = 1 alone.")
-    contenders = decoders.contenders(wanted.settings, not alone, wanted.assisted and alone, wanted.released_loop)
+    default = () if wanted.thresholds else (0.0, 0.2, 0.5, 1.0)
+    settings = settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds)
+    contenders = decoders.contenders(settings, not alone, wanted.assisted and alone, wanted.released_loop)
     progress.begin("citer bench", len(contenders) * (1 + wanted.warmup + wanted.repeats))
     report.machine = describe_machine(model.slm.device)
     # 1. One run of each contender is not timed: hooks count its passes.

@@ -25,19 +25,16 @@ CITER, LOCK_STEP, FLOOR, RELEASED = "CITER", "CITER in lock-step", "floor", "rel
 class Setting:
     """How the pair decides: by a forced LLM share, or by its own router at a threshold."""
 
+    label: str
+    router_threshold: float
     share: float | None = None
-    threshold: float = 0.5
 
-    @property
-    def label(self) -> str:
-        """The name in the table."""
-        return f"threshold {self.threshold:g}" if self.share is None else f"share {self.share:g}"
 
-    @property
-    def router_threshold(self) -> float:
-        """The `router_threshold` to generate with; of a forced router it is the share itself."""
-        # Forced scores lie between 0 and 1; one close to 1 could be rounded to 1.
-        return self.threshold if self.share is None else 2.0 if self.share == 1 else self.share
+def settings_of(shares: Sequence[float], thresholds: Sequence[float]) -> list[Setting]:
+    """Return each setting once, in the order given; the threshold of a forced router is the share itself."""
+    # Forced scores lie between 0 and 1; one close to 1 could be rounded to 1.
+    forced = [Setting(f"share {share:g}", 2.0 if share == 1 else share, share) for share in shares]
+    return list(dict.fromkeys([*forced, *(Setting(f"threshold {one:g}", one) for one in thresholds)]))
 
 
 # --- Prompts --------------------------------------------------------------------------------------------------------
@@ -53,18 +50,16 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """Number of prompts."""
         return self.input_ids.shape[0]
 
     @property
     def length(self) -> int:
-        """Length of the longest prompt, in tokens."""
         return self.input_ids.shape[1]
 
 
 def random_batch(vocab_size: int, length: int, sequences: int, seed: int = 0) -> Batch:
     """Return prompts of random tokens."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % (1 << 63))
     input_ids = torch.randint(0, vocab_size, (sequences, length), generator=generator)
     return Batch(input_ids, torch.ones_like(input_ids))
 
@@ -165,7 +160,6 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """The name in the table."""
         return self.kind if self.setting is None else f"{self.kind}, {self.setting.label}"
 
 
@@ -207,12 +201,10 @@ class Decoders:
         """Decode with `generate` of the pair; with keywords, repeat the decisions of the pair without them."""
         own = self.model.router
         if setting.share is not None:
-            # In lock-step scores are asked for column by column.
-            scores = (
-                (~self.decided(setting, batch)).T.flatten().float()
-                if keywords
-                else forced_scores(batch.sequences * self.new_tokens, self.seed, batch.number)
-            )
+            scores = forced_scores(batch.sequences * self.new_tokens, self.seed, batch.number)
+            if keywords:
+                # In lock-step scores are asked for column by column.
+                scores = (~self.decided(setting, batch)).T.flatten().float()
             self.model.router = ForcedRouter(scores.to(self.model.slm.device))
         try:
             output = self.model.generate(
@@ -317,8 +309,7 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
 def count_passes(model: CiterForCausalLM) -> Iterator[tuple[list[tuple[int, int, int]], ...]]:
     """Collect the passes of the SLM and of the LLM as (sequences, tokens, cached tokens). Hooks cost time."""
     passes: tuple[list[tuple[int, int, int]], ...] = ([], [])
-    settings = [part.generation_config for part in (model, model.slm, model.llm)]
-    before = [one.disable_compile for one in settings]
+    parts = (model, model.slm, model.llm)
 
     def note(
         found: list[tuple[int, int, int]], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -327,14 +318,16 @@ def count_passes(model: CiterForCausalLM) -> Iterator[tuple[list[tuple[int, int,
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         found.append((*input_ids.shape, 0 if cache is None else int(cache.get_seq_length())))
 
-    parts = zip((model.slm, model.llm), passes, strict=True)
-    handles = [part.register_forward_pre_hook(partial(note, found), with_kwargs=True) for part, found in parts]
-    for one in settings:
-        one.disable_compile = True
+    handles = [
+        part.register_forward_pre_hook(partial(note, found), with_kwargs=True)
+        for part, found in zip(parts[1:], passes, strict=True)
+    ]
+    for part in parts:
+        part.generation_config.disable_compile = True
     try:
         yield passes
     finally:
-        for one, was in zip(settings, before, strict=True):
-            one.disable_compile = was
+        for part in parts:
+            part.generation_config.disable_compile = False
         for handle in handles:
             handle.remove()

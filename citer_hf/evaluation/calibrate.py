@@ -41,7 +41,7 @@ class CalibrateOptions(DecodeOptions):
     llm_share: float | None = runs.option(None, "Share of the tokens that the LLM should decide.", "P")
     accuracy: float | None = runs.option(None, "Fraction of the LLM's accuracy to reach as cheaply as possible.", "P")
     write: bool = runs.option(False, "Write the threshold into MODEL, a directory.")
-    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")  # noqa: RUF009
+    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,12 +15,11 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .references import (
     HUB_KEYWORDS,
     REPOSITORY_ID,
-    check_reference,
     check_source,
     explained,
     file_keywords,
-    folder_of_router,
     leads_out,
+    resolve,
 )
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -42,7 +41,8 @@ def fetch_adapter(role: str, name: str, hub: dict[str, Any]) -> Adapter:
     """Fetch an adapter's files, all of one commit."""
     if not is_peft_available():
         raise ImportError(f"{role}: the adapter {name} needs PEFT, which is not installed: pip install peft")
-    check_source(f"{role}_adapter", name, hub, ADAPTER_CONFIG)
+    moved = f"If it has moved, pass {role}_adapter_name_or_path=..."
+    check_source(f"{role}_adapter", name, hub, file=ADAPTER_CONFIG, advice=moved)
     with explained(f"{role}_adapter", name, hub):
         file = cached_file(name, ADAPTER_CONFIG, **hub)
         commit = extract_commit_hash(file, None)
@@ -85,9 +85,20 @@ def has_adapter(role: str, source: str, keywords: dict[str, Any]) -> bool:
         )
 
 
+def named_adapter(role: str, keywords: dict[str, Any]) -> Adapter | None:
+    """Return the adapter that is named in the keywords, which are taken out."""
+    name, revision = keywords.pop("adapter_name_or_path", None), keywords.pop("adapter_revision", None)
+    hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
+    return (
+        None
+        if name is None
+        else fetch_adapter(role, os.fspath(name), hub | ({"revision": revision} if revision else {}))
+    )
+
+
 def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple[Any, Adapter | None]:
     """Return which model and which adapter are meant, by name or by the path or id of an adapter alone."""
-    name, revision = keywords.pop("adapter_name_or_path", None), keywords.pop("adapter_revision", None)
+    name = keywords.get("adapter_name_or_path")
     if isinstance(source, nn.Module):
         if name is not None:
             raise ValueError(
@@ -95,18 +106,14 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
             )
         return source, None
     source = os.fspath(source)
-    check_source(role, source, keywords, ADAPTER_CONFIG)
-    is_adapter = has_adapter(role, source, keywords)
+    check_source(role, source, keywords, other=ADAPTER_CONFIG)
+    if not has_adapter(role, source, keywords):
+        return source, named_adapter(role, keywords)
     if name is not None:
-        if is_adapter:
-            raise ValueError(
-                f"{role}, {role}_adapter_name_or_path: both name an adapter, {source} and {name}. Name the model that "
-                f"{name} is for as {role}."
-            )
-        hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
-        return source, fetch_adapter(role, os.fspath(name), hub | ({"revision": revision} if revision else {}))
-    if not is_adapter:
-        return source, None
+        raise ValueError(
+            f"{role}, {role}_adapter_name_or_path: both name an adapter, {source} and {name}. Name the model that "
+            f"{name} is for as {role}."
+        )
     adapter = fetch_adapter(role, source, file_keywords(keywords))
     base, said = named_base(role, adapter)
     for key in ("revision", "subfolder"):
@@ -119,21 +126,14 @@ def saved_adapter(
     role: str, path: str, reference: Any, base: str, keywords: dict[str, Any], repository: dict[str, Any]
 ) -> Adapter | None:
     """Return the adapter with which a router was saved, or that is named in its place."""
-    name, revision = keywords.pop("adapter_name_or_path", None), keywords.pop("adapter_revision", None)
-    hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
-    inside = False
-    if name is None and reference is not None:
-        check_reference(f"{role}_adapter", reference, path)
-        name, inside = reference.get("name_or_path"), "name_or_path" not in reference
-        hub |= {key: reference[key] for key in ("revision", "subfolder") if reference.get(key) and not inside}
-        if inside:
-            name, there = folder_of_router(path, reference.get("subfolder", ""), repository)
-            hub |= there
-    adapter = None
-    if name is not None:
-        adapter = fetch_adapter(role, os.fspath(name), hub | ({"revision": revision} if revision else {}))
-        # An adapter in the router's own repository is saved with the router again.
-        adapter = adapter._replace(reference=reference) if inside else adapter
+    adapter = named_adapter(role, keywords)
+    if adapter is None and reference is not None:
+        name, there = resolve(f"{role}_adapter", path, reference, repository)
+        hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
+        adapter = fetch_adapter(role, name, hub | there)
+        if "name_or_path" not in reference:
+            # An adapter in the router's own repository is saved with the router again.
+            adapter = adapter._replace(reference=reference)
     held = has_adapter(role, base, keywords)
     if held and (adapter is None or os.path.realpath(adapter.folder) != os.path.realpath(base)):
         raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .compat import not_compiled
 from .routers import ROUTERS
 from .static_memory import BUCKETS, Workspace, decide, llm_pass, slm_pass, slm_step
 
@@ -178,13 +179,6 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the same function with code of its own: the compiler counts recompilations by code, and gives up at 8."""
     code: Any = function.__code__
     return types.FunctionType(code.replace(), function.__globals__, function.__name__)
-
-
-def not_compiled() -> tuple[type[Exception], ...]:
-    """Return what the compiler raises where it cannot, and where it was asked too often, by any torch."""
-    errors: Any = torch._dynamo.exc
-    limits = (getattr(errors, name, None) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit"))
-    return (errors.TorchDynamoException, *filter(None, limits))
 
 
 def reset_code(code: types.CodeType) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
+from .compat import CACHE_NAMES, keep_token, restore_token
 from .routers import as_threshold
 
 CONFIG_VERSION = 1
-# A second name for `token`, under which it arrives in every version of transformers.
-TOKEN = "_token_of_from_pretrained"
 
 
 class CiterConfig(PreTrainedConfig):
@@ -35,7 +34,7 @@ class CiterConfig(PreTrainedConfig):
 
     model_type = "citer"
     sub_configs = {"slm_config": AutoConfig, "llm_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     def __init__(
         self,
@@ -70,17 +69,12 @@ class CiterConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a configuration, as every transformers configuration is loaded."""
-        # transformers 5.17 forgets a token on the way to `get_config_dict`, so that private routers are not found.
-        token = {TOKEN: kwargs["token"]} if kwargs.get("token") is not None else {}
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **token)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **keep_token(kwargs))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read the content of a `config.json`."""
-        token = kwargs.pop(TOKEN, None)
-        if token is not None:
-            kwargs["token"] = token
-        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return super().get_config_dict(pretrained_model_name_or_path, **restore_token(kwargs))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

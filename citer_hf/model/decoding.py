@@ -10,13 +10,13 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import (
     EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
     LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
 
 from .cache import CiterCache
+from .compat import CACHE, CiterGenerateOutput
 
 
 class Stops:
@@ -80,13 +80,13 @@ class Decoding:
             return self.attention_mask.sum(dim=1, keepdim=True)
         return torch.tensor([[self.cache.get_seq_length()]], device=self.input_ids.device)
 
-    def result(self, text: torch.Tensor) -> GenerateDecoderOnlyOutput | torch.Tensor:
+    def result(self, text: torch.Tensor) -> CiterGenerateOutput | torch.Tensor:
         """Return what `generate` returns."""
         if not self.settings.return_dict_in_generate:
             return text
-        return GenerateDecoderOnlyOutput(
+        return CiterGenerateOutput(
             sequences=text,
             scores=tuple(self.scores) if self.keeps_scores else None,
             logits=tuple(self.logits) if self.keeps_logits else None,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
         )

@@ -20,11 +20,12 @@ from transformers.generation import StoppingCriteriaList
 
 from .batch import decode_rows
 from .batch_support import rows_can_part
-from .cache import CiterCache
+from .cache import CiterCache, Routing
+from .compat import CACHE, cache_of, with_both_names, with_cache_name
 from .decoding import Decoding, Stops
 from .kv_layers import all_grow, growing_cache
 from .one_sequence import decode_one_row
-from .routers import Routing, as_threshold
+from .routers import as_threshold
 from .schedule import waiting_policy
 from .static import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
 
@@ -35,7 +36,7 @@ KNOWN_KEYWORDS = frozenset(
     {
         "attention_mask",
         "logits_to_keep",
-        "past_key_values",
+        CACHE,
         "position_ids",
         "router_threshold",
         "streamer",
@@ -76,7 +77,7 @@ class CiterGenerationMixin(GenerationMixin):
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
         check_cache_implementation(kwargs.get("cache_implementation"))
-        return super().generate(inputs, *args, **kwargs)
+        return with_both_names(super().generate(inputs, *args, **with_cache_name(kwargs)))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: continuous batching (`generate_batch`) needs paged caches, which hold one model."""
@@ -100,17 +101,17 @@ class CiterGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None:
             check_cache(given)
         elif generation_config.use_cache is not False:
             check_cache_implementation(generation_config.cache_implementation)
-            model_kwargs["past_key_values"] = self._make_cache(generation_config)
+            model_kwargs[CACHE] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
                 wanted = check_max_cache_len(generation_config.max_cache_len)
-                model_kwargs["past_key_values"].max_cache_len = max(max_cache_length, wanted)
+                model_kwargs[CACHE].max_cache_len = max(max_cache_length, wanted)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE].activate_past_recording()
             return None
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -131,7 +132,7 @@ class CiterGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of one step; see transformers."""
         finished = kwargs.pop("finished_rows", None)
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **with_cache_name(kwargs))
         if finished is not None and finished.mask is not None:
             model_inputs["finished_rows"] = finished.mask
         return model_inputs
@@ -150,7 +151,7 @@ class CiterGenerationMixin(GenerationMixin):
         together = input_ids.shape[0] > 1 and (
             waiting_rows == 1 or decoding is None or not rows_can_part(self, decoding)
         )
-        if asks_for_static(kwargs.get("past_key_values")) and decodes_statically(decoding, self):
+        if asks_for_static(kwargs.get(CACHE)) and decodes_statically(decoding, self):
             logits = self._prefill(input_ids, generation_config, kwargs).logits
             with self._optimize_model_for_decode():
                 return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
@@ -174,7 +175,7 @@ class CiterGenerationMixin(GenerationMixin):
         kwargs: dict[str, Any],
     ) -> Decoding | None:
         """Return what our own loops need to know, or `None` where only transformers' loop does what is asked for."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         wants_states = generation_config.output_attentions or generation_config.output_hidden_states
         if cache is None or kwargs.get("use_cache") is False or kwargs.get("synced_gpus") or wants_states:
             return None
@@ -231,7 +232,7 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         kwargs.pop("waiting_rows", None)
-        if asks_for_static(kwargs.get("past_key_values")):
+        if asks_for_static(kwargs.get(CACHE)):
             warn_of_dynamic_cache("beams reorder their rows at every token")
         finished = FinishedBeams(generation_config.num_beams)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
@@ -242,8 +243,8 @@ class CiterGenerationMixin(GenerationMixin):
             )
         finally:
             _finished_beams.reset(token)
-        if getattr(output, "past_key_values", None) is not None:
-            output.past_key_values.routing.follow_beams(output.beam_indices)
+        if cache_of(output) is not None:
+            cache_of(output).routing.follow_beams(output.beam_indices)
         return output
 
     @staticmethod
@@ -296,7 +297,7 @@ def begin_record(
     follows_beams: bool = False,
 ) -> None:
     """Begin a new record of routing in the cache, at the first token that this call generates."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is None:
         return
     mask = model_kwargs.get("attention_mask")

@@ -26,11 +26,11 @@ from .references import (
     explained,
     file_keywords,
     first_difference,
+    hub_keywords,
     load_models,
     load_tokenizer,
-    locate_base_model,
-    own_tokenizer,
     reference_to,
+    resolve,
     shared_tokenizer,
     split_keywords,
 )
@@ -226,7 +226,14 @@ class CiterLoadingMixin:
             # Nobody is asked whether code of a model may run that the user has not chosen by name.
             keywords[role].setdefault("trust_remote_code", False)
             reference = getattr(config, f"{role}_reference")
-            sources[role] = locate_base_model(role, path, reference, keywords[role], repository)
+            if role in moved:
+                sources[role] = os.fspath(keywords[role].pop("name_or_path"))
+            else:
+                sources[role], there = resolve(role, path, reference, repository)
+                # A folder of the router's repository is where it is; of another model, another state may be asked for.
+                keywords[role] = (
+                    {**keywords[role], **there} if "name_or_path" not in reference else there | keywords[role]
+                )
             place = f"If it has moved, pass {role}_name_or_path=..."
             check_source(role, sources[role], keywords[role], advice=place)
             if role in moved and not keywords[role].get("adapter_name_or_path"):
@@ -250,7 +257,7 @@ class CiterLoadingMixin:
                 references[role] = reference_to(sources[role], keywords[role])
                 commit = stated.get("revision", "")
                 if role in moved or len(commit) != 40 or keywords[role].get("revision") != commit:
-                    found = own_tokenizer(sources[role], keywords[role], adapters[role])
+                    found = load_tokenizer(sources[role], adapters[role], **hub_keywords(keywords[role]))
                     check_tokenizer(role, sources[role], found, load_tokenizer(path, trust_remote_code=False, **files))
 
         # 3. The models.

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .cache import CiterCache
+from .compat import CACHE, BothCacheNames, cache_name, given_cache
 from .compiled import CompiledSteps
 from .configuration import CiterConfig
 from .forward import in_one_piece, keep, marginal, real_text, to_device
@@ -30,13 +31,13 @@ SLM_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 @dataclass
-class CiterOutputWithPast(CausalLMOutputWithPast):
+class CiterOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     """What `CiterForCausalLM.forward` returns.
 
     Args:
         loss: Language modelling loss, a number, when labels were given.
         logits: `[batch, kept, vocabulary]`, each position's from the model that writes its token.
-        past_key_values: The `CiterCache`, with the record in its `routing`.
+        past_key_values: The `CiterCache`, with the record in its `routing`; `cache` is another name of it.
         hidden_states: The SLM's, when asked for.
         attentions: The SLM's, when asked for.
         router_scores: `p_slm` of the kept positions, `[batch, kept]`.
@@ -105,6 +106,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         self._accepted = {
             name: frozenset(inspect.signature(getattr(self, name).forward).parameters) for name in MODELS
         }
+        self._cache_names = {name: cache_name(getattr(self, name)) or CACHE for name in MODELS}
         self.generation_config = GenerationConfig.from_dict(llm.generation_config.to_dict())
         self.compiled_steps = CompiledSteps()
         self._freeze_base_models()
@@ -176,6 +178,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         router_threshold: float | torch.Tensor | None = None,
         finished_rows: torch.Tensor | None = None,
+        cache: CiterCache | None = None,
         **kwargs: Any,
     ) -> CiterOutputWithPast:
         """Run the SLM, score its state, and run the LLM where a kept position needs it (CITER, section 3).
@@ -195,10 +198,12 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             router_threshold: The SLM writes where `p_slm` reaches it: a number or `[batch]`. Default: the
                 configuration's.
             finished_rows: Rows whose text has ended, bool `[batch]`. They never cause a pass of the LLM.
+            cache: Another name of `past_key_values`, which transformers uses since 5.24.
             kwargs: For both models' `forward`; `output_hidden_states` and `output_attentions` for the SLM's.
 
         Raises:
-            ValueError: for input embeddings, no input, a threshold that means nothing, or a cache of another batch.
+            ValueError: for input embeddings, no input, a threshold that means nothing, a cache of another batch, or
+                two caches.
             TypeError: for a cache that is not a `CiterCache`.
             torch.OutOfMemoryError: when a model runs out of memory (on a CPU, torch's `RuntimeError`); it says which
                 model, what that needs, and what helps.
@@ -207,6 +212,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             raise ValueError(INPUTS_EMBEDS_ERROR)
         if input_ids is None:
             raise ValueError("input_ids: expected token ids [batch, tokens], got None.")
+        past_key_values = given_cache(past_key_values, cache)
         if past_key_values is not None:
             check_cache(past_key_values)
             past_key_values.check_batch_size(input_ids.shape[0])
@@ -247,7 +253,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         return CiterOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             hidden_states=slm_output.hidden_states,
             attentions=slm_output.attentions,
             router_scores=scores,
@@ -357,7 +363,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         kwargs: dict[str, Any],
     ) -> Any:
         model, accepted = getattr(self, name), self._accepted[name]
-        inputs = dict(inputs)
+        inputs = {**inputs, self._cache_names[name]: cache}
         if "position_ids" in accepted:
             inputs["position_ids"] = position_ids
         if "logits_to_keep" in accepted:
@@ -368,7 +374,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             inputs = {key: to_device(value, device) for key, value in inputs.items()}
         try:
             with weights_first(model, input_ids.numel()):
-                return model(input_ids=input_ids, past_key_values=cache, return_dict=True, **inputs, **kwargs)
+                return model(input_ids=input_ids, return_dict=True, **inputs, **kwargs)
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash, has_file
 
+from .compat import cache_name, is_broken_transfer
 from .configuration import table_size
 from .memory import is_out_of_memory, not_loaded, weight_bytes_of
 
@@ -31,9 +32,6 @@ REPOSITORY_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # Attribute of a base model that was loaded by its name: the reference to it, and the size of its vocabulary table.
 LOADED_FROM = "_citer_loaded_from"
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-# ---- keywords -------------------------------------------------------------------------------------------------------
 
 
 def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -64,26 +62,22 @@ def file_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
     return {key: keywords[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if keywords.get(key)}
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
-
-
-def check_source(role: str, name: str, keywords: dict[str, Any], *others: str, advice: str = "") -> None:
-    """Raise an error unless `name` is a directory, or a repository with a configuration or one of the other files."""
+def check_source(
+    role: str, name: str, keywords: dict[str, Any], file: str = "config.json", other: str = "", advice: str = ""
+) -> None:
+    """Raise an error unless `name` is a directory, or a repository with one of the two files."""
     if os.path.isdir(name):
         return
-    files = (keywords.get("gguf_file") or "config.json", *others)
     looked = f"{role}: there is no directory {os.path.abspath(name)}"
-    if REPOSITORY_ID.fullmatch(name) is None or ".." in name:
-        raise OSError(
-            f"{looked}, and {name!r} is not the id of a repository on the Hub, such as 'user/model'. {advice}".rstrip()
-        )
+    if REPOSITORY_ID.fullmatch(name) is None or leads_out(name):
+        raise OSError(f"{looked}, and {name!r} is not the id of a repository, such as 'user/model'. {advice}".rstrip())
+    files = [one for one in (keywords.get("gguf_file") or file, other) if one]
     if any(cached_path(name, file, keywords) for file in files):
         return
-    folder = keywords.get("subfolder") or ""
     where = {key: keywords[key] for key in ("revision", "token", "local_files_only", "cache_dir") if keywords.get(key)}
     with explained(role, name, keywords):
         # One request each: the client itself repeats a request five times before it gives up.
-        if any(has_file(name, os.path.join(folder, file), **where) for file in files):
+        if any(has_file(name, os.path.join(keywords.get("subfolder") or "", file), **where) for file in files):
             return
     raise OSError(
         f"{looked}, no {' or '.join(files)} of {name} in the cache of the Hub, and none on the Hub, or the Hub cannot "
@@ -127,8 +121,7 @@ def load_models(
 
 
 def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return how an adapter beside a model is looked for: where files are looked for, which transformers 5.17
-    forgets."""
+    """Return how an adapter beside a model is looked for: where files are, which transformers does not pass on."""
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
     return {"adapter_kwargs": files} if files else {}
 
@@ -141,11 +134,6 @@ def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, A
         taken[device] = taken.get(device, 0) + parameter.numel() * parameter.element_size()
     sizes = {device: convert_file_size_to_int(size) for device, size in max_memory.items()}
     return {device: max(size - taken.get(device, 0), 0) for device, size in sizes.items()}
-
-
-def is_broken_transfer(error: BaseException) -> bool:
-    """Return True if a download broke off: what is raised then is of the library that the Hub's client uses."""
-    return any(base.__module__.partition(".")[0] in ("httpx", "httpx2", "requests") for base in type(error).__mro__)
 
 
 class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
@@ -167,19 +155,18 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
         if isinstance(error, Exception) and role in ROLES and is_out_of_memory(error):
             config = AutoConfig.from_pretrained(source, **hub_keywords(self.keywords))
             raise not_loaded(error, role, source, weight_bytes_of(config, self.keywords)) from error
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_broken_transfer(error):  # type: ignore[arg-type]
-            revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
+        if error is not None and (
+            isinstance(error, OSError) or is_broken_transfer(error) or type(error).__name__ == "SafetensorError"
+        ):
             title = {"router": "router", "slm": "SLM", "llm": "LLM"}.get(role, f"{role[:3].upper()}'s adapter")
-            moved = "" if role == "router" else f"If it has moved, pass {role}_name_or_path=...; if"
+            revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
+            moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
             raise OSError(
-                f"{role}: the {title} could not be loaded from {source}{revision}: {error}\n{moved or 'If'} a file is "
-                "missing, damaged or cut short, save it again, or download it anew with force_download=True."
+                f"{role}: the {title} could not be loaded from {source}{revision}: {error}\nIf a file is missing, "
+                f"damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
             ) from error
         if isinstance(error, TypeError | ValueError) and not str(error).startswith(role):
             raise type(error)(f"{role}: {source}: {error}") from error
-
-
-# ---- references -----------------------------------------------------------------------------------------------------
 
 
 def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None:
@@ -294,38 +281,18 @@ def check_reference(role: str, reference: Any, router_path: str) -> None:
         )
 
 
-def locate_base_model(
-    role: str, path: str, reference: dict[str, Any] | None, keywords: dict[str, Any], repository: dict[str, Any]
-) -> str:
-    """Return where a base model of a saved router is, and complete the keywords it is loaded with."""
-    if keywords.get("name_or_path"):
-        return os.fspath(keywords.pop("name_or_path"))
-    if reference is None:
-        raise ValueError(
-            f"{role}_reference: the configuration of {path} does not say where the {role.upper()} is. Pass "
-            f"{role}_name_or_path=..."
-        )
+def resolve(role: str, path: str, reference: Any, repository: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return where a reference of the router at `path` leads to, and the keywords for loading from there."""
     check_reference(role, reference, path)
-    for key in REFERENCE_KEYS:
-        if reference.get(key) and (key != "subfolder" or "name_or_path" in reference):
-            keywords.setdefault(key, reference[key])
+    keywords = {key: reference[key] for key in REFERENCE_KEYS if reference.get(key)}
     if "name_or_path" in reference:
-        return str(reference["name_or_path"])
-    place, there = folder_of_router(path, reference.get("subfolder", ""), repository)
-    keywords.update(there)
-    return place
-
-
-def folder_of_router(path: str, folder: str, repository: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return where a folder of a router's own repository is, wherever that is now, and how its files are fetched."""
-    folder = os.path.join(repository.get("subfolder", ""), folder)
+        return reference["name_or_path"], keywords
+    # A folder of the router's own repository, wherever that is now.
+    folder = os.path.join(repository.get("subfolder") or "", keywords.pop("subfolder", ""))
     if os.path.isdir(path):
-        return os.path.join(path, folder), {}
+        return os.path.join(path, folder), keywords
     revision = {"revision": repository["revision"]} if repository.get("revision") else {}
-    return path, {"subfolder": folder, **revision}
-
-
-# ---- what two models must have in common ----------------------------------------------------------------------------
+    return path, {**keywords, "subfolder": folder, **revision}
 
 
 def check_config(role: str, config: PreTrainedConfig) -> None:
@@ -358,12 +325,12 @@ def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
     """Raise an error for two models that cannot decode together."""
     for role, model in (("slm", slm), ("llm", llm)):
         check_model(role, model)
-        parameters = inspect.signature(model.forward).parameters
-        if "past_key_values" not in parameters:
+        layers = DynamicCache(config=model.config)
+        if cache_name(model) is None or (len(layers) and all(layers.is_linear)):
+            parameters = ", ".join(list(inspect.signature(model.forward).parameters)[:6])
             raise ValueError(
-                f"{role}: {type(model).__name__} keeps its state in something else than `past_key_values` (its "
-                f"forward takes {', '.join(list(parameters)[:6])}, ...), so that it cannot share "
-                "a generation with another model."
+                f"{role}: {type(model).__name__} keeps no keys and values in a `cache` (or `past_key_values`) (its "
+                f"forward takes {parameters}, ...), so that it cannot share a generation with another model."
             )
 
 
@@ -378,23 +345,18 @@ def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreT
             )
 
 
-def load_tokenizer(source: str, **kwargs: Any) -> Any:
-    """Load the tokenizer of a repository, or return `None` when it has none."""
+def load_tokenizer(source: str, adapter: Any = None, **kwargs: Any) -> Any:
+    """Load the tokenizer of a repository, or of an adapter that brings one; `None` when there is none."""
     # Importing tokenizers takes as long as all of this package.
     from transformers import AutoTokenizer
 
+    if adapter is not None and os.path.isfile(os.path.join(adapter.folder, "tokenizer_config.json")):
+        source, kwargs = adapter.folder, {"trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(source, **kwargs)
+        return AutoTokenizer.from_pretrained(source, **kwargs) if source else None
     # What is raised for a repository without a tokenizer depends on what else it lacks.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None
-
-
-def own_tokenizer(source: str, keywords: dict[str, Any], adapter: Any) -> Any:
-    """Return the tokenizer of one model, or `None` when it comes with none."""
-    if adapter is not None and os.path.isfile(os.path.join(adapter.folder, "tokenizer_config.json")):
-        return load_tokenizer(adapter.folder, trust_remote_code=False)
-    return load_tokenizer(source, **hub_keywords(keywords)) if source else None
 
 
 def first_difference(one: Any, other: Any) -> tuple[int, str | None, str | None] | None:
@@ -415,7 +377,7 @@ def shared_tokenizer(
     for role in ROLES:
         source = sources[role]
         name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
-        found[role] = own_tokenizer(name, keywords[role], adapters[role])
+        found[role] = load_tokenizer(name, adapters[role], **hub_keywords(keywords[role]))
         if name and found[role] is None:
             logger.warning(
                 f"{role}: no tokenizer could be loaded from {name}, so that the pair has the other model's, if any; "

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin
 
 from .adapters import active_adapter, adapter_layers, adapter_origin, save_adapter, without_adapter
-from .references import ROLES, commit_of, difference, reference_to
+from .references import ROLES, commit_of, difference, reference_to, resolve
 from .routers import UNTRAINED
 
 logger = logging.get_logger(__name__)
@@ -148,13 +148,13 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
         return
     model = unwrap_model(model)
     state_dict = kwargs.pop("state_dict", None)
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     for role in ROLES:
         base, adapter = getattr(model, role), active_adapter(role, model)
         reference = None if save_base_models else found_again(role, model, os.path.dirname(folder))
         if reference is None:
             save_base_model(role, base, os.path.join(folder, role), **kwargs)
-            reference = {"subfolder": role} | origin_of(model, role)
+            reference = {"subfolder": role, **origin_of(model, role)}
         if adapter is not None:
             origin = None if save_base_models else adapter_origin(base, adapter)
             if origin is None:
@@ -177,10 +177,15 @@ def found_again(role: str, model: Any, directory: str) -> dict[str, Any] | None:
     if stated is None:
         return None
     stated = {key: value for key, value in stated.items() if key != "adapter"}
-    path, hub = model._repository or ("", {})
+    repository: tuple[str, dict[str, Any]] = model._repository or ("", {})
+    path, hub = repository
     references, problem = [stated, reference_to(base, {})], ""
     if "name_or_path" not in stated:
-        references[0] = reference_from_elsewhere(stated, path, hub)
+        # It lies in a folder of the repository which the pair was loaded from.
+        is_local = os.path.isdir(path)
+        fixed = hub if is_local else {**hub, "revision": commit_of(path, hub) or hub.get("revision")}
+        place, there = resolve(role, path, {"subfolder": stated.get("subfolder", "")}, fixed)
+        references[0] = {"name_or_path": os.path.abspath(place) if is_local else place, **there}
     for reference in [one for one in references if one is not None]:
         name, keywords = reference["name_or_path"], {key: hub[key] for key in ("cache_dir",) if key in hub}
         found = difference(base, reference, name, keywords | reference)
@@ -201,15 +206,6 @@ def origin_of(model: Any, role: str) -> dict[str, str]:
         return {key: reference[key] for key in ("origin", "origin_revision") if key in reference}
     commit = model._commits.get(role)
     return {"origin": name, "origin_revision": commit} if commit and not os.path.isdir(name) else {}
-
-
-def reference_from_elsewhere(reference: dict[str, Any], path: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """Return a reference to a base model in a folder of the repository which the pair was loaded from."""
-    folder = os.path.join(hub.get("subfolder", ""), reference.get("subfolder", ""))
-    if os.path.isdir(path):
-        return {"name_or_path": os.path.abspath(os.path.join(path, folder))}
-    commit = commit_of(path, hub) or hub.get("revision")
-    return {"name_or_path": path, "subfolder": folder} | ({"revision": commit} if commit else {})
 
 
 def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:

@@ -92,30 +92,30 @@ class Pieces(DirectStreamer):
         self.stop = StopText(answer.stops)
         self.tokens: list[int] = []
         self.first_token = 0.0
-        self._text, self._whole_tokenizer = "", tokenizer
+        self.text, self._whole_tokenizer = "", tokenizer
         super().__init__(tokenizer._tokenizer, loop, queue, response_parser=answer.parser)
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, and then every token."""
         if not self._first:
             self.first_token = self.first_token or time.monotonic()
-            self.tokens += value.tolist()
-        super().put(value)
+            self.tokens += value.reshape(-1).tolist()
+        super().put(value.reshape(-1))
 
     def end(self) -> None:
         """Take notice that no more tokens come."""
         if self._parser is None and not self.stop.met:
             # A character of which not all bytes came is shown as decoding shows it.
             whole = self._whole_tokenizer.decode(self.tokens, skip_special_tokens=True)
-            if whole.startswith(self._text):
-                self._enqueue(whole[len(self._text) :])
+            if whole.startswith(self.text):
+                self._enqueue(whole[len(self.text) :])
         super().end()
 
     def _enqueue(self, item: Any) -> None:
         if item is None:
             item = self.stop.rest()
         elif isinstance(item, str) and not isinstance(item, ReasoningText):
-            self._text += item
+            self.text += item
             item = self.stop.feed(item)
         if item != "":
             super()._enqueue(item)
@@ -151,6 +151,8 @@ def write(
         stopping_criteria=StoppingCriteriaList([EndsEarly(answer, pieces.stop)]),
         router_threshold=answer.threshold,
         streamer=pieces,
+        # Published stop strings need it.
+        **({"tokenizer": tokenizer} if answer.settings.stop_strings else {}),
     )
     routing = output.past_key_values.routing
     return Finished(
@@ -168,7 +170,10 @@ def reason_of(answer: Answer, pieces: Pieces) -> str:
     """Say why an answer ended, in OpenAI's words."""
     ends = answer.settings.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    return "stop" if pieces.stop.met or pieces.tokens[-1] in ends else "length"
+    # Stop strings of a published generation config stay in the text, as in `generate`.
+    published = answer.settings.stop_strings or []
+    stopped = pieces.text.endswith(tuple([published] if isinstance(published, str) else published))
+    return "stop" if pieces.stop.met or pieces.tokens[-1] in ends or stopped else "length"
 
 
 def usage(finished: list[Finished], prompts: int) -> dict[str, Any]:

@@ -110,9 +110,7 @@ def generation_settings(model: Any, request: Request, prompt_tokens: int, option
     settings = copy.deepcopy(model.generation_config)
     room = room_for_answer(model, request, prompt_tokens, options, settings.max_new_tokens)
     # One answer is written at a time, which a stream can follow.
-    settings.update(
-        max_new_tokens=room, max_length=None, min_length=0, num_beams=1, num_return_sequences=1, stop_strings=None
-    )
+    settings.update(max_new_tokens=room, max_length=None, min_length=0, num_beams=1, num_return_sequences=1)
     settings.update(use_cache=True, return_dict_in_generate=True, output_scores=False, output_logits=False)
     settings.update(output_hidden_states=False, output_attentions=False)
     named = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}

@@ -22,8 +22,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from transformers.cli.serving.utils import InferenceThread
 
-from ..model.configuration import as_threshold
 from ..model.modeling import CiterForCausalLM
+from ..model.routers import as_threshold
 from . import ServeOptions
 from .answers import Answer, ChatReply, CompletionReply, Finished, Reply, event, usage, write
 from .metrics import Measured, Metrics

@@ -85,8 +85,8 @@ def label_preferences(
 ) -> Labels:
     """Label every token of the reference answers with the model that should write it (CITER, section 3.3).
 
-    Under `accelerate launch`, processes divide the work and need one directory that all of them see. The labels are the
-    same for any number of processes. The same call resumes an interrupted run.
+    Under `accelerate launch`, processes divide the work and need one directory that all of them see. The labels are
+    the same for any number of processes. The same call resumes an interrupted run.
 
     Args:
         model: The pair. Its router at a threshold is the policy that continues the roll-outs.

@@ -14,6 +14,7 @@ import torch
 from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.data.tokens import Encoded
 from citer_hf.evaluation.decode import cut, decode, greedy_view, special_tokens, steady_policy, text_lengths
+from citer_hf.model.compat import CACHE
 from citer_hf.model.kv_layers import all_grow, growing_cache
 
 __all__ = ["RollOut", "cut_into_batches", "roll_out"]
@@ -119,7 +120,7 @@ def shared_prefixes(
     inputs = {"attention_mask": mask, "use_cache": True}
     if alone is None:
         # Above 1, both models read.
-        model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1, router_threshold=2.0, **inputs)
+        model(ids, position_ids=positions, cache=cache, logits_to_keep=1, router_threshold=2.0, **inputs)
     elif alone == "slm":
         model._run_slm(ids, positions, cache, 1, inputs, {})
     else:
@@ -149,7 +150,7 @@ def write_on(prefixes: Prefixes, end_tokens: Sequence[int], max_new_tokens: int)
         stretch = min(STRETCH, max_new_tokens)
         max_new_tokens -= stretch
         output = policy.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=stretch, past_key_values=cache, **options
+            input_ids=ids, attention_mask=mask, max_new_tokens=stretch, **{CACHE: cache}, **options
         )
         new = output[:, ids.shape[1] :]
         for index, tokens in zip(going, cut(new, text_lengths(new, end_tokens)), strict=True):

@@ -114,8 +114,8 @@ class TrainedRouter:
 def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """Train a router for a pair, and save it as a router repository with its provenance and training curve.
 
-    Under `accelerate launch`, one process trains and all make the roll-outs of further rounds. The same call resumes an
-    interrupted run.
+    Under `accelerate launch`, one process trains and all make the roll-outs of further rounds. The same call resumes
+    an interrupted run.
 
     Args:
         model: The pair that was labelled. It is not changed.

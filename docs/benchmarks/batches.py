@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from citer_hf import CiterForCausalLM
 from citer_hf.bench.clock import Clock
 from citer_hf.bench.machine import describe_machine
 from citer_hf.bench.projections import simulate_command
 from citer_hf.bench.results import ratios
+
+from citer_hf import CiterForCausalLM
 
 PROMPT = 8
 SIZE = 4096

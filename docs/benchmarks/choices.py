@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from citer_hf.training.router_trainer import TrainingSettings, train_router
+from citer_hf.training.teacher import SLM_RIGHT
 from torch.nn import functional
 
 from citer_hf import CiterForCausalLM
@@ -25,8 +27,6 @@ from citer_hf.evaluation.evaluate import evaluate
 from citer_hf.evaluation.results import cost_at
 from citer_hf.training.labels import Labels
 from citer_hf.training.objectives import OBJECTIVES, Objective, Targets, known
-from citer_hf.training.router_trainer import TrainingSettings, train_router
-from citer_hf.training.teacher import SLM_RIGHT
 
 SHARES = (0.01, 0.02, 0.03, 0.045, 0.06, 0.09, 0.14, 0.25)
 LEVELS = (0.9, 0.95, 0.98)

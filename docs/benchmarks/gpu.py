@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_pair import SHAPES, build
-
-from citer_hf import CiterForCausalLM
 from citer_hf.bench.options import BenchOptions, check_device, check_dtype, parse_numbers
 from citer_hf.bench.report import print_report
 from citer_hf.bench.run import Bench
+from random_pair import SHAPES, build
+
+from citer_hf import CiterForCausalLM
 from citer_hf.runs import atomic_write, read_json
 
 # What an SLM step, the floor, and the LLM alone are compared with: TokenRouter's gains on the method's own pair.

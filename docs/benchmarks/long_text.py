@@ -33,12 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from citer_hf.bench.forced import ForcedRouter, decides_by
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from citer_hf import CiterForCausalLM
 from citer_hf.bench.contenders import greedy_without_end
-from citer_hf.bench.forced import ForcedRouter, decides_by
+from citer_hf.model.compat import cache_of
 
 SHARE, NEW_TOKENS, LENGTHS = 0.2, 256, (400, 4000)
 LONG_PROMPT, LAST_TOKENS = 8184, 8
@@ -184,7 +185,7 @@ def measure_growth(who: str, directory: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     output = model.generate(random_prompt(LONG_PROMPT, vocabulary), max_new_tokens=LAST_TOKENS, **short)
-    cache = output.past_key_values
+    cache = cache_of(output)
     caches = (cache.slm, cache.llm) if who == "pair" else (cache,)
     kept = sum(layer.keys.nbytes + layer.values.nbytes for one in caches for layer in one.layers)
     print(json.dumps({"growth": resident("VmHWM") - before, "keys and values": kept}))

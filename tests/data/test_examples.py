@@ -324,9 +324,7 @@ class TestDatasets:
         datasets.DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(tmp_path / "two")
         self.check(read_examples(tmp_path / "two", split="test"))
         for split in (None, "dev"):
-            with pytest.raises(
-                ValueError, match=f"two has the splits train, test; .* got {split!r}"
-            ):
+            with pytest.raises(ValueError, match=f"two has the splits train, test; .* got {split!r}"):
                 read_examples(tmp_path / "two", split=split)
 
     def test_a_name_like_those_of_the_hub_is_loaded_by_name(
@@ -351,7 +349,5 @@ class TestDatasets:
             raise ConnectionError(f"no way to {name} {split}")
 
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
-        with pytest.raises(
-            OSError, match=r"user/absent cannot be loaded .*: ConnectionError: no way .* test"
-        ):
+        with pytest.raises(OSError, match=r"user/absent cannot be loaded .*: ConnectionError: no way .* test"):
             read_examples("user/absent", split="test")

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from citer_hf import CiterCache
+from citer_hf.model.compat import cache_argument
 from tests.conftest import ScriptedRouter, make_pair, random_prompts
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -159,4 +160,4 @@ def test_another_kind_of_cache_is_refused(pair):
 
 def test_it_refuses_to_be_the_cache_of_one_model(pair):
     with pytest.raises(TypeError, match="CiterCache belongs to a CiterForCausalLM"):
-        pair.slm(torch.tensor([[5, 6]]), past_key_values=CiterCache(pair.config))
+        pair.slm(torch.tensor([[5, 6]]), **cache_argument(pair.slm, CiterCache(pair.config)))

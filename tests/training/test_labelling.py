@@ -14,9 +14,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from citer_hf.training.labelling import label_preferences
 
 from citer_hf.training import labelling, outcomes, rollouts
-from citer_hf.training.labelling import label_preferences
 from citer_hf.training.labels import Labels
 from citer_hf.training.rollouts import RollOut, cut_into_batches, roll_out
 from tests import launching

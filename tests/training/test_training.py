@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from citer_hf.training.labelling import label_preferences
+from citer_hf.training.report import calibration_error, report_on
+from citer_hf.training.router_trainer import TrainingSettings, router_inputs, split_by_question, train_router
 from transformers import Trainer, TrainerCallback
 
 from citer_hf import CiterForCausalLM
@@ -21,11 +24,8 @@ from citer_hf.model.routers import MlpRouter, build_router
 from citer_hf.training import rounds as rounds_module
 from citer_hf.training import router_trainer
 from citer_hf.training.baselines import train_baselines
-from citer_hf.training.labelling import label_preferences
 from citer_hf.training.labels import Labels
 from citer_hf.training.objectives import OBJECTIVES, QUERY, co_llm_loss, preference_loss
-from citer_hf.training.report import calibration_error, report_on
-from citer_hf.training.router_trainer import TrainingSettings, router_inputs, split_by_question, train_router
 from citer_hf.training.train import train
 from tests.training.test_labelling import naive_outcome
 from tests.training_data import has_letter, made_up_labels, task, task_pair
