@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from citer_hf.training.teacher import LLM_RIGHT, SLM_RIGHT
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Verdict
