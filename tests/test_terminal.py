@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from citer_hf import CiterCache
-from citer_hf.model.routers import Routing
+from citer_hf.model.cache import Routing
 from citer_hf.terminal import DIM, LLM_COLOUR, PLAIN, Paint, WriterStreamer, legend, wants_colour
 from tests.chat_pairs import Screen, chat_pair
 

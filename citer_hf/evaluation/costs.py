@@ -82,11 +82,7 @@ class PairCosts:
 def scoring_cost(router: nn.Module) -> TextCost:
     """Return what it takes to score one token: every weight is read, multiplied and added."""
     weights: list[Any] = []
-    folded: Any = getattr(router, "folded", None)
-    if folded is not None:
-        weights = list(folded())
-    else:
-        for module in router.modules():
-            if not isinstance(module, nn.Embedding):
-                weights += module.parameters(recurse=False)
+    for module in router.modules():
+        if not isinstance(module, nn.Embedding):
+            weights += module.parameters(recurse=False)
     return TextCost(float(sum(one.nbytes for one in weights)), 2.0 * sum(one.numel() for one in weights))

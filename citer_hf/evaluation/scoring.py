@@ -65,12 +65,11 @@ def _score_batch(
     ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=device)
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=device)
     positions = torch.arange(width, device=device)[None]
-    output, hidden = model._run_slm(ids, positions, None, 0, {"attention_mask": mask, "use_cache": False}, {})
-    logits = output.logits[..., : model.vocab_size]
+    slm = model.run_slm(ids, attention_mask=mask, position_ids=positions)
     found = {}
     for name, router in routers.items():
         with evaluating(router):
-            values = router(hidden, logits).float().cpu().numpy()
+            values = router(slm.hidden, slm.logits).float().cpu().numpy()
         found[name] = [row[: len(text)] for row, text in zip(values, texts, strict=True)]
     return found
 

@@ -1,4 +1,4 @@
-"""CiterCache: two KV caches and the tokens the LLM has not seen yet."""
+"""CiterCache: two KV caches, the tokens that the LLM has not seen yet, and the record of routing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from transformers import Cache, PreTrainedConfig
 
 from .compat import reset_cache
 from .kv_layers import growing_cache
-from .routers import Routing
 
 
 class CiterCache(Cache):
@@ -51,15 +50,6 @@ class CiterCache(Cache):
         self._length = 0
         self._batch_size: int | None = None
         self._unseen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-
-    def check_batch_size(self, batch_size: int) -> None:
-        """Refuse a batch that this cache does not belong to."""
-        if self._batch_size is not None and self._batch_size != batch_size:
-            raise ValueError(
-                f"past_key_values: this cache holds {self._batch_size} rows, but input_ids has {batch_size}. Pass a "
-                "batch of the same size, a new CiterCache(model.config), or repeat the cache's rows with "
-                "past_key_values.batch_repeat_interleave(n)."
-            )
 
     def add_tokens(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Note tokens that the SLM has read and the LLM has not."""
@@ -227,3 +217,116 @@ class CiterCache(Cache):
     def is_sliding(self) -> list[bool]:
         """Whether each layer of the SLM's cache slides."""
         return self.slm.is_sliding
+
+
+def check_cache(cache: Any, batch_size: int | None = None) -> None:
+    """Raise if a cache has no place for the LLM's keys and values, or holds another number of sequences."""
+    # By name: a repository's own copy of this file has a class of its own.
+    if type(cache).__name__ != CiterCache.__name__:
+        raise TypeError(
+            f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no room for the LLM's "
+            "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
+        )
+    if batch_size is not None and cache.batch_size not in (-1, batch_size):
+        raise ValueError(
+            f"past_key_values: this cache holds {cache.batch_size} sequences, but input_ids has {batch_size}. Pass a "
+            "batch of the same size, a new CiterCache(model.config), or repeat the cache's sequences with "
+            "past_key_values.batch_repeat_interleave(n)."
+        )
+
+
+SCORES, TO_LLM, UNFINISHED = range(3)
+
+
+class Routing:
+    """What was decided, token by token, since a cache was made or `generate` was last called.
+
+    Everything stays on the device, as the steps left it, until it is asked for.
+
+    Args:
+        start: Index in the text of the first token to decide; earlier tokens need no decision and get no record.
+        follows_beams: Whether rows are running beams, whose order is put right at the end by `follow_beams`.
+    """
+
+    def __init__(self, start: int = 0, follows_beams: bool = False):
+        self.start = start
+        self.follows_beams = follows_beams
+        self.llm_calls = 0
+        # A step: index of its first token, then p_slm, who writes, and who is still unfinished, each [batch, tokens].
+        self._steps: list[tuple[int, tuple[torch.Tensor, ...]]] = []
+
+    def add(self, first: int, scores: torch.Tensor, to_llm: torch.Tensor, unfinished: torch.Tensor) -> None:
+        """Record one step."""
+        skip = self.start - first
+        if skip > 0:
+            first, scores, to_llm, unfinished = self.start, scores[:, skip:], to_llm[:, skip:], unfinished[:, skip:]
+        if scores.shape[1] > 0:
+            self._steps.append((first, (scores, to_llm, unfinished)))
+
+    @property
+    def to_llm(self) -> torch.Tensor:
+        """Whether the LLM wrote each token, bool `[batch, generated]`; False after the end of a row."""
+        return self._joined(TO_LLM) & self._joined(UNFINISHED)
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """`p_slm` of each token, float `[batch, generated]`."""
+        return self._joined(SCORES)
+
+    @property
+    def unfinished(self) -> torch.Tensor:
+        """Whether each token is a real one and not padding after the end of its row, bool `[batch, generated]`."""
+        return self._joined(UNFINISHED)
+
+    @property
+    def llm_share(self) -> float:
+        """Share of the real tokens that the LLM wrote; 0.0 when there are none."""
+        real = int(self.unfinished.sum())
+        return int(self.to_llm.sum()) / real if real else 0.0
+
+    def by_llm(self, index: int, row: int = 0) -> bool:
+        """Say whether the LLM wrote one token, without joining the record: for streams, which ask for the newest."""
+        place = self.start + index
+        for first, records in reversed(self._steps):
+            if first <= place < first + records[TO_LLM].shape[1]:
+                return bool(records[TO_LLM][row, place - first])
+        raise IndexError(f"index: no token number {index} has been decided yet.")
+
+    def __len__(self) -> int:
+        return sum(records[SCORES].shape[1] for _, records in self._steps)
+
+    def __repr__(self) -> str:
+        return f"Routing(tokens={len(self)}, llm_share={self.llm_share:.3f}, llm_calls={self.llm_calls})"
+
+    def crop(self, length: int) -> None:
+        """Forget the decisions about tokens that were taken back."""
+        while self._steps and self._steps[-1][0] > length:
+            self._steps.pop()
+        if self._steps:
+            first, records = self._steps[-1]
+            self._steps[-1] = (first, tuple(record[:, : length + 1 - first] for record in records))
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows, in this order."""
+        if self.follows_beams:
+            return
+        self._steps = [
+            (first, tuple(record.index_select(0, rows.to(record.device)) for record in records))
+            for first, records in self._steps
+        ]
+
+    def follow_beams(self, beam_indices: torch.Tensor) -> None:
+        """Turn the record of running beams, row by row and step by step, into that of the returned sequences."""
+        if not self._steps:
+            return
+        first, records = self._steps[0]
+        rows = beam_indices.long().to(records[SCORES].device)
+        length = min(rows.shape[1], len(self))
+        rows, ended = rows[:, :length].clamp_min(0), rows[:, :length] < 0
+        scores, to_llm, unfinished = (self._joined(part)[:, :length].gather(0, rows) for part in range(3))
+        self._steps = [(first, (scores, to_llm, unfinished & ~ended))]
+
+    def _joined(self, part: int) -> torch.Tensor:
+        if not self._steps:
+            return torch.zeros((0, 0), dtype=torch.float32 if part == SCORES else torch.bool)
+        return torch.cat([records[part] for _, records in self._steps], dim=1)

@@ -1,16 +1,15 @@
-"""The routers, and the record of what they decided."""
+"""Routers: which kinds there are, and the one place where a score becomes a decision."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, overload
 
 import torch
 from torch import nn
-
-from .r2r_router import R2RRouter
-from .router_base import Router
+from transformers import PreTrainedModel
 
 SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
@@ -56,7 +55,51 @@ def defer(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor
     return scores < (threshold.to(scores) if isinstance(threshold, torch.Tensor) else threshold)
 
 
-MlpWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.Tensor) -> torch.Tensor:
+    """Return the log-likelihood of every token when the router draws the writer (Co-LLM's marginal likelihood)."""
+    tiny = torch.finfo(torch.float32).tiny
+    p_slm = scores.float()[..., None]
+    by_slm = slm_logits.float().log_softmax(-1) + p_slm.clamp_min(tiny).log()
+    by_llm = llm_logits.float().log_softmax(-1) + (1 - p_slm).clamp_min(tiny).log()
+    return torch.logaddexp(by_slm, by_llm)
+
+
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """Return the width of the input of a model's output embeddings, which is what a router sees."""
+    head: Any = model.get_output_embeddings()
+    return int(getattr(head, "in_features", None) or model.config.get_text_config().hidden_size)
+
+
+class Router(nn.Module):
+    """Base class of the routers: the probability that the SLM's next token is good enough.
+
+    A new kind is one subclass and one line in `ROUTERS`. A kind that needs more of the SLM than its outputs has a
+    method `bind(slm)`, which `CiterForCausalLM` calls when the pair is made.
+
+    Args:
+        hidden_size: Width H of the SLM's last hidden state.
+        options: Everything else that the configuration's `router` dictionary holds.
+    """
+
+    def __init__(self, hidden_size: int, **options: Any):
+        super().__init__()
+        if options:
+            raise ValueError(
+                f"router: unknown options {sorted(options)} for {type(self).__name__}; remove them from "
+                "the `router` dictionary of the configuration."
+            )
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Score one or many positions.
+
+        Args:
+            hidden: Last hidden state of the SLM, after the final norm, `[..., H]`.
+            logits: Logits of the SLM at the same positions, `[..., V]`.
+
+        Returns:
+            `p_slm`, fp32 unless the user has cast the router, in [0, 1], `[...]`.
+        """
+        raise NotImplementedError
 
 
 class MlpRouter(Router):
@@ -78,51 +121,20 @@ class MlpRouter(Router):
         self.contract = nn.Linear(2 * hidden_size, hidden_size, dtype=fp32)
         self.score = nn.Linear(hidden_size, 1, dtype=fp32)
         self.dropout = nn.Dropout(dropout)
-        self._folded: tuple[tuple[Any, ...], MlpWeights] | None = None
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         inputs = hidden.to(self.expand.weight)
         if self.top_logprobs:
             inputs = torch.cat([inputs, top_logprobs(logits, self.top_logprobs).to(inputs)], dim=-1)
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.sigmoid(self.log_odds(inputs))
-        weight, bias, vector, offset = self.folded()
-        hidden = torch.relu(nn.functional.linear(inputs, weight, bias))
-        return torch.sigmoid(nn.functional.linear(hidden, vector, offset).squeeze(-1))
+        return torch.sigmoid(self.log_odds(inputs))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logit of `p_slm`, layer by layer."""
+        """Return the logit of `p_slm`."""
         expanded = self.expand(inputs)
         if self.norm is not None:
             expanded = self.norm(expanded.reshape(-1, expanded.shape[-1])).view_as(expanded)
         contracted = self.contract(self.dropout(torch.relu(expanded)))
         return self.score(self.dropout(contracted)).squeeze(-1)
-
-    def folded(self) -> MlpWeights:
-        """Return the evaluation form: weight `[2H, H]` and bias `[2H]`, and after the ReLU `[1, 2H]` and offset
-        `[1]`."""
-        # One by one: what goes through all of a module's tensors takes as long as the router itself.
-        layers = (self.expand, self.contract, self.score)
-        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-        if self.norm is not None:
-            tensors += [*self.norm.parameters(), *self.norm.buffers()]
-        state = tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors])
-        if self._folded is None or self._folded[0] != state:
-            self._folded = (state, self._fold())
-        return self._folded[1]
-
-    @torch.no_grad()
-    def _fold(self) -> MlpWeights:
-        weight: torch.Tensor = self.expand.weight
-        bias: torch.Tensor = self.expand.bias
-        if self.norm is not None:
-            assert self.norm.running_mean is not None and self.norm.running_var is not None
-            scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
-            weight = scale[:, None] * weight
-            bias = scale * (bias - self.norm.running_mean) + self.norm.bias
-        vector = self.score.weight @ self.contract.weight
-        offset = self.score.weight @ self.contract.bias + self.score.bias
-        return weight, bias, vector, offset
 
 
 class LinearRouter(Router):
@@ -187,6 +199,80 @@ class RandomRouter(Router):
         return ((hidden @ direction) / length * 16).remainder(1.0).clamp(0, 1)
 
 
+class R2RBlock(nn.Module):
+    """A residual block: layer norm, linear, GELU, linear, added to what came in."""
+
+    def __init__(self, size: int, inner_size: int, out_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(size, dtype=torch.float32)
+        self.expand = nn.Linear(size, inner_size, dtype=torch.float32)
+        self.contract = nn.Linear(inner_size, out_size, dtype=torch.float32)
+        self.skip = nn.Linear(size, out_size, dtype=torch.float32) if out_size != size else None
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.gelu(self.expand(self.norm(values)))
+        return self.contract(inner) + (values if self.skip is None else self.skip(values))
+
+
+class R2RRouter(Router):
+    """The router of R2R: one minus the probability that the SLM's token leads the text astray."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        embedding_size: int | None = None,
+        top_logits: int = 100,
+        blocks: Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ):
+        super().__init__(hidden_size, **options)
+        self.embedding_size = hidden_size if embedding_size is None else embedding_size
+        self.top_logits = top_logits
+        blocks = blocks or [(hidden_size, 4 * hidden_size, hidden_size)]
+        first, last = blocks[0][0], blocks[-1][2]
+        self.logits_projection = nn.Linear(top_logits, hidden_size, dtype=torch.float32)
+        self.combined_projection = nn.Linear(2 * hidden_size + self.embedding_size, first, dtype=torch.float32)
+        self.input_projection = nn.Linear(first, first, dtype=torch.float32)
+        self.blocks = nn.Sequential(*(R2RBlock(*sizes) for sizes in blocks))
+        self.norm = nn.LayerNorm(last, dtype=torch.float32)
+        self.score = nn.Linear(last, 1, dtype=torch.float32)
+        # In a tuple, so that the SLM does not become a part of its router.
+        self._bound: tuple[Any, ...] = ()
+
+    def bind(self, slm: Any) -> None:
+        """Take the embeddings of tokens from this model."""
+        width = slm.get_input_embeddings().weight.shape[-1]
+        if width != self.embedding_size:
+            raise ValueError(
+                f"router: it was made for an SLM with embeddings of {self.embedding_size}, but this SLM's have "
+                f"{width}. Use the SLM that the router was trained with."
+            )
+        self._bound = (slm,)
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        # R2R compares the probability itself: the complement of its sigmoid, not the sigmoid of the negative.
+        return 1 - torch.sigmoid(self.divergence(hidden, logits))
+
+    def divergence(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logit of the probability that the SLM's token leads astray."""
+        like = self.combined_projection.weight
+        largest = logits.topk(min(self.top_logits, logits.shape[-1]), dim=-1).values.to(like)
+        largest = nn.functional.pad(largest, (0, self.top_logits - largest.shape[-1]))
+        token = self._embedded(logits.argmax(-1)).to(like)
+        inputs = torch.cat([hidden.to(like), token, self.logits_projection(largest)], dim=-1)
+        values = self.blocks(self.input_projection(self.combined_projection(inputs)))
+        return self.score(self.norm(values)).squeeze(-1)
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not self._bound:
+            raise RuntimeError("router: it reads the SLM's embeddings; call router.bind(slm) before it scores.")
+        table = self._bound[0].get_input_embeddings()
+        if table.weight.device.type != "meta":
+            tokens = tokens.to(table.weight.device)
+        # Called, not indexed: weights may be offloaded. Some tables scale what they give, R2R takes what they store.
+        return table(tokens) / getattr(table, "embed_scale", 1)
+
+
 ROUTERS: dict[str, type[Router]] = {
     "mlp": MlpRouter,
     "linear": LinearRouter,
@@ -228,100 +314,3 @@ def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
             "of a saved router, or a torch.nn.Module."
         )
     return ROUTERS[spec["type"]](hidden_size, **options)
-
-
-SCORES, TO_LLM, UNFINISHED = range(3)
-
-
-class Routing:
-    """What was decided, token by token, since a cache was made or `generate` was last called.
-
-    Everything stays on the device, as the steps left it, until it is asked for.
-
-    Args:
-        start: Index in the text of the first token to decide; earlier tokens need no decision and get no record.
-        follows_beams: Whether rows are running beams, whose order is put right at the end by `follow_beams`.
-    """
-
-    def __init__(self, start: int = 0, follows_beams: bool = False):
-        self.start = start
-        self.follows_beams = follows_beams
-        self.llm_calls = 0
-        # A step: index of its first token, then p_slm, who writes, and who is still unfinished, each [batch, tokens].
-        self._steps: list[tuple[int, tuple[torch.Tensor, ...]]] = []
-
-    def add(self, first: int, scores: torch.Tensor, to_llm: torch.Tensor, unfinished: torch.Tensor) -> None:
-        """Record one step."""
-        skip = self.start - first
-        if skip > 0:
-            first, scores, to_llm, unfinished = self.start, scores[:, skip:], to_llm[:, skip:], unfinished[:, skip:]
-        if scores.shape[1] > 0:
-            self._steps.append((first, (scores, to_llm, unfinished)))
-
-    @property
-    def to_llm(self) -> torch.Tensor:
-        """Whether the LLM wrote each token, bool `[batch, generated]`; False after the end of a row."""
-        return self._joined(TO_LLM) & self._joined(UNFINISHED)
-
-    @property
-    def scores(self) -> torch.Tensor:
-        """`p_slm` of each token, float `[batch, generated]`."""
-        return self._joined(SCORES)
-
-    @property
-    def unfinished(self) -> torch.Tensor:
-        """Whether each token is a real one and not padding after the end of its row, bool `[batch, generated]`."""
-        return self._joined(UNFINISHED)
-
-    @property
-    def llm_share(self) -> float:
-        """Share of the real tokens that the LLM wrote; 0.0 when there are none."""
-        real = int(self.unfinished.sum())
-        return int(self.to_llm.sum()) / real if real else 0.0
-
-    def by_llm(self, index: int, row: int = 0) -> bool:
-        """Say whether the LLM wrote one token, without joining the record: for streams, which ask for the newest."""
-        place = self.start + index
-        for first, records in reversed(self._steps):
-            if first <= place < first + records[TO_LLM].shape[1]:
-                return bool(records[TO_LLM][row, place - first])
-        raise IndexError(f"index: no token number {index} has been decided yet.")
-
-    def __len__(self) -> int:
-        return sum(records[SCORES].shape[1] for _, records in self._steps)
-
-    def __repr__(self) -> str:
-        return f"Routing(tokens={len(self)}, llm_share={self.llm_share:.3f}, llm_calls={self.llm_calls})"
-
-    def crop(self, length: int) -> None:
-        """Forget the decisions about tokens that were taken back."""
-        while self._steps and self._steps[-1][0] > length:
-            self._steps.pop()
-        if self._steps:
-            first, records = self._steps[-1]
-            self._steps[-1] = (first, tuple(record[:, : length + 1 - first] for record in records))
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
-        if self.follows_beams:
-            return
-        self._steps = [
-            (first, tuple(record.index_select(0, rows.to(record.device)) for record in records))
-            for first, records in self._steps
-        ]
-
-    def follow_beams(self, beam_indices: torch.Tensor) -> None:
-        """Turn the record of running beams, row by row and step by step, into that of the returned sequences."""
-        if not self._steps:
-            return
-        first, records = self._steps[0]
-        rows = beam_indices.long().to(records[SCORES].device)
-        length = min(rows.shape[1], len(self))
-        rows, ended = rows[:, :length].clamp_min(0), rows[:, :length] < 0
-        scores, to_llm, unfinished = (self._joined(part)[:, :length].gather(0, rows) for part in range(3))
-        self._steps = [(first, (scores, to_llm, unfinished & ~ended))]
-
-    def _joined(self, part: int) -> torch.Tensor:
-        if not self._steps:
-            return torch.zeros((0, 0), dtype=torch.float32 if part == SCORES else torch.bool)
-        return torch.cat([records[part] for _, records in self._steps], dim=1)

@@ -22,7 +22,7 @@ from citer_hf.evaluation.evaluate import method_name
 from citer_hf.evaluation.progress import Steps, progress_bar
 from citer_hf.evaluation.results import SHARES
 from citer_hf.evaluation.table import print_tables
-from citer_hf.model.hidden_states import hidden_size_of
+from citer_hf.model.routers import hidden_size_of
 from citer_hf.runs import alone, from_main_process, process_state
 
 from .baselines import train_baselines

@@ -8,7 +8,7 @@ from typing import Any
 
 from citer_hf.data.tokens import Encoded, template_fingerprint, tokenizer_fingerprint
 from citer_hf.evaluation.provenance import base_model_fingerprint, fingerprint
-from citer_hf.model.hidden_states import hidden_size_of
+from citer_hf.model.routers import hidden_size_of
 
 __all__ = ["check_made_with", "fingerprint_of_questions", "made_with"]
 

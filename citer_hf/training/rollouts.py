@@ -160,15 +160,14 @@ def shared_prefixes(
     padding = special_tokens(model)[1]
     ids = torch.tensor([[padding] * (width - len(text)) + text for text in texts.values()], device=device)
     mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts.values()], device=device)
-    reads = {"attention_mask": mask, "use_cache": True}
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    reads = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
     if alone is None:
         # Above 1, both models read.
-        model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1, router_threshold=2.0, **reads)
+        model(ids, past_key_values=cache, logits_to_keep=1, router_threshold=2.0, **reads)
     elif alone == "slm":
-        model._run_slm(ids, positions, cache, 1, reads, {})
+        model.run_slm(ids, cache, 1, **reads)
     else:
-        model._run_llm(ids, positions, cache, 1, reads, {})
+        model.run_llm(ids, cache, 1, **reads)
     if not all(map(all_grow, (cache.slm, cache.llm) if isinstance(cache, CiterCache) else (cache,))):
         return None
     rows = torch.tensor([asked.index(one.question) for one in batch], device=device)

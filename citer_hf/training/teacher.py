@@ -55,15 +55,14 @@ def read_references(model: Any, batch: Sequence[Encoded]) -> list[ForcedText]:
         [len(one.prompt_ids) - 1 + place for one in batch for place in range(len(one.response_ids))], device=ids.device
     )
     reference = ids[rows, columns + 1]
-    inputs = {"attention_mask": mask, "use_cache": False}
-    output, states = model._run_slm(ids, positions, None, kept, inputs, {})
-    hidden = states[rows, columns - first]
-    slm_logits = output.logits[..., : model.vocab_size][rows, columns - first]
+    inputs = {"attention_mask": mask, "position_ids": positions}
+    slm = model.run_slm(ids, None, kept, **inputs)
+    hidden, slm_logits = (values[rows, columns - first] for values in (slm.hidden, slm.logits))
     slm_token, slm_logprob = follow(slm_logits, reference)
     largest = top_logprobs(slm_logits, TOP_LOGPROBS)
     score = model.router(hidden, slm_logits).float()
-    del output, states, slm_logits
-    llm_logits = model._run_llm(ids, positions, None, kept, inputs, {})
+    del slm, slm_logits
+    llm_logits = model.run_llm(ids, None, kept, **inputs)
     llm_token, llm_logprob = follow(llm_logits[rows, columns - first], reference)
 
     hidden = hidden.to(torch.float16)

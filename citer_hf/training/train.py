@@ -13,7 +13,7 @@ from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decoding import with_router
 from citer_hf.evaluation.provenance import module_fingerprint, versions
-from citer_hf.model.hidden_states import hidden_size_of
+from citer_hf.model.routers import hidden_size_of
 from citer_hf.runs import atomic_write, wait_for_all
 
 from .fingerprint import check_made_with, made_with

@@ -82,7 +82,7 @@ class BytesMoved:
             size = sum(weight.nbytes for weight in part.parameters() if id(weight) not in tables)
             part.register_forward_pre_hook(self._before(size), with_kwargs=True)
             part.register_forward_hook(self._after, with_kwargs=True)
-        weights = pair.router.folded()
+        weights = list(pair.router.parameters())
         pair.router.register_forward_hook(lambda *_: self._add(sum(weight.nbytes for weight in weights)))
 
     def _add(self, size: int) -> None:
@@ -138,9 +138,9 @@ def test_a_prompt_that_goes_to_the_llm_is_read_by_both(pair: Any):
 def test_the_weights_of_a_router_count():
     assert scoring_cost(EntropyRouter(32)).bytes == 0
     assert scoring_cost(LinearRouter(32)).bytes == 33 * 4
-    folded = 64 * 32 + 64 + 64 + 1
-    for batch_norm in (False, True):
-        cost = scoring_cost(MlpRouter(32, batch_norm=batch_norm).eval())
-        assert (cost.bytes, cost.flops) == (folded * 4, folded * 2)
+    for batch_norm, norm in ((False, 0), (True, 64 + 64)):
+        weights = 32 * 64 + 64 + norm + 64 * 32 + 32 + 32 + 1
+        cost = scoring_cost(MlpRouter(32, batch_norm=batch_norm))
+        assert (cost.bytes, cost.flops) == (weights * 4, weights * 2)
     with_table = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 1))
     assert scoring_cost(with_table).bytes == 33 * 4

@@ -1,13 +1,15 @@
-"""The routers: scores in [0, 1], and the forms in which CITER's router can be written."""
+"""The routers: scores in [0, 1], equal to the published formulas."""
 
 from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
-from citer_hf.model.routers import ROUTERS, MlpRouter, Routing, build_router
+from citer_hf.model.cache import Routing
+from citer_hf.model.routers import ROUTERS, MlpRouter, build_router
 from tests.families import tiny_model
 
 HIDDEN, VOCAB = 16, 61
@@ -81,37 +83,42 @@ def mlp(request) -> MlpRouter:
     return router.eval()
 
 
-def test_the_folded_form_is_citers(mlp):
+def test_an_mlp_router_scores_as_citers_released_code(mlp):
     hidden, logits = states(2, 5)
     with torch.no_grad():
         torch.testing.assert_close(mlp(hidden, logits), citers_own(mlp, hidden), atol=1e-6, rtol=1e-5)
 
 
-def test_the_folded_form_has_two_products(mlp):
-    with torch.no_grad():
-        weight, bias, vector, offset = mlp.folded()
-    assert (weight.shape, bias.shape, vector.shape, offset.shape) == ((32, HIDDEN), (32,), (1, 32), (1,))
+def to_average(router: MlpRouter) -> None:
+    average = torch.optim.swa_utils.AveragedModel(router, use_buffers=True)
+    average.update_parameters(MlpRouter(HIDDEN, batch_norm=router.norm is not None))
+    average.update_parameters(MlpRouter(HIDDEN, batch_norm=router.norm is not None))
+    for own, averaged in zip(router.parameters(), average.module.parameters(), strict=True):
+        own.data = averaged.data
 
 
-@pytest.mark.parametrize("change", ["step", "load", "cast", "copy"])
-def test_the_folded_form_follows_the_weights(mlp, change):
+CHANGES = {
+    "in place": lambda router: router.score.weight.mul_(-1.5),
+    "data": lambda router: router.score.weight.data.mul_(-1.5),
+    "other data": lambda router: setattr(router.score.weight, "data", -1.5 * router.score.weight),
+    "numpy": lambda router: np.negative(router.contract.weight.numpy(), out=router.contract.weight.numpy()),
+    "average": to_average,
+    "load": lambda router: router.load_state_dict(MlpRouter(HIDDEN, batch_norm=router.norm is not None).state_dict()),
+    "cast": lambda router: router.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_scores_follow_the_weights_however_they_are_changed(mlp, change):
     hidden, logits = states(4)
     with torch.no_grad():
-        before = mlp(hidden, logits)
-        router = copy.deepcopy(mlp) if change == "copy" else mlp
-        if change == "load":
-            other = MlpRouter(HIDDEN, batch_norm=mlp.norm is not None)
-            router.load_state_dict(other.state_dict())
-        elif change == "cast":
-            router.double()
-        else:
-            router.score.weight.mul_(-1.5)
-        after = router(hidden, logits)
-        torch.testing.assert_close(
-            after.float(), citers_own(router, hidden.to(after.dtype)).float(), atol=1e-5, rtol=1e-4
-        )
-        if change == "copy":
-            torch.testing.assert_close(mlp(hidden, logits), before)
+        before, replica = mlp(hidden, logits), copy.deepcopy(mlp)
+        CHANGES[change](replica)
+        after = replica(hidden, logits)
+        expected = citers_own(replica, hidden.to(after.dtype))
+        torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-4)
+        assert change == "cast" or not torch.allclose(after, before)
+        assert torch.equal(mlp(hidden, logits), before)
 
 
 def test_training_and_evaluation_agree_on_the_gradient(mlp):

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from citer_hf.model.routers import Routing
+from citer_hf.model.cache import Routing
 from citer_hf.serving.stops import StopText
 from tests.chat_pairs import character_tokenizer, chat_pair, save_demo_pair
 from tests.conftest import make_pair

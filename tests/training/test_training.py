@@ -16,8 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.decoding import with_router
-from citer_hf.model.forward import marginal
-from citer_hf.model.routers import MlpRouter, build_router
+from citer_hf.model.routers import MlpRouter, build_router, marginal
 from citer_hf.training import rounds as rounds_module
 from citer_hf.training import router_trainer
 from citer_hf.training.baselines import train_baselines
