@@ -208,7 +208,7 @@ class Decoders:
                 scores = (~self.decided(setting, batch)).T.flatten().float()
             self.model.router = ForcedRouter(scores.to(self.model.slm.device))
         try:
-            output = self.model.generate(
+            output: Any = self.model.generate(
                 batch.input_ids,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=new_tokens,

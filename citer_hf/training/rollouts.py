@@ -115,16 +115,14 @@ def shared_prefixes(
     device, padding = policy.device, special_tokens(model)[1]
     ids = torch.tensor([[padding] * (width - len(text)) + text for text in texts], device=device)
     mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
     if alone is None:
         # Both models read: above 1, the LLM is always called.
-        inputs |= {CACHE: cache, "router_threshold": LLM_ALONE}
-        model(ids, position_ids=positions, logits_to_keep=1, **inputs)
+        model(ids, cache=cache, logits_to_keep=1, router_threshold=LLM_ALONE, **inputs)
     elif alone == "slm":
-        model._run_slm(ids, positions, cache, 1, inputs, {})
+        model.run_slm(ids, cache, 1, **inputs)
     else:
-        model._run_llm(ids, positions, cache, 1, inputs, {})
+        model.run_llm(ids, cache, 1, **inputs)
     if not all(map(all_grow, (cache.slm, cache.llm) if isinstance(cache, CiterCache) else (cache,))):
         return None
     # 2. One copy per roll-out, with what follows the state hidden, and the last token of the state to be read.
