@@ -95,7 +95,7 @@ def parameters_of(options: type[Any]) -> list[inspect.Parameter]:
             if about.pop("argument", False)
             else typer.Option(flag, **about)
         )
-        annotation = Annotated[kind if default is not None else kind | None, info]
+        annotation: Any = Annotated[kind if default is not None else kind | None, info]
         found.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )

@@ -41,7 +41,7 @@ class CalibrateOptions(DecodeOptions):
     llm_share: float | None = runs.option(None, "Share of the tokens that the LLM should decide.", "P")
     accuracy: float | None = runs.option(None, "Fraction of the LLM's accuracy to reach as cheaply as possible.", "P")
     write: bool = runs.option(False, "Write the threshold into MODEL, a directory.")
-    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")  # noqa: RUF009
+    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,28 +205,21 @@ def _write_copy(found: Calibration, directory: Path, out: Path) -> None:
         copy.rename(out)
 
 
+@dataclass
 class _Trials:
     """Decodes all problems with one threshold after the other."""
 
-    def __init__(
-        self,
-        model: CiterForCausalLM,
-        prompts: list[list[int]],
-        grader: Grader | None,
-        settings: CalibrateOptions,
-        progress: runs.Progress,
-    ):
-        self.model, self.prompts, self.grader, self.settings, self.progress = (
-            model,
-            prompts,
-            grader,
-            settings,
-            progress,
-        )
+    model: CiterForCausalLM
+    prompts: list[list[int]]
+    grader: Grader | None
+    settings: CalibrateOptions
+    progress: runs.Progress
+
+    def __post_init__(self) -> None:
         self.tried: dict[float, Decoded] = {}
         self.llm = self._decode("LLM alone", alone="llm")
-        scores = score_outputs(model, {OWN: model.router}, prompts, self.llm.tokens, settings.batch_tokens)
-        self.scores = np.sort(scores[OWN])
+        routers, batch_tokens = {OWN: self.model.router}, self.settings.batch_tokens
+        self.scores = np.sort(score_outputs(self.model, routers, self.prompts, self.llm.tokens, batch_tokens)[OWN])
 
     def _decode(self, name: str, **options: Any) -> Decoded:
         self.progress.begin(name, len(self.prompts))
