@@ -24,6 +24,7 @@ from citer_hf.data.checkers import get_checker
 from citer_hf.data.tokens import Encoded
 from citer_hf.demo import PAIR
 from citer_hf.demo.problems import problems
+from citer_hf.training.label import label_preferences
 
 MAX_NEW_TOKENS = 160
 
