@@ -207,6 +207,8 @@ class ChatOptions:
     system: str | None = option(None, "System message.", metavar="TEXT")
 
     def __post_init__(self) -> None:
+        if self.router_threshold is not None:
+            as_threshold(self.router_threshold)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}.")
 

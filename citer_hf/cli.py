@@ -155,8 +155,8 @@ class PairOptions:
         given = [self.revision] if self.model is None else [*self.names, self.router]
         if (self.model is None and None in self.names) or given.count(None) < len(given):
             raise ValueError(
-                "MODEL, --slm, --llm: expected MODEL (a router's directory or id, or `demo`), with --revision or "
-                "--llm name_or_path=X as wanted; or without MODEL both --slm X and --llm Y, with --router as wanted."
+                "MODEL, --slm, --llm: expected MODEL (a router's directory or id, or `demo`), perhaps with --revision "
+                "or --llm name_or_path=X; or without MODEL both --slm X and --llm Y, perhaps with --router."
             )
 
     @property
@@ -224,11 +224,9 @@ def load_pair(options: Options) -> CiterForCausalLM:
             return CiterForCausalLM.from_pretrained(place_of(wanted.model), **keywords)
         slm, llm = map(str, wanted.names)
         return CiterForCausalLM.from_pair(slm, llm, router=wanted.router or "confidence", **keywords)
-    except (RuntimeError, AssertionError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        # This is what torch says of a device that there is not.
-        raise ValueError(f"The pair cannot be loaded with device {wanted.device_map}: {error}") from error
+    except (RuntimeError, AssertionError, TypeError) as error:
+        # A device that there is not, or a keyword that a model does not know.
+        raise ValueError(f"The pair cannot be loaded: {error}") from error
 
 
 Pair = Annotated[Options, Of("cli.PairOptions")]

@@ -231,6 +231,7 @@ def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[s
         rows = [("SLM alone", ends["slm"]), *rows, ("LLM alone", ends["llm"])]
         metadata |= measured(points, threshold, name, dataset)
     tokenizer = folder / "tokenizer_config.json"
+    own: dict[str, Any] = references
     card = ModelCard.from_template(
         ModelCardData(**{key: value for key, value in metadata.items() if value is not None}),
         template_path=str(TEMPLATE),
@@ -239,7 +240,7 @@ def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[s
         repo_id=repo_id,
         router=config["router"],
         threshold=f"{threshold:.4g}",
-        **references,
+        **own,
         results=results,
         rows=rows,
         dataset=dataset,

@@ -16,10 +16,9 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from .model.hidden_states import hidden_size_of
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, reference_to
-from .model.routers import build_router
+from .model.routers import as_threshold, build_router, hidden_size_of
 from .runs import option, router_sha256, write_json
 
 # What the modules of a router are called in the files.
@@ -40,6 +39,10 @@ class ConvertOptions:
         None, "The threshold to start with. [default: R2R's own, 0.5 for CITER's]", metavar="X"
     )
     trust_remote_code: bool = option(False, "Run code that the models' repositories bring.")
+
+    def __post_init__(self) -> None:
+        if self.router_threshold is not None:
+            as_threshold(self.router_threshold)
 
 
 def convert(

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -87,12 +88,14 @@ def parameters_of(options: type[Any]) -> list[inspect.Parameter]:
             default = None
         elif kind is bool and default:
             flag += f"/--no-{flag[2:]}"
+        elif kind not in (bool, int, float, str, Path):
+            kind = str
         info = (
             typer.Argument(**about, show_default=False)
             if about.pop("argument", False)
             else typer.Option(flag, **about)
         )
-        annotation = Annotated[kind if default is not None else kind | None, info]
+        annotation: Any = Annotated[kind if default is not None else kind | None, info]
         found.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from citer_hf import CiterForCausalLM
+from citer_hf.model.compat import cache_argument
 
 ALONE, SLM, ASSISTED = "LLM alone", "SLM alone", "assisted generation"
 CITER, LOCK_STEP, FLOOR, RELEASED = "CITER", "CITER in lock-step", "floor", "released loop"
@@ -207,7 +208,7 @@ class Decoders:
                 scores = (~self.decided(setting, batch)).T.flatten().float()
             self.model.router = ForcedRouter(scores.to(self.model.slm.device))
         try:
-            output = self.model.generate(
+            output: Any = self.model.generate(
                 batch.input_ids,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=new_tokens,
@@ -250,7 +251,7 @@ class Decoders:
         """Decode as the method's released code does, by its description: one call of `generate` for each token."""
         to_llm, slm, llm = self.decided(setting, batch), self.model.slm, self.model.llm
         text, mask = batch.input_ids, batch.attention_mask
-        cache = {cache_keyword(slm): DynamicCache(config=slm.config)}
+        cache = cache_argument(slm, DynamicCache(config=slm.config))
         for step in range(new_tokens):
             output = slm.generate(text, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True, **cache)
             tokens = output.sequences[:, -1]
@@ -272,7 +273,7 @@ class BareModel:
         cache = StaticCache(model.config, max_cache_len=longest) if static else DynamicCache(config=model.config)
         compiles = static and model.device.type == "cuda" and not model.generation_config.disable_compile
         self.step = model.get_compiled_call(None) if compiles else model
-        self.keywords = {cache_keyword(model): cache, "use_cache": True, **last_logits_only(model)}
+        self.keywords = {**cache_argument(model, cache), "use_cache": True, **last_logits_only(model)}
         # Without padding the models count positions by themselves.
         self.mask = self.positions = None
         if not bool(batch.attention_mask.all()):
@@ -293,11 +294,6 @@ class BareModel:
         logits = run(input_ids=text[:, self.seen : end].to(self.model.device), **keywords).logits
         self.seen = end
         return logits[:, -1, :vocab_size].argmax(-1).to(text.device)
-
-
-def cache_keyword(model: PreTrainedModel) -> str:
-    """Return the name of the cache among a model's keywords."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, int]:

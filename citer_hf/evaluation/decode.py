@@ -209,11 +209,10 @@ def score_outputs(
         ids = torch.tensor([[*one, *[0] * (width - len(one))] for one in batch], device=device)
         mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in batch], device=device)
         positions = torch.arange(width, device=device)[None]
-        output, hidden = model._run_slm(ids, positions, None, 0, {"attention_mask": mask, "use_cache": False}, {})
-        logits = output.logits[..., : model.vocab_size]
+        slm = model.run_slm(ids, attention_mask=mask, position_ids=positions)
         for name, router in routers.items():
             with evaluating(router):
-                values = router(hidden, logits).float().cpu().numpy()  # [batch, width]
+                values = router(slm.hidden, slm.logits).float().cpu().numpy()  # [batch, width]
             for place, value, sequence in zip(places, values, batch, strict=True):
                 scores[name][place] = value[len(sequence) - len(outputs[place]) : len(sequence)]
     joined = {name: np.concatenate(of_router) for name, of_router in scores.items()}

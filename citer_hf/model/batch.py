@@ -109,7 +109,7 @@ class Rows:
         began = time.perf_counter()
         last = torch.tensor(self.written, device=self.device)[:, None] - 1
         self.readable.scatter_(1, self.start + last, True)
-        logits, scores = self._run_slm(last, max(self.written))
+        logits, scores = self._slm_pass(last, max(self.written))
         decisions = defer(scores, self.decoding.threshold).squeeze(1).tolist()
         kept_scores = scores.squeeze(1).tolist()
         self.pace.note("slm", time.perf_counter() - began)
@@ -127,17 +127,16 @@ class Rows:
         self.waiting = self.waiting + joining
         return [row for row in moving if not decisions[row]]
 
-    def _run_slm(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slm_pass(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the tokens in these columns `[batch, tokens]`; return logits and `p_slm` at all of them."""
         self.slm_cache.make_room(self.start + filled)
         self.slm_cache.places = self.start + columns
         mask = self._mask("slm", self.slm_cache, self.slm_cache.places)
         ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
-        inputs = {"attention_mask": mask, "use_cache": True}
+        inputs = {"attention_mask": mask, "position_ids": positions}
         with self.decoding.reading():
-            output, hidden = self.model._run_slm(ids, positions, self.slm_cache, columns.shape[1], inputs, {})
-            logits = output.logits[..., : self.model.vocab_size]
-            return logits, self.model.router(hidden, logits)
+            slm = self.model.run_slm(ids, self.slm_cache, columns.shape[1], **inputs)
+            return slm.logits, self.model.router(slm.hidden, slm.logits)
 
     def read_with_llm(self) -> torch.Tensor:
         """Let the LLM read what it has not seen of every unfinished row."""
@@ -156,11 +155,11 @@ class Rows:
         sees = torch.where(unread, columns, written - 1)
         self.llm_cache.make_room(self.start + max(self.written))
         self.llm_cache.places = torch.where(unread, self.start + columns, self.llm_cache.nowhere)
-        inputs = {"attention_mask": self._mask("llm", self.llm_cache, self.start + sees), "use_cache": True}
+        mask = self._mask("llm", self.llm_cache, self.start + sees)
         columns = columns.clamp(min=0)
         ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
         with self.decoding.reading():
-            logits = self.model._run_llm(ids, positions, self.llm_cache, 1, inputs, {})[:, -1]
+            logits = self.model.run_llm(ids, self.llm_cache, 1, attention_mask=mask, position_ids=positions)[:, -1]
         self._note_call()
         if logits.device.type != "cpu":
             torch.accelerator.synchronize(logits.device)
@@ -175,8 +174,8 @@ class Rows:
         if not windows or together:
             return False
         ids, positions = cache.unseen_tokens()
-        inputs = {"attention_mask": self.readable[:, : self.start].to(ids.dtype), "use_cache": True}
-        self.model._run_llm(ids, positions, cache.llm, 1, inputs, {})
+        mask = self.readable[:, : self.start].to(ids.dtype)
+        self.model.run_llm(ids, cache.llm, 1, attention_mask=mask, position_ids=positions)
         cache.mark_seen()
         cache.routing.llm_calls += 1
         return True
@@ -191,13 +190,12 @@ class Rows:
         later = (self.first_position + torch.arange(written, device=self.device)).expand(self.batch, -1)
         columns = sorted({self.written[row] for row in self.unfinished})
         kept = torch.tensor(columns, device=self.device) - 1 + ids.shape[1]
-        logits = self.model._run_llm(
+        logits = self.model.run_llm(
             torch.cat([ids, self.text[:, self.width : self.width + written]], dim=1),
-            torch.cat([positions, later], dim=1),
             cache.llm,
             kept,
-            {"attention_mask": self.readable[:, : self.start + written].to(ids.dtype), "use_cache": True},
-            {},
+            attention_mask=self.readable[:, : self.start + written].to(ids.dtype),
+            position_ids=torch.cat([positions, later], dim=1),
         )
         cache.mark_seen()
         self._note_call()
@@ -336,7 +334,7 @@ class Rows:
         for first in range(min(self.written) - 1, length - 1, CHUNK):
             last = min(first + CHUNK, length - 1)
             columns = torch.arange(first, last, device=self.device).expand(self.batch, -1)
-            logits, scores = self._run_slm(columns, last)
+            logits, scores = self._slm_pass(columns, last)
             for column in range(first, last):
                 ended = [row for row in range(self.batch) if self.written[row] == column + 1]
                 for row in ended:

@@ -113,7 +113,7 @@ class StaticRows(Rows):
             self._guess = (*self._guess, [int(token) for token in seen[2]])
         return logits, self._decided(moving, seen[0], [bool(flag) for flag in seen[1]])
 
-    def _run_slm(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slm_pass(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = self.text.gather(1, self.width + columns)
         with self._reading():
             logits, hidden = read_with_slm(self.model, self.work, ids, self.start + columns)

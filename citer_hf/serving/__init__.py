@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..model.routers import as_threshold
 from ..runs import option
 
 
@@ -27,6 +28,8 @@ class ServeOptions:
     cache_implementation: str | None = option(None, "As for `generate`, such as static on a GPU.", metavar="NAME")
 
     def __post_init__(self) -> None:
+        if self.router_threshold is not None:
+            as_threshold(self.router_threshold)
         for name, least in (("max_new_tokens", 1), ("max_request_bytes", 1), ("timeout", 0.1), ("max_waiting", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: expected a number from {least} up, got {getattr(self, name)}.")

@@ -27,8 +27,6 @@ else:
     pa = import_extra("pyarrow", "train")
     pq = import_extra("pyarrow.parquet", "train")
 
-__all__ = ["BOTH_WRONG", "INFO", "LLM_RIGHT", "SLM_RIGHT", "TOP_LOGPROBS", "Labels", "token_table", "write_labels"]
-
 INFO = "labels.json"
 CARD = Path(__file__).with_name("card.md")
 TOP_LOGPROBS = 8

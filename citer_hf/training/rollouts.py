@@ -16,8 +16,7 @@ from citer_hf.data.tokens import Encoded
 from citer_hf.evaluation.decode import cut, decode, greedy_view, special_tokens, steady_policy, text_lengths
 from citer_hf.model.compat import CACHE
 from citer_hf.model.kv_layers import all_grow, growing_cache
-
-__all__ = ["RollOut", "cut_into_batches", "roll_out"]
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE
 
 # After so many tokens, finished sequences leave the batch.
 STRETCH = 32
@@ -106,7 +105,7 @@ def shared_prefixes(
     model: CiterForCausalLM, questions: Sequence[Encoded], batch: Sequence[RollOut], router_threshold: float
 ) -> Prefixes | None:
     """Let the policy read every question of a batch once; `None` where its cache cannot hide tokens."""
-    alone: Any = "slm" if router_threshold == 0 else "llm" if router_threshold > 1 else None
+    alone: Any = "slm" if router_threshold == SLM_ALONE else "llm" if router_threshold > 1 else None
     policy = greedy_view(model, alone)
     cache = CiterCache(model.config) if alone is None else growing_cache(policy.config)
     # 1. Prompts and references, padded on the left: ids [questions, width].
@@ -116,15 +115,14 @@ def shared_prefixes(
     device, padding = policy.device, special_tokens(model)[1]
     ids = torch.tensor([[padding] * (width - len(text)) + text for text in texts], device=device)
     mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    inputs = {"attention_mask": mask, "use_cache": True}
+    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
     if alone is None:
-        # Above 1, both models read.
-        model(ids, position_ids=positions, cache=cache, logits_to_keep=1, router_threshold=2.0, **inputs)
+        # Both models read: above 1, the LLM is always called.
+        model(ids, cache=cache, logits_to_keep=1, router_threshold=LLM_ALONE, **inputs)
     elif alone == "slm":
-        model._run_slm(ids, positions, cache, 1, inputs, {})
+        model.run_slm(ids, cache, 1, **inputs)
     else:
-        model._run_llm(ids, positions, cache, 1, inputs, {})
+        model.run_llm(ids, cache, 1, **inputs)
     if not all(map(all_grow, (cache.slm, cache.llm) if isinstance(cache, CiterCache) else (cache,))):
         return None
     # 2. One copy per roll-out, with what follows the state hidden, and the last token of the state to be read.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from citer_hf import CiterForCausalLM
@@ -25,8 +26,7 @@ from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decode import with_router
 from citer_hf.evaluation.evaluate import name_of
-from citer_hf.model.hidden_states import hidden_size_of
-from citer_hf.model.routers import build_router
+from citer_hf.model.routers import build_router, defer, hidden_size_of
 from citer_hf.runs import (
     Work,
     alone,
@@ -43,8 +43,6 @@ from citer_hf.runs import (
 from .label import Policy, least_sure
 from .labels import Labels
 from .objectives import OBJECTIVES, Objective, Targets
-
-__all__ = ["PROVENANCE", "NothingToLearn", "TrainOptions", "TrainedRouter", "summary", "train", "train_router"]
 
 PROVENANCE = "provenance.json"
 # A further round's roll-outs send this share of the tokens to the LLM: a policy that cannot finish an answer says
@@ -138,6 +136,7 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     if settings.data is not None:
         check_data(labels, settings.data)
     check = find_checker(settings.checker, labels) if settings.rounds > 1 else None
+    check_logging(settings.report_to)
     divide(labels, OBJECTIVES[settings.objective], settings)
     if callable(settings.checker):
         settings = replace(settings, checker=name_of(settings.checker))
@@ -204,6 +203,15 @@ def find_checker(checker: str | Checker | None, labels: Labels) -> Checker:
         return checker if callable(checker) else get_checker(checker or labels.info["checker"])
     except ValueError as error:
         raise ValueError(f"{error} The labels were made with {labels.info['checker']!r}; pass checker=...") from error
+
+
+def check_logging(report_to: str) -> None:
+    """Raise a `ValueError` unless `Trainer` has such a logger and its library is installed."""
+    try:
+        for logger in get_reporting_integration_callbacks(report_to):
+            logger()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"report_to: {error}") from error
 
 
 # --- Rounds --------------------------------------------------------------------------------------------------------
@@ -428,7 +436,7 @@ def report_on(trained: TrainedRouter, labels: Labels, settings: TrainOptions) ->
         "loss": trained.loss,
         "learning_rate": trained.learning_rate,
         "llm_share": [
-            {"threshold": threshold, "llm_share": float((everywhere < threshold).float().mean())}
+            {"threshold": threshold, "llm_share": float(defer(everywhere, threshold).float().mean())}
             for threshold in thresholds
         ],
         "router_threshold": above(critical, RECALL) if len(critical) else 0.5,

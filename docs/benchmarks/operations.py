@@ -2,7 +2,7 @@
 
     python docs/benchmarks/operations.py SLM LLM
 
-What an operation costs beside its arithmetic (on a GPU, the launch of a kernel) is paid that often per pass, unless
+The cost of an operation beside its arithmetic (on a GPU, the launch of a kernel) is paid that often per pass, unless
 the pass is compiled and recorded as a graph.
 """
 
@@ -23,16 +23,11 @@ from citer_hf.model.static_memory import Workspace, llm_pass, slm_step
 PROMPT, ROOM = 5, 320
 
 
-class Operations(TorchDispatchMode):
-    """Counts what reaches the device.
-
-    Attributes:
-        all: Operations.
-        computing: Those that do not only look at a tensor in another way.
-    """
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that reach the device, and those of them that are more than views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.all = self.computing = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,12 +37,7 @@ class Operations(TorchDispatchMode):
 
 
 def count(name: str, run: Callable[[], Any]) -> None:
-    """Print the operations of one pass.
-
-    Args:
-        name: Of the pass.
-        run: The pass.
-    """
+    """Print the operations of one pass."""
     with Operations() as operations:
         run()
     print(f"{name}: {operations.all} operations, {operations.computing} of them more than views")
