@@ -83,7 +83,7 @@ def roll_out(
         decoded = decode(
             model, prompts, router_threshold=router_threshold, max_new_tokens=new_tokens, batch_tokens=1 << 40
         )
-        written = decoded.tokens
+        written = [one.tokens for one in decoded]
     else:
         limit = model.config.max_position_embeddings
         if limit is not None:
