@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCrit
 from transformers.generation import MaxTimeCriteria
 
 from citer_hf import CiterConfig, CiterForCausalLM
-from citer_hf.model.batch_support import ARCHITECTURES
+ARCHITECTURES = frozenset(["llama"])
 from citer_hf.model.generation import CiterGenerationMixin
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import FAMILIES, SHAPE, VOCAB, tiny_model
