@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from citer_hf.training.router_trainer import TrainingSettings, train_router
-from citer_hf.training.teacher import SLM_RIGHT
 from torch.nn import functional
 
 from citer_hf import CiterForCausalLM

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from citer_hf.training.labelling import label_preferences
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import get_checker
