@@ -16,10 +16,9 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from .model.hidden_states import hidden_size_of
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, reference_to
-from .model.routers import as_threshold, build_router
+from .model.routers import as_threshold, build_router, hidden_size_of
 from .runs import option, router_sha256, write_json
 
 # What the modules of a router are called in the files.

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from citer_hf.costs import ModelCost, cost_of_config, cost_of_model, flops
+from citer_hf.model.compat import cache_argument
 from tests.families import FAMILIES, tiny_config, tiny_model
 
 # In these, attention and matrix products are all that counts; the others also run convolutions or scans.
@@ -140,7 +141,7 @@ def test_a_sliding_window_bounds_the_bytes_read():
 
 def read(model: Any, tokens: int, cache: Any) -> None:
     with torch.no_grad():
-        model(input_ids=torch.ones(1, tokens, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
+        model(torch.ones(1, tokens, dtype=torch.long), **cache_argument(model, cache), logits_to_keep=1)
 
 
 def cache_bytes(cache: Any) -> int:

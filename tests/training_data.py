@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from citer_hf.training.teacher import LLM_RIGHT, SLM_RIGHT
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Verdict
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
-from citer_hf.training.labels import Labels
+from citer_hf.training.labels import LLM_RIGHT, SLM_RIGHT, Labels
 from tests.chat_pairs import CHARACTERS, character_tokenizer
 from tests.conftest import make_pair
 from tests.families import EOS, PAD
+from tests.reference import naive_generate
 
 THRESHOLD = 0.5
 
@@ -49,6 +49,15 @@ def task(count: int = 6, seed: int = 0) -> list[dict[str, Any]]:
 def has_letter(response: str, example: Example) -> Verdict:
     """Right when the answer is among the letters; a text without an `e` gives no answer."""
     return Verdict(str(example.answer) in response, "e" if "e" in response else None)
+
+
+def naive_outcome(model: Any, labels: Labels, token: int, action: int, threshold: float, new: int) -> bool:
+    """Whether the answer is right when an action is taken and the pair goes on, one token after the other."""
+    question = labels.questions[int(labels.question[token])]
+    response = [*question.response_ids[: int(labels.position[token])], action]
+    if action != EOS and len(response) < new:
+        response += naive_generate(model, question.prompt_ids + response, new - len(response), threshold)[0]
+    return has_letter(model.load_tokenizer().decode(response, skip_special_tokens=True), question.example).correct
 
 
 def made_up_labels(questions: int = 24, tokens: int = 20, hidden_size: int = 6, seed: int = 0) -> Labels:

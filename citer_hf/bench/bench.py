@@ -20,21 +20,8 @@ from citer_hf.model.generation import CACHE_IMPLEMENTATIONS
 from citer_hf.model.routers import as_threshold
 from citer_hf.runs import Progress, option, processor_name, progress_bar
 
-from .contenders import (
-    ALONE,
-    ASSISTED,
-    FLOOR,
-    SLM,
-    Batch,
-    Contender,
-    Decoders,
-    count_passes,
-    greedy_without_end,
-    padded_batches,
-    random_batch,
-    read_prompts,
-    settings_of,
-)
+from . import contenders as ways
+from .contenders import ALONE, ASSISTED, FLOOR, SLM, Batch, Contender
 from .cost_curve import CostCurve, measure_curve, seconds
 
 # Bytes that are read and copied to measure the bandwidth of memory.
@@ -82,11 +69,11 @@ class BenchOptions:
 
 def as_device(name: str | None) -> str:
     """Return the device to run on: the one given (`auto` for all), or the first accelerator, or the CPU."""
-    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    there = ["cpu"] + [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()) if kind]
-    if name not in (None, "auto", *there) and f"{name}:0" not in there:
-        raise ValueError(f"--device: expected auto or a device of this machine ({', '.join(there)}), got {name!r}.")
-    return name or there[:2][-1]
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu"] if kind is None else [f"{kind.type}:{one}" for one in range(torch.accelerator.device_count())]
+    if name not in (None, "auto", "cpu", *there) and f"{name}:0" not in there:
+        raise ValueError(f"--device: expected auto, cpu or one of {', '.join(there)}, got {name!r}.")
+    return name or there[0]
 
 
 # --- Results --------------------------------------------------------------------------------------------------------
@@ -114,6 +101,9 @@ class Row:
     # Seconds of each repetition, and to its first token (mean of the batches).
     times: list[tuple[float, float]] = field(default_factory=list)
     error: str | None = None
+
+    def fail(self, error: str) -> None:
+        self.error = error
 
     @property
     def seconds(self) -> list[float]:
@@ -197,17 +187,18 @@ class Report:
             shown.add_row(row["name"], *(["failed", *cells[1:]] if row["error"] else cells))
         text = io.StringIO()
         Console(file=text, width=None if sys.stdout.isatty() else 160).print(shown)
-        ended = f"Interrupted: {'this is what' if rows else 'nothing'} was measured until then."
-        parts = [ended] if self.interrupted else []
+        parts = []
+        if self.interrupted:
+            parts.append(f"Interrupted: {'this is what' if rows else 'nothing'} was measured until then.")
         if rows:
             device, sizes, repeats = self.machine, self.options, max(len(row["seconds"]) for row in rows)
-            parts += [
+            parts.append(
                 f"{self.model} on {device['device']} ({device['name']}, threads: {device['threads']}, "
-                f"{device['memory_bandwidth'] / 1e9:.1f} GB/s), {sizes['dtype']['llm']}",
+                f"{device['memory_bandwidth'] / 1e9:.1f} GB/s), {sizes['dtype']['llm']}\n"
                 f"batch size {sizes['batch_size']}, prompts of up to {max(sizes['prompt_length'])} tokens, "
-                f"{sizes['max_new_tokens']} new ones; median of {repeats} repetitions (smallest–largest)",
-                text.getvalue().rstrip(),
-            ]
+                f"{sizes['max_new_tokens']} new ones; median of {repeats} repetitions (smallest–largest)\n"
+                f"{text.getvalue().rstrip()}"
+            )
         parts += [f"{row['name']} failed: {row['error']}" for row in rows if row["error"]]
         parts += [] if self.curve is None else [str(self.curve)]
         return "\n".join(parts + [f"Note: {note}" for note in self.notes])
@@ -260,7 +251,7 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> R
     dtypes = {role: str(getattr(model, role).dtype).removeprefix("torch.") for role in ("slm", "llm")}
     report = Report(name or model.name_or_path, {**asdict(wanted), "prompt_length": lengths, "dtype": dtypes})
     try:
-        with greedy_without_end(model), progress_bar(sys.stderr.isatty(), by_thread=False) as progress:
+        with ways.greedy_without_end(model), progress_bar(sys.stderr.isatty(), by_thread=False) as progress:
             _measure(model, wanted, batches, report, progress)
     except KeyboardInterrupt:
         report.interrupted = True
@@ -270,27 +261,27 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> R
 def _batches(model: CiterForCausalLM, wanted: BenchOptions) -> list[Batch]:
     device = model.slm.device
     if wanted.prompts is None:
-        batches = [random_batch(model.vocab_size, wanted.prompt_length, wanted.batch_size, wanted.seed)]
+        batches = [ways.random_batch(model.vocab_size, wanted.prompt_length, wanted.batch_size, wanted.seed)]
     else:
-        prompts, tokenizer = read_prompts(Path(wanted.prompts)), model.load_tokenizer()
+        prompts, tokenizer = ways.read_prompts(Path(wanted.prompts)), model.load_tokenizer()
         if tokenizer is None:
             raise ValueError("--prompts: the pair has no tokenizer. Leave the option out for synthetic prompts.")
         token_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         if [] in token_ids:
             raise ValueError(f"--prompts: {prompts[token_ids.index([])]!r} has no tokens. Give another prompt.")
-        batches = padded_batches(token_ids, wanted.batch_size)
+        batches = ways.padded_batches(token_ids, wanted.batch_size)
     return [Batch(one.input_ids.to(device), one.attention_mask.to(device), one.number) for one in batches]
 
 
 def _measure(
     model: CiterForCausalLM, wanted: BenchOptions, batches: list[Batch], report: Report, progress: Progress
 ) -> None:
-    decoders = Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed)
+    decoders = ways.Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed)
     alone = wanted.batch_size == 1
     if wanted.assisted and not alone:
         report.notes.append("assisted generation was not measured: transformers has it for batch_size = 1 alone.")
     default = () if wanted.thresholds else (0.0, 0.2, 0.5, 1.0)
-    settings = settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds)
+    settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds)
     contenders = decoders.contenders(settings, not alone, wanted.assisted and alone, wanted.released_loop)
     progress.begin("citer bench", len(contenders) * (1 + wanted.warmup + wanted.repeats))
     report.machine = describe_machine(model.slm.device)
@@ -300,24 +291,23 @@ def _measure(
     for contender in contenders:
         row = Row(contender, positions, positions * wanted.batch_size)
         report.rows.append(row)
-        with _attempt(row, progress):
+        with _errors_to(row.fail):
             row.counts = _counts(model, costs, row, batches)
+        progress.advance()
     # 2. Single passes of both models.
-    try:
+    with _errors_to(lambda error: report.notes.append(f"Single passes were not measured: {error}")):
         length, limit = batches[0].length, model.config.max_position_embeddings
         longest = None if limit is None else limit - length
         report.curve = measure_curve(model, length, wanted.batch_size, longest, wanted.seed)
-    except FAILURES as error:
-        report.notes.append(f"Single passes were not measured: {_message(error)}")
     if wanted.cache_implementation == "static":
         report.notes.append("Single passes, and so the break-even, were timed without compilation.")
     # 3. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
     for repetition in range(-wanted.warmup, wanted.repeats):
         for row in report.rows:
-            with _attempt(row, progress):
-                if row.error is None:
-                    times = _times(row.contender, batches, wanted.max_new_tokens)
-                    row.times += [times] if repetition >= 0 else []
+            with _errors_to(row.fail):
+                times = None if row.error else _times(row.contender, batches, wanted.max_new_tokens)
+                row.times += [times] if times and repetition >= 0 else []
+            progress.advance()
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -343,7 +333,7 @@ def _counts(
     gpus = range(torch.cuda.device_count() if model.slm.device.type == "cuda" else 0)
     for index in gpus:
         torch.cuda.reset_peak_memory_stats(index)
-    with count_passes(model) as passes:
+    with ways.count_passes(model) as passes:
         decided = [row.contender.decode(batch, row.positions // len(batches))[1] for batch in batches]
     by_llm = sum(int(one.sum()) for one in decided if one is not None)
     known = {ALONE: 1.0, SLM: 0.0, ASSISTED: None}
@@ -368,14 +358,9 @@ def _times(contender: Contender, batches: list[Batch], new_tokens: int) -> tuple
 
 
 @contextmanager
-def _attempt(row: Row, progress: Progress) -> Iterator[None]:
-    """Note the error of a contender in its row."""
+def _errors_to(note: Callable[[str], object]) -> Iterator[None]:
+    """Note an error as text, so that the others are measured."""
     try:
         yield
     except FAILURES as error:
-        row.error = _message(error)
-    progress.advance()
-
-
-def _message(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+        note(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from citer_hf import CiterForCausalLM
+from citer_hf.model.compat import cache_argument
 
 ALONE, SLM, ASSISTED = "LLM alone", "SLM alone", "assisted generation"
 CITER, LOCK_STEP, FLOOR, RELEASED = "CITER", "CITER in lock-step", "floor", "released loop"
@@ -132,13 +133,13 @@ def forced_scores(tokens: int, seed: int = 0, batch: int = 0) -> torch.Tensor:
 
 
 @contextmanager
-def greedy_without_end(model: CiterForCausalLM) -> Iterator[None]:
+def greedy_without_end(model: CiterForCausalLM, disable_compile: bool = False) -> Iterator[None]:
     """Let the pair and both models decode greedily without end tokens, so that all outputs are of equal length."""
     parts = (model, model.slm, model.llm)
     before = [part.generation_config for part in parts]
     for part in parts:
-        pad = part.generation_config.pad_token_id
-        part.generation_config = GenerationConfig(do_sample=False, pad_token_id=0 if pad is None else pad)
+        wanted = {"do_sample": False, "pad_token_id": part.generation_config.pad_token_id or 0}
+        part.generation_config = GenerationConfig(**wanted, disable_compile=disable_compile)
     try:
         yield
     finally:
@@ -207,7 +208,7 @@ class Decoders:
                 scores = (~self.decided(setting, batch)).T.flatten().float()
             self.model.router = ForcedRouter(scores.to(self.model.slm.device))
         try:
-            output = self.model.generate(
+            output: Any = self.model.generate(
                 batch.input_ids,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=new_tokens,
@@ -250,7 +251,7 @@ class Decoders:
         """Decode as the method's released code does, by its description: one call of `generate` for each token."""
         to_llm, slm, llm = self.decided(setting, batch), self.model.slm, self.model.llm
         text, mask = batch.input_ids, batch.attention_mask
-        cache = {cache_keyword(slm): DynamicCache(config=slm.config)}
+        cache = cache_argument(slm, DynamicCache(config=slm.config))
         for step in range(new_tokens):
             output = slm.generate(text, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True, **cache)
             tokens = output.sequences[:, -1]
@@ -272,7 +273,7 @@ class BareModel:
         cache = StaticCache(model.config, max_cache_len=longest) if static else DynamicCache(config=model.config)
         compiles = static and model.device.type == "cuda" and not model.generation_config.disable_compile
         self.step = model.get_compiled_call(None) if compiles else model
-        self.keywords = {cache_keyword(model): cache, "use_cache": True, **last_logits_only(model)}
+        self.keywords = {**cache_argument(model, cache), "use_cache": True, **last_logits_only(model)}
         # Without padding the models count positions by themselves.
         self.mask = self.positions = None
         if not bool(batch.attention_mask.all()):
@@ -295,11 +296,6 @@ class BareModel:
         return logits[:, -1, :vocab_size].argmax(-1).to(text.device)
 
 
-def cache_keyword(model: PreTrainedModel) -> str:
-    """Return the name of the cache among a model's keywords."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
     """Return the keyword with which a model computes the last position's logits alone, where it has one."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -309,25 +305,18 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
 def count_passes(model: CiterForCausalLM) -> Iterator[tuple[list[tuple[int, int, int]], ...]]:
     """Collect the passes of the SLM and of the LLM as (sequences, tokens, cached tokens). Hooks cost time."""
     passes: tuple[list[tuple[int, int, int]], ...] = ([], [])
-    parts = (model, model.slm, model.llm)
 
-    def note(
-        found: list[tuple[int, int, int]], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def note(found: list[tuple[int, int, int]], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         found.append((*input_ids.shape, 0 if cache is None else int(cache.get_seq_length())))
 
-    handles = [
-        part.register_forward_pre_hook(partial(note, found), with_kwargs=True)
-        for part, found in zip(parts[1:], passes, strict=True)
-    ]
-    for part in parts:
-        part.generation_config.disable_compile = True
-    try:
-        yield passes
-    finally:
-        for part in parts:
-            part.generation_config.disable_compile = False
-        for handle in handles:
-            handle.remove()
+    parts = zip((model.slm, model.llm), passes, strict=True)
+    handles = [part.register_forward_pre_hook(partial(note, found), with_kwargs=True) for part, found in parts]
+    # A compiled pass calls no hooks.
+    with greedy_without_end(model, disable_compile=True):
+        try:
+            yield passes
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -14,8 +14,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from citer_hf import CiterForCausalLM
+from citer_hf.model.compat import cache_argument
 
-from .contenders import cache_keyword, last_logits_only, random_batch
+from .contenders import last_logits_only, random_batch
 
 CATCH_UPS = (1, 2, 3, 4, 8, 16, 32)
 TRIALS = 5
@@ -102,14 +103,13 @@ def measure_curve(
 
 def _timed_pass(model: PreTrainedModel, tokens: torch.Tensor, length: int) -> Callable[[int], float]:
     """Return a function that times a pass over some tokens behind a cache of this length."""
-    tokens, name, keywords = tokens.to(model.device), cache_keyword(model), last_logits_only(model)
+    tokens, keywords = tokens.to(model.device), {"use_cache": True, **last_logits_only(model)}
     cache = DynamicCache(config=model.config)
-    model(input_ids=tokens[:, :length], use_cache=True, **{name: cache}, **keywords)
+    model(input_ids=tokens[:, :length], **cache_argument(model, cache), **keywords)
 
     def taken(size: int) -> float:
         # Not every cache can take a pass back.
-        behind = {name: copy.deepcopy(cache), **keywords}
-        unseen = tokens[:, length : length + size]
-        return seconds(model.device, lambda: model(input_ids=unseen, use_cache=True, **behind))
+        behind, unseen = cache_argument(model, copy.deepcopy(cache)), tokens[:, length : length + size]
+        return seconds(model.device, lambda: model(input_ids=unseen, **behind, **keywords))
 
     return taken

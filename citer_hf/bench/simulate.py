@@ -47,15 +47,14 @@ class SimulateOptions:
     def __post_init__(self) -> None:
         if self.bandwidth is None and self.gpu not in DEVICES:
             raise ValueError(f"--gpu: expected one of {', '.join(DEVICES)}, or --bandwidth, got {self.gpu!r}.")
-        limits = {"bandwidth": (1e-9, 1e9), "slm_bits": (1, 64), "llm_bits": (1, 64)}
-        for name in ("bandwidth", "slm_bits", "llm_bits", "tensor_parallel", "replicas", "batch_size"):
+        limits = {"bandwidth": (1e-9, math.inf), "slm_bits": (1, 64), "llm_bits": (1, 64)}
+        for name in (*limits, "tensor_parallel", "replicas", "batch_size", "prompt_length", "max_new_tokens"):
             (least, most), value = limits.get(name, (1, math.inf)), getattr(self, name)
             if value is not None and not least <= value <= most:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag}: expected a number from {least:g} to {most:g}, got {value!r}.")
-        for share in self.shares:
-            if not 0 <= share <= 1:
-                raise ValueError(f"--shares: expected numbers from 0 to 1, got {share:g}.")
+        if not all(0 <= share <= 1 for share in self.shares):
+            raise ValueError(f"--shares: expected numbers from 0 to 1, got {', '.join(map(str, self.shares))}.")
 
 
 def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **options: Any) -> list[dict[str, Any]]:
@@ -76,9 +75,9 @@ def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **optio
     wanted = SimulateOptions(**options)
     context = wanted.prompt_length + wanted.max_new_tokens
     limits = [limit for limit in map(context_length, (slm_config, llm_config)) if limit is not None]
-    if not 0 < context <= min(limits, default=context):
+    if context > min(limits, default=context):
         raise ValueError(
-            f"--prompt-length, --max-new-tokens: expected 1 to {min(limits)} tokens in all, the pair's context "
+            f"--prompt-length, --max-new-tokens: expected at most {min(limits)} tokens in all, the pair's context "
             f"(max_position_embeddings), got {context}."
         )
     bandwidth = 1e9 * (wanted.bandwidth or DEVICES[str(wanted.gpu)])
@@ -96,8 +95,6 @@ def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **optio
     return [
         {
             "share": share,
-            "batch_size": batch,
-            "context": context,
             "llm_passes_per_position": 1 - (1 - share) ** batch,
             "time_per_token_s": (seconds := curve.seconds_per_token(share)),
             "tokens_per_s": wanted.replicas * batch / seconds,
@@ -113,9 +110,10 @@ def table(projections: Sequence[dict[str, Any]]) -> str:
     """Return projections as text, one a line."""
     lines = ["LLM share   SLM step, ms   LLM step, ms   ms / position   tokens / s   LLM alone   speed-up"]
     for one in projections:
-        slm, llm, pair = (f"{1e3 * one[name]:.2f}" for name in ("slm_step_s", "llm_step_s", "time_per_token_s"))
-        rates = f"{one['tokens_per_s']:10.1f} {one['llm_alone_tokens_per_s']:11.1f} {one['speedup']:10.2f}"
-        lines.append(f"{one['share']:9.1%} {slm:>14} {llm:>14} {pair:>15} {rates:>34}")
+        times = [1e3 * one[name] for name in ("slm_step_s", "llm_step_s", "time_per_token_s")]
+        rates = [one[name] for name in ("tokens_per_s", "llm_alone_tokens_per_s", "speedup")]
+        cells = "{:14.2f} {:14.2f} {:15.2f} {:12.1f} {:11.1f} {:10.2f}".format(*times, *rates)
+        lines.append(f"{one['share']:9.1%} {cells}")
     for one in projections[:1]:
         even = "none" if one["break_even_share"] is None else f"{one['break_even_share']:.1%}"
         lines.append(f"Break-even LLM share: {even}. The fullest device holds {one['bytes_per_gpu'] / 1e9:.3g} GB.")

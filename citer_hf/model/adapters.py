@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import safe_save_file
 from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -162,10 +165,15 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter | None) -
         return
     if not model._hf_peft_config_loaded:
         problem: Any = None
+        # By PEFT's own functions: those of transformers 5.24 want a PEFT that is not published yet.
+        peft = import_module("peft")
         try:
-            info = model.load_adapter(adapter.folder)
-            wrong = {*not_loaded(model, info.missing_keys), *info.unexpected_keys, *info.mismatched_keys}
-            problem = f"{sorted(map(str, wrong))[:3]} are missing, not known, or of another shape" if wrong else None
+            config = peft.PeftConfig.from_pretrained(adapter.folder)
+            config.inference_mode = True
+            wrapped = peft.PeftModel(model, config, autocast_adapter_dtype=False)
+            info = wrapped.load_adapter(adapter.folder, "default", autocast_adapter_dtype=False)
+            wrong = {*not_loaded(wrapped, set(info.missing_keys)), *info.unexpected_keys}
+            problem = f"{sorted(map(str, wrong))[:3]} are missing or not known" if wrong else None
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             problem = error
         if problem is not None:
@@ -174,10 +182,12 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter | None) -
                 f"{model.name_or_path}: {problem}. Was it made for another model, or does it need a newer "
                 "transformers?"
             )
+        # So that `set_adapter` and others of transformers find it.
+        model._hf_peft_config_loaded = True
     setattr(model.peft_config["default"], ORIGIN, adapter.reference)
 
 
-def not_loaded(model: PreTrainedModel, missing: set[str]) -> list[str]:
+def not_loaded(model: nn.Module, missing: set[str]) -> list[str]:
     """Return the weights that a file should have had, without those that are one with a weight of it."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(weight) for name, weight in weights.items() if name not in missing}
@@ -226,17 +236,14 @@ def adapter_origin(model: Any, name: str) -> dict[str, str] | None:
     return None if trainable or origin is None or "name_or_path" not in origin else origin
 
 
-def save_adapter(model: Any, folder: str, base: str | None) -> None:
-    """Save the active adapter of a model as PEFT does."""
-    # Where PEFT has put the adapter in by itself, transformers does not know.
-    model._hf_peft_config_loaded = True
-    model.save_pretrained(folder)
-    path = os.path.join(folder, ADAPTER_CONFIG)
-    with open(path, encoding="utf-8") as opened:
-        config = json.load(opened)
-    config["base_model_name_or_path"] = base
-    with open(path, "w", encoding="utf-8") as opened:
-        json.dump(config, opened, indent=2, sort_keys=True)
+def save_adapter(model: Any, name: str, folder: str, base: str | None) -> None:
+    """Save an adapter of a model as PEFT does."""
+    config = copy.copy(model.peft_config[name])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
+    weights = import_module("peft").get_peft_model_state_dict(model, adapter_name=name)
+    weights = {f"base_model.model.{key}": weight.contiguous() for key, weight in weights.items()}
+    safe_save_file(weights, os.path.join(folder, ADAPTER_WEIGHTS), metadata={"format": "pt"})
 
 
 def without_adapter(role: str, model: Any) -> Any:

@@ -115,15 +115,15 @@ def load_models(
             models[role] = source
             continue
         with explained(role, source, own):
-            models[role] = AutoModelForCausalLM.from_pretrained(source, **own, **for_adapters(own))
+            models[role] = AutoModelForCausalLM.from_pretrained(source, **own, adapter_kwargs=elsewhere(own))
         setattr(models[role], LOADED_FROM, (references[role], table_size(models[role].config)))
     return models
 
 
-def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return how an adapter beside a model is looked for: where files are, which transformers does not pass on."""
+def elsewhere(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return where transformers looks for an adapter of a model: where there is none; `adapters.py` attaches it."""
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
-    return {"adapter_kwargs": files} if files else {}
+    return {**files, "subfolder": "no-adapter"}
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:

@@ -159,7 +159,7 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
             origin = None if save_base_models else adapter_origin(base, adapter)
             if origin is None:
                 origin = {"subfolder": f"{role}_adapter"}
-                save_adapter(base, os.path.join(folder, origin["subfolder"]), reference.get("name_or_path"))
+                save_adapter(base, adapter, os.path.join(folder, origin["subfolder"]), reference.get("name_or_path"))
             reference = {**reference, "adapter": origin}
         setattr(config, f"{role}_reference", reference)
     state_dict = model.router.state_dict(prefix="router.") if state_dict is None else state_dict

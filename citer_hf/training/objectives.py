@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels
 
-__all__ = ["OBJECTIVES", "QUERY", "Objective", "Targets", "co_llm_loss", "known", "preference_loss"]
-
 
 @dataclass(frozen=True)
 class Targets:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from citer_hf.training.labelling import label_preferences
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import get_checker
 from citer_hf.data.tokens import Encoded
 from citer_hf.demo import PAIR
 from citer_hf.demo.problems import problems
+from citer_hf.training.label import label_preferences
 
 MAX_NEW_TOKENS = 160
 
@@ -71,7 +71,9 @@ def main() -> None:
     tokenizer = model.load_tokenizer()
     examples = [asdict(problem) for problem in problems("train", 0, options.questions)]
     for threshold in (0.0, model.config.router_threshold, 2.0):
-        ours, one_by_one, cached = [], [], []
+        ours: list[float] = []
+        one_by_one: list[float] = []
+        cached: list[float] = []
         for _ in range(options.repeats):
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()

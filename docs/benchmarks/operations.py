@@ -17,17 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from citer_hf import CiterCache, CiterConfig, CiterForCausalLM
-from citer_hf.bench.contenders import cache_keyword
+from citer_hf.model.compat import cache_argument
 from citer_hf.model.static_memory import Workspace, llm_pass, slm_step
 
 PROMPT, ROOM = 5, 320
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):
     """Counts the operations that reach the device, and those of them that are more than views."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.all = self.computing = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +60,7 @@ def main() -> None:
     positions = torch.arange(PROMPT, device="meta")[None]
     cache, work = CiterCache(config), Workspace(1, ROOM, torch.device("meta"))
     for name, part, own in (("slm", slm, cache.slm), ("llm", llm, cache.llm)):
-        part(input_ids=prompt, position_ids=positions, **{cache_keyword(part): own})
+        part(input_ids=prompt, position_ids=positions, **cache_argument(part, own))
         work.take(name, part, own)
     count("SLM step with its router", lambda: slm_step(model, work))
     for tokens in (1, 4):

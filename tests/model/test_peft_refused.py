@@ -35,11 +35,11 @@ def test_what_cannot_work_is_refused_with_the_reason(home):
     with pytest.raises(ValueError, match=r"slm: the adapter .*llm-lora does not fit LlamaForCausalLM"):
         pair_with(home, slm=home / "slm", slm_adapter_name_or_path=home / "llm-lora")
     with_adapter(home / "slm", 3).save_pretrained(home / "other")
-    model.slm.load_adapter(str(home / "other"), adapter_name="other")
-    model.slm.set_adapter(["default", "other"])
+    both = peft.PeftModel.from_pretrained(model.slm, home / "other", adapter_name="other")
+    both.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"slm: it runs with several adapters, \['default', 'other'\]"):
         model.save_pretrained(home / "router")
-    model.slm.set_adapter("default")
+    both.base_model.set_adapter("default")
     for module in model.slm.modules():
         if hasattr(module, "merge"):
             module.merge()

@@ -264,10 +264,6 @@ def test_trust_in_a_router_loads_no_code_of_its_models_for_configuration_or_toke
 
 COMMANDS = [
     ("chat", "{router}"),
-    ("label", "{router}", "--data", "x.jsonl", "--checker", "math", "--out", "{out}"),
-    ("train", "{router}", "--labels", "x", "--out", "{out}"),
-    ("evaluate", "{router}", "--data", "x.jsonl", "--checker", "math", "--out", "{out}"),
-    ("calibrate", "{router}", "--data", "x.jsonl", "--llm-share", "0.5"),
     ("bench", "{router}"),
 ]
 

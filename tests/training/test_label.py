@@ -1,0 +1,332 @@
+"""`label_preferences`: every column computed again naively, interrupted runs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from citer_hf.training import label as label_module
+from citer_hf.training import rollouts
+from citer_hf.training.label import label_preferences
+from citer_hf.training.labels import Labels
+from citer_hf.training.rollouts import RollOut, cut_into_batches, roll_out
+from tests import launching
+from tests.chat_pairs import invoke, save_demo_pair
+from tests.families import EOS
+from tests.reference import naive_generate
+from tests.training_data import THRESHOLD, has_letter, naive_outcome, task, task_pair
+
+NEW = 8
+# Both ways to start a roll-out: from copied caches, and from the whole text (sliding windows).
+PAIRS = [("llama", "llama"), ("gpt2", "bloom"), ("mistral_sliding", "llama"), ("qwen2", "gemma2")]
+
+
+def label(model: Any, out: Path, examples: Any = None, checker: Any = has_letter, **options: Any) -> Labels:
+    options = {"max_new_tokens": NEW, "batch_tokens": 96, **options}
+    return label_preferences(model, task(4) if examples is None else examples, checker, out, **options)
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def labelled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Labels]:
+    model = task_pair(*request.param)
+    return model, label(model, tmp_path_factory.mktemp("labels") / "out")
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Labels]:
+    model = task_pair()
+    return model, label(model, tmp_path_factory.mktemp("labels") / "out")
+
+
+@torch.no_grad()
+def naive_token(model: Any, labels: Labels, token: int) -> dict[str, Any]:
+    """One token, from the bare models, without batch, padding or cache."""
+    question, place = labels.questions[int(labels.question[token])], int(labels.position[token])
+    ids, reference = torch.tensor([question.prompt_ids + question.response_ids[:place]]), question.response_ids[place]
+    slm, llm = (part(ids, use_cache=False).logits[0, -1, : model.vocab_size] for part in (model.slm, model.llm))
+    return {
+        "hidden": model.slm.base_model(ids, use_cache=False).last_hidden_state[0, -1],
+        "top_logprobs": slm.log_softmax(-1).sort(descending=True).values[:8].clamp_min(-15),
+        "reference_token": torch.tensor(reference),
+        "slm_token": slm.argmax(),
+        "llm_token": llm.argmax(),
+        "slm_logprob": slm.log_softmax(-1)[reference],
+        "llm_logprob": llm.log_softmax(-1)[reference],
+    }
+
+
+def test_every_token_is_read_as_by_the_bare_models(labelled: tuple[Any, Labels]) -> None:
+    model, labels = labelled
+    assert len(labels.case) == sum(len(one["response"]) + 1 for one in task(4))
+    for token in range(len(labels.case)):
+        naive = naive_token(model, labels, token)
+        for name, value in naive.items():
+            tolerance = 1e-2 if name == "top_logprobs" else 2e-3 if name == "hidden" else 1e-4
+            found = getattr(labels, name)[token].to(value.dtype)
+            assert torch.allclose(found, value, atol=tolerance, rtol=tolerance), name
+        slm_right, llm_right = (naive[f"{by}_token"] == naive["reference_token"] for by in ("slm", "llm"))
+        assert int(labels.case[token]) == (1 if slm_right else 2 if llm_right else 3)
+
+
+def test_outcomes_are_what_the_pair_writes_from_the_exact_state(labelled: tuple[Any, Labels]) -> None:
+    model, labels = labelled
+    for token in range(len(labels.case)):
+        case, rollout = int(labels.case[token]), int(labels.rollout[token])
+        if case == 1:
+            assert (rollout, int(labels.label[token])) == (-1, 1)
+            continue
+        assert rollout == naive_outcome(model, labels, token, int(labels.slm_token[token]), THRESHOLD, NEW)
+        assert int(labels.label[token]) == (0 if case == 2 else rollout)
+        instead = -1 if rollout else naive_outcome(model, labels, token, int(labels.llm_token[token]), THRESHOLD, NEW)
+        assert int(labels.llm_rollout[token]) == instead
+    for threshold, found in ((0.0, labels.slm_correct), (2.0, labels.llm_correct)):
+        for question, correct in zip(labels.questions, found.tolist(), strict=True):
+            text = naive_generate(model, question.prompt_ids, NEW, threshold)[0]
+            response = model.load_tokenizer().decode(text, skip_special_tokens=True)
+            assert correct == has_letter(response, question.example).correct
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_a_policy_may_be_one_model_alone(tmp_path: Path, threshold: float) -> None:
+    model = task_pair()
+    labels = label(model, tmp_path / "out", router_threshold=threshold)
+    for token in (labels.case != 1).nonzero()[::3, 0].tolist():
+        expected = naive_outcome(model, labels, token, int(labels.slm_token[token]), threshold, NEW)
+        assert int(labels.rollout[token]) == expected
+
+
+@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]], ids="-".join)
+def test_copied_caches_and_whole_texts_give_the_same_rollouts(
+    pair: tuple[str, str], llamas: tuple[Any, Labels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, questions = task_pair(*pair), llamas[1].questions
+    wanted = [RollOut(index, place, 10 + place) for index in range(4) for place in range(5)]
+    wanted += [RollOut(index, place, -1) for index in range(4) for place in (0, 3)] + [RollOut(0, 2, EOS)]
+    (batch,) = cut_into_batches(wanted, questions, 30, 1 << 20)
+    shared = roll_out(model, questions, batch, THRESHOLD, 30)
+    monkeypatch.setattr(rollouts, "STRETCH", 3)
+    assert roll_out(model, questions, batch, THRESHOLD, 30) == shared
+    monkeypatch.setattr(rollouts, "shared_prefixes", lambda *arguments: None)
+    assert roll_out(model, questions, batch, THRESHOLD, 30) == shared
+    assert max(map(len, shared)) <= 30 and len(set(map(len, shared))) > 1
+
+
+def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
+    model, labels = llamas
+    options = {"split": "train", "cache_dir": str(tmp_path)}
+    tokens, questions = (
+        datasets.load_dataset(str(labels.directory), name, **options) for name in ("tokens", "questions")
+    )
+    assert tokens["position"] == labels.position.tolist() and len(questions) == len(labels.questions)
+    assert tokens.features["hidden"].feature.dtype == "float16"
+    assert {int(labels.reference_token[labels.question == index][-1]) for index in range(4)} == {EOS}
+    counts = labels.info["counts"]
+    for case in (1, 2, 3):
+        assert counts["cases"][str(case)] == int((labels.case == case).sum())
+        assert counts["rollouts"][str(case)] == int(((labels.case == case) & (labels.rollout >= 0)).sum())
+    right = float((labels.rollout == 1).sum() / (labels.rollout >= 0).sum())
+    assert 0 < right < 1 and counts["positive_rollouts"] == pytest.approx(right)
+    card = (labels.directory / "README.md").read_text()
+    assert f"{counts['tokens']} tokens" in card and f"{counts['unextracted']:.1%} of the roll-outs" in card
+    assert '"router_threshold": 0.5' in card and '"seed": 0' in card and '"torch": "2' in card
+    assert labels.info["llm"]["parameters"] == model.llm.num_parameters()
+    assert f"{counts['tokens']} tokens of 4 answers labelled in {labels.directory}" in labels.summary()
+    assert not (labels.directory / ".work").exists()
+
+
+def test_a_budget_is_spent_where_the_router_is_least_sure(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
+    model, everything = llamas
+    some = label(model, tmp_path / "some", rollouts=7)
+    scores = []
+    for token in range(len(everything.case)):
+        question, place = everything.questions[int(everything.question[token])], int(everything.position[token])
+        ids = torch.tensor([question.prompt_ids + question.response_ids[:place]])
+        scores.append(float(model(ids, logits_to_keep=1).router_scores))
+    unsure = torch.logit(torch.tensor(scores)).abs()
+    mismatches = (everything.case != 1).nonzero()[:, 0]
+    expected = mismatches[unsure[mismatches].argsort()[:7]].sort().values
+    assert (some.rollout >= 0).nonzero()[:, 0].tolist() == expected.tolist()
+    assert bool((some.label[(some.case == 3) & (some.rollout < 0)] == -1).all())
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_is_resumed_without_repeating_work(
+    llamas: tuple[Any, Labels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(arguments[2]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return roll_out(*arguments)
+
+    monkeypatch.setattr(label_module, "roll_out", counted)
+    with pytest.raises(KeyboardInterrupt):
+        label(llamas[0], tmp_path / "out")
+    begun = content(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"router_threshold was 0.5 and is 0.9.*Give the same arguments"):
+        label(llamas[0], tmp_path / "out", router_threshold=0.9)
+    assert content(tmp_path / "out") == begun
+    labels = label(llamas[0], tmp_path / "out")
+    assert content(tmp_path / "out") == content(llamas[1].directory)
+    # Every batch was made once, the one that was interrupted once more; each model answers every question.
+    made = sum(calls) - calls[3]
+    assert made == int((labels.rollout >= 0).sum()) + int((labels.llm_rollout >= 0).sum()) + 2 * 4
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Arguments of `citer label` but for its output."""
+    folder = tmp_path_factory.mktemp("demo")
+    invoke("demo", "--export", folder / "data.jsonl", "--problems", 6, "--split", "train")
+    options = ["--checker", "exact", "--max-new-tokens", 30, "--batch-tokens", 600, "--device-map", "cpu"]
+    return ["label", save_demo_pair(folder), "--data", folder / "data.jsonl", *options, "--out"]
+
+
+def test_a_killed_run_is_resumed_to_the_same_labels(on_disk: list[Any], tmp_path: Path) -> None:
+    process = launching.start(launching.ONE, "-m", "citer_hf.cli", *on_disk, tmp_path / "out")
+    begun = tmp_path / "out" / ".work" / "roll-outs of the SLM"
+    while process.poll() is None and len(list(begun.glob("0*"))) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(FileNotFoundError, match=r"holds no labels.*run the same `citer label` again"):
+        Labels.load(tmp_path / "out")
+    for name in ("out", "whole"):
+        result = invoke(*on_disk, tmp_path / name)
+        assert result.exit_code == 0 and "answers labelled" in result.stdout, result.output
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_labels_of_one(on_disk: list[Any], tmp_path: Path) -> None:
+    launching.run(launching.TWO, "-m", "citer_hf.cli", *on_disk, tmp_path / "two")
+    launching.run(launching.ONE, "-m", "citer_hf.cli", *on_disk, tmp_path / "one")
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_holds_something_is_left_alone(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for out in (llamas[1].directory, tmp_path):
+        before = content(out)
+        with pytest.raises(FileExistsError, match="exists already"):
+            label(llamas[0], out)
+        assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response": ""}, r"row 2.*response"),
+        ({"answer": ""}, r"row 2.*answer"),
+        ({"prompt": ""}, r"row 2.*prompt"),
+        ({"response": "a" * 300}, r"row 2.*300|row 2.*30\d"),
+    ],
+)
+def test_an_example_that_cannot_be_used_is_named(tmp_path: Path, change: dict[str, str], message: str) -> None:
+    examples = task()
+    examples[1] |= change
+    with pytest.raises(ValueError, match=message):
+        label(task_pair(), tmp_path / "out", examples)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollouts": -1}, "rollouts: expected a number from 0 up, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a number from 1 up, got 0"),
+        ({"router_threshold": 70}, "router_threshold: expected a number from 0 .* to 2"),
+        ({"router_threshold": "0.7"}, "router_threshold: expected a number from 0 .* to 2"),
+        ({"router_threshold": True}, "router_threshold: expected a number from 0 .* to 2"),
+    ],
+)
+def test_senseless_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        label(task_pair(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checker_that_fails_is_named_with_the_example(tmp_path: Path) -> None:
+    def broken(response: str, example: Any) -> Any:
+        raise KeyError("oops")
+
+    where = r"at row \d of the data \('q\d'\)"
+    with pytest.raises(ValueError, match=rf"checker .*broken: it raised KeyError.* {where}") as error:
+        label(task_pair(), tmp_path / "out", checker=broken)
+    assert isinstance(error.value.__cause__, KeyError)
+    with pytest.raises(TypeError, match=rf"checker .*: expected it to return a Verdict, got bool {where}"):
+        label(task_pair(), tmp_path / "other", checker=lambda response, example: True)
+
+
+def test_pairs_that_cannot_label_are_refused(tmp_path: Path) -> None:
+    model = task_pair()
+    with torch.no_grad():
+        model.slm.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or infinite hidden states at the example 'q\d'"):
+        label(model, tmp_path / "out")
+    model._tokenizer = None
+    with pytest.raises(ValueError, match="expected a pair with a tokenizer"):
+        label(model, tmp_path / "out")
+
+
+def test_labels_that_are_not_numbers_are_refused(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
+    shutil.copytree(llamas[1].directory, tmp_path / "labels")
+    (file, *_) = sorted((tmp_path / "labels" / "data").glob("*.parquet"))
+    table = pq.read_table(file)
+    values = [float("nan"), *table["slm_logprob"].to_pylist()[1:]]
+    place = table.schema.get_field_index("slm_logprob")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(values, pa.float32())), file)
+    with pytest.raises(ValueError, match="NaN or infinite values in slm_logprob"):
+        Labels.load(tmp_path / "labels")
+
+
+def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
+    pair, labels = llamas
+    shutil.copytree(labels.directory, tmp_path / "old")
+    info = json.loads((tmp_path / "old" / "labels.json").read_text())
+    # As labels.json was before it named the base models.
+    info = {
+        **info,
+        **info.pop("options"),
+        "made_with": {role: info[role]["sample_sha256"][:16] for role in ("slm", "llm")},
+    }
+    for key in ("slm", "llm", "tokenizer_sha256"):
+        info.pop(key)
+    (tmp_path / "old" / "labels.json").write_text(json.dumps(info))
+    old, other, template = Labels.load(tmp_path / "old"), task_pair(), task_pair()
+    assert old.options["max_new_tokens"] == NEW
+    template._tokenizer.chat_template = "{{ messages }}"
+    other.llm.name_or_path = "moved"
+    for one in (labels, old):
+        one.check_pair(pair)
+        one.check_pair(other)
+    with pytest.raises(ValueError, match=r"pair's tokenizer and chat template, but those in .* were made with others"):
+        labels.check_pair(template)
+    with torch.no_grad():
+        other.llm.lm_head.weight.add_(1)
+    for one in (labels, old):
+        where = rf"expected labels that were made with this pair's LLM moved, but those in {one.directory} were"
+        with pytest.raises(ValueError, match=where):
+            one.check_pair(other)
