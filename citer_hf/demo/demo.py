@@ -21,7 +21,7 @@ from ..model.routers import as_threshold
 from ..model.schedule import rows_to_wait_for
 from ..runs import atomic_write, option, progress_bar
 from ..terminal import Paint, WriterStreamer, legend
-from .problems import Problem, Split, is_correct, problems
+from .problems import Problem, is_correct, problems
 
 __all__ = ["DemoOptions", "Measurement", "Report", "demo", "export"]
 

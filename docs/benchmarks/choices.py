@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from citer_hf.training.router_trainer import TrainingSettings, train_router
-from citer_hf.training.teacher import SLM_RIGHT
 from torch.nn import functional
 
 from citer_hf import CiterForCausalLM
@@ -25,8 +23,9 @@ from citer_hf.data.examples import read_examples
 from citer_hf.demo import PAIR
 from citer_hf.evaluation.evaluate import evaluate
 from citer_hf.evaluation.results import cost_at
-from citer_hf.training.labels import Labels
+from citer_hf.training.labels import SLM_RIGHT, Labels
 from citer_hf.training.objectives import OBJECTIVES, Objective, Targets, known
+from citer_hf.training.train import TrainOptions, train_router
 
 SHARES = (0.01, 0.02, 0.03, 0.045, 0.06, 0.09, 0.14, 0.25)
 LEVELS = (0.9, 0.95, 0.98)
@@ -82,7 +81,7 @@ def main() -> None:
     for name, objective, labels in trials(Labels.load(options.labels), others):
         for seed in SEEDS:
             with tempfile.TemporaryDirectory() as folder:
-                trained = train_router(labels, objective, Path(folder), TrainingSettings(seed=seed))
+                trained = train_router(labels, objective, TrainOptions(seed=seed), Path(folder))
             routers[f"{name}, seed {seed}"] = trained.router
     results = evaluate(
         model, problems, "math", routers=routers, shares=SHARES, max_new_tokens=160, out=options.out, query_level=()

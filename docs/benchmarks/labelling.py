@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from citer_hf.training.labelling import label_preferences
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import get_checker
 from citer_hf.data.tokens import Encoded
 from citer_hf.demo import PAIR
 from citer_hf.demo.problems import problems
+from citer_hf.training.label import label_preferences
 
 MAX_NEW_TOKENS = 160
 
