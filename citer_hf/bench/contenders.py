@@ -133,13 +133,13 @@ def forced_scores(tokens: int, seed: int = 0, batch: int = 0) -> torch.Tensor:
 
 
 @contextmanager
-def greedy_without_end(model: CiterForCausalLM) -> Iterator[None]:
+def greedy_without_end(model: CiterForCausalLM, disable_compile: bool = False) -> Iterator[None]:
     """Let the pair and both models decode greedily without end tokens, so that all outputs are of equal length."""
     parts = (model, model.slm, model.llm)
     before = [part.generation_config for part in parts]
     for part in parts:
-        pad = part.generation_config.pad_token_id
-        part.generation_config = GenerationConfig(do_sample=False, pad_token_id=0 if pad is None else pad)
+        wanted = {"do_sample": False, "pad_token_id": part.generation_config.pad_token_id or 0}
+        part.generation_config = GenerationConfig(**wanted, disable_compile=disable_compile)
     try:
         yield
     finally:
@@ -305,25 +305,18 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
 def count_passes(model: CiterForCausalLM) -> Iterator[tuple[list[tuple[int, int, int]], ...]]:
     """Collect the passes of the SLM and of the LLM as (sequences, tokens, cached tokens). Hooks cost time."""
     passes: tuple[list[tuple[int, int, int]], ...] = ([], [])
-    parts = (model, model.slm, model.llm)
 
-    def note(
-        found: list[tuple[int, int, int]], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def note(found: list[tuple[int, int, int]], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
         cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         found.append((*input_ids.shape, 0 if cache is None else int(cache.get_seq_length())))
 
-    handles = [
-        part.register_forward_pre_hook(partial(note, found), with_kwargs=True)
-        for part, found in zip(parts[1:], passes, strict=True)
-    ]
-    for part in parts:
-        part.generation_config.disable_compile = True
-    try:
-        yield passes
-    finally:
-        for part in parts:
-            part.generation_config.disable_compile = False
-        for handle in handles:
-            handle.remove()
+    parts = zip((model.slm, model.llm), passes, strict=True)
+    handles = [part.register_forward_pre_hook(partial(note, found), with_kwargs=True) for part, found in parts]
+    # A compiled pass calls no hooks.
+    with greedy_without_end(model, disable_compile=True):
+        try:
+            yield passes
+        finally:
+            for handle in handles:
+                handle.remove()

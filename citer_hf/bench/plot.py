@@ -25,9 +25,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--plot: expected a file name that ends in {', '.join(SUFFIXES)}, got {path.name!r}.")
     if not path.parent.is_dir() or path.is_dir():
-        raise FileNotFoundError(
-            f"--plot: expected a file in a directory that exists, got {path}, which is a directory or lies in none."
-        )
+        raise FileNotFoundError(f"--plot: expected the name of a file in a directory that exists, got {path}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'citer-hf[plot]'")
 

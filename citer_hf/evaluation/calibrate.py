@@ -18,7 +18,7 @@ from citer_hf.data.checkers import Checker
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 
-from .decode import Decoded, DecodeOptions, check_scores, decode, encode_prompts, score_outputs, threshold_for_share
+from .decode import DecodeOptions, Output, decode, encode_prompts, score_outputs, scores_of, threshold_for_share
 from .evaluate import Grader
 from .results import bootstrap_interval
 
@@ -216,22 +216,23 @@ class _Trials:
     progress: runs.Progress
 
     def __post_init__(self) -> None:
-        self.tried: dict[float, Decoded] = {}
+        self.tried: dict[float, list[Output]] = {}
         self.llm = self._decode("LLM alone", alone="llm")
-        routers, batch_tokens = {OWN: self.model.router}, self.settings.batch_tokens
-        self.scores = np.sort(score_outputs(self.model, routers, self.prompts, self.llm.tokens, batch_tokens)[OWN])
+        routers, tokens = {OWN: self.model.router}, [one.tokens for one in self.llm]
+        self.scores = np.sort(
+            score_outputs(self.model, routers, self.prompts, tokens, self.settings.batch_tokens)[OWN]
+        )
 
-    def _decode(self, name: str, **options: Any) -> Decoded:
+    def _decode(self, name: str, **options: Any) -> list[Output]:
         self.progress.begin(name, len(self.prompts))
         options |= {"max_new_tokens": self.settings.max_new_tokens, "batch_tokens": self.settings.batch_tokens}
         return decode(self.model, self.prompts, progress=self.progress.advance, **options)
 
-    def at(self, threshold: float) -> Decoded:
+    def at(self, threshold: float) -> list[Output]:
         """Decode with a threshold, once."""
         if threshold not in self.tried:
-            decoded = self._decode(f"threshold {threshold:.5g}", router_threshold=threshold)
-            check_scores(OWN, _scores(decoded))
-            self.tried[threshold] = decoded
+            outputs = self.tried[threshold] = self._decode(f"threshold {threshold:.5g}", router_threshold=threshold)
+            scores_of(OWN, outputs)  # raises an error for NaN
         return self.tried[threshold]
 
     def for_share(self, wanted: float) -> Calibration:
@@ -239,12 +240,12 @@ class _Trials:
         low, high = 0.0, float(np.nextafter(np.float32(self.scores[-1]), np.float32(2)))
         threshold = threshold_for_share(self.scores, wanted)
         while len(self.tried) < MOST_TRIALS and threshold not in self.tried:
-            decoded = self.at(threshold)
-            share = _share(decoded)
+            outputs = self.at(threshold)
+            share = _share(outputs)
             if abs(share - wanted) <= NEAR:
                 break
             low, high = (threshold, high) if share < wanted else (low, threshold)
-            threshold = threshold_for_share(np.sort(_scores(decoded)), wanted)
+            threshold = threshold_for_share(np.sort(scores_of(OWN, outputs)), wanted)
             if not low < threshold < high:
                 threshold = float(np.float32((low + high) / 2))
         return self._calibration(min(self.tried, key=lambda one: abs(_share(self.tried[one]) - wanted)))
@@ -276,17 +277,17 @@ class _Trials:
     def _accuracy(self, share: float) -> float:
         return fmean(self._correct(self.at(self._threshold(share))))
 
-    def _correct(self, decoded: Decoded) -> list[float]:
+    def _correct(self, outputs: Sequence[Output]) -> list[float]:
         assert self.grader is not None
-        return [float(verdict.correct) for verdict in self.grader.grade(decoded.tokens)]
+        return [float(verdict.correct) for verdict in self.grader.grade([one.tokens for one in outputs])]
 
     def _calibration(self, threshold: float) -> Calibration:
-        decoded, seed = self.tried[threshold], self.settings.seed
-        by_llm, lengths = [sum(one) for one in decoded.to_llm], [len(one) for one in decoded.to_llm]
-        correct = None if self.grader is None else self._correct(decoded)
+        outputs, seed = self.tried[threshold], self.settings.seed
+        by_llm, lengths = [sum(one.to_llm) for one in outputs], [len(one.to_llm) for one in outputs]
+        correct = None if self.grader is None else self._correct(outputs)
         return Calibration(
             threshold=threshold,
-            llm_share=_share(decoded),
+            llm_share=_share(outputs),
             llm_share_ci=bootstrap_interval(by_llm, lengths, seed=seed),
             problems=len(self.prompts),
             accuracy=None if correct is None else fmean(correct),
@@ -294,9 +295,5 @@ class _Trials:
         )
 
 
-def _scores(decoded: Decoded) -> np.ndarray:
-    return np.concatenate([np.asarray(scores, dtype=np.float32) for scores in decoded.scores])
-
-
-def _share(decoded: Decoded) -> float:
-    return sum(map(sum, decoded.to_llm)) / sum(map(len, decoded.to_llm))
+def _share(outputs: Sequence[Output]) -> float:
+    return sum(sum(one.to_llm) for one in outputs) / sum(len(one.to_llm) for one in outputs)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,15 +45,13 @@ class DecodeOptions:
                 raise ValueError(f"{name}: expected a number of tokens from 1 up, got {value}.")
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """Outputs, in the order of the prompts."""
+class Output(NamedTuple):
+    """The output for one prompt; `seconds` are its share of its batch, by tokens. One model alone has no scores."""
 
-    tokens: list[list[int]]
-    to_llm: list[list[bool]]
-    scores: list[list[float]]
+    tokens: list[int]
+    to_llm: list[bool]
+    scores: list[float]
     seconds: float
-    llm_calls: int
 
 
 def decode(
@@ -65,52 +63,41 @@ def decode(
     alone: Alone | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda outputs: None,
-) -> Decoded:
+) -> list[Output]:
     """Decode every prompt greedily, with the pair or with one of its models alone, and none of their own settings."""
-    done: list[tuple[list[int], Decoded]] = []
+    outputs: dict[int, Output] = {}
     limit = model.config.max_position_embeddings
     with evaluating(model.router):
         for places, new_tokens in batches([len(prompt) for prompt in prompts], max_new_tokens, limit, batch_tokens):
             batch = [prompts[place] for place in places]
-            done.append((places, _decode_batch(model, batch, new_tokens, alone, router_threshold)))
+            done = _decode_batch(model, batch, new_tokens, alone, router_threshold)
+            outputs.update(zip(places, done, strict=True))
             progress(len(places))
-    order = np.argsort([place for places, _ in done for place in places]).tolist()
-
-    def joined(field: str) -> list[Any]:
-        values = [value for _, batch in done for value in getattr(batch, field)]
-        return [values[index] for index in order]
-
-    seconds, llm_calls = sum(batch.seconds for _, batch in done), sum(batch.llm_calls for _, batch in done)
-    return Decoded(joined("tokens"), joined("to_llm"), joined("scores"), seconds, llm_calls)
+    return [outputs[place] for place in range(len(prompts))]
 
 
 def _decode_batch(
-    model: CiterForCausalLM,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    alone: Alone | None,
-    threshold: float | None,
-) -> Decoded:
+    model: CiterForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int, alone: Alone | None, threshold: Any
+) -> Iterator[Output]:
     generator, (end_tokens, padding) = greedy_view(model, alone), special_tokens(model)
     device = model.slm.device if alone is None else generator.device
     width = max(map(len, prompts))
     ids = torch.tensor([[padding] * (width - len(one)) + list(one) for one in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
     options = {"router_threshold": threshold, "waiting_rows": steady_policy} if alone is None else {}
+    options |= {"max_new_tokens": new_tokens, "return_dict_in_generate": True}
     began = time.perf_counter()
-    output = generator.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, return_dict_in_generate=True, **options
-    )
+    output = generator.generate(input_ids=ids, attention_mask=mask, **options)
     new = output.sequences[:, width:]  # [batch, new]
     # Reading the lengths waits for the device.
     lengths = text_lengths(new, end_tokens)
-    seconds = time.perf_counter() - began
-    if alone is not None:
-        by_llm = [[alone == "llm"] * length for length in lengths]
-        return Decoded(cut(new, lengths), by_llm, [[] for _ in lengths], seconds, new.shape[1] * (alone == "llm"))
-    routing = output.past_key_values.routing
-    to_llm, scores = cut(routing.to_llm, lengths), cut(routing.scores, lengths)
-    return Decoded(cut(new, lengths), to_llm, scores, seconds, routing.llm_calls)
+    per_token = (time.perf_counter() - began) / sum(lengths)
+    if alone is None:
+        routing = output.past_key_values.routing
+        to_llm, scores = cut(routing.to_llm, lengths), cut(routing.scores, lengths)
+    else:
+        to_llm, scores = [[alone == "llm"] * length for length in lengths], [[] for _ in lengths]
+    return map(Output, cut(new, lengths), to_llm, scores, [per_token * length for length in lengths])
 
 
 def batches(
@@ -232,6 +219,13 @@ def score_outputs(
     for name, of_router in joined.items():
         check_scores(name, of_router)
     return joined
+
+
+def scores_of(name: str, outputs: Sequence[Output]) -> np.ndarray:
+    """Return the scores of all tokens of outputs of the pair; `name` is that of the router, for the error."""
+    scores = np.concatenate([np.asarray(output.scores, dtype=np.float32) for output in outputs])
+    check_scores(name, scores)
+    return scores
 
 
 def check_scores(name: str, scores: np.ndarray) -> None:

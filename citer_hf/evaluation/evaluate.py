@@ -25,10 +25,10 @@ from .decode import (
     Alone,
     DecodeOptions,
     batches,
-    check_scores,
     decode,
     encode_prompts,
     score_outputs,
+    scores_of,
     spread_thresholds,
     with_router,
 )
@@ -247,7 +247,7 @@ def name_of(checker: Checker) -> str:
 Way = tuple[CiterForCausalLM, str, float | None, Alone | None]
 
 
-class _Output(NamedTuple):
+class _Judged(NamedTuple):
     tokens: list[int]
     to_llm: list[bool]
     correct: bool
@@ -269,7 +269,7 @@ class _Evaluation:
     def sizes(self) -> dict[str, int]:
         return {"max_new_tokens": self.options.max_new_tokens, "batch_tokens": self.options.batch_tokens}
 
-    def decode(self, description: str, ways: Sequence[Way]) -> list[list[_Output]]:
+    def decode(self, description: str, ways: Sequence[Way]) -> list[list[_Judged]]:
         """Decode all problems in several ways; the processes divide the batches."""
         lengths, limit = [len(prompt) for prompt in self.prompts], self.model.config.max_position_embeddings
         # Every way decodes the same batches, in any number of processes.
@@ -280,24 +280,23 @@ class _Evaluation:
         order = np.argsort([place for places in parts for place in places])
         outputs = []
         for _ in ways:
-            of_way = [_Output(*output) for _ in parts for output in next(done)]
+            of_way = [_Judged(*output) for _ in parts for output in next(done)]
             outputs.append([of_way[index] for index in order])
         return outputs
 
-    def _decode_batch(self, unit: tuple[Way, list[int]]) -> list[_Output]:
+    def _decode_batch(self, unit: tuple[Way, list[int]]) -> list[_Judged]:
         (model, router, threshold, alone), places = unit
         prompts = [self.prompts[place] for place in places]
-        decoded = decode(model, prompts, router_threshold=threshold, alone=alone, **self.sizes)  # type: ignore[arg-type]
+        outputs = decode(model, prompts, router_threshold=threshold, alone=alone, **self.sizes)  # type: ignore[arg-type]
         if alone is None:
-            check_scores(router, np.concatenate([np.asarray(scores) for scores in decoded.scores]))
-        verdicts = self.grader.grade(decoded.tokens, places)
-        per_token = decoded.seconds / sum(map(len, decoded.tokens))
+            scores_of(router, outputs)
+        verdicts = self.grader.grade([one.tokens for one in outputs], places)
         return [
-            _Output(tokens, to_llm, bool(verdict.correct), verdict.extracted is not None, per_token * len(tokens))
-            for tokens, to_llm, verdict in zip(decoded.tokens, decoded.to_llm, verdicts, strict=True)
+            _Judged(one.tokens, one.to_llm, bool(verdict.correct), verdict.extracted is not None, one.seconds)
+            for one, verdict in zip(outputs, verdicts, strict=True)
         ]
 
-    def ends(self) -> dict[str, list[_Output]]:
+    def ends(self) -> dict[str, list[_Judged]]:
         """Decode with each model alone."""
         names: tuple[Alone, ...] = ("slm", "llm")
         # Every model runs once before, so that the first point does not pay for what happens only once.
@@ -307,7 +306,7 @@ class _Evaluation:
         return dict(zip(names, self.decode("models alone", ways), strict=True))
 
     def sweeps(
-        self, routers: Mapping[str, nn.Module], llm: Sequence[_Output], given: Mapping[str, list[float]]
+        self, routers: Mapping[str, nn.Module], llm: Sequence[_Judged], given: Mapping[str, list[float]]
     ) -> dict[str, list[float]]:
         """Return the thresholds of each router: given ones, or quantiles of its scores along the LLM's outputs."""
 
@@ -324,21 +323,21 @@ class _Evaluation:
 
     def routed(
         self, routers: Mapping[str, nn.Module], sweeps: Mapping[str, Sequence[float]]
-    ) -> dict[str, list[list[_Output]]]:
+    ) -> dict[str, list[list[_Judged]]]:
         """Decode with every router at each of its thresholds."""
         pairs = {name: with_router(self.model, router) for name, router in routers.items()}
         ways: list[Way] = [(pairs[name], name, threshold, None) for name in routers for threshold in sweeps[name]]
         done = iter(self.decode("routers at thresholds", ways))
         return {name: [next(done) for _ in sweeps[name]] for name in routers}
 
-    def end_point(self, name: str, outputs: Sequence[_Output]) -> Point:
+    def end_point(self, name: str, outputs: Sequence[_Judged]) -> Point:
         """Return the point of a model alone."""
         by_llm = name == "llm"
         sizes = zip(self.prompts, outputs, strict=True)
         costs = [self.costs.alone(by_llm, len(prompt), len(output.tokens)) for prompt, output in sizes]
         return self._point(LLM_ALONE if by_llm else SLM_ALONE, outputs, costs)
 
-    def points(self, router: nn.Module, thresholds: Sequence[float], done: Sequence[list[_Output]]) -> list[Point]:
+    def points(self, router: nn.Module, thresholds: Sequence[float], done: Sequence[list[_Judged]]) -> list[Point]:
         """Return the points of a router at its thresholds."""
         scoring, points = scoring_cost(router), []
         for threshold, outputs in zip(thresholds, done, strict=True):
@@ -348,7 +347,7 @@ class _Evaluation:
         return points
 
     def query_points(
-        self, name: str, router: nn.Module, ends: Mapping[str, list[_Output]], given: list[float] | None
+        self, name: str, router: nn.Module, ends: Mapping[str, list[_Judged]], given: list[float] | None
     ) -> list[Point]:
         """Return the points of a router that decides once per prompt, from the outputs of both models alone."""
         began = time.perf_counter()
@@ -367,7 +366,7 @@ class _Evaluation:
         return points
 
     def _point(
-        self, threshold: float, outputs: Sequence[_Output], costs: Sequence[np.ndarray], seconds: float = 0.0
+        self, threshold: float, outputs: Sequence[_Judged], costs: Sequence[np.ndarray], seconds: float = 0.0
     ) -> Point:
         """Add up the outputs and costs of all problems."""
         tokens = sum(len(one.tokens) for one in outputs)

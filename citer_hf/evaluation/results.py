@@ -68,9 +68,8 @@ class PairCosts:
 
 def scoring_cost(router: nn.Module) -> np.ndarray:
     """Return the cost of one score: every weight is read, multiplied and added; embeddings are looked up."""
-    folded: Any = getattr(router, "folded", None)
     tables = {id(module.weight) for module in router.modules() if isinstance(module, nn.Embedding)}
-    weights = folded() if folded is not None else [one for one in router.parameters() if id(one) not in tables]
+    weights = [one for one in router.parameters() if id(one) not in tables]
     return np.array([sum(one.nbytes for one in weights), 2 * sum(one.numel() for one in weights), 0])
 
 

@@ -17,9 +17,6 @@ from .routers import defer
 from .sampling import Draws
 from .schedule import Pace, WaitingPolicy, pressure, rows_to_wait_for
 
-# Columns that ended rows read at once when the cache is handed back: bounds the memory for their logits.
-CHUNK = 16
-
 
 def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
     """Write the texts of a batch, each row at its own pace."""
@@ -285,8 +282,7 @@ class Rows:
         if not self.decoding.settings.do_sample:
             return scores.argmax(dim=-1)
         if self.draws is None:
-            self.draws = Draws(self.batch, scores.shape[-1], scores.device)
-        self.draws.forget(min(self.written[row] for row in self.unfinished))
+            self.draws = Draws(self.batch, scores.device)
         if len(rows) == self.batch:
             return self.draws.choose(scores.softmax(dim=-1), dict(enumerate(self.written)))
         # Going through the whole vocabulary again for rows that get no token takes as long as a small model's step.
@@ -317,34 +313,13 @@ class Rows:
         return bool(self.decoding.settings.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False))
 
     def finish(self) -> Any:
-        """Hand back texts, cache and record as if the rows had moved together."""
+        """Hand back texts, cache and record. What follows the end of a row is empty in the cache: mask it."""
         length = max(self.written)
         text = self.text[:, : self.width + length].clone()
         if self.cache_is_wanted:
-            lengths = list(self.written)
-            self._read_to_the_end(length)
             self._hand_back_caches(length - 1)
-            self._record(lengths, length)
+            self._record(length)
         return self.decoding.result(text)
-
-    def _read_to_the_end(self, length: int) -> None:
-        """Let rows that ended early read the padding that follows, which every other row's cache has too."""
-        # Nobody reads the last token of the longest row: what nobody has read must not be seen.
-        self.readable[:, self.start : self.start + length - 1] = True
-        for first in range(min(self.written) - 1, length - 1, CHUNK):
-            last = min(first + CHUNK, length - 1)
-            columns = torch.arange(first, last, device=self.device).expand(self.batch, -1)
-            logits, scores = self._slm_pass(columns, last)
-            for column in range(first, last):
-                ended = [row for row in range(self.batch) if self.written[row] == column + 1]
-                for row in ended:
-                    self.scores[row].append(float(scores[row, column - first]))
-                    self.to_llm[row].append(False)
-                raw = logits[:, column - first].to(dtype=torch.float32, device=self.device)
-                if ended and (self.decoding.keeps_logits or self.decoding.keeps_scores):
-                    self._keep(ended, raw, self._processed(ended, raw))
-                for row in ended:
-                    self.written[row] += 1
 
     def _hand_back_caches(self, columns: int) -> None:
         """Leave in the cache what all rows have read, and what the LLM has not seen of some as unseen by it."""
@@ -359,8 +334,12 @@ class Rows:
         positions = self.first_position + torch.arange(seen, columns, device=self.device)
         cache.resume(self.start + columns, llm_length, ids, positions)
 
-    def _record(self, lengths: list[int], length: int) -> None:
+    def _record(self, length: int) -> None:
         if length > 1:
-            unfinished = torch.arange(1, length) < torch.tensor(lengths)[:, None]
-            record = (torch.tensor(self.scores), torch.tensor(self.to_llm), unfinished)
-            self.cache.routing.add(self.start + 1, *(part.to(self.device) for part in record))
+            scores, to_llm = torch.zeros(self.batch, length - 1), torch.zeros(self.batch, length - 1, dtype=torch.bool)
+            for row, written in enumerate(self.written):
+                scores[row, : written - 1] = torch.tensor(self.scores[row])
+                to_llm[row, : written - 1] = torch.tensor(self.to_llm[row])
+            unfinished = torch.arange(1, length) < torch.tensor(self.written)[:, None]
+            record = (part.to(self.device) for part in (scores, to_llm, unfinished))
+            self.cache.routing.add(self.start + 1, *record)

@@ -31,17 +31,7 @@ def baseline_routers(
 ) -> dict[str, nn.Module]:
     """Train a router with every objective and for whole queries; add the kinds that need no training.
 
-    Args:
-        model: The pair that was labelled.
-        labels_dir: Directory of the labels.
-        methods: The names of those that are wanted. Default: all.
-        seed: Of the training.
-
-    Returns:
-        Routers by the names of their methods, on the SLM's device, in every process.
-
-    Raises:
-        ValueError: for unknown methods, or labels of another pair.
+    One process trains. Routers are returned in every process, on the SLM's device, by the names of `methods`.
     """
     known = [*TRAINED, *UNTRAINED]
     unknown = sorted(set(methods or ()) - set(known))
@@ -49,28 +39,22 @@ def baseline_routers(
         raise ValueError(f"methods: there is no {unknown[0]!r}; expected some of {known}.")
     labels = Labels.load(labels_dir)
     labels.check_pair(model)
-    wanted = [name for name in known if methods is None or name in methods]
     routers: dict[str, nn.Module] = {}
     if process_state().is_main_process:
-        with progress_bar() as progress, alone():
-            progress.begin("training", len(wanted))
-            for name in wanted:
+        with progress_bar() as progress, alone(), tempfile.TemporaryDirectory() as folder:
+            progress.begin("training", len(methods or known))
+            for name in methods or known:
                 try:
-                    routers[name] = baseline(name, labels, seed)
+                    if name in UNTRAINED:
+                        routers[name] = build_router({"type": name}, labels.hidden.shape[1])
+                    else:
+                        settings = TrainOptions(seed=seed)
+                        routers[name] = train_router(labels, TRAINED[name], settings, Path(folder, name)).router
                 except NothingToLearn as error:
                     # An SLM that is never right alone leaves query-level routing nothing to learn.
                     logger.warning("%s is left out. %s", name, error)
                 progress.advance()
     return {name: router.to(model.slm.device) for name, router in from_main_process(routers).items()}
-
-
-def baseline(name: str, labels: Labels, seed: int) -> nn.Module:
-    """Return the router of one method."""
-    if name in UNTRAINED:
-        return build_router({"type": name}, labels.hidden.shape[1])
-    with tempfile.TemporaryDirectory() as folder:
-        router: nn.Module = train_router(labels, TRAINED[name], TrainOptions(seed=seed), Path(folder)).router
-    return router
 
 
 def router_of(directory: str | Path, model: CiterForCausalLM) -> tuple[str, nn.Module]:

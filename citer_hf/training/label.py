@@ -39,7 +39,7 @@ from .labels import (
     tokenizer_sha256,
     write_labels,
 )
-from .rollouts import RollOut, cut_into_batches, roll_out
+from .rollouts import RollOut, cut_into_batches, in_batches, roll_out
 
 # Logits of a batch of whole sequences, over all tokens and the vocabulary: 1 GB in half precision.
 MOST_LOGITS = 1 << 29
@@ -57,14 +57,10 @@ class LabelOptions:
     split: str | None = option(None, "Which split of the data.", metavar="NAME")
     limit: int | None = option(None, "Use the first N examples only.", metavar="N", min=1)
     router_threshold: float | None = option(
-        None, "Of the policy of roll-outs: 0 is the SLM alone, 2 the LLM alone. [default: the pair's]", metavar="X"
+        None, "Of the roll-outs: 0 is the SLM alone, 2 the LLM alone. [default: the pair's]", metavar="X"
     )
-    rollouts: int | None = option(
-        None, "Roll-outs at most, where the router is least sure. [default: all]", metavar="N", min=0
-    )
-    max_new_tokens: int | None = option(
-        None, "Longest response of a roll-out. [default: twice the longest reference]", metavar="N", min=1
-    )
+    rollouts: int | None = option(None, "Roll-outs at most, where the router is unsure.", metavar="N", min=0)
+    max_new_tokens: int | None = option(None, "Longest response. [default: 2 references]", metavar="N", min=1)
     batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", metavar="N", min=1)
     seed: int = option(0, "Decides between states of which the router is equally unsure.")
 
@@ -119,15 +115,15 @@ def label_preferences(
     shaping |= {role: info[role]["sample_sha256"] for role in ("slm", "llm")}
     work = Work(out, {**vars(settings), **shaping, "router": dict(model.config.router)})
     with progress_bar(work.process == 0) as progress:
-        policy = Policy(
-            model, questions, check, threshold, max_new_tokens, settings.batch_tokens, work=work, progress=progress
-        )
+        limits = (threshold, max_new_tokens, settings.batch_tokens)
+        policy = Policy(model, questions, check, *limits, work=work, progress=progress)
         # 1. Both models along the references: a table per batch, a row per token.
-        tables = policy.run("reading", reading_batches(model, questions, settings.batch_tokens), policy.read)
+        most = min(settings.batch_tokens, MOST_LOGITS // model.vocab_size)
+        batches = in_batches(range(len(questions)), lambda index: length(questions[index]), most)
+        tables = policy.run("reading", batches, policy.read)
         names = ("question", "position", "case", "slm_token", "llm_token", "score")
-        columns = {
-            name: torch.from_numpy(np.concatenate([table[name].to_numpy() for table in tables])) for name in names
-        }
+        parts = {name: [table[name].to_numpy() for table in tables] for name in names}
+        columns = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
         # 2. Roll-outs at some tokens, and the answers of each model alone.
         tokens = (columns["case"] != SLM_RIGHT).nonzero()[:, 0]
         unsure = torch.logit(columns["score"], 1e-7) - torch.logit(torch.tensor(own), 1e-7)
@@ -141,7 +137,7 @@ def label_preferences(
     info["counts"] = {**count(case, rollout, answers), "unextracted": 1 - sum(extracted) / max(len(extracted), 1)}
     if work.process == 0:
         write_labels(out, info, tables, made, questions, answers)
-    del tables, columns
+    del tables, parts
     work.finish()
     return Labels.load(out)
 
@@ -152,7 +148,12 @@ def read_questions(model: CiterForCausalLM, dataset: Any, settings: LabelOptions
     examples = read_examples(dataset, settings.columns or {}, split=settings.split, needs=needs, limit=settings.limit)
     longest, end = model.config.max_position_embeddings, model.generation_config.eos_token_id
     questions = [encode(one, tokenizer, longest, end, vocab_size=model.vocab_size) for one in examples]
-    return sorted(questions, key=lambda one: (len(one.prompt_ids) + len(one.response_ids), one.example.row))
+    return sorted(questions, key=lambda one: (length(one), one.example.row))
+
+
+def length(question: Encoded) -> int:
+    """Return the number of tokens of prompt and reference."""
+    return len(question.prompt_ids) + len(question.response_ids)
 
 
 def least_sure(tokens: torch.Tensor, unsure: torch.Tensor, budget: int | None, seed: int = 0) -> torch.Tensor:
@@ -176,18 +177,6 @@ def count(case: torch.Tensor, rollout: torch.Tensor, answers: Mapping[str, Seque
 
 
 # --- Reading -------------------------------------------------------------------------------------------------------
-
-
-def reading_batches(model: CiterForCausalLM, questions: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
-    """Divide questions, the shortest first, into batches of whole sequences."""
-    batch_tokens = min(batch_tokens, MOST_LOGITS // model.vocab_size)
-    batches: list[list[int]] = []
-    for index, one in enumerate(questions):
-        length = len(one.prompt_ids) + len(one.response_ids)
-        if not batches or (len(batches[-1]) + 1) * length > batch_tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
 
 
 @torch.inference_mode()
@@ -240,20 +229,6 @@ def follow(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor,
     return torch.cat(tokens), torch.cat(logprobs)
 
 
-def check_finite(columns: Mapping[str, torch.Tensor], batch: Sequence[Encoded]) -> None:
-    """Raise a `ValueError` that names the example whose hidden states or log-probabilities are not finite."""
-    lengths = [len(one.response_ids) for one in batch]
-    logprobs = columns["slm_logprob"] + columns["llm_logprob"]
-    for name, values in (("hidden states", columns["hidden"]), ("log-probabilities", logprobs)):
-        for one, of_question in zip(batch, torch.split(values, lengths), strict=True):
-            if not bool(of_question.isfinite().all()):
-                raise ValueError(
-                    f"model: NaN or infinite {name} at the example {one.example.id!r} (row {one.example.row}). "
-                    "Hidden states are kept in fp16, up to 65504. Load the pair in a precision that it was trained "
-                    "for, such as dtype='bfloat16', and check its weights."
-                )
-
-
 # --- Units of work -------------------------------------------------------------------------------------------------
 
 
@@ -284,11 +259,19 @@ class Policy:
 
     def read(self, batch: Sequence[int]) -> Any:
         """Return a table of what both models say along the references of some questions."""
-        questions = [self.questions[index] for index in batch]
-        columns = read_references(self.model, questions)
-        check_finite(columns, questions)
+        columns = read_references(self.model, [self.questions[index] for index in batch])
         places = [(index, place) for index in batch for place in range(len(self.questions[index].response_ids))]
         question, position = torch.tensor(places).T
+        logprobs = columns["slm_logprob"] + columns["llm_logprob"]
+        for name, values in (("hidden states", columns["hidden"]), ("log-probabilities", logprobs[:, None])):
+            broken = question[~values.isfinite().all(dim=1).cpu()].tolist()
+            if broken:
+                example = self.questions[broken[0]].example
+                raise ValueError(
+                    f"model: NaN or infinite {name} at the example {example.id!r} (row {example.row}). Hidden states "
+                    "are kept in fp16, up to 65504. Load the pair in a precision that it was trained for, such as "
+                    "dtype='bfloat16', and check its weights."
+                )
         return token_table({"question": question, "position": position, **columns})
 
     def compare(
@@ -298,15 +281,9 @@ class Policy:
 
         Returns the outcomes of both over all tokens, -1 where there is none, and which roll-outs had an answer.
         """
-        by_slm, by_llm = (
-            [
-                RollOut(*action)
-                for action in torch.stack(
-                    [columns[name][tokens].long() for name in ("question", "position", f"{role}_token")], dim=1
-                ).tolist()
-            ]
-            for role in ("slm", "llm")
-        )
+        names = ("question", "position", "slm_token", "llm_token")
+        states = torch.stack([columns[name][tokens].long() for name in names], dim=1).tolist()
+        by_slm, by_llm = ([RollOut(one[0], one[1], one[action]) for one in states] for action in (2, 3))
         made = self.outcomes(f"roll-outs of the SLM{when}", by_slm)
         failed = [other for one, other in zip(by_slm, by_llm, strict=True) if not made[one].correct]
         made |= self.outcomes(f"roll-outs of the LLM{when}", [one for one in failed if one not in made])

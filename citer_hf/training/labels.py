@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,18 +94,14 @@ def write_labels(
         start += len(table)
         shard = pa.table(columns).select(schema.names).cast(schema)
         write_table(shard, out / "data" / f"train-{number:05d}-of-{len(tables):05d}.parquet")
-    rows = [
-        {
-            "question": one.example.id,
-            "prompt_ids": one.prompt_ids,
-            "reference_ids": one.response_ids,
-            "slm_correct": answers["slm"][index],
-            "llm_correct": answers["llm"][index],
-            "example": json.dumps(asdict(one.example)),
-        }
-        for index, one in enumerate(questions)
-    ]
-    write_table(pa.Table.from_pylist(rows, question_schema()), out / "questions" / "train-00000-of-00001.parquet")
+    columns = {
+        "question": [one.example.id for one in questions],
+        "prompt_ids": [one.prompt_ids for one in questions],
+        "reference_ids": [one.response_ids for one in questions],
+        **{f"{role}_correct": list(correct) for role, correct in answers.items()},
+        "example": [json.dumps(vars(one.example)) for one in questions],
+    }
+    write_table(pa.table(columns, question_schema()), out / "questions" / "train-00000-of-00001.parquet")
     made_with = {key: value for key, value in info.items() if key != "counts"}
     counts = info["counts"]
     card = CARD.read_text(encoding="utf-8").format(
@@ -193,21 +189,18 @@ class Labels:
 
     def check_pair(self, model: CiterForCausalLM) -> None:
         """Raise a `ValueError` unless the labels were made with this pair; its models may have moved."""
+        wanted = found = ""
         for role, here in base_models(model).items():
-            # Older labels have the start of a hash alone.
-            there = self.info.get(role) or {"sample_sha256": self.info["made_with"][role]}
-            same_size = there.get("parameters", here["parameters"]) == here["parameters"]
-            if not (same_size and here["sample_sha256"].startswith(there["sample_sha256"])):
-                made_with = f"{there['name']!r}" if "name" in there else "another one"
-                raise ValueError(
-                    f"labels: expected labels that were made with this pair's {role.upper()}, {here['name']!r}, but "
-                    f"those in {self.directory} were made with {made_with} (other weights). Give the pair that was "
-                    "labelled, or make new labels with `citer label`."
-                )
-        if self.info.get("tokenizer_sha256") not in (None, tokenizer_sha256(model)):
+            # Older labels have the start of the hash alone.
+            there = self.info.get(role) or {"name": "another", "sample_sha256": self.info["made_with"][role]}
+            if not here["sample_sha256"].startswith(there["sample_sha256"]):
+                wanted, found = f"{role.upper()} {here['name']}", f"{there['name']} (other weights)"
+        if not wanted and self.info.get("tokenizer_sha256") not in (None, tokenizer_sha256(model)):
+            wanted, found = "tokenizer and chat template", "others"
+        if wanted:
             raise ValueError(
-                f"labels: expected labels that were made with this pair's tokenizer and chat template, but those in "
-                f"{self.directory} were made with others. Give the pair that was labelled, or make new labels."
+                f"labels: expected labels that were made with this pair's {wanted}, but those in {self.directory} "
+                f"were made with {found}. Give the pair that was labelled, or make new labels with `citer label`."
             )
 
     def summary(self) -> str:

@@ -6,8 +6,8 @@ starts from a copy of its cache in which the tokens after the state are hidden; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from citer_hf.model.routers import LLM_ALONE, SLM_ALONE
 # After so many tokens, finished sequences leave the batch.
 STRETCH = 32
 
+Unit = TypeVar("Unit")
+
 
 class RollOut(NamedTuple):
     """An action at a state: a token at a position of the reference; -1 leaves the action to the policy."""
@@ -30,14 +32,18 @@ class RollOut(NamedTuple):
     token: int
 
 
-class Prefixes(NamedTuple):
-    """The cache of a policy that has read prompts and references, one sequence per roll-out."""
+# A policy that has read prompts and references, one sequence per roll-out: model, cache, ids, mask, options.
+Prefixes = tuple[Any, Any, torch.Tensor, torch.Tensor, dict[str, Any]]
 
-    policy: Any
-    cache: Any
-    ids: torch.Tensor
-    mask: torch.Tensor
-    options: dict[str, Any]
+
+def in_batches(units: Iterable[Unit], length: Callable[[Unit], int], batch_tokens: int) -> list[list[Unit]]:
+    """Divide units, the shortest first, into batches of at most so many tokens, padding included."""
+    batches: list[list[Unit]] = []
+    for one in units:
+        if not batches or (len(batches[-1]) + 1) * length(one) > batch_tokens:
+            batches.append([])
+        batches[-1].append(one)
+    return batches
 
 
 def cut_into_batches(
@@ -46,16 +52,10 @@ def cut_into_batches(
     """Divide roll-outs into batches of like lengths; the same roll-outs always give the same batches."""
 
     def length(one: RollOut) -> int:
-        question = questions[one.question]
-        reference = len(question.response_ids)
-        return len(question.prompt_ids) + reference + min(reference, max_new_tokens)
+        reference = len(questions[one.question].response_ids)
+        return len(questions[one.question].prompt_ids) + reference + min(reference, max_new_tokens)
 
-    batches: list[list[RollOut]] = []
-    for one in sorted(wanted, key=lambda one: (length(one), one)):
-        if not batches or (len(batches[-1]) + 1) * length(one) > batch_tokens:
-            batches.append([])
-        batches[-1].append(one)
-    return batches
+    return in_batches(sorted(wanted, key=lambda one: (length(one), one)), length, batch_tokens)
 
 
 def roll_out(
@@ -83,11 +83,11 @@ def roll_out(
         decoded = decode(
             model, prompts, router_threshold=router_threshold, max_new_tokens=new_tokens, batch_tokens=1 << 40
         )
-        written = decoded.tokens
+        written = [one.tokens for one in decoded]
     else:
         limit = model.config.max_position_embeddings
         if limit is not None:
-            new_tokens = min(new_tokens, limit - int(prefixes.mask.sum(dim=1).max()))
+            new_tokens = min(new_tokens, limit - int(prefixes[3].sum(dim=1).max()))
         written = write_on(prefixes, end_tokens, new_tokens)
     for index, tokens in zip(going, written, strict=True):
         responses[index] = (responses[index] + tokens)[:max_new_tokens]
@@ -135,7 +135,7 @@ def shared_prefixes(
     last = torch.tensor([state[-1:] for state in states], device=device)
     visible = torch.cat([(places >= first) & (places < end), torch.ones_like(last, dtype=torch.bool)], dim=1)
     options = {"router_threshold": router_threshold, "waiting_rows": steady_policy} if alone is None else {}
-    return Prefixes(policy, cache, torch.cat([ids[sequences], last], dim=1), visible.long(), options)
+    return policy, cache, torch.cat([ids[sequences], last], dim=1), visible.long(), options
 
 
 def write_on(prefixes: Prefixes, end_tokens: Sequence[int], max_new_tokens: int) -> list[list[int]]:

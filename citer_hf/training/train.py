@@ -21,24 +21,12 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traini
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from citer_hf import CiterForCausalLM
+from citer_hf import CiterForCausalLM, runs
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decode import with_router
 from citer_hf.evaluation.evaluate import name_of
 from citer_hf.model.routers import build_router, defer, hidden_size_of
-from citer_hf.runs import (
-    Work,
-    alone,
-    atomic_write,
-    new_figure,
-    option,
-    progress_bar,
-    provenance,
-    save_figure,
-    sha256_of,
-    write_json,
-)
 
 from .label import Policy, least_sure
 from .labels import Labels
@@ -62,25 +50,24 @@ RECALL = 0.95
 class TrainOptions:
     """Options of `train` and `citer train`."""
 
-    objective: str = option("citer-plus", "citer-plus, citer (the paper's), citer-s or co-llm.", metavar="NAME")
-    rounds: int = option(1, "Before every further round, roll out again with the new router.", metavar="N", min=1)
-    data: Any = option(None, "The data that was labelled, to be sure that it is the same.", metavar="FILE")
-    checker: str | Checker | None = option(None, "Of further rounds. [default: that of the labels]", metavar="NAME")
-    rollouts: int | None = option(
+    objective: str = runs.option("citer-plus", "citer-plus, citer (the paper's), citer-s or co-llm.", metavar="NAME")
+    rounds: int = runs.option(1, "Before every further round, roll out again with the new router.", metavar="N", min=1)
+    data: Any = runs.option(None, "The data that was labelled, to be sure that it is the same.", metavar="FILE")
+    checker: str | Checker | None = runs.option(
+        None, "Of further rounds. [default: that of the labels]", metavar="NAME"
+    )
+    rollouts: int | None = runs.option(
         None, "Roll-outs of a further round, where the router is unsure.", metavar="N", min=0
     )
-    learning_rates: tuple[float, ...] = option(
+    learning_rates: tuple[float, ...] = runs.option(
         (1e-3, 3e-3, 1e-2), "Those to try; the best by validation is kept.", metavar="X,...", flag="--learning-rate"
     )
-    epochs: int = option(25, "At most.", metavar="N", min=1)
-    batch_size: int = option(512, "Tokens in a batch of the training.", metavar="N", min=2)
-    weight_decay: float = option(1e-4, "Weight decay of AdamW.", metavar="X")
-    patience: int = option(
-        5, "Epochs without a better validation loss after which training stops.", metavar="N", min=1
-    )
-    validation: float = option(0.125, "Share of the questions that is held out.", metavar="P")
-    report_to: str = option("none", "Logging of transformers' Trainer, such as tensorboard.", metavar="NAME")
-    seed: int = option(0, "Of everything that is drawn.")
+    epochs: int = runs.option(25, "At most.", metavar="N", min=1)
+    batch_size: int = runs.option(512, "Tokens in a batch of the training.", metavar="N", min=2)
+    patience: int = runs.option(5, "Epochs without a better loss before training stops.", metavar="N", min=1)
+    validation: float = runs.option(0.125, "Share of the questions that is held out.", metavar="P")
+    report_to: str = runs.option("none", "Logging of transformers' Trainer, such as tensorboard.", metavar="NAME")
+    seed: int = runs.option(0, "Of everything that is drawn.")
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -135,15 +122,16 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     labels.check_pair(model)
     if settings.data is not None:
         check_data(labels, settings.data)
-    check = find_checker(settings.checker, labels) if settings.rounds > 1 else None
+    named = settings.checker or labels.info["checker"]
+    check = named if callable(named) else get_checker(named) if settings.rounds > 1 else None
     check_logging(settings.report_to)
-    divide(labels, OBJECTIVES[settings.objective], settings)
-    if callable(settings.checker):
-        settings = replace(settings, checker=name_of(settings.checker))
-    settings = replace(settings, data=str(settings.data) if isinstance(settings.data, str | Path) else None)
+    objective = OBJECTIVES[settings.objective]
+    divide(labels, objective, settings)
+    data = str(settings.data) if isinstance(settings.data, str | Path) else None
+    settings = replace(settings, data=data, checker=name_of(named) if callable(named) else settings.checker)
     shaping = {key: value for key, value in vars(settings).items() if key not in ("data", "report_to")}
-    work = Work(out, {**shaping, "labels_sha256": sha256_of(labels.info)})
-    with progress_bar(work.process == 0) as progress:
+    work = runs.Work(out, {**shaping, "labels_sha256": runs.sha256_of(labels.info)})
+    with runs.progress_bar(work.process == 0) as progress:
         limits = (labels.options["max_new_tokens"], labels.options["batch_tokens"])
         policy = Policy(model, labels.questions, check, 0.0, *limits, work=work, progress=progress)
         trained = train_round(labels, settings, policy, 1)
@@ -153,10 +141,10 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     facts = report_on(trained, labels, settings)
     pair = with_router(model, trained.router)
     pair.config = copy.deepcopy(model.config)
-    pair.config.router = {**OBJECTIVES[settings.objective].router, "hidden_size": hidden_size_of(model.slm)}
+    pair.config.router = {**objective.router, "hidden_size": hidden_size_of(model.slm)}
     pair.config.router_threshold = facts["router_threshold"]
     made = {
-        **provenance(pair, settings),
+        **runs.provenance(pair, settings),
         "objective": settings.objective,
         "rounds": settings.rounds,
         "labels": {key: value for key, value in labels.info.items() if key not in ("versions", "counts")},
@@ -165,7 +153,7 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     }
     if work.process == 0:
         pair.save_pretrained(out)
-        write_json(out / PROVENANCE, made)
+        runs.write_json(out / PROVENANCE, made)
         draw_training(trained, settings.objective, out / "training.png")
         keep_logs(work.folder, out / "logs")
     work.finish()
@@ -176,33 +164,23 @@ def summary(made: Mapping[str, Any]) -> str:
     """Return what `train` found, as text."""
     facts = made["validation"]
     auc = "–" if facts["auc"] is None else f"{facts['auc']:.3f}"
-    return "\n".join(
-        [
-            f"On {facts['questions']} held-out questions: AUC {auc}, calibration error "
-            f"{facts['calibration_error']:.3f}. LLM share along the reference answers, by threshold:",
-            *(f"  {one['threshold']:.4f}  {one['llm_share']:.1%}" for one in facts["llm_share"]),
-            f"It starts with {facts['router_threshold']:.4f}; `citer calibrate` finds the one for your budget.",
-        ]
+    shares = "".join(f"  {one['threshold']:.4f}  {one['llm_share']:.1%}\n" for one in facts["llm_share"])
+    return (
+        f"On {facts['questions']} held-out questions: AUC {auc}, calibration error {facts['calibration_error']:.3f}. "
+        f"LLM share along the reference answers, by threshold:\n{shares}"
+        f"It starts with {facts['router_threshold']:.4f}; `citer calibrate` finds the one for your budget."
     )
 
 
 def check_data(labels: Labels, data: Any) -> None:
     """Raise a `ValueError` unless the data holds the examples that were labelled."""
-    found = read_examples(data, labels.options["columns"] or {}, split=labels.options["split"])
+    found = read_examples(data, labels.options["columns"], split=labels.options["split"])
     missing = {one.example.id for one in labels.questions} - {one.id for one in found}
     if missing:
         raise ValueError(
             f"data: it has no example {min(missing)!r}, which was labelled ({len(missing)} of {len(labels.questions)} "
             "are missing). Give the data that the labels were made from, or leave it out: labels hold the examples."
         )
-
-
-def find_checker(checker: str | Checker | None, labels: Labels) -> Checker:
-    """Return the checker of further rounds."""
-    try:
-        return checker if callable(checker) else get_checker(checker or labels.info["checker"])
-    except ValueError as error:
-        raise ValueError(f"{error} The labels were made with {labels.info['checker']!r}; pass checker=...") from error
 
 
 def check_logging(report_to: str) -> None:
@@ -224,9 +202,9 @@ def train_round(labels: Labels, settings: TrainOptions, policy: Policy, number: 
     weights = folder / "router.safetensors"
 
     def compute() -> dict[str, Any]:
-        with alone():
+        with runs.alone():
             trained = train_router(labels, objective, settings, folder)
-        with atomic_write(weights) as file:
+        with runs.atomic_write(weights) as file:
             file.write(safetensors.torch.save(trained.router.state_dict()))
         return {key: value for key, value in vars(trained).items() if key != "router"}
 
@@ -336,7 +314,7 @@ def fit(
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=max(min(settings.batch_size, len(tokens[0]) // 16), 2),
         per_device_eval_batch_size=4096,
-        weight_decay=settings.weight_decay,
+        weight_decay=1e-4,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         eval_strategy="epoch",
@@ -425,20 +403,18 @@ def report_on(trained: TrainedRouter, labels: Labels, settings: TrainOptions) ->
     scores, everywhere = (
         torch.sigmoid(trained.router.log_odds(router_inputs(labels, objective, part))) for part in (tokens, held_out)
     )
-    thresholds = [above(everywhere, share) for share in SHARES]
-    critical = scores[label == 0]
+    critical, needed = scores[label == 0], 1 - float(label.mean())
+    thresholds = [above(everywhere, one) for one in SHARES]
+    shares = [float(defer(everywhere, one).float().mean()) for one in thresholds]
     return {
         "questions": len(questions),
         "tokens": len(scores),
-        "prefer_llm": 1 - float(label.mean()),
-        "auc": float(roc_auc_score(label.numpy(), scores.numpy())) if 0 < float(label.mean()) < 1 else None,
+        "prefer_llm": needed,
+        "auc": float(roc_auc_score(label.numpy(), scores.numpy())) if 0 < needed < 1 else None,
         "calibration_error": calibration_error(scores, label),
         "loss": trained.loss,
         "learning_rate": trained.learning_rate,
-        "llm_share": [
-            {"threshold": threshold, "llm_share": float(defer(everywhere, threshold).float().mean())}
-            for threshold in thresholds
-        ],
+        "llm_share": [{"threshold": one, "llm_share": share} for one, share in zip(thresholds, shares, strict=True)],
         "router_threshold": above(critical, RECALL) if len(critical) else 0.5,
     }
 
@@ -459,18 +435,15 @@ def calibration_error(scores: torch.Tensor, label: torch.Tensor) -> float:
 def draw_training(trained: TrainedRouter, objective: str, path: Path) -> None:
     """Draw the losses of training and validation by epoch; nothing where matplotlib is not installed."""
     try:
-        figure = new_figure((6, 4))
+        figure = runs.new_figure((6, 4))
     except ImportError:
         return
     axes: Any = figure.add_subplot()
-    for key, label, style, color in (
-        ("loss", "training", "-", "#0072B2"),
-        ("eval_loss", "validation", "--", "#D55E00"),
-    ):
-        entries = [entry for entry in trained.history if key in entry]
-        axes.plot([one["epoch"] for one in entries], [one[key] for one in entries], style, color=color, label=label)
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "--")):
+        losses = {entry["epoch"]: entry[key] for entry in trained.history if key in entry}
+        axes.plot(list(losses), list(losses.values()), style, label=label)
     axes.axhline(trained.loss, color="#555555", linewidth=0.8, linestyle=":", label="weights that are kept")
     axes.set(xlabel="epoch", ylabel="loss per token", title=f"router trained with {objective}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    save_figure(figure, path)
+    runs.save_figure(figure, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ def routers() -> dict[str, nn.Module]:
     return {"random": RandomRouter(32), "entropy": EntropyRouter(32), "query": LinearRouter(32)}
 
 
-def run(pair: Any, **options: Any) -> Results:
+def run(pair: Any, checker: Any = has_letter, examples: Any = EXAMPLES, **options: Any) -> Results:
     options = {"routers": routers(), "shares": (0.2, 0.5, 0.8), "max_new_tokens": NEW, **options}
-    return evaluate(pair, EXAMPLES, options.pop("checker", has_letter), tokenizer=TOKENIZER, **options)
+    return evaluate(pair, examples, checker, tokenizer=TOKENIZER, **options)
 
 
 def comparable(results: Results) -> dict[str, Any]:
@@ -174,49 +175,24 @@ def test_a_directory_with_anything_else_stays_as_it_is(pair: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
+def test_work_of_other_arguments_stays_as_it_is_and_the_difference_is_named(pair: Any, tmp_path: Path, finished: bool):
+    try:
+        run(pair, checker=Interrupted(-1 if finished else 14), out=tmp_path)
+    except KeyboardInterrupt:
+        assert not finished
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    for change, named in (
         ({"max_new_tokens": NEW + 1}, "max_new_tokens was 8 and is 9"),
-        ({"seed": 1}, "seed was 0 and is 1"),
         ({"routers": {"random": LinearRouter(32)}}, "routers_sha256 was {"),
         ({"thresholds": (0.5,), "routers": None}, "thresholds was [] and is [0.5]"),
-        ({"checker": lambda text, example: has_letter(text, example)}, "checker was "),
-    ],
-)
-def test_work_of_other_arguments_stays_as_it_is_and_the_difference_is_named(
-    pair: Any, tmp_path_factory: Any, finished: bool, change: dict[str, Any], named: str
-):
-    out = kept_work(pair, tmp_path_factory, finished)
-    before = {path: path.read_bytes() for path in out.rglob("*.json")}
-    assert before
-    with pytest.raises(ValueError, match="begun with other arguments") as caught:
-        run(pair, **{"checker": Interrupted(-1), **change}, out=out)
-    assert named in str(caught.value)
-    assert {path: path.read_bytes() for path in out.rglob("*.json")} == before
-
-
-KEPT: dict[bool, Path] = {}
-
-
-def kept_work(pair: Any, tmp_path_factory: Any, finished: bool) -> Path:
-    """Return a directory with finished or interrupted work, which all cases share."""
-    if finished not in KEPT:
-        KEPT[finished] = tmp_path_factory.mktemp("kept") / "out"
-        try:
-            run(pair, checker=Interrupted(-1 if finished else 14), out=KEPT[finished])
-        except KeyboardInterrupt:
-            assert not finished
-    return KEPT[finished]
-
-
-def test_work_of_another_pair_or_of_other_data_is_not_resumed(pair: Any, tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt):
-        run(pair, checker=Interrupted(14), out=tmp_path)
-    with pytest.raises(ValueError, match="llm_sha256 was "):
-        run(make_pair(hidden_size=48), checker=Interrupted(14), out=tmp_path)
-    with pytest.raises(ValueError, match="data_sha256 was "):
-        evaluate(pair, EXAMPLES[1:], Interrupted(14), routers=routers(), tokenizer=TOKENIZER, out=tmp_path)
+        ({"checker": has_letter}, "checker was "),
+        ({"pair": make_pair(hidden_size=48)}, "llm_sha256 was "),
+        ({"examples": EXAMPLES[1:]}, "data_sha256 was "),
+    ):
+        options: dict[str, Any] = {"pair": pair, "checker": Interrupted(-1), "out": tmp_path, **change}
+        with pytest.raises(ValueError, match=r"begun with other arguments: .*" + re.escape(named)):
+            run(**options)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
 
 
 class NanRouter(nn.Module):
@@ -231,24 +207,14 @@ def test_a_router_that_gives_nan_is_named(pair: Any, options: dict[str, Any]):
 
 
 def test_a_checker_that_raises_is_named_with_the_row(pair: Any):
-    def fussy(text: str, example: Any) -> Any:
-        raise KeyError("no box") if example.row == 13 else ZeroDivisionError
-
     def choosy(text: str, example: Any) -> Any:
-        return has_letter(text, example) if example.row != 13 else fussy(text, example)
+        return has_letter(text, example) if example.row != 13 else {}["box"]
 
     with pytest.raises(ValueError, match=r"checker .*choosy: it raised KeyError .* at row 13 ") as caught:
         run(pair, checker=choosy)
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(TypeError, match="expected it to return a Verdict, got bool at row 13"):
-        run(pair, checker=lambda text, example: True)
-
-
-def test_problems_without_answers_are_errors(pair: Any):
-    with pytest.raises(ValueError, match=r"^examples: expected at least one"):
-        evaluate(pair, [], has_letter, tokenizer=TOKENIZER)
-    with pytest.raises(ValueError, match=r"^row 11: it has no answer"):
-        evaluate(pair, examples(answer=None), has_letter, tokenizer=TOKENIZER)
+        run(pair, checker=lambda text, example: has_letter(text, example) if example.row != 13 else True)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +225,8 @@ def test_problems_without_answers_are_errors(pair: Any):
         ({"thresholds": {"random": [float("nan")]}}, r"^router_threshold: expected a number from 0 .* got nan"),
         ({"thresholds": (0.5,)}, r'^thresholds: expected routers among .* got "the pair.s own"'),
         ({"max_new_tokens": 0}, r"^max_new_tokens: expected .* from 1 up, got 0"),
+        ({"examples": []}, r"^examples: expected at least one"),
+        ({"examples": examples(answer=None)}, r"^row 11: it has no answer"),
     ],
 )
 def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):

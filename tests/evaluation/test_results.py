@@ -1,4 +1,4 @@
-"""Intervals, areas, costs of an accuracy and comparisons, by hand on small curves."""
+"""Costs of outputs pass by pass; intervals, areas, costs of an accuracy and comparisons, by hand on small curves."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
+from citer_hf.costs import cost_of_model, flops
 from citer_hf.evaluation.results import (
+    PairCosts,
     Point,
     Results,
     accuracy_at,
@@ -18,8 +22,11 @@ from citer_hf.evaluation.results import (
     compare,
     cost_at,
     make_results,
+    scoring_cost,
     summarize,
 )
+from citer_hf.model.routers import EntropyRouter, LinearRouter, MlpRouter
+from tests.conftest import make_pair
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -158,3 +165,34 @@ def test_the_shipped_method_is_compared_with_the_others_in_the_tables(tmp_path: 
     # The summary is last, where a terminal shows it.
     assert table.index("All points") < table.index("saved by citer") < table.index("The curves")
     assert "50.0% / 43.9%" in table and "…" not in table
+
+
+def cost_of_passes(model: Any, passes: list[tuple[int, int]], is_llm: bool) -> np.ndarray:
+    cost = cost_of_model(model)
+    counted = [(cost.bytes_moved(1, *one), flops(cost, *one), is_llm) for one in passes]
+    return np.sum(counted, axis=0)
+
+
+@pytest.mark.parametrize(("slm", "llm"), [("llama", "qwen3"), ("gpt2", "mixtral")])
+def test_the_cost_of_an_output_is_that_of_its_passes(slm: str, llm: str):
+    pair = make_pair(slm, llm, num_hidden_layers=3)
+    costs, scoring, prompt = PairCosts(pair), scoring_cost(LinearRouter(32)), 9
+    alone = [(prompt, 0), (1, 9), (1, 10), (1, 11)]
+    by_slm, by_llm = cost_of_passes(pair.slm, alone, False), cost_of_passes(pair.llm, alone, True)
+    assert costs.alone(False, prompt, 4) == pytest.approx(by_slm)
+    assert costs.alone(True, prompt, 4) == pytest.approx(by_llm)
+    # The LLM decides the second and the fourth token: its passes are over all tokens before, and over two more.
+    caught_up = cost_of_passes(pair.llm, [(10, 0), (2, 10)], True)
+    routed = costs.routed(scoring, prompt, [False, True, False, True])
+    assert routed == pytest.approx(by_slm + 4 * scoring + caught_up) and routed[2] == 2
+    prefill = cost_of_passes(pair.slm, alone[:1], False)
+    assert costs.routed_by_query(scoring, prompt, 4, by_llm=False) == pytest.approx(by_slm + scoring)
+    assert costs.routed_by_query(scoring, prompt, 4, by_llm=True) == pytest.approx(by_llm + scoring + prefill)
+
+
+def test_the_weights_of_a_router_count_and_its_tables_do_not():
+    assert scoring_cost(EntropyRouter(32)).tolist() == [0, 0, 0]
+    assert scoring_cost(LinearRouter(32)).tolist() == [33 * 4, 33 * 2, 0]
+    weights = 64 * 33 + 32 * 65 + 33
+    assert scoring_cost(MlpRouter(32)).tolist() == [weights * 4, weights * 2, 0]
+    assert scoring_cost(nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 1))).tolist() == [33 * 4, 33 * 2, 0]

@@ -125,10 +125,12 @@ def test_copied_caches_and_whole_texts_give_the_same_rollouts(
     assert max(map(len, shared)) <= 30 and len(set(map(len, shared))) > 1
 
 
-def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels]) -> None:
+def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
     model, labels = llamas
-    tokens = datasets.load_dataset(str(labels.directory), split="train")
-    questions = datasets.load_dataset(str(labels.directory), "questions", split="train")
+    options = {"split": "train", "cache_dir": str(tmp_path)}
+    tokens, questions = (
+        datasets.load_dataset(str(labels.directory), name, **options) for name in ("tokens", "questions")
+    )
     assert tokens["position"] == labels.position.tolist() and len(questions) == len(labels.questions)
     assert tokens.features["hidden"].feature.dtype == "float16"
     assert {int(labels.reference_token[labels.question == index][-1]) for index in range(4)} == {EOS}
@@ -194,7 +196,7 @@ def on_disk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Arguments of `citer label` but for its output."""
     folder = tmp_path_factory.mktemp("demo")
     invoke("demo", "--export", folder / "data.jsonl", "--problems", 6, "--split", "train")
-    options = ["--checker", "math", "--max-new-tokens", 40, "--batch-tokens", 600, "--device-map", "cpu"]
+    options = ["--checker", "exact", "--max-new-tokens", 30, "--batch-tokens", 600, "--device-map", "cpu"]
     return ["label", save_demo_pair(folder), "--data", folder / "data.jsonl", *options, "--out"]
 
 
@@ -325,6 +327,6 @@ def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Label
     with torch.no_grad():
         other.llm.lm_head.weight.add_(1)
     for one in (labels, old):
-        where = rf"expected labels that were made with this pair's LLM, 'moved', but those in {one.directory} were"
+        where = rf"expected labels that were made with this pair's LLM moved, but those in {one.directory} were"
         with pytest.raises(ValueError, match=where):
             one.check_pair(other)
