@@ -1,24 +1,192 @@
-"""What `citer chat` does: read a line, answer it or obey it."""
+"""A chat with a pair in the terminal: `citer chat`."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .conversation import Conversation
+from .model.cache import CiterCache
 from .model.modeling import CiterForCausalLM
 from .model.routers import as_threshold
-from .terminal import Paint, legend
+from .runs import option
+from .terminal import Paint, WriterStreamer, legend
 
-__all__ = ["chat", "load_pair"]
+
+@dataclass
+class Turn:
+    """What an answer, or a whole chat, took."""
+
+    tokens: int = 0
+    llm_tokens: int = 0
+    llm_calls: int = 0
+    seconds: float = 0.0
+    read: int = 0
+    kept: int = 0
+    cut: bool = False
+
+    def add(self, other: Turn) -> None:
+        """Count another turn too."""
+        for name in ("tokens", "llm_tokens", "llm_calls", "seconds", "read", "kept"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def __str__(self) -> str:
+        share = self.llm_tokens / max(self.tokens, 1)
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.tokens} tokens: {self.tokens - self.llm_tokens} by the SLM, {self.llm_tokens} by the LLM "
+            f"({share:.1%}); {self.llm_calls} LLM forward passes; {speed:.1f} tokens/s; "
+            f"{self.read} tokens of text read, {self.kept} kept in the cache"
+        )
+
+
+class Conversation:
+    """The messages so far, and a cache that holds as much of their text as is still true."""
+
+    def __init__(
+        self,
+        model: CiterForCausalLM,
+        tokenizer: Any,
+        max_new_tokens: int = 512,
+        system: str | None = None,
+        router_threshold: float | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.system = max_new_tokens, system
+        self.router_threshold = model.config.router_threshold if router_threshold is None else router_threshold
+        self.context = model.config.max_position_embeddings
+        self._cached: list[int] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the settings."""
+        self.messages: list[dict[str, str]] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+        self.last, self.total = Turn(), Turn()
+        self._drop_cache()
+
+    def ask(self, text: str, paint: Paint, stop: StoppingCriteria | None = None) -> Turn:
+        """Answer a message, painting the answer as it is written."""
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._render(messages)
+        room = self.max_new_tokens if self.context is None else self.context - len(ids)
+        if room <= 0:
+            raise ValueError(
+                f"this chat with your message has {len(ids)} tokens, and the models read at most {self.context}. "
+                "/reset starts a new chat."
+            )
+        if self.model.generation_config.prompt_lookup_num_tokens is not None:
+            # transformers' loop with drafts needs a cache that takes them back, and begins with an empty one.
+            self._drop_cache()
+            self.cache.activate_past_recording()
+        self._keep_prefix_of(ids)
+        kept = self.cache.get_seq_length()
+        streamer = WriterStreamer(self.tokenizer, self.cache, paint)
+        began = time.perf_counter()
+        try:
+            self._generate(ids, min(room, self.max_new_tokens), streamer, stop)
+            self._cached = (ids + streamer.tokens)[: self.cache.get_seq_length()]
+        except BaseException:
+            # A step that was left half-way has left the cache half-way.
+            self._drop_cache()
+            raise
+        finally:
+            if streamer.tokens:
+                answer = self.tokenizer.decode(streamer.tokens, skip_special_tokens=True)
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
+        routing = self.cache.routing
+        self.last = Turn(
+            tokens=len(streamer.tokens),
+            llm_tokens=int(routing.to_llm.sum()),
+            llm_calls=routing.llm_calls,
+            seconds=time.perf_counter() - began,
+            read=len(ids) - kept,
+            kept=kept,
+            cut=len(streamer.tokens) == room,
+        )
+        self.total.add(self.last)
+        return self.last
+
+    def _generate(self, ids: list[int], max_new_tokens: int, streamer: WriterStreamer, stop: Any) -> None:
+        input_ids = torch.tensor([ids], device=self.model.device)
+        pair: Any = self.model
+        pair.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=self.cache,
+            router_threshold=self.router_threshold,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
+            # Published stop strings need it.
+            **({"tokenizer": self.tokenizer} if pair.generation_config.stop_strings else {}),
+            max_new_tokens=max_new_tokens,
+            # A published generation config may ask for another cache, for none, or for several sequences.
+            cache_implementation=None,
+            use_cache=True,
+            num_beams=1,
+            num_return_sequences=1,
+        )
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the tokens of the whole chat, up to where the answer begins."""
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(plain_text(messages)).input_ids)
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses this chat: {error}") from error
+        return list(rendered["input_ids"])
+
+    def _keep_prefix_of(self, ids: list[int]) -> None:
+        """Take back from the cache what the text does not begin with, or drop the cache where that cannot be done."""
+        # The last token is always read anew: the answer begins with what the models say about it.
+        common = common_prefix(self._cached, ids[:-1])
+        surplus = len(self._cached) - common
+        if surplus == 0:
+            return
+        if common == 0 or not self.cache.is_croppable:
+            self._drop_cache()
+            return
+        try:
+            self.cache.crop(-surplus)
+            self._cached = self._cached[:common]
+        except RuntimeError:
+            # Sliding windows have forgotten what would come back into view.
+            self._drop_cache()
+
+    def _drop_cache(self) -> None:
+        self.cache = CiterCache(self.model.config)
+        self._cached = []
+
+
+def plain_text(messages: list[dict[str, str]]) -> str:
+    """Write a chat as one text for models without a chat template: answers continue what the user wrote."""
+    text = ""
+    for message in messages:
+        line_break = "\n" if text and message["role"] == "user" else ""
+        text += line_break + message["content"]
+    return text
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two texts have in common at the beginning."""
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
+
 
 HELP = """\
 /threshold X  the SLM writes a token when its score reaches X: 0 is the SLM alone, above 1 the LLM alone
@@ -28,12 +196,39 @@ HELP = """\
 /exit         leave, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
-def chat(
-    path: str, router_threshold: float | None, max_new_tokens: int, system: str | None, options: dict[str, Any]
-) -> None:
-    """Chat in the terminal until the user leaves."""
-    model, tokenizer = load_pair(path, options)
-    conversation = Conversation(model, tokenizer, max_new_tokens, system, router_threshold)
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of `citer chat`."""
+
+    router_threshold: float | None = option(
+        None, "The SLM's token stands when its score reaches this. [default: the router's own]", metavar="X"
+    )
+    max_new_tokens: int = option(512, "Longest answer, in tokens.", metavar="N")
+    system: str | None = option(None, "System message.", metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        if self.router_threshold is not None:
+            as_threshold(self.router_threshold)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}.")
+
+
+def chat(model: CiterForCausalLM, **options: Any) -> None:
+    """Chat in the terminal until the user leaves.
+
+    Args:
+        model: The pair, with a tokenizer.
+        options: Of `ChatOptions`.
+
+    Raises:
+        ValueError: for a pair without a tokenizer.
+    """
+    chosen = ChatOptions(**options)
+    tokenizer = model.load_tokenizer()
+    if tokenizer is None:
+        path = model.name_or_path
+        raise ValueError(f"{path} has no tokenizer. Save one there: tokenizer.save_pretrained({path!r}).")
+    conversation = Conversation(model, tokenizer, chosen.max_new_tokens, chosen.system, chosen.router_threshold)
     print(f"{legend(sys.stdout)} Threshold {conversation.router_threshold:g}. /help lists the commands.")
     prompt = ""
     if sys.stdin.isatty():
@@ -52,19 +247,6 @@ def chat(
             return
         except KeyboardInterrupt:
             print("\n/exit or Ctrl-D leaves.")
-
-
-def load_pair(path: str, options: dict[str, Any]) -> tuple[CiterForCausalLM, Any]:
-    """Load a pair and its tokenizer."""
-    try:
-        model = CiterForCausalLM.from_pretrained(path, **options)
-    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
-        # This is what torch says of a precision or a device that there is not.
-        raise ValueError(f"{path} cannot be loaded: {error}") from error
-    tokenizer = model.load_tokenizer()
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer. Save one there: tokenizer.save_pretrained({path!r}).")
-    return model, tokenizer
 
 
 def answer(conversation: Conversation, text: str) -> None:
@@ -100,7 +282,7 @@ def set_threshold(conversation: Conversation, argument: str) -> None:
         try:
             conversation.router_threshold = as_threshold(float(argument))
         except ValueError:
-            print(f"Error: {argument} is no threshold: give a number from 0 to 2, such as 0.7.", file=sys.stderr)
+            print(f"Error: {argument} is no threshold: give a number from 0 up, such as 0.7.", file=sys.stderr)
             return
     print(f"threshold {conversation.router_threshold:g}")
 

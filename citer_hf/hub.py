@@ -1,105 +1,122 @@
-"""Pushing a router repository to the Hub."""
+"""Sharing a router repository: its model card, and the push to the Hub in one commit."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore[attr-defined]
+from transformers.utils.hub import cached_file
 
-from .belonging import ForeignFactsError
-from .card import CARD, write_card
-from .carrying import FACTS, carry
-from .facts import Facts
-from .model.saved_router import ROUTER_WEIGHTS
-from .runs import read_json
-
-__all__ = ["push", "push_pair", "repository_files"]
-
-CONFIG = "config.json"
+from .model.modeling import CiterForCausalLM
+from .model.references import file_keywords
+from .runs import atomic_write, file_sha256, option, read_json
 
 logger = logging.getLogger(__name__)
 
+CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
+TEMPLATE = Path(__file__).with_name("card.md")
+GENERATED = "<!-- Written by citer_hf from the files beside it. Remove this line to keep what you change below. -->"
+TAGS = ("citer", "token-level-routing")
+# The files that tell of a router: each JSON file names the router by its sha256, the others belong to that file.
+FACTS = {"provenance.json": ("training.png",), "results.json": ("results.md", "curve.png")}
+ALL_FACTS = tuple(name for json, others in FACTS.items() for name in (json, *others))
+# What may be left on the Hub of a router that is replaced; files that are uploaded are not deleted.
+OF_A_ROUTER = ("*.safetensors", "*.safetensors.index.json", "citer/*", "*_citer.py", "slm*/*", "llm*/*")
+# Hidden files and Python's cache stay on this machine.
+HIDDEN = (".*", "*/.*", "*__pycache__/*")
+METHODS = {"mlp": "citer", "linear": "co-llm"}
 
-def push_pair(model: Any, folder: str, repo_id: str, **options: Any) -> str:
-    """Upload a pair that has just been saved, with what belongs to its router where the pair was loaded from."""
-    return push(folder, repo_id, card=carry(model, Path(folder)), **options)
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Options of `citer push` and of `push`."""
+
+    private: bool = option(False, "Make a new repository private.")
+    create_pr: bool = option(False, "Open a pull request instead.")
+    revision: str | None = option(None, "The branch to push to. [default: the main one]", metavar="NAME")
+    commit_message: str = option("Upload router", "First line of the commit.", metavar="TEXT")
+    commit_description: str | None = option(None, "What else the commit says.", metavar="TEXT")
+    tags: Sequence[str] = option((), "Another tag for the card. May be repeated.", metavar="TAG", flag="--tag")
 
 
-def push(
-    directory: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    tags: Sequence[str] | None = None,
-    token: str | bool | None = None,
-    card: Path | None = None,
-) -> str:
-    """Upload a router repository with a card, in one commit.
+def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:
+    """Upload a router repository with a model card, in one commit.
+
+    The card is written into the directory as `README.md`, unless a person's card is there or on the Hub. What is left
+    on the Hub of another router is removed there in the same commit.
 
     Args:
-        directory: Made by `save_pretrained` or `citer train`; with `results.json` and `curve.png` of `citer evaluate`
-            in it, the card tells them. The card is written into it as `README.md`, unless a person's is there or on
-            the Hub. What lies on the Hub beside another router, and not in the directory, is removed there.
+        directory: Made by `save_pretrained` or `citer train`. `results.json` and `curve.png` of `citer evaluate` in it
+            are shown in the card when they are of this router.
         repo_id: Where to, such as `user/my-router`; made when it is not there.
-        private: Whether a new repository is private. Default: as the account has it.
-        create_pr: Whether to propose the files in a pull request.
-        revision: The branch to push to. Default: the main one.
-        commit_message: What the commit says.
-        commit_description: What else it says.
-        tags: More tags for the card.
         token: Of the Hub. Default: the one that `hf auth login` saved.
-        card: An earlier card, for what a person wrote into it, where neither the directory nor the Hub has one.
+        options: The fields of `PushOptions`: `private`, `create_pr`, `revision`, `commit_message`,
+            `commit_description`, `tags`.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: when the directory refers to models that nobody else has, holds results or provenance of another
-            router, or is no router repository.
-        OSError: when something cannot be read, or uploaded; then the directory is as it was, but for the card.
+        ValueError: when the directory is no router repository, or refers to models that nobody else has.
+        OSError: when something cannot be read or uploaded; then the directory is as it was, but for the card.
     """
-    folder = Path(directory)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"directory: {folder} is no router directory: it has no config.json.")
-    facts = Facts.read(folder)
-    check_references(facts)
-    check_facts(facts, folder)
+    return _push(Path(directory), repo_id, token, PushOptions(**options))
+
+
+def push_model(
+    model: CiterForCausalLM, directory: str, repo_id: str, token: str | bool | None = None, **options: Any
+) -> str:
+    """Upload a pair that was just saved, with what tells of its router where the pair was loaded from."""
+    folder, card = Path(directory), None
+    if model._repository is not None:
+        source, keywords = model._repository[0], {**model._repository[1], **({"token": token} if token else {})}
+        for name, file in facts_of(folder, lambda name: fetch(source, name, keywords), source).items():
+            shutil.copyfile(file, folder / name)
+        card = fetch(source, CARD, keywords)
+    given = {key: value for key, value in options.items() if value is not None}
+    return _push(folder, repo_id, token, PushOptions(**given), card)
+
+
+def _push(
+    folder: Path, repo_id: str, token: str | bool | None, options: PushOptions, earlier_card: Path | None = None
+) -> str:
+    check(folder)
+    here = facts_of(folder, lambda name: folder / name if (folder / name).is_file() else None, str(folder))
     api = HfApi(token=token)
+
+    def on_hub(name: str) -> Path | None:
+        try:
+            return Path(api.hf_hub_download(repo_id, name, revision=options.revision))
+        except EntryNotFoundError:
+            return None
+
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        fetch_card(api, repo_id, revision, folder, card)
-        write_card(folder, repo_id, tags or ())
-        stale = [name for name in stale_facts(api, repo_id, revision, folder) if not (folder / name).exists()]
-        if stale:
-            logger.warning("%s: %s there are of another router, and are removed.", repo_id, ", ".join(stale))
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, file) for name, file in repository_files(folder)),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=commit_message or "Upload router",
-            commit_description=commit_description,
-            create_pr=create_pr,
-            revision=revision,
+        repo_id = api.create_repo(repo_id, private=options.private or None, exist_ok=True).repo_id
+        if options.revision is not None and not options.revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=options.revision, exist_ok=True)
+        if not (folder / CARD).exists() and (card := on_hub(CARD) or earlier_card) is not None:
+            shutil.copyfile(card, folder / CARD)
+        # Beside the same router, what tells of it stays on the Hub.
+        kept = facts_of(folder, lambda name: None if name in here else on_hub(name))
+        write_card(folder, repo_id, options.tags, kept | here)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            ignore_patterns=[*HIDDEN, *(name for name in ALL_FACTS if name not in here)],
+            delete_patterns=[*OF_A_ROUTER, *(name for name in ALL_FACTS if name not in kept)],
+            commit_message=options.commit_message,
+            commit_description=options.commit_description,
+            create_pr=options.create_pr,
+            revision=options.revision,
         )
-    except (HFValidationError, ForeignFileError):
-        raise
-    # What a failed transfer raises depends on the library that made it.
-    except Exception as error:
+    except (OSError, RuntimeError, HTTPError) as error:
         raise OSError(
             f"push: the upload to {repo_id} failed: {str(error).strip() or repr(error)}\nNothing on this machine was "
             "lost, and nothing half on the Hub. Check the network and your token (`hf auth login`), and push again."
@@ -107,79 +124,151 @@ def push(
     return str(commit.pr_url or commit.commit_url)
 
 
-def check_references(facts: Facts) -> None:
-    """Refuse a repository that refers to a directory of this machine."""
+def check(folder: Path) -> None:
+    """Raise an error when a directory holds no router, or one that nobody else could load."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"directory: {folder} is no router directory: it has no config.json.")
+    config = read_json(folder / CONFIG)
+    if config.get("model_type") != "citer":
+        raise ValueError(f"directory: expected a router repository, got a {config.get('model_type')} model.")
     for role in ("slm", "llm"):
-        for name in (part.get("name_or_path") for part in (facts.reference(role), facts.adapter(role))):
+        reference = config.get(f"{role}_reference") or {}
+        for part in (reference, reference.get("adapter") or {}):
+            name = part.get("name_or_path")
             if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
                 raise ValueError(
                     f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save "
                     "it from a pair that was loaded by repository ids, or with save_base_models=True."
                 )
+    for file in folder.rglob("*"):
+        check_inside(file, folder)
 
 
-def check_facts(facts: Facts, folder: Path) -> None:
-    """Refuse files that tell of another router; warn of results that do not say which router they are of."""
-    if facts.foreign:
-        raise ForeignFactsError(f"{folder}: {facts.foreign[0]}")
-    if facts.results is not None and facts.measured_as is None:
+def check_inside(file: Path, folder: Path) -> None:
+    """Raise an error for a link that leads out of a directory."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"directory: {file} is a link out of the directory. Replace it by the file.")
+
+
+def fetch(source: str, name: str, keywords: Mapping[str, Any]) -> Path | None:
+    """Return a file of the repository that a pair was loaded from, or `None` where it is not there."""
+    file = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        **file_keywords({**keywords, "force_download": None}),
+    )
+    if file is not None and os.path.isdir(source):
+        check_inside(Path(file), Path(source))
+    return None if file is None else Path(file)
+
+
+# --- What tells of a router ------------------------------------------------------------------------------------------
+
+
+def facts_of(folder: Path, find: Callable[[str], Path | None], place: str | None = None) -> dict[str, Path]:
+    """Return the files that tell of a directory's router, by name; `place` is named where others are left out."""
+    router, kind = file_sha256(folder / WEIGHTS), read_json(folder / CONFIG)["router"]["type"]
+    found: dict[str, Path] = {}
+    foreign: list[str] = []
+    for json, others in FACTS.items():
+        file = find(json)
+        if file is not None and method_of(read_json(file), router, kind) is None:
+            foreign += [json, *others]
+        elif file is not None:
+            found |= {json: file} | {name: other for name in others if (other := find(name)) is not None}
+    if foreign and place is not None:
         logger.warning(
-            "%s does not say which router it measured, and is taken at its word. `citer evaluate` of this version "
-            "writes one that does.",
-            folder / "results.json",
+            "Left out: %s of %s. They do not name the router here (sha256 %s).", ", ".join(foreign), place, router
         )
-
-
-def fetch_card(api: HfApi, repo_id: str, revision: str | None, folder: Path, otherwise: Path | None) -> None:
-    """Get the card that is on the Hub already, so that what a person wrote there is kept."""
-    if (folder / CARD).exists():
-        return
-    try:
-        shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), folder / CARD)
-    except EntryNotFoundError:
-        if otherwise is not None:
-            shutil.copyfile(otherwise, folder / CARD)
-
-
-def stale_facts(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> list[str]:
-    """Return the files on the Hub that tell of the router there, where that is not the one that comes now."""
-    names = [CONFIG, ROUTER_WEIGHTS, *FACTS]
-    there = {one.path: one for one in api.get_paths_info(repo_id, names, revision=revision)}
-    facts = [name for name in FACTS if name in there]
-    if not facts or CONFIG not in there:
-        return []
-    before = read_json(Path(api.hf_hub_download(repo_id, CONFIG, revision=revision)))
-    weights = there.get(ROUTER_WEIGHTS)
-    is_same = before.get("router") == read_json(folder / CONFIG)["router"]
-    return [] if is_same and is_same_file(weights, folder / ROUTER_WEIGHTS) else facts
-
-
-def is_same_file(there: Any, here: Path) -> bool:
-    """Say whether a large file on the Hub is the one on this machine."""
-    if there is None or not here.is_file():
-        return there is None and not here.is_file()
-    if there.lfs is None or there.size != here.stat().st_size:
-        return False
-    digest = hashlib.sha256()
-    with here.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest() == str(there.lfs.sha256)
-
-
-class ForeignFileError(ValueError):
-    """A file of a repository lies elsewhere."""
-
-
-def repository_files(directory: Path) -> list[tuple[str, Path]]:
-    """Return what belongs into a repository, the path in it and the file of each; hidden files do not."""
-    root = directory.resolve()
-    found: list[tuple[str, Path]] = []
-    for parent, folders, names in os.walk(directory):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            file = Path(parent, name)
-            if not file.resolve().is_relative_to(root):
-                raise ForeignFileError(f"directory: {file} is a link out of the directory. Replace it by the file.")
-            found.append((file.relative_to(directory).as_posix(), file))
     return found
+
+
+def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | None:
+    """Return the method as which a provenance or results file holds a router, or `None` when it tells of others."""
+    provenance = told.get("provenance", told)
+    for run in provenance.get("runs") or [provenance]:
+        for method, sha256 in (run.get("routers_sha256") or {}).items():
+            # Routers without weights are known by their kind.
+            if sha256 == router and (router is not None or method == kind):
+                return str(method)
+        is_known = router is not None or (run.get("router") or {}).get("type") == kind
+        if run.get("router_sha256", "") == router and is_known:
+            return str(told.get("objective") or METHODS.get(kind, kind))
+    return None
+
+
+# --- The model card --------------------------------------------------------------------------------------------------
+
+
+def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[str, Path]) -> None:
+    """Write a directory's card from the files that tell of its router, unless a person has written one."""
+    path, metadata = folder / CARD, {}
+    if path.is_file():
+        present = path.read_text(encoding="utf-8")
+        if GENERATED not in present:
+            return
+        metadata = ModelCard(present, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    config, name = read_json(folder / CONFIG), repo_id.split("/")[-1]
+    provenance, results = (read_json(facts[json]) if json in facts else {} for json in FACTS)
+    threshold = float(config.get("router_threshold", 0.5))
+    references = {role: config.get(f"{role}_reference") or {} for role in ("slm", "llm")}
+    parts = [part for at in references.values() for part in (at, at.get("adapter") or {})]
+    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "model-index": None}
+    metadata["tags"] = list(dict.fromkeys([*TAGS, *metadata.get("tags", ()), *tags]))
+    # The Hub's relation for a small set of weights that works on top of models as they are.
+    bases = list(dict.fromkeys(filter(None, (part.get("name_or_path") or part.get("origin") for part in parts))))
+    metadata |= {"base_model": bases or None, "base_model_relation": "adapter" if bases else None}
+    rows: list[tuple[str, dict[str, Any]]] = []
+    dataset = ""
+    if results:
+        about, ends = results["provenance"], results["ends"]
+        given = (about.get("options") or about.get("arguments") or {}).get("data")
+        dataset = str(given or f"sha256:{str(about.get('data_sha256', 'unknown'))[:12]}")
+        method = method_of(results, file_sha256(folder / WEIGHTS), config["router"]["type"])
+        points = results["methods"].get(method, [])
+        rows = [("–" if one["threshold"] is None else f"{one['threshold']:.4g}", one) for one in points]
+        rows = [("SLM alone", ends["slm"]), *rows, ("LLM alone", ends["llm"])]
+        metadata |= measured(points, threshold, name, dataset)
+    tokenizer = folder / "tokenizer_config.json"
+    own: dict[str, Any] = references
+    card = ModelCard.from_template(
+        ModelCardData(**{key: value for key, value in metadata.items() if value is not None}),
+        template_path=str(TEMPLATE),
+        generated=GENERATED,
+        name=name,
+        repo_id=repo_id,
+        router=config["router"],
+        threshold=f"{threshold:.4g}",
+        **own,
+        results=results,
+        rows=rows,
+        dataset=dataset,
+        has_curve="curve.png" in facts,
+        training={**(provenance.get("options") or {}), **provenance},
+        has_chat=(folder / "chat_template.jinja").is_file()
+        or (tokenizer.is_file() and "chat_template" in read_json(tokenizer)),
+    )
+    with atomic_write(path) as file:
+        file.write(str(card).encode())
+
+
+def measured(points: Sequence[Mapping[str, Any]], threshold: float, name: str, dataset: str) -> dict[str, Any]:
+    """Return the metadata of the measured point that is nearest to the saved threshold."""
+    with_threshold = [point for point in points if point["threshold"] is not None]
+    if not with_threshold:
+        return {}
+    point = min(with_threshold, key=lambda one: abs(one["threshold"] - threshold))
+    titles = {"accuracy": "Accuracy", "llm_share": "Share of tokens written by the LLM"}
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=kind,
+            metric_name=f"{title} at threshold {point['threshold']:.4g}",
+            metric_value=point[kind],
+        )
+        for kind, title in titles.items()
+    ]
+    return {"model_name": name, "eval_results": found}

@@ -130,14 +130,7 @@ class Work:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(begun, arguments)
         self.wait()
-        found = read_json(begun)
-        different = sorted(key for key in found.keys() | arguments.keys() if found.get(key) != arguments.get(key))
-        if different:
-            raise ValueError(
-                f"out: {out} holds work that was begun with other arguments: "
-                + "; ".join(f"{key} was {found.get(key)!r} and is {arguments.get(key)!r}" for key in different)
-                + ". Give the same arguments to resume (in every process), or another directory."
-            )
+        check_arguments(out, read_json(begun), arguments)
 
     def run(
         self, name: str, units: Sequence[Any], compute: Callable[[Any], Any], progress: Progress | None = None
@@ -176,7 +169,8 @@ class Work:
         if type(value).__module__.startswith("pyarrow"):
             write_table(value, stem.with_suffix(".parquet"))
         else:
-            write_json(stem.with_suffix(".json"), {"value": value})
+            with atomic_write(stem.with_suffix(".json")) as file:
+                file.write(json.dumps({"value": value}).encode())
 
     def _read(self, name: str, number: int) -> Any:
         path = self._find(name, number)
@@ -187,6 +181,17 @@ class Work:
         import pyarrow.parquet as pq
 
         return pq.read_table(path, memory_map=True)
+
+
+def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` when a directory holds the work of other arguments, and name those that differ."""
+    different = sorted(key for key in found.keys() | arguments.keys() if found.get(key) != arguments.get(key))
+    if different:
+        raise ValueError(
+            f"out: {out} holds work that was begun with other arguments: "
+            + "; ".join(f"{key} was {found.get(key)!r} and is {arguments.get(key)!r}" for key in different)
+            + ". Give the same arguments to resume (in every process), or another directory."
+        )
 
 
 def write_table(table: Any, path: Path) -> None:
@@ -205,8 +210,8 @@ def write_table(table: Any, path: Path) -> None:
 class Progress:
     """A bar on stderr; where that is no terminal, one line for every kind of work."""
 
-    def __init__(self, bar: Any, shown: bool):
-        self._bar, self._task, self._shown = bar, bar.add_task("", total=None), shown
+    def __init__(self, bar: Any, shown: bool, by_thread: bool = True):
+        self._bar, self._task, self._shown, self._by_thread = bar, bar.add_task("", total=None), shown, by_thread
 
     def begin(self, description: str, total: int | None) -> None:
         """Begin another kind of work, with an estimate of its own."""
@@ -217,11 +222,13 @@ class Progress:
     def advance(self, done: int = 1) -> None:
         """Note that some of the work is done."""
         self._bar.advance(self._task, done)
+        if not self._by_thread:
+            self._bar.refresh()
 
 
 @contextmanager
-def progress_bar(shown: bool = True) -> Iterator[Progress]:
-    """Show how far a run is, with an estimate of the time left."""
+def progress_bar(shown: bool = True, by_thread: bool = True) -> Iterator[Progress]:
+    """Show how far a run is, with an estimate of the time left; a thread that draws slows down what is timed."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -236,8 +243,9 @@ def progress_bar(shown: bool = True) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Bar(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        yield Progress(bar, shown)
+    options: dict[str, Any] = {"disable": not (shown and console.is_terminal), "auto_refresh": by_thread}
+    with Bar(*columns, console=console, transient=True, **options) as bar:
+        yield Progress(bar, shown, by_thread)
 
 
 # --- Processes ------------------------------------------------------------------------------------------------------

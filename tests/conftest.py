@@ -95,10 +95,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `citer bench demo` take the tiny pair, and measure the bandwidth of memory in no time."""
     import citer_hf.demo
-    from citer_hf.bench import machine
+    from citer_hf.bench import bench
 
     monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
-    monkeypatch.setattr(machine, "CPU_BUFFER", 1 << 20)
+    monkeypatch.setattr(bench, "BUFFER", 1 << 20)
 
 
 @pytest.fixture

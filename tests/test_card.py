@@ -1,60 +1,76 @@
-"""The model card: what it tells, and that it tells nothing else."""
+"""The model card and what goes to the Hub with it: what tells of this router, and nothing else."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+import torch
+from huggingface_hub import HfApi, ModelCard
 
-from citer_hf.belonging import saved_fingerprint
-from citer_hf.card import GENERATED, make_card, write_card
-from citer_hf.evaluation.points import Point
-from citer_hf.evaluation.results import make_results
-from citer_hf.facts import Facts
+from citer_hf import CiterForCausalLM
+from citer_hf.demo import PAIR
+from citer_hf.hub import ALL_FACTS, GENERATED, facts_of, push, push_model, write_card
+from citer_hf.runs import file_sha256, provenance, router_sha256
+from tests.chat_pairs import invoke
+from tests.repositories import save_base_models
 
 CONFIG = {
     "model_type": "citer",
-    "router": {"type": "mlp"},
+    "router": {"type": "confidence"},
     "router_threshold": 0.75,
     "slm_reference": {"name_or_path": "team/small", "revision": "a" * 40},
     "llm_reference": {"name_or_path": "team/large"},
 }
-PROVENANCE = {
-    "objective": "citer-plus",
-    "rounds": 2,
-    "labels": {"examples": 1234, "checker": "math", "data": "feedbeef" * 8},
-    "validation": {"questions": 99, "auc": 0.8765, "calibration_error": 0.0213},
-}
+OF_CONFIDENCE = {"router_sha256": None, "router": {"type": "confidence"}}
 
 
-def point(threshold: float | None, share: float, accuracy: float) -> Point:
-    return Point(threshold, accuracy, (accuracy - 0.05, accuracy + 0.05), share, share, 1.0, 1.0, 0.1, 1.0)
+def point(threshold: float | None, share: float, accuracy: float) -> dict[str, Any]:
+    interval = [accuracy - 0.05, accuracy + 0.05]
+    return {"threshold": threshold, "llm_share": share, "accuracy": accuracy, "accuracy_ci": interval}
 
 
-ENDS = {"slm": point(0.0, 0.0, 0.31), "llm": point(2.0, 1.0, 0.92)}
+def results(routers: dict[str, str | None], **about: Any) -> dict[str, Any]:
+    """Results of some routers, by their sha256, each with an accuracy of its own."""
+    methods = {
+        name: [point(0.5, 0.08, 0.7), point(0.7654, 0.21, 0.88 - index / 10)] for index, name in enumerate(routers)
+    }
+    facts = {"problems": 200, "checker": "math", "data_sha256": "0123456789abcdef" * 4, "routers_sha256": routers}
+    ends = {"slm": point(0.0, 0.0, 0.31), "llm": point(2.0, 1.0, 0.92)}
+    return {"ends": ends, "methods": methods, "summary": {}, "provenance": {**facts, **about}}
 
 
-def save_results(directory: Path, method: str = "citer-plus") -> None:
-    methods = {method: [point(0.5, 0.08, 0.7), point(0.7654, 0.21, 0.88)], "random": [point(0.3, 0.3, 0.4)]}
-    facts = {"problems": 200, "checker": "math", "data_sha256": "0123456789abcdef" * 4}
-    make_results(ENDS, methods, facts).write(directory / "results.json")
+def put(directory: Path, **files: Any) -> None:
+    """Write JSON files into a directory."""
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+def card_of(directory: Path, tags: tuple[str, ...] = ()) -> ModelCard:
+    facts = facts_of(directory, lambda name: file if (file := directory / name).is_file() else None, str(directory))
+    write_card(directory, "me/my-router", tags, facts)
+    return ModelCard.load(directory / "README.md")
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A router repository; whoever asks the Hub fails."""
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    put(tmp_path / "router", config=CONFIG)
+    return tmp_path / "router"
 
 
-def test_the_card_tells_what_the_files_say(directory):
-    (directory / "provenance.json").write_text(json.dumps(PROVENANCE))
+def test_the_card_shows_what_the_files_say(directory):
+    trained = {"options": {"objective": "citer-plus", "rounds": 2}, "labels": {"examples": 1234, "checker": "math"}}
+    trained["validation"] = {"questions": 99, "auc": 0.8765, "calibration_error": 0.0213}
+    put(directory, provenance=trained | OF_CONFIDENCE, results=results({"confidence": None, "random": None}))
     (directory / "curve.png").write_bytes(b"")
-    save_results(directory)
-    write_card(directory, "me/my-router")
-    card = ModelCard.load(directory / "README.md")
-    data = card.data
+    card = card_of(directory)
+    data, text = card.data, card.text
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert data.base_model == ["team/small", "team/large"] and data.base_model_relation == "adapter"
     assert data.license is None and "citer" in data.tags
@@ -62,85 +78,200 @@ def test_the_card_tells_what_the_files_say(directory):
     assert data.model_name == "my-router"
     assert {one.metric_type: one.metric_value for one in data.eval_results} == {"accuracy": 0.88, "llm_share": 0.21}
     assert {one.dataset_name for one in data.eval_results} == {"sha256:0123456789ab"}
-    text = card.text
-    assert "| 0.7654 | 21.0% | 88.0% | 83.0% to 93.0% |" in text
+    assert "| 0.7654 | 21.0% | 88.0% | 83.0% to 93.0% |" in text and "78.0%" not in text
     assert "| SLM alone | 0.0% | 31.0% |" in text and "| LLM alone | 100.0% | 92.0% |" in text
-    assert "(curve.png)" in text and "200 problems" in text and "0.3 |" not in text
+    assert "(curve.png)" in text and "200 problems of `sha256:0123456789ab`, graded by `math`" in text
     assert "1234 examples" in text and "AUC of 0.876" in text and "objective `citer-plus`, rounds: 2" in text
     assert f"[team/small](https://huggingface.co/team/small) at `{'a' * 12}`" in text
-    assert 'name = "me/my-router"' in text and "router_threshold=0.75" in text and "@inproceedings" in text
+    assert 'name = "me/my-router"' in text and "router_threshold=0.75" in text and "title={{CITER}: Coll" in text
 
 
-def test_what_is_not_known_is_not_told(directory):
-    write_card(directory, "me/my-router")
-    card = ModelCard.load(directory / "README.md")
+def test_what_is_not_known_is_not_in_the_card(directory):
+    card = card_of(directory)
     assert card.data.eval_results is None and "model-index" not in card.content
-    assert "Not measured" in card.text and "does not say how" in card.text
-    assert "curve.png" not in card.text and "AUC" not in card.text
+    assert "Not measured" in card.text and "needs no training" in card.text
+    assert "curve.png" not in card.text and "AUC" not in card.text and "untrained" not in card.text
 
 
-def test_models_in_the_repository_are_no_base_models(directory):
-    config = CONFIG | {"slm_reference": {"subfolder": "slm"}, "llm_reference": None}
-    (directory / "config.json").write_text(json.dumps(config))
-    card = make_card(Facts.read(directory), "me/my-router")
-    assert card.data.base_model is None and "in the folder `slm`" in card.text and "`model.safetensors`" in card.text
+@pytest.mark.parametrize(
+    ("changes", "provenance", "said"),
+    [
+        ({"router": {"type": "mlp", "untrained": True}}, None, "router is untrained"),
+        ({"router": {"type": "mlp"}}, None, "does not say how"),
+        ({}, OF_CONFIDENCE | {"converted_from": {"file": "r.pt", "sha256": "ab"}}, "from `r.pt` (SHA-256 `ab`)"),
+        ({"slm_reference": {"subfolder": "slm"}}, None, "| SLM | in the folder `slm` |"),
+        ({"llm_reference": None}, None, "| LLM | in `model.safetensors` |"),
+        (
+            {"slm_reference": {"subfolder": "slm", "origin": "team/small", "origin_revision": "c" * 40}},
+            None,
+            f"folder `slm`, loaded from [team/small](https://huggingface.co/team/small) at `{'c' * 12}`",
+        ),
+        (
+            {"slm_reference": {"name_or_path": "team/small", "adapter": {"name_or_path": "me/lora"}}},
+            None,
+            "team/small) with the adapter [me/lora](https://huggingface.co/me/lora)",
+        ),
+    ],
+)
+def test_the_card_says_what_the_router_is_and_works_on(directory, changes, provenance, said):
+    put(directory, config=CONFIG | changes)
+    if provenance is not None:
+        put(directory, provenance=provenance)
+    card = card_of(directory)
+    assert said in card.text
+    bases = [name for name in ("team/small", "me/lora", "team/large") if f"co/{name})" in card.text]
+    assert (card.data.base_model, card.data.base_model_relation) == (bases, "adapter")
 
 
-def test_a_model_in_the_repository_that_came_from_a_published_one_names_it(directory):
-    slm = {"subfolder": "slm", "origin": "team/small", "origin_revision": "c" * 40}
-    config = CONFIG | {"router": {"type": "confidence"}, "slm_reference": slm, "llm_reference": {"subfolder": "llm"}}
-    config |= {"slm_config": {"model_type": "llama"}, "llm_config": {"model_type": "llama"}}
-    (directory / "config.json").write_text(json.dumps(config))
-    card = make_card(Facts.read(directory), "me/my-router")
-    assert card.data.base_model == ["team/small"] and card.data.base_model_relation == "adapter"
-    assert f"folder `slm`, loaded from [team/small](https://huggingface.co/team/small) at `{'c' * 12}`" in card.text
-    # Results of this very router say what was measured; without a commit it may have been a directory.
-    router = saved_fingerprint(directory, config)
-    measured = {"name_or_path": "team/large", "revision": "d" * 40}
-    for reference, bases in (
-        (measured, ["team/small", "team/large"]),
-        ({"name_or_path": "models/large"}, ["team/small"]),
-        ({"name_or_path": "large"}, ["team/small"]),
-        (None, ["team/small"]),
-    ):
-        facts = {"routers_sha256": {"confidence": router}, "llm": {"reference": reference}}
-        make_results(ENDS, {"confidence": [point(0.5, 0.1, 0.5)]}, facts).write(directory / "results.json")
-        assert make_card(Facts.read(directory), "me/my-router").data.base_model == bases
-
-
-def test_a_repository_that_holds_both_models_is_named_once(directory):
-    references = {f"{role}_reference": {"name_or_path": "me/held", "subfolder": role} for role in ("slm", "llm")}
-    (directory / "config.json").write_text(json.dumps(CONFIG | references))
-    assert make_card(Facts.read(directory), "me/my-router").data.base_model == ["me/held"]
-
-
-def test_results_of_other_routers_are_not_told_as_this_ones(directory):
-    save_results(directory, method="confidence")
-    card = make_card(Facts.read(directory), "me/my-router")
-    assert card.data.eval_results is None and "do not measure this router (`citer`)" in card.text
+def test_models_that_were_never_published_are_no_base_models(directory):
+    put(directory, config=CONFIG | {f"{role}_reference": {"subfolder": role} for role in ("slm", "llm")})
+    assert card_of(directory).data.base_model is None
+    held = {f"{role}_reference": {"name_or_path": "me/held", "subfolder": role} for role in ("slm", "llm")}
+    put(directory, config=CONFIG | held)
+    assert card_of(directory).data.base_model == ["me/held"]
 
 
 def test_a_card_that_a_person_wrote_is_left_alone(directory):
-    (directory / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
-    write_card(directory, "me/my-router")
-    assert (directory / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
+    mine = "---\nlicense: mit\n---\n# Mine\n"
+    (directory / "README.md").write_text(mine)
+    card_of(directory)
+    assert (directory / "README.md").read_text() == mine
 
 
 def test_a_card_is_written_again_and_keeps_what_a_person_put_into_its_metadata(directory):
-    write_card(directory, "me/my-router", tags=["maths"])
+    card_of(directory, tags=("maths",))
     written = (directory / "README.md").read_text()
     (directory / "README.md").write_text(written.replace("---\n", "---\nlicense: mit\nlanguage: de\n", 1))
-    save_results(directory, method="citer")
-    write_card(directory, "me/my-router")
-    card = ModelCard.load(directory / "README.md")
+    put(directory, results=results({"confidence": None}))
+    card = card_of(directory)
     assert (card.data.license, card.data.language) == ("mit", "de") and "maths" in card.data.tags
     assert card.text.count(GENERATED) == 1 and "88.0%" in card.text
     again = (directory / "README.md").read_text()
-    write_card(directory, "me/my-router")
+    card_of(directory)
     assert (directory / "README.md").read_text() == again
 
 
-def test_a_file_that_is_no_json_is_named(directory):
-    (directory / "provenance.json").write_text("{")
-    with pytest.raises(ValueError, match=r"provenance.json: expected a JSON object"):
-        Facts.read(directory)
+@pytest.mark.parametrize("name", ["provenance", "results"])
+def test_a_file_that_is_no_json_is_named(directory, name):
+    (directory / f"{name}.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"{name}.json: expected a JSON object"):
+        push(directory, "me/my-router")
+
+
+# --- Which files tell of the router ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base models."""
+    folder = tmp_path_factory.mktemp("models")
+    save_base_models(folder)
+    return folder
+
+
+def make_pair(root: Path, router: Any = "mlp", seed: int = 0, **options: Any) -> CiterForCausalLM:
+    torch.manual_seed(seed)
+    return CiterForCausalLM.from_pair(root / "slm", root / "llm", router=router, **options)
+
+
+@pytest.mark.parametrize(
+    ("router", "options"),
+    [
+        ("mlp", {}),
+        ({"type": "mlp", "top_logprobs": 4, "batch_norm": True}, {}),
+        ("linear", {"dtype": torch.bfloat16}),
+        ("confidence", {}),
+        ("r2r", {}),
+    ],
+    ids=str,
+)
+def test_a_saved_router_has_the_sha256_that_runs_name(root, tmp_path, router, options):
+    pair = make_pair(root, router, **options)
+    pair.save_pretrained(tmp_path)
+    loaded = CiterForCausalLM.from_pretrained(tmp_path, **options)
+    shas = {provenance(one)["router_sha256"] for one in (pair, loaded)}
+    assert shas == {file_sha256(tmp_path / "model.safetensors")}
+    assert (None in shas) is (router == "confidence")
+
+
+def test_the_provenance_of_the_shipped_pair_is_of_its_router():
+    found = facts_of(PAIR, lambda name: file if (file := PAIR / name).is_file() else None, "here")
+    assert set(found) == {"provenance.json", "training.png"}
+
+
+def test_of_several_routers_the_card_shows_the_one_that_is_here(root, directory):
+    pair, other = make_pair(root, router_threshold=0.75), make_pair(root, seed=1)
+    pair.save_pretrained(directory)
+    here, there = router_sha256(pair.router), router_sha256(other.router)
+    put(directory, results=results({"citer-plus": there, "co-llm": here, "confidence": None}))
+    found = {one.metric_type: one.metric_value for one in card_of(directory).data.eval_results}
+    assert found["accuracy"] == pytest.approx(0.78)
+    # A mean over routers of different seeds is of each of them.
+    runs = [{"routers_sha256": {"citer-plus": sha256}} for sha256 in (there, here)]
+    put(directory, results=results({"citer-plus": None}, runs=runs))
+    assert "Means over 2 routers" in card_of(directory).text
+
+
+@pytest.mark.parametrize("told", [{"router_sha256": "0" * 64}, {"router_sha256": None}, {}], ids=str)
+def test_files_of_other_routers_are_left_out_with_one_warning(root, directory, caplog, told):
+    make_pair(root).save_pretrained(directory)
+    routers = {"citer": told["router_sha256"]} if "router_sha256" in told else {}
+    put(directory, results=results(routers, **told), provenance={"objective": "citer-plus", **told})
+    (directory / "curve.png").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        card = card_of(directory)
+    assert card.data.eval_results is None and "Not measured" in card.text and "does not say how" in card.text
+    (message,) = caplog.messages
+    assert all(name in message for name in ALL_FACTS) and str(directory) in message
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("confidence", True), ("entropy", False)])
+def test_a_router_without_weights_is_known_by_its_kind(directory, kind, shown):
+    put(directory, results=results({kind: None}), provenance={"router_sha256": None, "router": {"type": kind}})
+    assert (card_of(directory).data.eval_results is not None) is shown
+
+
+# --- What is not pushed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no router directory: it has no config.json"),
+        ({"model_type": "llama"}, "expected a router repository, got a llama model"),
+        (
+            CONFIG | {"llm_reference": {"name_or_path": "/models/large"}},
+            "llm: the router refers to the directory /models/large of this machine",
+        ),
+        (CONFIG | {"slm_reference": {"name_or_path": "."}}, "slm: the router refers to the directory"),
+        (
+            CONFIG | {"slm_reference": {"name_or_path": "team/small", "adapter": {"name_or_path": "/lora"}}},
+            "slm: the router refers to the directory /lora",
+        ),
+    ],
+    ids=["empty", "no router", "absolute path", "relative path", "adapter"],
+)
+def test_what_nobody_else_could_load_is_not_pushed(directory, config, message):
+    (directory / "config.json").unlink()
+    if config is not None:
+        put(directory, config=config)
+    result = invoke("push", directory, "me/router")
+    assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (directory / "README.md").exists()
+
+
+def test_a_link_out_of_the_directory_is_not_pushed(root, directory, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (directory / "results.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="is a link out of the directory"):
+        push(directory, "me/router")
+    make_pair(root, "confidence").save_pretrained(directory)
+    pair = CiterForCausalLM.from_pretrained(directory)
+    pair.save_pretrained(tmp_path / "new", save_base_models=True)
+    with pytest.raises(ValueError, match="is a link out of the directory"):
+        push_model(pair, str(tmp_path / "new"), "me/router")
+
+
+def test_wrong_options_are_said_before_the_hub_is_asked(directory):
+    with pytest.raises(TypeError, match="privat"):
+        push(directory, "me/router", privat=True)

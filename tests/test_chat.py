@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from citer_hf import CiterCache, CiterForCausalLM
-from citer_hf.chat import StopOnInterrupt, answer, obey
-from citer_hf.conversation import Conversation, Turn, common_prefix, plain_text
+from citer_hf.chat import Conversation, StopOnInterrupt, Turn, answer, common_prefix, obey, plain_text
 from citer_hf.terminal import Paint
 from tests.chat_pairs import TEMPLATE, chat_pair
 
@@ -253,3 +252,27 @@ def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
     assert conversation.context is None
     assert len(ask(conversation, MESSAGES[0])) == 12
     assert isinstance(conversation.cache, CiterCache)
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 3},
+        {"stop_strings": ["b"]},
+        {"cache_implementation": "static"},
+        {"num_beams": 2},
+        {"output_scores": True, "return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+def test_a_published_generation_config_does_not_change_the_chat(published: dict[str, Any]) -> None:
+    model, plain = chat_pair(), chat_pair()
+    model.generation_config.update(**published)
+    conversation = converse(model)
+    for text in MESSAGES[:2]:
+        before = [*conversation.messages, {"role": "user", "content": text}]
+        expected = fresh_answer(plain, before, TEMPLATE, 0.5)
+        if stop := published.get("stop_strings"):
+            expected = expected.partition(stop[0])[0] + stop[0] if stop[0] in expected else expected
+        assert ask(conversation, text) == expected

@@ -1,22 +1,52 @@
-"""`citer` and `citer chat`, as a user and as a script meet them."""
+"""`citer`, as a user and as a script meet it: options, loading, errors, and `citer chat`."""
 
 from __future__ import annotations
 
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+import torch
+import typer
+from typer.testing import CliRunner
 
 import citer_hf.demo
+from citer_hf import CiterForCausalLM
+from citer_hf.cli import COMMANDS, plain_errors
+from citer_hf.options import Of, Options, expanded
+from citer_hf.runs import option
 from tests.chat_pairs import chat_pair, invoke, save_demo_pair
 
 CITER = [sys.executable, "-m", "citer_hf.cli"]
+# The options of each command by their names, which scripts rely on.
+PAIR = "--revision --slm --llm --router --slm-quantization --llm-quantization --dtype --trust-remote-code"
+DATA = "--data --checker --map --split --limit --max-new-tokens --batch-tokens --seed"
+FLAGS = {
+    "demo": "--seed --problems --router-threshold --json --export --split",
+    "chat": f"{PAIR} --device-map --router-threshold --max-new-tokens --system",
+    "label": f"{PAIR} --device-map {DATA} --out --router-threshold --rollouts",
+    "train": f"{PAIR} --device-map --labels --out --objective --rounds --data --checker --rollouts --learning-rate "
+    "--epochs --batch-size --report-to --seed",
+    "evaluate": f"{PAIR} --device-map {DATA} --out --baselines --compare --methods --shares --thresholds",
+    "calibrate": f"{PAIR} --device-map {DATA} --llm-share --accuracy --write --out",
+    "bench": f"{PAIR} --device --shares --thresholds --prompts --prompt-length --batch-size --max-new-tokens "
+    "--repeats --warmup --cache-implementation --seed --released-loop --no-assisted --json --plot --simulate --gpu "
+    "--bandwidth --slm-bits --llm-bits --tensor-parallel --replicas",
+    "serve": f"{PAIR} --device-map --host --port --router-threshold --max-new-tokens --max-request-bytes "
+    "--max-waiting --timeout --cache-implementation",
+    "convert": "--slm --llm --out --router-threshold --trust-remote-code",
+    "push": "--private --create-pr --revision --commit-message --commit-description --tag",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +62,265 @@ def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pair"
 
 
+# --- Help and options -----------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_in_full_and_imports_none() -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from citer_hf.cli import app
+print(CliRunner().invoke(app, ["-h"], terminal_width=150).stdout)
+print("imported", [name for name in ("datasets", "citer_hf.evaluation", "citer_hf.hub") if name in sys.modules])
+"""
+    environment = {**os.environ, "COLUMNS": "150"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert all(f"  {name} " in done.stdout for name in FLAGS) and set(FLAGS) == set(COMMANDS)
+    assert "..." not in done.stdout.partition("Commands:")[2] and "imported []" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_options_keep_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    found = set(re.findall(r"(?<![\w-])--[\w-]+", invoke(name, "-h").stdout))
+    assert set(FLAGS[name].split()) - found == set()
+
+
+def test_the_version() -> None:
+    assert invoke("--version").stdout == f"{citer_hf.__version__}\n"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One field of each kind."""
+
+    place: str | None = option(None, "Where.", "PLACE", argument=True)
+    shares: tuple[float, ...] = option((0.1, 0.2), "Shares.", "P,...")
+    names: Sequence[str] | None = option(None, "Names.", "NAME,...")
+    folders: Sequence[Path] = option((), "Folders.", "DIR", flag="--folder")
+    columns: Mapping[str, str] | None = option(None, "Columns.", "FIELD=COLUMN", flag="--map")
+    size: int = option(3, "A size.", "N", min=1)
+    fast: bool = option(True, "Fast.")
+    loud: bool = option(False, "Loud.")
+
+    def __post_init__(self) -> None:
+        if self.size == 13:
+            raise ValueError("size: anything but 13.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ("", {}),
+        ("here --shares 0.5,1 --names a,b", {"place": "here", "shares": (0.5, 1.0), "names": ("a", "b")}),
+        ("--folder a --folder b", {"folders": [Path("a"), Path("b")]}),
+        ("--map a=b --map c=d=e", {"columns": {"a": "b", "c": "d=e"}}),
+        ("--size 4 --no-fast --loud", {"size": 4, "fast": False, "loud": True}),
+        ("--size 0", "--size"),
+        ("--size 13", "Error: size: anything but 13."),
+        ("--shares 0.5,x", "expected numbers separated by commas"),
+        ("--map a", "expected FIELD=COLUMN"),
+        ("--no-loud", "No such option"),
+    ],
+    ids=str,
+)
+def test_the_fields_of_a_dataclass_are_the_options(
+    monkeypatch: pytest.MonkeyPatch, arguments: str, given: dict[str, Any] | str
+) -> None:
+    seen = []
+    monkeypatch.setattr(Of, "load", lambda self: Sample)
+    one = typer.Typer(rich_markup_mode=None)
+
+    def run(options) -> None:
+        seen.append(options)
+
+    run.__annotations__ = {"options": Annotated[Options, Of("of.Sample")]}
+    one.command()(expanded(run, plain_errors))
+    result = CliRunner().invoke(one, arguments.split())
+    if isinstance(given, str):
+        assert result.exit_code in (1, 2) and given in result.stderr and not seen
+    else:
+        assert seen == [{"size": 3, "fast": True, "loud": False} | given]
+        help_text = " ".join(CliRunner().invoke(one, ["--help"]).stdout.split())
+        assert "Shares. [default: 0.1,0.2]" in help_text and "--fast / --no-fast" in help_text
+
+
+# --- Loading --------------------------------------------------------------------------------------------------------
+
+
+class StoppedError(ValueError):
+    pass
+
+
 @pytest.fixture
-def in_place_of_the_shipped(demo_pair: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def loading(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What loading was asked for; nothing is loaded."""
+    asked: list[tuple[Any, ...]] = []
+
+    def note(*arguments: Any, **keywords: Any) -> None:
+        asked.append((arguments, keywords))
+        raise StoppedError("stopped")
+
+    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", note)
+    monkeypatch.setattr(CiterForCausalLM, "from_pair", note)
+    return asked
+
+
+DEFAULT = {"dtype": "auto", "device_map": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "keywords"),
+    [
+        ("me/router --revision v2 --dtype bfloat16", ["me/router"], {"revision": "v2", "dtype": "bfloat16"}),
+        (
+            "me/router --trust-remote-code --device-map cpu",
+            ["me/router"],
+            {"trust_remote_code": True, "device_map": "cpu"},
+        ),
+        (
+            'me/router --slm revision=v2 --slm trust_remote_code=true --llm name_or_path=llm --llm max_memory={"0":1}',
+            ["me/router"],
+            {
+                "slm_revision": "v2",
+                "slm_trust_remote_code": True,
+                "llm_name_or_path": "llm",
+                "llm_max_memory": {"0": 1},
+            },
+        ),
+        ("--slm me/slm --llm me/llm", ["me/slm", "me/llm"], {"router": "confidence"}),
+        (
+            "--slm me/slm --slm subfolder=a=b --llm ./llm --router me/router",
+            ["me/slm", "./llm"],
+            {"router": "me/router", "slm_subfolder": "a=b"},
+        ),
+    ],
+)
+def test_every_keyword_of_loading_can_be_given(
+    loading: list[tuple[Any, ...]], arguments: str, names: list[str], keywords: dict[str, Any]
+) -> None:
+    assert invoke("chat", *arguments.split()).stderr == "Error: stopped\n"
+    assert loading == [(tuple(names), DEFAULT | keywords)]
+
+
+@pytest.mark.parametrize(("name", "bits"), [("nf4", 4), ("int4", 4), ("int8", 8)])
+def test_either_model_can_be_quantized(loading: list[tuple[Any, ...]], name: str, bits: int) -> None:
+    for role in ("slm", "llm"):
+        invoke("chat", "me/router", f"--{role}-quantization", name)
+        quantization = loading[-1][1][f"{role}_quantization_config"]
+        assert (quantization.load_in_4bit, quantization.load_in_8bit) == (bits == 4, bits == 8)
+        assert bits == 8 or quantization.bnb_4bit_quant_type == "nf4"
+
+
+def test_a_quantized_pair_chats(chat_directory: Path) -> None:
+    result = invoke(
+        "chat", chat_directory, "--llm-quantization", "int8", "--max-new-tokens", 2, text="hello\n/stats\n"
+    )
+    assert result.exit_code == 0 and "2 tokens" in result.stdout
+
+
+def test_a_pair_of_two_models_chats_and_a_moved_model_is_found(demo_pair: Path, tmp_path: Path) -> None:
+    slm, llm = (shutil.copytree(demo_pair.parent / role, tmp_path / role) for role in ("slm", "llm"))
+    result = invoke("chat", "--slm", slm, "--llm", llm, "--router", "entropy", text="/exit\n")
+    assert result.exit_code == 0 and "Threshold 0.5." in result.stdout
+    CiterForCausalLM.from_pair(slm, llm).save_pretrained(tmp_path / "router")
+    llm.rename(tmp_path / "moved")
+    lost = invoke("chat", tmp_path / "router", text="/exit\n")
+    assert lost.exit_code == 1 and "llm_name_or_path" in lost.stderr and lost.stderr.count("Error: ") == 1
+    found = invoke("chat", tmp_path / "router", "--llm", f"name_or_path={tmp_path / 'moved'}", text="/exit\n")
+    assert found.exit_code == 0
+
+
+def test_demo_is_the_name_of_the_shipped_pair(
+    demo_pair: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(citer_hf.demo, "PAIR", demo_pair)
-    return demo_pair
+    result = invoke("chat", "demo", "--max-new-tokens", 4, text="Eva has 2 apples.\n/stats\n")
+    assert result.exit_code == 0 and "4 tokens" in result.stdout
+    monkeypatch.setattr(citer_hf.demo, "PAIR", tmp_path / "gone")
+    result = invoke("demo")
+    assert result.exit_code == 1 and "gone" in result.stderr and result.stderr.count("\n") == 1
+
+
+# --- Errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("chat", 1, "MODEL, --slm, --llm: expected MODEL"),
+        ("chat --slm a", 1, "MODEL, --slm, --llm: expected MODEL"),
+        ("chat me/router --slm a --llm b", 1, "MODEL, --slm, --llm: expected MODEL"),
+        ("chat me/router --router mlp", 1, "MODEL, --slm, --llm: expected MODEL"),
+        ("chat --slm a --llm b --revision v2", 1, "MODEL, --slm, --llm: expected MODEL"),
+        ("chat {pair} --dtype fp16", 1, "--dtype: expected auto, float32, bfloat16 or float16, got 'fp16'"),
+        ("chat {pair} --llm dtype=Tensor", 1, "expected auto, float32, bfloat16 or float16, got 'Tensor'"),
+        ("chat {pair} --device-map abacus", 1, "abacus"),
+        ("chat {pair} --slm-quantization q4", 1, "--slm-quantization: expected nf4 or int8, got 'q4'"),
+        ("chat {pair} --router-threshold 70", 1, "70"),
+        ("chat {pair} --router-threshold -0.1", 1, "-0.1"),
+        ("chat {pair} --max-new-tokens 0", 1, "max_new_tokens"),
+        ("chat {pair} --max-new-tokens x", 2, "valid integer"),
+        ("chat {pair} --slm abacus=3", 1, "abacus"),
+        ("chat {tmp}", 1, "{tmp}"),
+        ("chat ./nothing", 1, "nothing"),
+        ("chat {pair}/slm", 1, "{pair}/slm"),
+        ("serve {pair} --router-threshold 70", 1, "70"),
+        ("convert a.pt --slm a --llm b --out c --router-threshold nan", 1, "nan"),
+        ("bench {pair} --gpu h100", 1, "--gpu: it has no effect without --simulate"),
+        ("bench {pair} --simulate --gpu h100 --repeats 2", 1, "--repeats: it has no effect with --simulate"),
+        ("bench {pair} --simulate --gpu h100 --device cpu", 1, "--device: it has no effect with --simulate"),
+        ("demo --export x --json", 1, "--export only writes the problems"),
+        ("demo --split train", 1, "--split is for --export"),
+        ("chatt", 2, "No such command"),
+    ],
+)
+def test_wrong_input_is_one_line_that_says_what_to_do(
+    chat_directory: Path, tmp_path: Path, arguments: str, status: int, message: str
+) -> None:
+    places = {"pair": str(chat_directory), "tmp": str(tmp_path)}
+    result = invoke(*arguments.format(**places).split())
+    assert result.exit_code == status and message.format(**places) in result.stderr and not result.stdout
+    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
+    assert status == 2 or result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("a\n b"), "Error: a b\n"),
+        (torch.OutOfMemoryError("the LLM does not fit"), "Error: the LLM does not fit\n"),
+        (
+            ModuleNotFoundError("no", name="datasets"),
+            "Error: datasets is not installed: pip install 'citer-hf[train]'\n",
+        ),
+        (KeyboardInterrupt(), "Interrupted.\n"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, message: str) -> None:
+    with pytest.raises(typer.Exit) as raised, plain_errors(extra="train"):
+        raise error
+    assert raised.value.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert capsys.readouterr().err == message
+
+
+def test_faults_of_the_program_are_no_errors_of_the_user() -> None:
+    for error in (RuntimeError("a fault"), BrokenPipeError(), TypeError("a fault")):
+        with pytest.raises(type(error)), plain_errors():
+            raise error
+
+
+def test_interrupted_work_says_how_to_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / ".work").mkdir()
+    with pytest.raises(typer.Exit) as raised, plain_errors(tmp_path):
+        raise KeyboardInterrupt
+    assert raised.value.exit_code == 130
+    line = f"Interrupted. The work so far is kept in {tmp_path}: run the same command to resume.\n"
+    assert capsys.readouterr().err == line
+
+
+# --- citer chat -----------------------------------------------------------------------------------------------------
 
 
 def test_chat_from_a_pipe(chat_directory: Path) -> None:
@@ -61,52 +346,12 @@ def test_the_threshold_of_the_command_line(chat_directory: Path) -> None:
     assert "Threshold 0." in result.stdout and "8 by the SLM, 0 by the LLM" in result.stdout
 
 
-def test_demo_is_the_name_of_the_shipped_pair(in_place_of_the_shipped: Path) -> None:
-    result = invoke("chat", "demo", "--max-new-tokens", 4, text="Eva has 2 apples.\n/stats\n")
-    assert result.exit_code == 0 and "4 tokens" in result.stdout
-
-
-def test_chat_refuses_what_is_no_router(demo_pair: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    for name in (demo_pair / "slm", tmp_path, tmp_path / "nothing", tmp_path / "file", "./nothing"):
-        result = invoke("chat", name)
-        assert result.exit_code == 1 and not result.stdout
-        assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
-        (["--router-threshold", "-0.1"], 2),
-        (["--max-new-tokens", "0"], 2),
-        (["--dtype", "float99"], 1),
-        (["--device-map", "abacus"], 1),
-    ],
-    ids=str,
-)
-def test_chat_refuses_what_means_nothing(chat_directory: Path, arguments: list[str], status: int) -> None:
-    result = invoke("chat", chat_directory, *arguments)
-    assert result.exit_code == status
-    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
-
-
 def test_a_pair_without_a_tokenizer_cannot_chat(tmp_path: Path) -> None:
     model = chat_pair()
     model._tokenizer = None
     model.save_pretrained(tmp_path / "mute", save_base_models=True)
     result = invoke("chat", tmp_path / "mute")
     assert result.exit_code == 1 and "has no tokenizer" in result.stderr
-
-
-def test_a_shipped_pair_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(citer_hf.demo, "PAIR", tmp_path / "gone")
-    result = invoke("demo")
-    assert result.exit_code == 1 and "gone" in result.stderr and result.stderr.count("\n") == 1
-
-
-def test_help_names_the_commands() -> None:
-    done = subprocess.run([*CITER, "--help"], capture_output=True, text=True, check=True)
-    assert "demo" in done.stdout and "chat" in done.stdout and not done.stderr
 
 
 class Terminal:

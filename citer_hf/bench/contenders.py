@@ -1,187 +1,322 @@
-"""Everything that writes the same number of tokens after the same prompts."""
+"""The contenders of the bench: every way to decode the same number of tokens after the same prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
-from .forced import ForcedRouter, decides_by, forced_numbers, replayed_numbers
-from .loops import floor_loop, released_loop
-from .options import BenchOptions, Setting
-from .prompts import Batch
-
-__all__ = ["ALONE", "ASSISTED", "CITER", "FLOOR", "LOCK_STEP", "RELEASED", "SLM", "Contender", "Text", "contenders"]
+from citer_hf import CiterForCausalLM
+from citer_hf.model.compat import cache_argument
 
 ALONE, SLM, ASSISTED = "LLM alone", "SLM alone", "assisted generation"
 CITER, LOCK_STEP, FLOOR, RELEASED = "CITER", "CITER in lock-step", "floor", "released loop"
 
 
 @dataclass(frozen=True)
-class Text:
-    """What one contender wrote after one batch of prompts."""
+class Setting:
+    """How the pair decides: by a forced LLM share, or by its own router at a threshold."""
 
-    tokens: torch.Tensor
-    to_llm: torch.Tensor | None = None
+    label: str
+    router_threshold: float
+    share: float | None = None
 
 
-# Takes a batch, its number, and whether to stop after the first step.
-Decode = Callable[[Batch, int, bool], Text]
+def settings_of(shares: Sequence[float], thresholds: Sequence[float]) -> list[Setting]:
+    """Return each setting once, in the order given; the threshold of a forced router is the share itself."""
+    # Forced scores lie between 0 and 1; one close to 1 could be rounded to 1.
+    forced = [Setting(f"share {share:g}", 2.0 if share == 1 else share, share) for share in shares]
+    return list(dict.fromkeys([*forced, *(Setting(f"threshold {one:g}", one) for one in thresholds)]))
+
+
+# --- Prompts --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to decode."""
+class Batch:
+    """Prompts that are continued together, padded on the left: `[sequences, length]`."""
 
-    kind: str
-    decode: Decode
-    setting: Setting | None = None
-    required: bool = True
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    number: int = 0
 
     @property
-    def name(self) -> str:
-        """What the table calls it."""
-        return self.kind if self.setting is None else f"{self.kind}, {self.setting.label}"
+    def sequences(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.input_ids.shape[1]
 
 
-class Decisions:
-    """Who wrote each token of a setting's texts, for everything that follows the same decisions."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Setting, int], torch.Tensor] = {}
-
-    def note(self, contender: Contender, number: int, text: Text) -> None:
-        """Keep what a pair has decided."""
-        if contender.setting is not None and contender.kind == CITER and text.to_llm is not None:
-            self._known[contender.setting, number] = text.to_llm
-
-    def of(self, setting: Setting, number: int) -> torch.Tensor:
-        """Return the decisions of a setting, bool `[rows, new_tokens]`."""
-        return self._known[setting, number]
+def random_batch(vocab_size: int, length: int, sequences: int, seed: int = 0) -> Batch:
+    """Return prompts of random tokens."""
+    generator = torch.Generator().manual_seed(seed % (1 << 63))
+    input_ids = torch.randint(0, vocab_size, (sequences, length), generator=generator)
+    return Batch(input_ids, torch.ones_like(input_ids))
 
 
-def contenders(model: Any, options: BenchOptions, decisions: Decisions) -> list[Contender]:
-    """Return everything that is to be compared, in an order in which each finds the decisions that it follows."""
-    every = [
-        Contender(ALONE, generates(model.llm, options)),
-        Contender(SLM, generates(model.slm, options)),
-    ]
-    if options.assisted:
-        # transformers refuses static caches there.
-        dynamic = replace(options, cache_implementation=None) if options.static else options
-        every.append(Contender(ASSISTED, generates(model.llm, dynamic, assistant_model=model.slm), required=False))
-    floor = partial(floor_loop, static=options.static)
-    for setting in options.settings:
-        every.append(Contender(CITER, routes(model, options, setting), setting))
-        if options.batch_size > 1:
-            repeats = routes(model, options, setting, decisions, waiting_rows=1)
-            every.append(Contender(LOCK_STEP, repeats, setting, False))
-        every.append(Contender(FLOOR, follows(floor, model, options, setting, decisions), setting))
-        if options.released_loop:
-            every.append(Contender(RELEASED, follows(released_loop, model, options, setting, decisions), setting))
-    return every
+def padded_batches(token_ids: list[list[int]], sequences: int) -> list[Batch]:
+    """Return full batches; the last one is filled up with prompts from the beginning."""
+    batches: list[Batch] = []
+    for start in range(0, len(token_ids), sequences):
+        prompts = [token_ids[index % len(token_ids)] for index in range(start, start + sequences)]
+        width = max(map(len, prompts))
+        padded = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        batches.append(Batch(padded, mask, len(batches)))
+    return batches
 
 
-def generates(model: Any, options: BenchOptions, **keywords: Any) -> Decode:
-    """Decode with `generate` of one model."""
-
-    def decode(batch: Batch, number: int, first_only: bool) -> Text:
-        device = model.device
-        output = model.generate(
-            batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            **limits(options, first_only),
-            **keywords,
-        )
-        return Text(output[:, batch.length :])
-
-    return decode
-
-
-def routes(
-    model: Any, options: BenchOptions, setting: Setting, decisions: Decisions | None = None, **keywords: Any
-) -> Decode:
-    """Decode with `generate` of the pair."""
-    # Of each batch, made when it is decoded for the first time, which nobody times.
-    routers: dict[int, ForcedRouter] = {}
-
-    def router_of(batch: Batch, number: int) -> ForcedRouter | None:
-        if setting.share is None:
-            return None
-        if number not in routers:
-            tokens = batch.rows * options.max_new_tokens
-            routers[number] = ForcedRouter(
-                forced_numbers(tokens, options.seed, number)
-                if decisions is None
-                else replayed_numbers(decisions.of(setting, number))
-            )
-        routers[number].reset()
-        return routers[number]
-
-    def decode(batch: Batch, number: int, first_only: bool) -> Text:
-        with decides_by(model, router_of(batch, number)):
-            output = model.generate(
-                batch.input_ids,
-                attention_mask=batch.attention_mask,
-                router_threshold=setting.router_threshold,
-                return_dict_in_generate=True,
-                **limits(options, first_only),
-                **keywords,
-            )
-        return Text(output.sequences[:, batch.length :], output.past_key_values.routing.to_llm)
-
-    return decode
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts: one a line, JSON lines with a `prompt`, or one JSON list of texts or of such objects."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts: expected a text file with one prompt a line, got {path}: {error}.") from None
+    lines = [line for line in text.split("\n") if line.strip()]
+    entries: list[Any] = lines
+    # A line that begins with a brace is a prompt like any other, unless the whole file looks like JSON lines.
+    if path.suffix == ".jsonl" or all(line.lstrip().startswith("{") for line in lines):
+        entries = [_json(line) for line in lines]
+    elif isinstance(whole := _json(text), list) and all(isinstance(entry, str | dict) for entry in whole):
+        entries = whole or lines
+    prompts: list[Any] = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
+    wrong = [number for number, prompt in enumerate(prompts, 1) if not isinstance(prompt, str) or not prompt]
+    if wrong or not prompts:
+        got = f"entry {wrong[0]}: {str(entries[wrong[0] - 1])[:60]}" if wrong else "an empty file"
+        raise ValueError(f'--prompts: {path}: expected texts or JSON objects {{"prompt": "text"}}, got {got}.')
+    return prompts
 
 
-def follows(
-    loop: Callable[[Any, Batch, torch.Tensor, int], torch.Tensor],
-    model: Any,
-    options: BenchOptions,
-    setting: Setting,
-    decisions: Decisions,
-) -> Decode:
-    """Decode with a loop that follows what the pair has decided before."""
-
-    def decode(batch: Batch, number: int, first_only: bool) -> Text:
-        to_llm = decisions.of(setting, number)
-        return Text(loop(model, batch, to_llm, 1 if first_only else options.max_new_tokens), to_llm)
-
-    return decode
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
-def limits(options: BenchOptions, first_only: bool) -> dict[str, Any]:
-    """Return the keywords of `generate` that say how long the text is."""
-    if first_only and options.static:
-        # A criterion of one's own would keep the pair from its static path; the first token needs no other pass.
-        return {"max_new_tokens": 1, "cache_implementation": options.cache_implementation}
-    keywords: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
-    if options.cache_implementation is not None:
-        keywords["cache_implementation"] = options.cache_implementation
-    if first_only:
-        keywords["stopping_criteria"] = StoppingCriteriaList([stop_at_once])
-    return keywords
+# --- Contenders -----------------------------------------------------------------------------------------------------
 
 
-def stop_at_once(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-    """Stop every row; a stopping criterion."""
-    return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+class ForcedRouter(nn.Module):
+    """A router whose scores are known beforehand, given in the order of the calls."""
+
+    def __init__(self, scores: torch.Tensor):
+        super().__init__()
+        self.scores, self.given = scores, 0
+
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the next scores, one for each position of `hidden` `[..., H]`."""
+        shape = hidden.shape[:-1]
+        if self.given + shape.numel() > self.scores.numel():
+            self.given = 0
+        self.given += shape.numel()
+        return self.scores[self.given - shape.numel() : self.given].view(shape)
+
+
+def forced_scores(tokens: int, seed: int = 0, batch: int = 0) -> torch.Tensor:
+    """Return scores of which `router_threshold=p` sends the share p to the LLM, as exactly as the length allows."""
+    # Batch 1 of seed 0 differs from batch 0 of seed 1. Sequences that wait for the LLM are scored again: four turns.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + batch) % (1 << 63))
+    order = torch.rand(4, tokens, generator=generator).argsort(dim=1)
+    return ((order + 0.5) / tokens).flatten()
 
 
 @contextmanager
-def greedy_without_end(model: Any) -> Iterator[None]:
-    """Let the pair and both models decode greedily to the last token: all texts are of equal length."""
+def greedy_without_end(model: CiterForCausalLM, disable_compile: bool = False) -> Iterator[None]:
+    """Let the pair and both models decode greedily without end tokens, so that all outputs are of equal length."""
     parts = (model, model.slm, model.llm)
     before = [part.generation_config for part in parts]
     for part in parts:
-        pad = part.generation_config.pad_token_id
-        part.generation_config = GenerationConfig(do_sample=False, pad_token_id=0 if pad is None else pad)
+        wanted = {"do_sample": False, "pad_token_id": part.generation_config.pad_token_id or 0}
+        part.generation_config = GenerationConfig(**wanted, disable_compile=disable_compile)
     try:
         yield
     finally:
         for part, config in zip(parts, before, strict=True):
             part.generation_config = config
+
+
+# New tokens `[sequences, new_tokens]`, and which of them the LLM decided.
+Output = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to decode a number of new tokens after a batch of prompts."""
+
+    kind: str
+    decode: Callable[[Batch, int], Output]
+    setting: Setting | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.setting is None else f"{self.kind}, {self.setting.label}"
+
+
+@dataclass
+class Decoders:
+    """All ways to decode with a pair. The loops repeat the decisions that the pair made in its first run."""
+
+    model: CiterForCausalLM
+    new_tokens: int
+    cache_implementation: str | None = None
+    seed: int = 0
+    decisions: dict[tuple[Setting, int], torch.Tensor] = field(default_factory=dict)
+
+    def contenders(
+        self, settings: Sequence[Setting], lock_step: bool = False, assisted: bool = False, released_loop: bool = False
+    ) -> list[Contender]:
+        """Return everything that is compared, each contender after the one whose decisions it repeats."""
+        slm, llm = self.model.slm, self.model.llm
+        found = [Contender(ALONE, partial(self.alone, llm)), Contender(SLM, partial(self.alone, slm))]
+        if assisted:
+            found.append(Contender(ASSISTED, partial(self.alone, llm, assistant_model=slm, cache_implementation=None)))
+        for setting in settings:
+            found.append(Contender(CITER, partial(self.citer, setting), setting))
+            if lock_step:
+                found.append(Contender(LOCK_STEP, partial(self.citer, setting, waiting_rows=1), setting))
+            found.append(Contender(FLOOR, partial(self.floor, setting), setting))
+            if released_loop:
+                found.append(Contender(RELEASED, partial(self.released, setting), setting))
+        return found
+
+    def alone(self, model: PreTrainedModel, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
+        """Decode with `generate` of one model."""
+        prompt, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+        keywords = {"cache_implementation": self.cache_implementation, **keywords}
+        output = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, **keywords)
+        return output[:, batch.length :], None
+
+    def citer(self, setting: Setting, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
+        """Decode with `generate` of the pair; with keywords, repeat the decisions of the pair without them."""
+        own = self.model.router
+        if setting.share is not None:
+            scores = forced_scores(batch.sequences * self.new_tokens, self.seed, batch.number)
+            if keywords:
+                # In lock-step scores are asked for column by column.
+                scores = (~self.decided(setting, batch)).T.flatten().float()
+            self.model.router = ForcedRouter(scores.to(self.model.slm.device))
+        try:
+            output: Any = self.model.generate(
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=new_tokens,
+                cache_implementation=self.cache_implementation,
+                router_threshold=setting.router_threshold,
+                return_dict_in_generate=True,
+                **keywords,
+            )
+        finally:
+            self.model.router = own
+        to_llm = output.past_key_values.routing.to_llm
+        self.decisions.setdefault((setting, batch.number), to_llm)
+        return output.sequences[:, batch.length :], to_llm
+
+    def decided(self, setting: Setting, batch: Batch) -> torch.Tensor:
+        """Return the decisions that the pair made, bool `[sequences, new_tokens]`."""
+        if (setting, batch.number) not in self.decisions:
+            raise ValueError(f"it repeats the decisions of {CITER}, {setting.label}, which failed.")
+        return self.decisions[setting, batch.number]
+
+    @torch.no_grad()
+    def floor(self, setting: Setting, batch: Batch, new_tokens: int) -> Output:
+        """Decode greedily with the two bare models and known decisions: no router, no processors, no checks."""
+        to_llm = self.decided(setting, batch)
+        text = torch.cat([batch.input_ids, batch.input_ids.new_zeros(batch.sequences, new_tokens)], dim=1)
+        by_llm = to_llm.to(text.device)
+        some, every = by_llm.any(0).tolist(), by_llm.all(0).tolist()
+        static = self.cache_implementation == "static"
+        slm, llm = (BareModel(one, batch, new_tokens, static) for one in (self.model.slm, self.model.llm))
+        for step in range(new_tokens):
+            end = batch.length + step
+            tokens = slm.next_tokens(text, end, self.model.vocab_size)
+            if some[step]:
+                from_llm = llm.next_tokens(text, end, self.model.vocab_size)
+                tokens = from_llm if every[step] else torch.where(by_llm[:, step], from_llm, tokens)
+            text[:, end] = tokens
+        return text[:, batch.length :], to_llm
+
+    def released(self, setting: Setting, batch: Batch, new_tokens: int) -> Output:
+        """Decode as the method's released code does, by its description: one call of `generate` for each token."""
+        to_llm, slm, llm = self.decided(setting, batch), self.model.slm, self.model.llm
+        text, mask = batch.input_ids, batch.attention_mask
+        cache = cache_argument(slm, DynamicCache(config=slm.config))
+        for step in range(new_tokens):
+            output = slm.generate(text, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True, **cache)
+            tokens = output.sequences[:, -1]
+            rows = to_llm[:, step].nonzero().squeeze(1).to(text.device)
+            if rows.numel():
+                prompt, seen = text[rows].to(llm.device), mask[rows].to(llm.device)
+                from_llm = llm.generate(prompt, attention_mask=seen, max_new_tokens=1, use_cache=False)
+                tokens[rows] = from_llm[:, -1].to(tokens.device)
+            text = torch.cat([text, tokens[:, None]], dim=1)
+            mask = torch.cat([mask, mask.new_ones(batch.sequences, 1)], dim=1)
+        return text[:, batch.length :], to_llm
+
+
+class BareModel:
+    """One model and its cache, without `generate`."""
+
+    def __init__(self, model: PreTrainedModel, batch: Batch, new_tokens: int, static: bool = False):
+        self.model, self.static, self.seen, longest = model, static, 0, batch.length + new_tokens
+        cache = StaticCache(model.config, max_cache_len=longest) if static else DynamicCache(config=model.config)
+        compiles = static and model.device.type == "cuda" and not model.generation_config.disable_compile
+        self.step = model.get_compiled_call(None) if compiles else model
+        self.keywords = {**cache_argument(model, cache), "use_cache": True, **last_logits_only(model)}
+        # Without padding the models count positions by themselves.
+        self.mask = self.positions = None
+        if not bool(batch.attention_mask.all()):
+            ones = batch.attention_mask.new_ones(batch.sequences, new_tokens)
+            self.mask = torch.cat([batch.attention_mask, ones], dim=1).to(model.device)
+            if "position_ids" in inspect.signature(model.forward).parameters:
+                self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
+
+    def next_tokens(self, text: torch.Tensor, end: int, vocab_size: int) -> torch.Tensor:
+        """Run over the unseen tokens of `text[:, :end]`, and return each sequence's most likely next token."""
+        keywords: dict[str, Any] = dict(self.keywords)
+        if self.mask is not None:
+            # Empty places of a static cache are behind the causal mask anyway, and the mask keeps its shape.
+            keywords["attention_mask"] = self.mask if self.static else self.mask[:, :end]
+        if self.positions is not None:
+            keywords["position_ids"] = self.positions[:, self.seen : end]
+        run = self.step if self.seen else self.model
+        logits = run(input_ids=text[:, self.seen : end].to(self.model.device), **keywords).logits
+        self.seen = end
+        return logits[:, -1, :vocab_size].argmax(-1).to(text.device)
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
+    """Return the keyword with which a model computes the last position's logits alone, where it has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+@contextmanager
+def count_passes(model: CiterForCausalLM) -> Iterator[tuple[list[tuple[int, int, int]], ...]]:
+    """Collect the passes of the SLM and of the LLM as (sequences, tokens, cached tokens). Hooks cost time."""
+    passes: tuple[list[tuple[int, int, int]], ...] = ([], [])
+
+    def note(found: list[tuple[int, int, int]], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        cache = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+        found.append((*input_ids.shape, 0 if cache is None else int(cache.get_seq_length())))
+
+    parts = zip((model.slm, model.llm), passes, strict=True)
+    handles = [part.register_forward_pre_hook(partial(note, found), with_kwargs=True) for part, found in parts]
+    # A compiled pass calls no hooks.
+    with greedy_without_end(model, disable_compile=True):
+        try:
+            yield passes
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,108 +1,67 @@
-"""The speed-up over the LLM alone against the share of tokens that the LLM writes."""
+"""The plot of the bench: the speed-up over the LLM alone against the share of tokens that the LLM decides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from citer_hf.runs import new_figure, save_figure
 
-from .contenders import ASSISTED, CITER, FLOOR, LOCK_STEP, RELEASED
-from .results import BenchReport, Measurement
+from .contenders import ALONE, ASSISTED, CITER, FLOOR, LOCK_STEP, RELEASED
 
-__all__ = ["draw"]
-
-# Okabe and Ito's colours, which people who are colour-blind tell apart; marks and dashes say it again.
+SUFFIXES = (".png", ".svg", ".pdf")
+# Okabe and Ito's colours, which colour-blind people tell apart, with a marker and a dash for each kind.
 STYLES = {
     CITER: {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     LOCK_STEP: {"color": "#E69F00", "marker": "s", "linestyle": "--"},
     FLOOR: {"color": "#009E73", "marker": "^", "linestyle": ":"},
     RELEASED: {"color": "#CC79A7", "marker": "v", "linestyle": "-."},
 }
-LABELS = {FLOOR: "floor: hand-written loop", RELEASED: "released code's loop"}
-INCHES = (7.5, 5.0)
 
 
-def draw(report: BenchReport, path: Path) -> None:
-    """Draw the results into a file, whole or not at all."""
-    figure = new_figure(INCHES)
-    if not any(row.speedup for row in report.rows):
+def check_plot(path: Path) -> None:
+    """Raise an error when a plot cannot be written to a file; for use before anything is measured."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--plot: expected a file name that ends in {', '.join(SUFFIXES)}, got {path.name!r}.")
+    if not path.parent.is_dir() or path.is_dir():
+        raise FileNotFoundError(f"--plot: expected the name of a file in a directory that exists, got {path}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'citer-hf[plot]'")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw a report, as its JSON has it, into a `.png`, `.svg` or `.pdf` file; without times nothing is written."""
+    rows = [row for row in report["rows"] if row["speedup"]]
+    if not rows:
         return
-    fill(figure.add_subplot(), report)
-    save_figure(figure, path)
-
-
-def fill(axes: Any, report: BenchReport) -> None:
-    """Put everything into the axes."""
-    axes.axhline(1, color="#555555", linewidth=1.2)
-    axes.annotate(
-        "LLM alone",
-        (1, 1),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color="#555555",
-        fontsize=9,
-    )
-    for row in report.rows:
-        if row.kind == ASSISTED and row.speedup is not None:
-            axes.axhline(
-                row.speedup.median,
-                color="#555555",
-                linewidth=1.2,
-                linestyle=(0, (1, 2)),
-                label="assisted generation, same pair",
-            )
+    figure = new_figure((7.5, 5.0))
+    axes = figure.add_subplot()
+    for kind, dash in ((ALONE, "-"), (ASSISTED, ":")):
+        for row in (row for row in rows if row["kind"] == kind):
+            axes.axhline(row["speedup"]["median"], color="#555555", linestyle=dash, label=kind)
     for kind, style in STYLES.items():
-        rows = [row for row in report.rows if row.kind == kind and row.speedup is not None]
-        label = LABELS.get(kind, kind)
-        series([row for row in rows if row.share is not None], axes, label, style)
-        # A router's deferrals are not independent, so that its points lie on another line.
-        own = style | {"linestyle": "none", "markerfacecolor": "white"}
-        series([row for row in rows if row.threshold is not None], axes, f"{label}, own router", own)
-    if report.break_even is not None and report.break_even.share is not None and report.curve is not None:
-        label = "break-even by the costs of single passes" + (" (rows in step)" if report.curve.rows > 1 else "")
-        axes.axvline(
-            report.break_even.share,
-            color="#555555",
-            linewidth=1.2,
-            linestyle="--",
-            label=f"{label}: {report.break_even.share:.0%}",
-        )
-    axes.set(xlim=(-0.03, 1.03), xlabel="share of tokens that the LLM writes", ylabel="speed-up over the LLM alone")
+        of_kind = [row for row in rows if row["kind"] == kind]
+        _points(axes, [row for row in of_kind if row["share"] is not None], label=kind, **style)
+        # A router's decisions are not independent: these points lie on another line.
+        own = {**style, "linestyle": "none", "markerfacecolor": "white"}
+        _points(axes, [row for row in of_kind if row["threshold"] is not None], label=f"{kind}, own router", **own)
+    if (share := report["break_even_llm_share"]) is not None:
+        axes.axvline(share, color="#555555", linestyle="--", label=f"break-even by single passes: {share:.0%}")
+    axes.set(xlabel="share of tokens that the LLM decides", ylabel="speed-up over the LLM alone", xlim=(-0.03, 1.03))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title(report), loc="left", fontsize=10)
+    incomplete = "" if report["complete"] else " (incomplete)"
+    axes.set_title(f"{report['model']}, batch size {report['options']['batch_size']}{incomplete}", loc="left")
     axes.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
 
 
-def series(rows: Sequence[Measurement], axes: Any, label: str, style: dict[str, str]) -> None:
-    """Draw one kind of contender, with its spread."""
-    if not rows:
-        return
-    rows = sorted(rows, key=lambda row: row.llm_share or 0.0)
-    shares = [row.llm_share or 0.0 for row in rows]
-    spreads = [row.speedup for row in rows if row.speedup is not None]
-    axes.errorbar(
-        shares,
-        [spread.median for spread in spreads],
-        yerr=[[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]],
-        label=label,
-        capsize=3,
-        linewidth=1.6,
-        elinewidth=0.8,
-        markersize=6,
-        **style,
-    )
-
-
-def title(report: BenchReport) -> str:
-    """Say what was measured on what."""
-    rows = report.options["batch_size"]
-    where = "" if report.machine is None else f" on {report.machine.device}"
-    stopped = "" if report.complete else " (incomplete)"
-    return f"{report.model}{where}, {rows} row{'s' * (rows > 1)}{stopped}"
+def _points(axes: Any, rows: list[dict[str, Any]], **style: Any) -> None:
+    """Draw one kind of contender, each point from the smallest to the largest of its repetitions."""
+    if rows:
+        rows = sorted(rows, key=lambda row: float(row["llm_share"]))
+        median, low, high = ([row["speedup"][name] for row in rows] for name in ("median", "low", "high"))
+        below, above = ([abs(one - other) for one, other in zip(median, ends, strict=True)] for ends in (low, high))
+        axes.errorbar([row["llm_share"] for row in rows], median, yerr=[below, above], capsize=3, **style)

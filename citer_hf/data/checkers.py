@@ -1,4 +1,4 @@
-r"""Checkers: they decide whether a response gives the right answer.
+"""Checkers: they decide whether a response gives the right answer.
 
 A checker sees the response alone: a prompt that comes before it is cut off, so nothing in it counts. A response in
 which no answer can be found is wrong, whatever the right answer is.
@@ -6,25 +6,33 @@ which no answer can be found is wrong, whatever the right answer is.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
+import os
 import re
+import sys
+import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Number
+from typing import Any
 
-from .boxes import last_boxed
-from .custom_checkers import load_function
-from .examples import Choices, Example
-from .math_process import compare_in_process
+from .examples import Choices, Example, last_boxed
 
-__all__ = ["Checker", "Verdict", "get_checker"]
+__all__ = ["Checker", "Grader", "Verdict", "get_checker", "judge"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker found."""
+    """The decision of a checker.
+
+    Attributes:
+        correct: True if the response gives the right answer.
+        extracted: The answer that was found in the response, or None.
+    """
 
     correct: bool
     extracted: str | None
@@ -41,23 +49,18 @@ NUMBER = re.compile(
     r"|(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?(?<=\d)(?:\s?/\s?(?P<divisor>\d+)(?![\d.]))?"
     r")"
 )
+# Seconds that math-verify may take to parse or to compare: SymPy would work on `10^{10^{10}}` for ever.
+SECONDS = 10
 CALLED = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*(?=(?P<said>[^\n]*))", re.IGNORECASE)
 
 
 def get_checker(name: str) -> Checker:
-    r"""Return a checker by its name.
-
-    - `math`: what the last `\boxed{}` holds, or else the last number, has the value of the answer (of what follows the
-      last `####` in it, if there is one). Numbers are compared exactly, anything else by `math-verify`.
-    - `choice`: the label in the last `answer is ...` or `\boxed{}`, or the choice whose text is the response, or the
-      last label that stands alone, is the answer.
-    - `exact`: response and answer are the same text, but for the form of characters (Unicode NFKC), upper and lower
-      case, how much white space there is, and any of `.,;:!?` at the end.
-    - `package.module:function`: your own, called as `function(response, answer)`, or `function(response, example)`
-      when its second parameter has that name. It returns whether the response is right, or None if it gives no answer.
+    """Return a checker by its name.
 
     Args:
-        name: The name.
+        name: `math`, `choice` or `exact` (their rules: `docs/data.md`), or `package.module:function` for your own,
+            called as `function(response, answer)`, or as `function(response, example)` when its second parameter has
+            that name. It returns True when the response is right, or None when it gives no answer.
 
     Raises:
         ValueError: when there is no such checker.
@@ -80,7 +83,7 @@ def check_math(response: str, example: Example) -> Verdict:
     answer = _answer_of("math", example)
     answer = last_boxed(answer) or answer.rpartition("####")[2].strip()
     right = _as_number(answer)
-    text = _without_prompt(response, example)
+    text = response.removeprefix(example.prompt or "")
     given = last_boxed(text)
     if given is None and right is not None:
         numbers = list(NUMBER.finditer(_plain_signs(text)))
@@ -88,11 +91,11 @@ def check_math(response: str, example: Example) -> Verdict:
     if given == "":
         return NOTHING
     if given is None:
-        return Verdict(*compare_in_process(answer, text))
+        return Verdict(*same_expression(answer, text))
     number = _as_number(given)
     if number is not None and right is not None:
         return Verdict(number == right, given)
-    return Verdict(given == answer or compare_in_process(answer, f"${given}$")[0], given)
+    return Verdict(given == answer or same_expression(answer, f"${given}$")[0], given)
 
 
 def check_choice(response: str, example: Example) -> Verdict:
@@ -100,14 +103,14 @@ def check_choice(response: str, example: Example) -> Verdict:
     answer = _answer_of("choice", example)
     if example.choices is None:
         raise ValueError(f"checker choice: row {example.row} has no choices. Use exact, or data with choices.")
-    chosen = chosen_label(_without_prompt(response, example), example.choices)
+    chosen = chosen_label(response.removeprefix(example.prompt or ""), example.choices)
     return Verdict(chosen == answer, chosen)
 
 
 def check_exact(response: str, example: Example) -> Verdict:
     """Compare texts."""
     answer = normalized(_answer_of("exact", example))
-    given = normalized(_without_prompt(response, example))
+    given = normalized(response.removeprefix(example.prompt or ""))
     return Verdict(given == answer, given) if given else NOTHING
 
 
@@ -148,16 +151,26 @@ def normalized(text: str) -> str:
 
 
 def _custom(name: str) -> Checker:
-    """Make a checker of a user's function."""
-    function, wants_example = load_function(name)
+    """Make a checker of a user's function; modules in the current directory are found too."""
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+        parameters = list(inspect.signature(function).parameters.values())
+        inspect.signature(function).bind("", "")
+    except (AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checker {name}: expected module:function, a function of (response, answer) or (response, example) in "
+            f"{here} or what is installed, got {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    wants_example = len(parameters) > 1 and parameters[1].name == "example"
 
     def check(response: str, example: Example) -> Verdict:
-        text = _without_prompt(response, example)
-        second = example if wants_example else _answer_of(name, example)
-        try:
-            found = function(text, second)
-        except Exception as error:
-            raise ValueError(f"checker {name}: row {example.row}: {type(error).__name__}: {error}") from error
+        text = response.removeprefix(example.prompt or "")
+        found = function(text, example if wants_example else _answer_of(name, example))
         if found is None:
             return NOTHING
         if not isinstance(found, (bool, Number)) or found not in (True, False):
@@ -167,18 +180,24 @@ def _custom(name: str) -> Checker:
     return check
 
 
+def same_expression(answer: str, response: str) -> tuple[bool, str | None]:
+    """Compare what a response says with an answer by math-verify, and return what was found in the response."""
+    import math_verify  # type: ignore[import-untyped]
+
+    # math-verify keeps time with signals, which the main thread alone receives.
+    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
+    given = math_verify.parse(response, parsing_timeout=seconds)
+    right = math_verify.parse(f"${answer}$", parsing_timeout=seconds)
+    return math_verify.verify(right, given, timeout_seconds=seconds), str(given[-1]) if given else None
+
+
 def _answer_of(checker: str, example: Example) -> str:
     if not example.answer:
         raise ValueError(
-            f"checker {checker}: row {example.row} has no answer to compare with. Name its column: "
+            f"row {example.row}: it has no answer for the checker {checker} to compare with. Name its column: "
             "columns={'answer': 'COLUMN'} (--map answer=COLUMN)."
         )
     return example.answer
-
-
-def _without_prompt(response: str, example: Example) -> str:
-    """Return what was generated, should the prompt have been left before it."""
-    return response.removeprefix(example.prompt or "")
 
 
 def _plain_signs(text: str) -> str:
@@ -201,3 +220,55 @@ def _as_number(text: str) -> Fraction | None:
         # Divided by zero, or with more digits than Python reads.
         return None
     return -value if found[0].startswith("-") else value
+
+
+# Errors that a user's own function has; an interruption passes.
+ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+
+
+class Grader:
+    """Judges new texts of some examples with a checker, each text once."""
+
+    def __init__(self, checker: Checker | str, examples: Sequence[Example], tokenizer: Any):
+        self.name = checker if isinstance(checker, str) else name_of(checker)
+        if not examples:
+            raise ValueError("examples: expected at least one, got none. Is the file empty?")
+        for example in examples:
+            _answer_of(self.name, example)
+        self.checker = get_checker(checker) if isinstance(checker, str) else checker
+        self.examples, self.tokenizer = examples, tokenizer
+        self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
+
+    def grade(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> list[Verdict]:
+        """Judge a text (token ids, without the prompt) of every example, or of those with the indices `rows`."""
+        indices = range(len(texts)) if rows is None else rows
+        keys = [(index, tuple(text)) for index, text in zip(indices, texts, strict=True)]
+        for index, text in keys:
+            if (index, text) not in self._known:
+                response = self.tokenizer.decode(list(text), skip_special_tokens=True)
+                self._known[index, text] = judge(self.checker, response, self.examples[index], self.name)
+        return [self._known[key] for key in keys]
+
+
+def judge(checker: Checker, text: str, example: Example, name: str | None = None) -> Verdict:
+    """Let a checker, which may be a user's own, judge one text."""
+    name = name_of(checker) if name is None else name
+    where = f"at row {example.row} of the data ({example.id!r})"
+    try:
+        verdict = checker(text, example)
+    except ERRORS as error:
+        if checker in CHECKERS.values():
+            raise
+        raise ValueError(
+            f"checker {name}: it raised {type(error).__name__} ({error}) {where}. A checker must judge any text, also "
+            "one without an answer. Correct it and run the same command: finished work is kept."
+        ) from error
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"checker {name}: expected it to return a Verdict, got {type(verdict).__name__} {where}.")
+    return verdict
+
+
+def name_of(checker: Checker) -> str:
+    """Return the name by which a checker can be found: its module and its function or class."""
+    named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
+    return f"{named.__module__}:{named.__qualname__}"

@@ -1,27 +1,17 @@
-"""Prompts and reference texts as the tokens that generation would see and write."""
+"""Prompts and reference texts as the tokens that generation is given and generates."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .examples import Example, Messages
 
-__all__ = ["Encoded", "encode", "encode_prompt", "template_fingerprint", "tokenizer_fingerprint"]
-
-Tokenizer = Any
-"""A transformers tokenizer."""
+__all__ = ["Encoded", "encode", "encode_prompt"]
 
 # What a tokenizer may merge with a text that follows; only what comes after it is used.
 ANCHORS = ("", "\n", ".", ":", "0", "a", "(")
-
-# Cases, digits, white space, accents in both forms, scripts, contractions: where tokenizers differ.
-PROBE = (
-    "Hello  world,\n\n\tit's 1234567.89 + 3/4 = x^{2}! HELLO caf\u00e9 cafe\u0301 \u4f60\u597d \U0001f642 don't\r\n "
-)
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,7 @@ class Encoded:
 
 def encode(
     example: Example,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     max_length: int | None,
     eos_token_id: int | Sequence[int] | None = None,
     *,
@@ -43,55 +33,40 @@ def encode(
 ) -> Encoded:
     """Encode prompt and reference together, so that the tokens are those of generation."""
     stops = _stops(tokenizer, eos_token_id)
-    text = _prompt_text(example, tokenizer)
-    special = _special_prefix(example, tokenizer, text)
-    prompt_ids = special + _ids(tokenizer, text)
-    response_ids: list[int] = []
+    special, text = _prompt(example, tokenizer)
+    prompt_ids, response_ids = special + _ids(tokenizer, text), []
     if example.response is not None:
-        following = _following_text(example, tokenizer, text)
-        response_ids = _until_stop(_continuation(example, tokenizer, special, text, following), stops)
+        response_ids = _continuation(example, tokenizer, special, text)
+        # A reference ends at its first EOS, which is added when there is none.
+        ends = [index for index, token in enumerate(response_ids) if token in stops]
+        response_ids = response_ids[: ends[0] + 1] if ends else [*response_ids, stops[0]]
     _check_vocabulary(example, tokenizer, prompt_ids + response_ids, stops, vocab_size)
-    _check_length(example, len(prompt_ids), len(response_ids), max_length)
+    # Without a reference, one new token must fit into the context.
+    if max_length is not None and len(prompt_ids) + max(len(response_ids), 1) > max_length:
+        rest = f"{len(response_ids)} of reference" if response_ids else "a new one"
+        raise ValueError(
+            f"row {example.row}: {len(prompt_ids)} tokens of prompt and {rest} are more than the context of "
+            f"{max_length}. Leave the row out, shorten it, or take a pair with a longer context."
+        )
     return Encoded(example, prompt_ids, response_ids)
 
 
-def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
-    """Encode a prompt as `generate` is given it: with what the tokenizer puts before a text, not what it puts
-    after."""
-    text = _prompt_text(example, tokenizer)
-    return _special_prefix(example, tokenizer, text) + _ids(tokenizer, text)
+def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
+    """Encode a prompt as `generate` is given it: after what the tokenizer puts before a text, such as BOS."""
+    special, text = _prompt(example, tokenizer)
+    return special + _ids(tokenizer, text)
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a SHA-256 that is the same for tokenizers that give the same tokens: vocabulary, EOS, and a test text."""
-    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token]
-    try:
-        probe = _ids(tokenizer, PROBE, special=True)
-    except Exception:
-        # A tokenizer of words that has no unknown one raises what its library raises.
-        probe = []
-    return _sha256([sorted(tokenizer.get_vocab().items()), special, probe])
-
-
-def template_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of a tokenizer's chat template, or of its absence."""
-    return _sha256(tokenizer.chat_template)
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     found = tokenizer(text, add_special_tokens=special, padding=False, truncation=False, verbose=False)
     return list(found["input_ids"])
 
 
-def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+def _text(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _stops(tokenizer: Tokenizer, eos_token_id: int | Sequence[int] | None) -> list[int]:
+def _stops(tokenizer: Any, eos_token_id: int | Sequence[int] | None) -> list[int]:
     """Return the tokens that end a text, the one to add first."""
     given = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     own = tokenizer.eos_token_id
@@ -102,16 +77,20 @@ def _stops(tokenizer: Tokenizer, eos_token_id: int | Sequence[int] | None) -> li
     return given
 
 
-def _prompt_text(example: Example, tokenizer: Tokenizer) -> str:
-    if example.messages is None:
-        if not example.prompt:
-            raise ValueError(f"row {example.row} has no prompt.")
-        return example.prompt
-    return _render(example, tokenizer, example.messages, add_generation_prompt=True)
+def _prompt(example: Example, tokenizer: Any) -> tuple[list[int], str]:
+    """Return the tokens that a tokenizer puts before a text, and the text of the prompt."""
+    if example.messages is not None:
+        # A chat template puts BOS there itself.
+        return [], _render(example, tokenizer, example.messages, add_generation_prompt=True)
+    if not example.prompt:
+        raise ValueError(f"row {example.row} has no prompt.")
+    bare, full = (_ids(tokenizer, example.prompt, special) for special in (False, True))
+    starts = range(len(full) - len(bare) + 1)
+    return full[: next((start for start in starts if full[start : start + len(bare)] == bare), 0)], example.prompt
 
 
-def _render(example: Example, tokenizer: Tokenizer, messages: Messages, add_generation_prompt: bool) -> str:
-    """Write a chat with the tokenizer's template."""
+def _render(example: Example, tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
+    """Return a chat as the tokenizer's template renders it."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
@@ -127,33 +106,25 @@ def _render(example: Example, tokenizer: Tokenizer, messages: Messages, add_gene
         raise ValueError(f"row {example.row}: the chat template refuses the messages: {error}") from error
 
 
-def _following_text(example: Example, tokenizer: Tokenizer, text: str) -> str:
+def _following_text(example: Example, tokenizer: Any, text: str) -> str:
     """Return the text that follows the prompt; for a chat, what the template renders for the assistant's turn."""
-    assert example.response is not None
+    response = str(example.response)
     if example.messages is None:
-        return example.response
-    turn = {"role": "assistant", "content": example.response}
+        return response
+    turn = {"role": "assistant", "content": response}
     whole = _render(example, tokenizer, (*example.messages, turn), add_generation_prompt=False)
     if whole.startswith(text):
         return whole[len(text) :]
     # Templates of reasoning models open a thought in the prompt that they leave out of a turn of the past.
-    _, found, end = whole.rpartition(example.response.strip())
+    _, found, end = whole.rpartition(response.strip())
     if not found:
         raise ValueError(f"row {example.row}: the chat template does not render the reference as it is.")
-    return example.response + end
+    return response + end
 
 
-def _special_prefix(example: Example, tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return what the tokenizer puts before a text, such as BOS; a chat template does that itself."""
-    if example.messages is not None:
-        return []
-    bare, full = _ids(tokenizer, text), _ids(tokenizer, text, special=True)
-    starts = range(len(full) - len(bare) + 1)
-    return full[: next((start for start in starts if full[start : start + len(bare)] == bare), 0)]
-
-
-def _continuation(example: Example, tokenizer: Tokenizer, special: list[int], text: str, following: str) -> list[int]:
-    """Return the tokens that follow the prompt's."""
+def _continuation(example: Example, tokenizer: Any, special: list[int], text: str) -> list[int]:
+    """Return the tokens of the reference, which follow the tokens of the prompt."""
+    following = _following_text(example, tokenizer, text)
     before, whole = _ids(tokenizer, text), _ids(tokenizer, text + following)
     if whole[: len(before)] == before:
         return whole[len(before) :]
@@ -170,39 +141,21 @@ def _continuation(example: Example, tokenizer: Tokenizer, special: list[int], te
     )
 
 
-def _until_stop(ids: list[int], stops: list[int]) -> list[int]:
-    """Return tokens up to the first that ends a text, which is added when there is none."""
-    ends = [index for index, token in enumerate(ids) if token in stops]
-    return ids[: ends[0] + 1] if ends else [*ids, stops[0]]
-
-
 def _check_vocabulary(
-    example: Example, tokenizer: Tokenizer, ids: list[int], stops: list[int], vocab_size: int | None
+    example: Example, tokenizer: Any, ids: list[int], stops: list[int], vocab_size: int | None
 ) -> None:
-    """Refuse text that the tokenizer does not know, and tokens that the pair does not know."""
-    beyond = [token for token in ids if vocab_size is not None and token >= vocab_size]
-    if beyond:
+    """Raise an error for text that the tokenizer does not know, and for tokens that the pair does not know."""
+    if vocab_size is not None and max(ids) >= vocab_size:
+        beyond = next(token for token in ids if token >= vocab_size)
         raise ValueError(
-            f"row {example.row}: token {beyond[0]} ({_text(tokenizer, beyond[:1])!r}) is not among the {vocab_size} "
-            "that both models know. Is this the pair's tokenizer?"
+            f"row {example.row}: token {beyond} ({_text(tokenizer, [beyond])!r}) is not among the {vocab_size} that "
+            "both models know. Is this the pair's tokenizer?"
         )
     unknown = tokenizer.unk_token_id
     # Some tokenizers, such as GPT-2's, name EOS as the unknown token and never need one.
     if unknown is not None and unknown in ids and unknown not in (*stops, tokenizer.bos_token_id):
-        index = ids.index(unknown)
-        near = _text(tokenizer, ids[max(index - 5, 0) : index + 6])
+        near = _text(tokenizer, ids[max(ids.index(unknown) - 5, 0) : ids.index(unknown) + 6])
         raise ValueError(
             f"row {example.row}: the tokenizer does not know all of the text ({near!r}). Leave the row out, or take a "
             "pair whose tokenizer knows it."
         )
-
-
-def _check_length(example: Example, prompt: int, response: int, max_length: int | None) -> None:
-    """Refuse what does not fit into the context, with room for one new token where there is no reference."""
-    if max_length is None or prompt + max(response, 1) <= max_length:
-        return
-    what = f"{prompt} tokens of prompt" + (f" and {response} of reference" if response else " and a new one")
-    raise ValueError(
-        f"row {example.row}: {what} are more than the context of {max_length}. Leave the row out, shorten it, or "
-        "take a pair with a longer context."
-    )

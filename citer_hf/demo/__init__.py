@@ -2,6 +2,5 @@
 
 from pathlib import Path
 
-__all__ = ["PAIR"]
-
-PAIR: Path = Path(__file__).parent / "pair"
+DEMO_PAIR: Path = Path(__file__).parent / "pair"
+PAIR = DEMO_PAIR

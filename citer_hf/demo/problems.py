@@ -1,24 +1,27 @@
-"""Arithmetic word problems with worked solutions, written from `phrases` and fixed by a seed.
+"""Arithmetic word problems with worked solutions, written from phrases and fixed by a seed.
 
 A problem is a chain of equations. Two texts are told from it, each in wording of its own: the prompt (a story and a
 question) and the response (the same steps, worked out).
 """
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from .phrases import ITEMS, NAMES, PHRASES, THINGS
-
-__all__ = ["Problem", "Split", "Step", "drill", "extract_answer", "is_correct", "problem", "problems"]
+__all__ = ["PHRASES", "Problem", "Split", "Step", "drill", "extract_answer", "is_correct", "problem", "problems"]
 
 Split = Literal["train", "validation", "test"]
 
 LARGEST = 99
-_OPERATION = {"+": "add", "-": "take", "*": "multiply"}
+OPERATION = {"+": "add", "-": "take", "*": "multiply"}
+
+# A `{field}` stands for a fact of the problem (`{name}`, `{n}`, `{equation}`) or for any phrase of that name.
+PHRASES: dict[str, Any] = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Problem:
     answer: str
 
 
-def problems(split: Split, seed: int, count: int) -> Iterator[Problem]:
+def problems(split: str, seed: int, count: int) -> Iterator[Problem]:
     """Yield the first `count` problems of a split."""
     return (problem(split, seed, index) for index in range(count))
 
 
-def problem(split: Split, seed: int, index: int) -> Problem:
+def problem(split: str, seed: int, index: int) -> Problem:
     """Return problem number `index` of a split, without making those before it."""
     if split not in ("train", "validation", "test"):
         raise ValueError(f"no split named {split!r}: choose train, validation or test")
@@ -72,7 +75,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_correct(response: str, problem: Problem) -> bool:
-    """Say whether a response ends with the right answer."""
+    """Return True if a response ends with the right answer."""
     return extract_answer(response.removeprefix(problem.prompt)) == problem.answer
 
 
@@ -106,23 +109,23 @@ def _split_of(steps: list[Step]) -> Split:
 
 def _tell(steps: list[Step], rng: random.Random) -> Problem:
     """Write a chain of equations as a story and as a worked solution."""
-    name, friend = rng.sample(sorted(NAMES), 2)
-    facts = {"name": name, "he": NAMES[name], "friend": friend, "items": rng.choice(ITEMS)}
+    name, friend = rng.sample(sorted(PHRASES["names"]), 2)
+    facts = {"name": name, "he": PHRASES["names"][name], "friend": friend, "items": rng.choice(PHRASES["items"])}
 
     def write(phrase: str, **numbers: object) -> str:
         return _expand(f"{{{phrase}}}", facts | {key: str(value) for key, value in numbers.items()}, rng)
 
     start, answer = steps[0].before, steps[-1].after
     story = [write("opening", start=start)]
-    story += [write(_OPERATION[step.symbol], n=step.operand) for step in steps]
+    story += [write(OPERATION[step.symbol], n=step.operand) for step in steps]
     if rng.random() < 1 / 3:
-        distraction = write("distraction", n=rng.randint(1, LARGEST), things=rng.choice(THINGS))
+        distraction = write("distraction", n=rng.randint(1, LARGEST), things=rng.choice(PHRASES["things"]))
         story.insert(rng.randint(1, len(story)), distraction)
     story.append(write("question"))
 
     solution = [write("solution opening", start=start)]
     for step in steps:
-        phrase = f"solution {_OPERATION[step.symbol]}"
+        phrase = f"solution {OPERATION[step.symbol]}"
         solution.append(write(phrase, n=step.operand, before=step.before, equation=step))
     solution.append(write("solution end", answer=answer))
     return Problem(" ".join(story) + "\n", " ".join(solution), str(answer))
@@ -133,6 +136,6 @@ def _expand(text: str, facts: dict[str, str], rng: random.Random) -> str:
 
     def value(match: re.Match[str]) -> str:
         field = match[1]
-        return facts[field] if field in facts else _expand(rng.choice(PHRASES[field]), facts, rng)
+        return facts[field] if field in facts else _expand(rng.choice(PHRASES["phrases"][field]), facts, rng)
 
     return re.sub(r"\{([a-z ]+)\}", value, text)

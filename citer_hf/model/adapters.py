@@ -1,19 +1,149 @@
-"""Adapters (PEFT) in a loaded base model: putting them in, telling them apart from the model, saving them."""
+"""Adapters (PEFT) of a base model: where their files are, putting them into a loaded model, saving them."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import safe_save_file
+from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .adapter_files import ADAPTER_CONFIG, Adapter
+from .references import (
+    HUB_KEYWORDS,
+    REPOSITORY_ID,
+    check_source,
+    explained,
+    file_keywords,
+    leads_out,
+    resolve,
+)
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Where the configuration of a loaded adapter notes which files it is from.
 ORIGIN = "citer_origin"
+
+
+class Adapter(NamedTuple):
+    """An adapter whose files are on this machine."""
+
+    name: str
+    folder: str
+    base: Any
+    revision: str | None
+    reference: dict[str, str]
+
+
+def fetch_adapter(role: str, name: str, hub: dict[str, Any]) -> Adapter:
+    """Fetch an adapter's files, all of one commit."""
+    if not is_peft_available():
+        raise ImportError(f"{role}: the adapter {name} needs PEFT, which is not installed: pip install peft")
+    moved = f"If it has moved, pass {role}_adapter_name_or_path=..."
+    check_source(f"{role}_adapter", name, hub, file=ADAPTER_CONFIG, advice=moved)
+    with explained(f"{role}_adapter", name, hub):
+        file = cached_file(name, ADAPTER_CONFIG, **hub)
+        commit = extract_commit_hash(file, None)
+        fixed = {**hub, "revision": commit} if commit and not os.path.isdir(name) else hub
+        if cached_file(name, ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **fixed) is None:
+            raise OSError(f"it has no {ADAPTER_WEIGHTS}; adapters are loaded from safetensors only")
+    with open(file, encoding="utf-8") as opened:
+        config = json.load(opened)
+    folder = os.path.dirname(file)
+    reference = {"name_or_path": name, "revision": commit, "subfolder": hub.get("subfolder")}
+    if os.path.isdir(name):
+        reference = {"name_or_path": os.path.abspath(folder)}
+    said = {key: value for key, value in reference.items() if value}
+    return Adapter(name, folder, config.get("base_model_name_or_path") or "", config.get("revision"), said)
+
+
+def named_base(role: str, adapter: Adapter) -> tuple[str, dict[str, Any]]:
+    """Return the path or repository id of the model that an adapter is for, and its revision as a keyword."""
+    if os.path.isdir(adapter.name) and os.path.isfile(os.path.join(adapter.folder, "config.json")):
+        # A directory that holds the model, too; transformers loads the adapter in it along with the model.
+        return adapter.folder, {}
+    base = adapter.base
+    allowed = isinstance(base, str) and base != ""
+    if allowed and not os.path.isdir(adapter.name):
+        allowed = REPOSITORY_ID.fullmatch(base) is not None and not leads_out(base) and not os.path.exists(base)
+    if not allowed:
+        raise ValueError(
+            f"{role}: the adapter {adapter.name} says that it is for the model {base!r}, expected a repository id, or "
+            f"the path of a model where the adapter is a directory, too. Name both: the model as {role}, and "
+            f"{role}_adapter_name_or_path={adapter.name!r}."
+        )
+    return base, {"revision": adapter.revision} if adapter.revision else {}
+
+
+def has_adapter(role: str, source: str, keywords: dict[str, Any]) -> bool:
+    """Return True if an adapter lies where a model is looked for."""
+    with explained(role, source, keywords):
+        return (
+            not keywords.get("gguf_file") and find_adapter_config_file(source, **file_keywords(keywords)) is not None
+        )
+
+
+def named_adapter(role: str, keywords: dict[str, Any]) -> Adapter | None:
+    """Return the adapter that is named in the keywords, which are taken out."""
+    name, revision = keywords.pop("adapter_name_or_path", None), keywords.pop("adapter_revision", None)
+    hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
+    return (
+        None
+        if name is None
+        else fetch_adapter(role, os.fspath(name), hub | ({"revision": revision} if revision else {}))
+    )
+
+
+def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple[Any, Adapter | None]:
+    """Return which model and which adapter are meant, by name or by the path or id of an adapter alone."""
+    name = keywords.get("adapter_name_or_path")
+    if isinstance(source, nn.Module):
+        if name is not None:
+            raise ValueError(
+                f"{role}_adapter_name_or_path: this model is loaded already. Call its load_adapter({name!r}) before."
+            )
+        return source, None
+    source = os.fspath(source)
+    check_source(role, source, keywords, other=ADAPTER_CONFIG)
+    if not has_adapter(role, source, keywords):
+        return source, named_adapter(role, keywords)
+    if name is not None:
+        raise ValueError(
+            f"{role}, {role}_adapter_name_or_path: both name an adapter, {source} and {name}. Name the model that "
+            f"{name} is for as {role}."
+        )
+    adapter = fetch_adapter(role, source, file_keywords(keywords))
+    base, said = named_base(role, adapter)
+    for key in ("revision", "subfolder"):
+        keywords.pop(key, None)
+    keywords.update(said)
+    return base, adapter
+
+
+def saved_adapter(
+    role: str, path: str, reference: Any, base: str, keywords: dict[str, Any], repository: dict[str, Any]
+) -> Adapter | None:
+    """Return the adapter with which a router was saved, or that is named in its place."""
+    adapter = named_adapter(role, keywords)
+    if adapter is None and reference is not None:
+        name, there = resolve(f"{role}_adapter", path, reference, repository)
+        hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
+        adapter = fetch_adapter(role, name, hub | there)
+        if "name_or_path" not in reference:
+            # An adapter in the router's own repository is saved with the router again.
+            adapter = adapter._replace(reference=reference)
+    held = has_adapter(role, base, keywords)
+    if held and (adapter is None or os.path.realpath(adapter.folder) != os.path.realpath(base)):
+        raise ValueError(
+            f"{role}: {base} holds an adapter that this router was not saved with. It is not loaded; if you trust it, "
+            f"pass {role}_name_or_path={base!r}."
+        )
+    return adapter
 
 
 def unwrapped(role: str, model: Any) -> Any:
@@ -29,14 +159,21 @@ def unwrapped(role: str, model: Any) -> Any:
     return model.get_base_model()  # type: ignore[operator]
 
 
-def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter) -> None:
-    """Put an adapter into a model."""
+def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter | None) -> None:
+    """Put an adapter, if there is one, into a model."""
+    if adapter is None:
+        return
     if not model._hf_peft_config_loaded:
         problem: Any = None
+        # By PEFT's own functions: those of transformers 5.24 want a PEFT that is not published yet.
+        peft = import_module("peft")
         try:
-            info = model.load_adapter(adapter.folder)
-            wrong = {*not_loaded(model, info.missing_keys), *info.unexpected_keys, *info.mismatched_keys}
-            problem = f"{sorted(map(str, wrong))[:3]} are missing, not known, or of another shape" if wrong else None
+            config = peft.PeftConfig.from_pretrained(adapter.folder)
+            config.inference_mode = True
+            wrapped = peft.PeftModel(model, config, autocast_adapter_dtype=False)
+            info = wrapped.load_adapter(adapter.folder, "default", autocast_adapter_dtype=False)
+            wrong = {*not_loaded(wrapped, set(info.missing_keys)), *info.unexpected_keys}
+            problem = f"{sorted(map(str, wrong))[:3]} are missing or not known" if wrong else None
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             problem = error
         if problem is not None:
@@ -45,10 +182,12 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter) -> None:
                 f"{model.name_or_path}: {problem}. Was it made for another model, or does it need a newer "
                 "transformers?"
             )
+        # So that `set_adapter` and others of transformers find it.
+        model._hf_peft_config_loaded = True
     setattr(model.peft_config["default"], ORIGIN, adapter.reference)
 
 
-def not_loaded(model: PreTrainedModel, missing: set[str]) -> list[str]:
+def not_loaded(model: nn.Module, missing: set[str]) -> list[str]:
     """Return the weights that a file should have had, without those that are one with a weight of it."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(weight) for name, weight in weights.items() if name not in missing}
@@ -56,7 +195,7 @@ def not_loaded(model: PreTrainedModel, missing: set[str]) -> list[str]:
 
 
 def is_of_peft(module: nn.Module) -> bool:
-    """Say whether a module is of PEFT, which need not be installed."""
+    """Return True for a module of PEFT, which need not be installed."""
     return type(module).__module__.partition(".")[0] == "peft"
 
 
@@ -70,24 +209,22 @@ def adapter_layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def active_adapter(role: str, model: Any) -> str | None:
-    """Return the name of the adapter that a model runs with, or `None` when it runs without."""
+def active_adapter(role: str, pair: Any) -> str | None:
+    """Return the name of the adapter that a base model runs with, or `None` when it runs without."""
+    model = getattr(pair, role)
     layers = adapter_layers(model).values()
-    names = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
-    if not names:
-        return None
+    names = {str(name) for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    if getattr(pair, "peft_config", None) or not names <= getattr(model, "peft_config", {}).keys():
+        raise ValueError(
+            f"{role}: an adapter was attached to the pair as a whole. Save it with save_pretrained of the PEFT model, "
+            f"or attach it to the one model: get_peft_model(pair.{role}, ...)."
+        )
     if len(names) > 1:
         raise ValueError(
             f"{role}: it runs with several adapters, {sorted(names)}, which cannot be saved as one. Choose one with "
             f"{role}.set_adapter(...), or merge them with add_weighted_adapter of PEFT."
         )
-    name = str(names.pop())
-    if name not in getattr(model, "peft_config", {}):
-        raise ValueError(
-            f"{role}: its adapter {name!r} was attached to the pair as a whole. Save it with save_pretrained of the "
-            f"PEFT model, or attach it to the one model: get_peft_model(pair.{role}, ...)."
-        )
-    return name
+    return names.pop() if names else None
 
 
 def adapter_origin(model: Any, name: str) -> dict[str, str] | None:
@@ -99,17 +236,14 @@ def adapter_origin(model: Any, name: str) -> dict[str, str] | None:
     return None if trainable or origin is None or "name_or_path" not in origin else origin
 
 
-def save_adapter(model: Any, folder: str, base: str | None) -> None:
-    """Save the active adapter of a model as PEFT does."""
-    # Where PEFT has put the adapter in by itself, transformers does not know.
-    model._hf_peft_config_loaded = True
-    model.save_pretrained(folder)
-    path = os.path.join(folder, ADAPTER_CONFIG)
-    with open(path, encoding="utf-8") as opened:
-        config = json.load(opened)
-    config["base_model_name_or_path"] = base
-    with open(path, "w", encoding="utf-8") as opened:
-        json.dump(config, opened, indent=2, sort_keys=True)
+def save_adapter(model: Any, name: str, folder: str, base: str | None) -> None:
+    """Save an adapter of a model as PEFT does."""
+    config = copy.copy(model.peft_config[name])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
+    weights = import_module("peft").get_peft_model_state_dict(model, adapter_name=name)
+    weights = {f"base_model.model.{key}": weight.contiguous() for key, weight in weights.items()}
+    safe_save_file(weights, os.path.join(folder, ADAPTER_WEIGHTS), metadata={"format": "pt"})
 
 
 def without_adapter(role: str, model: Any) -> Any:

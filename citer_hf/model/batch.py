@@ -17,9 +17,6 @@ from .routers import defer
 from .sampling import Draws
 from .schedule import Pace, WaitingPolicy, pressure, rows_to_wait_for
 
-# Columns that ended rows read at once when the cache is handed back: bounds the memory for their logits.
-CHUNK = 16
-
 
 def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
     """Write the texts of a batch, each row at its own pace."""
@@ -109,7 +106,7 @@ class Rows:
         began = time.perf_counter()
         last = torch.tensor(self.written, device=self.device)[:, None] - 1
         self.readable.scatter_(1, self.start + last, True)
-        logits, scores = self._run_slm(last, max(self.written))
+        logits, scores = self._slm_pass(last, max(self.written))
         decisions = defer(scores, self.decoding.threshold).squeeze(1).tolist()
         kept_scores = scores.squeeze(1).tolist()
         self.pace.note("slm", time.perf_counter() - began)
@@ -127,17 +124,16 @@ class Rows:
         self.waiting = self.waiting + joining
         return [row for row in moving if not decisions[row]]
 
-    def _run_slm(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slm_pass(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the tokens in these columns `[batch, tokens]`; return logits and `p_slm` at all of them."""
         self.slm_cache.make_room(self.start + filled)
         self.slm_cache.places = self.start + columns
         mask = self._mask("slm", self.slm_cache, self.slm_cache.places)
         ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
-        inputs = {"attention_mask": mask, "use_cache": True}
+        inputs = {"attention_mask": mask, "position_ids": positions}
         with self.decoding.reading():
-            output, hidden = self.model._run_slm(ids, positions, self.slm_cache, columns.shape[1], inputs, {})
-            logits = output.logits[..., : self.model.vocab_size]
-            return logits, self.model.router(hidden, logits)
+            slm = self.model.run_slm(ids, self.slm_cache, columns.shape[1], **inputs)
+            return slm.logits, self.model.router(slm.hidden, slm.logits)
 
     def read_with_llm(self) -> torch.Tensor:
         """Let the LLM read what it has not seen of every unfinished row."""
@@ -156,11 +152,11 @@ class Rows:
         sees = torch.where(unread, columns, written - 1)
         self.llm_cache.make_room(self.start + max(self.written))
         self.llm_cache.places = torch.where(unread, self.start + columns, self.llm_cache.nowhere)
-        inputs = {"attention_mask": self._mask("llm", self.llm_cache, self.start + sees), "use_cache": True}
+        mask = self._mask("llm", self.llm_cache, self.start + sees)
         columns = columns.clamp(min=0)
         ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
         with self.decoding.reading():
-            logits = self.model._run_llm(ids, positions, self.llm_cache, 1, inputs, {})[:, -1]
+            logits = self.model.run_llm(ids, self.llm_cache, 1, attention_mask=mask, position_ids=positions)[:, -1]
         self._note_call()
         if logits.device.type != "cpu":
             torch.accelerator.synchronize(logits.device)
@@ -175,8 +171,8 @@ class Rows:
         if not windows or together:
             return False
         ids, positions = cache.unseen_tokens()
-        inputs = {"attention_mask": self.readable[:, : self.start].to(ids.dtype), "use_cache": True}
-        self.model._run_llm(ids, positions, cache.llm, 1, inputs, {})
+        mask = self.readable[:, : self.start].to(ids.dtype)
+        self.model.run_llm(ids, cache.llm, 1, attention_mask=mask, position_ids=positions)
         cache.mark_seen()
         cache.routing.llm_calls += 1
         return True
@@ -191,13 +187,12 @@ class Rows:
         later = (self.first_position + torch.arange(written, device=self.device)).expand(self.batch, -1)
         columns = sorted({self.written[row] for row in self.unfinished})
         kept = torch.tensor(columns, device=self.device) - 1 + ids.shape[1]
-        logits = self.model._run_llm(
+        logits = self.model.run_llm(
             torch.cat([ids, self.text[:, self.width : self.width + written]], dim=1),
-            torch.cat([positions, later], dim=1),
             cache.llm,
             kept,
-            {"attention_mask": self.readable[:, : self.start + written].to(ids.dtype), "use_cache": True},
-            {},
+            attention_mask=self.readable[:, : self.start + written].to(ids.dtype),
+            position_ids=torch.cat([positions, later], dim=1),
         )
         cache.mark_seen()
         self._note_call()
@@ -287,8 +282,7 @@ class Rows:
         if not self.decoding.settings.do_sample:
             return scores.argmax(dim=-1)
         if self.draws is None:
-            self.draws = Draws(self.batch, scores.shape[-1], scores.device)
-        self.draws.forget(min(self.written[row] for row in self.unfinished))
+            self.draws = Draws(self.batch, scores.device)
         if len(rows) == self.batch:
             return self.draws.choose(scores.softmax(dim=-1), dict(enumerate(self.written)))
         # Going through the whole vocabulary again for rows that get no token takes as long as a small model's step.
@@ -319,34 +313,13 @@ class Rows:
         return bool(self.decoding.settings.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False))
 
     def finish(self) -> Any:
-        """Hand back texts, cache and record as if the rows had moved together."""
+        """Hand back texts, cache and record. What follows the end of a row is empty in the cache: mask it."""
         length = max(self.written)
         text = self.text[:, : self.width + length].clone()
         if self.cache_is_wanted:
-            lengths = list(self.written)
-            self._read_to_the_end(length)
             self._hand_back_caches(length - 1)
-            self._record(lengths, length)
+            self._record(length)
         return self.decoding.result(text)
-
-    def _read_to_the_end(self, length: int) -> None:
-        """Let rows that ended early read the padding that follows, which every other row's cache has too."""
-        # Nobody reads the last token of the longest row: what nobody has read must not be seen.
-        self.readable[:, self.start : self.start + length - 1] = True
-        for first in range(min(self.written) - 1, length - 1, CHUNK):
-            last = min(first + CHUNK, length - 1)
-            columns = torch.arange(first, last, device=self.device).expand(self.batch, -1)
-            logits, scores = self._run_slm(columns, last)
-            for column in range(first, last):
-                ended = [row for row in range(self.batch) if self.written[row] == column + 1]
-                for row in ended:
-                    self.scores[row].append(float(scores[row, column - first]))
-                    self.to_llm[row].append(False)
-                raw = logits[:, column - first].to(dtype=torch.float32, device=self.device)
-                if ended and (self.decoding.keeps_logits or self.decoding.keeps_scores):
-                    self._keep(ended, raw, self._processed(ended, raw))
-                for row in ended:
-                    self.written[row] += 1
 
     def _hand_back_caches(self, columns: int) -> None:
         """Leave in the cache what all rows have read, and what the LLM has not seen of some as unseen by it."""
@@ -361,8 +334,12 @@ class Rows:
         positions = self.first_position + torch.arange(seen, columns, device=self.device)
         cache.resume(self.start + columns, llm_length, ids, positions)
 
-    def _record(self, lengths: list[int], length: int) -> None:
+    def _record(self, length: int) -> None:
         if length > 1:
-            unfinished = torch.arange(1, length) < torch.tensor(lengths)[:, None]
-            record = (torch.tensor(self.scores), torch.tensor(self.to_llm), unfinished)
-            self.cache.routing.add(self.start + 1, *(part.to(self.device) for part in record))
+            scores, to_llm = torch.zeros(self.batch, length - 1), torch.zeros(self.batch, length - 1, dtype=torch.bool)
+            for row, written in enumerate(self.written):
+                scores[row, : written - 1] = torch.tensor(self.scores[row])
+                to_llm[row, : written - 1] = torch.tensor(self.to_llm[row])
+            unfinished = torch.arange(1, length) < torch.tensor(self.written)[:, None]
+            record = (part.to(self.device) for part in (scores, to_llm, unfinished))
+            self.cache.routing.add(self.start + 1, *record)

@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.generation import MaxTimeCriteria, RepetitionPenaltyLogitsProcessor, StopStringCriteria
 
 from .decoding import Decoding
 from .kv_layers import layers_can_part
 
-# Architectures whose masks and positions can be given for each token; `tests/test_rows.py` tries every one of them.
-ARCHITECTURES = frozenset(
-    {
-        "cohere",
-        "deepseek_v3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "gpt_oss",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-        "starcoder2",
-    }
-)
+# Kinds of layers whose masks `masks.py` can give.
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Processors that look at nothing but a row's logits, and those that look at the row's text too. Any other may look
 # across rows, or count its calls, and needs rows that move together.
 READ_NO_TEXT = frozenset(
@@ -78,11 +56,25 @@ def rows_can_part(model: Any, decoding: Decoding) -> bool:
     if not (processors_part_rows(decoding) and criteria_part_rows(decoding)):
         return False
     return all(
-        part.config.model_type in ARCHITECTURES
-        and part.config.get_text_config()._attn_implementation in ("sdpa", "eager")
-        and layers_can_part(cache)
+        not why_not_placed(part) and layers_can_part(cache)
         for part, cache in ((model.slm, decoding.cache.slm), (model.llm, decoding.cache.llm))
     )
+
+
+def why_not_placed(model: PreTrainedModel) -> str:
+    """Return why tokens of a model cannot be put at places of their own by masks and positions; "" if they can."""
+    config = model.config.get_text_config()
+    name, implementation = config.model_type, config._attn_implementation
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{name} takes no positions"
+    if not set(getattr(config, "layer_types", None) or ()) <= LAYER_TYPES:
+        return f"{name} has layers of other kinds than full and sliding attention"
+    modules = {sys.modules.get(parent.__module__) for parent in type(model).__mro__}
+    if not any(hasattr(module, "create_causal_mask") for module in modules) or getattr(config, "alibi", False):
+        return f"{name} makes its masks by itself"
+    if implementation not in ("sdpa", "eager"):
+        return f"attention {implementation!r} takes no masks of rows that stand at different places"
+    return ""
 
 
 def processors_part_rows(decoding: Decoding) -> bool:

@@ -51,15 +51,6 @@ class CiterCache(Cache):
         self._batch_size: int | None = None
         self._unseen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Refuse a batch that this cache does not belong to."""
-        if self._batch_size is not None and self._batch_size != batch_size:
-            raise ValueError(
-                f"past_key_values: this cache holds {self._batch_size} rows, but input_ids has {batch_size}. Pass a "
-                "batch of the same size, a new CiterCache(model.config), or repeat the cache's rows with "
-                "past_key_values.batch_repeat_interleave(n)."
-            )
-
     def add_tokens(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
         """Note tokens that the SLM has read and the LLM has not."""
         self._batch_size = input_ids.shape[0]
@@ -226,6 +217,22 @@ class CiterCache(Cache):
     def is_sliding(self) -> list[bool]:
         """Whether each layer of the SLM's cache slides."""
         return self.slm.is_sliding
+
+
+def check_cache(cache: Any, batch_size: int | None = None) -> None:
+    """Raise if a cache has no place for the LLM's keys and values, or holds another number of sequences."""
+    # By name: a repository's own copy of this file has a class of its own.
+    if type(cache).__name__ != CiterCache.__name__:
+        raise TypeError(
+            f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no room for the LLM's "
+            "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
+        )
+    if batch_size is not None and cache.batch_size not in (-1, batch_size):
+        raise ValueError(
+            f"past_key_values: this cache holds {cache.batch_size} sequences, but input_ids has {batch_size}. Pass a "
+            "batch of the same size, a new CiterCache(model.config), or repeat the cache's sequences with "
+            "past_key_values.batch_repeat_interleave(n)."
+        )
 
 
 SCORES, TO_LLM, UNFINISHED = range(3)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -103,6 +104,31 @@ def reset_cache(cache: Cache) -> None:
             layer.is_initialized = False
 
 
+# ---- what base models take: never ends, since models may have code of their own -------------------------
+
+# Not given to a model whose `forward` has `**kwargs` and does not name them; the last two are for the loss alone.
+ONLY_BY_NAME = ("position_ids", "logits_to_keep", "num_items_in_batch", "shift_labels")
+
+
+class Keywords(NamedTuple):
+    """The keywords that `forward` of a base model takes."""
+
+    named: frozenset[str]
+    takes_any: bool
+    cache: str
+
+    def take(self, key: str) -> bool:
+        """Return True if the model is given this keyword."""
+        return key in self.named or (self.takes_any and key not in ONLY_BY_NAME)
+
+
+def keywords_of(model: nn.Module) -> Keywords:
+    """Return the keywords that `forward` of a model takes."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return Keywords(frozenset(parameters), takes_any, cache_name(model) or CACHE)
+
+
 # ---- errors of other libraries ----------------------------------------------------------------------------
 
 
@@ -116,3 +142,27 @@ def not_compiled() -> tuple[type[Exception], ...]:
     errors: Any = torch._dynamo.exc
     limits = (getattr(errors, name, None) for name in ("FailOnRecompileLimitHit", "FailOnCacheLimitHit"))
     return (errors.TorchDynamoException, *filter(None, limits))
+
+
+ALLOCATION_FAILED = re.compile(
+    r"(can't|can ?not|could not|couldn't|failed to|unable to) allocate|out of memory|not enough memory|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error means that memory ran out: torch, Python and the system each have their own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and ALLOCATION_FAILED.search(str(error)) is not None
+
+
+def out_of_memory(error: BaseException, role: str) -> Exception:
+    """Return an error of the same type that names the model and two settings that help."""
+    kinds = (torch.OutOfMemoryError, MemoryError, OSError, RuntimeError)
+    kind = next(kind for kind in kinds if isinstance(error, kind))
+    # accelerate's search for a batch size that fits looks for the text of the original error.
+    return kind(
+        f"{role.upper()}: out of memory. What helps: weights in fewer bytes ({role}_quantization_config=...), or a "
+        f"smaller batch with prompts in chunks (prefill_chunk_size=512). What was raised: {error}"
+    )

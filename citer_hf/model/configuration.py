@@ -11,7 +11,6 @@ from .compat import CACHE_NAMES, keep_token, restore_token
 from .routers import as_threshold
 
 CONFIG_VERSION = 1
-MOST_LAYERS = 10_000
 
 
 class CiterConfig(PreTrainedConfig):
@@ -87,8 +86,6 @@ class CiterConfig(PreTrainedConfig):
                 f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
                 "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
             )
-        for role in ("slm", "llm"):
-            check_layers(role, config_dict.get(f"{role}_config"))
         unknown = sorted(key for key in set(config_dict) - _known_keys() if not key.startswith("_"))
         if unknown:
             warnings.warn(
@@ -181,17 +178,6 @@ def _known_keys() -> set[str]:
     }
 
 
-def check_layers(role: str, config: Any) -> None:
-    """Refuse a configuration with more layers than any model has."""
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        claimed = config.get(name) if isinstance(config, dict) else None
-        if isinstance(claimed, int) and claimed > MOST_LAYERS:
-            raise ValueError(
-                f"config: {role}_config says that {name} is {claimed}, expected at most {MOST_LAYERS}. The file is "
-                "damaged, or means harm."
-            )
-
-
 def table_size(config: PreTrainedConfig) -> int:
     """Number of rows of a model's vocabulary table."""
     size = getattr(config.get_text_config(), "vocab_size", None)
@@ -200,6 +186,12 @@ def table_size(config: PreTrainedConfig) -> int:
             f"{type(config).__name__} has no vocab_size: expected the configuration of a causal language model."
         )
     return int(size)
+
+
+def router_width(config: PreTrainedConfig) -> int:
+    """Return the width of an SLM's last hidden state, as its head takes it."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

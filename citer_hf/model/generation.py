@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +17,21 @@ from transformers import (
     QuantizedCache,
 )
 from transformers.generation import StoppingCriteriaList
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+from transformers.utils import logging
 
 from .batch import decode_rows
 from .batch_support import rows_can_part
-from .cache import CiterCache, Routing
-from .compat import CACHE, cache_of, with_both_names, with_cache_name
+from .cache import CiterCache, Routing, check_cache
+from .compat import CACHE, CiterBeamOutput, CiterGenerateOutput, cache_of, with_both_names, with_cache_name
 from .decoding import Decoding, Stops
 from .kv_layers import all_grow, growing_cache
 from .one_sequence import decode_one_row
 from .routers import as_threshold
-from .schedule import waiting_policy
+from .schedule import WaitingPolicy, waiting_policy
 from .static import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
+
+logger = logging.get_logger(__name__)
 
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
@@ -72,12 +76,76 @@ _finished_beams: ContextVar[FinishedBeams | None] = ContextVar("finished_beams",
 class CiterGenerationMixin(GenerationMixin):
     """The hooks of transformers' `generate` that a pair of models needs."""
 
-    @wraps(GenerationMixin.generate)
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        router_threshold: float | torch.Tensor | None = None,
+        waiting_rows: int | WaitingPolicy | None = None,
+        **kwargs: Any,
+    ) -> CiterGenerateOutput | CiterBeamOutput | torch.LongTensor:
+        """Generate text, each token with the model that the router chooses.
+
+        This is `generate` of transformers, with its decoding modes, processors, streamers and stopping criteria, and
+        two keywords of its own. Generation settings are the LLM's, unless the router repository has others.
+
+        Args:
+            inputs: Token ids of the prompts, `[batch, tokens]`, padded on the left; also called `input_ids`.
+            generation_config: Settings; those that are not set are the model's. It may hold `router_threshold`.
+            args: Further arguments of transformers' `generate`.
+            router_threshold: The SLM writes a token when its score reaches this: a number from 0 (the SLM alone) to 2
+                (above 1: the LLM alone), or a tensor `[batch]`. Default: that of the generation settings, or else of
+                the configuration.
+            waiting_rows: How many sequences of a batch wait for the LLM before it is called: a number (1 is
+                lock-step), or a function of (unfinished sequences, LLM share so far, time of an SLM step over that of
+                an LLM call). The text does not depend on it. Default: chosen from measured times.
+            kwargs: Any setting of `GenerationConfig`, `attention_mask`, `past_key_values` (a `CiterCache`; also called
+                `cache`), and other keywords of transformers' `generate`.
+
+        Returns:
+            Token ids `[batch, length]`, prompts included; with `return_dict_in_generate=True` an output whose
+            `past_key_values.routing` tells which model wrote each token.
+
+        Raises:
+            ValueError: for an invalid threshold or setting, or input embeddings.
+            TypeError: for a cache that is not a `CiterCache`.
+            torch.OutOfMemoryError: when a model runs out of memory; it names the model and two settings that help.
+        """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
         check_cache_implementation(kwargs.get("cache_implementation"))
-        return with_both_names(super().generate(inputs, *args, **with_cache_name(kwargs)))
+        own = {"router_threshold": router_threshold, "waiting_rows": waiting_rows}
+        kwargs |= {key: value for key, value in own.items() if value is not None}
+        if kwargs.get("input_ids") is not None:
+            kwargs["input_ids"] = as_long(kwargs["input_ids"])
+        output = super().generate(as_long(inputs), generation_config, *args, **with_cache_name(kwargs))
+        return with_both_names(output)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        threshold = kwargs.pop("router_threshold", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        # Taken out of the settings of this call, so that an assistant model never gets it.
+        of_settings = vars(generation_config).pop("router_threshold", None)
+        threshold = of_settings if threshold is None else threshold
+        if threshold is not None:
+            model_kwargs["router_threshold"] = threshold
+        return generation_config, model_kwargs
+
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        try:
+            return super()._get_stopping_criteria(generation_config, *args, tokenizer=tokenizer, **kwargs)
+        except ValueError as error:
+            if generation_config.stop_strings is None or tokenizer is None:
+                raise
+            raise ValueError(
+                f"stop_strings: transformers cannot look for them with this tokenizer, {type(tokenizer).__name__}, "
+                f"whose decoder does not keep all text ({error}). Use eos_token_id or stopping_criteria instead."
+            ) from error
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: continuous batching (`generate_batch`) needs paged caches, which hold one model."""
@@ -105,7 +173,6 @@ class CiterGenerationMixin(GenerationMixin):
         if given is not None:
             check_cache(given)
         elif generation_config.use_cache is not False:
-            check_cache_implementation(generation_config.cache_implementation)
             model_kwargs[CACHE] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
                 wanted = check_max_cache_len(generation_config.max_cache_len)
@@ -119,13 +186,19 @@ class CiterGenerationMixin(GenerationMixin):
 
     def _make_cache(self, generation_config: GenerationConfig) -> CiterCache:
         def one(config: PreTrainedConfig) -> Any:
-            if generation_config.cache_implementation == "quantized":
+            if kind == "quantized":
                 options = copy.deepcopy(generation_config.cache_config) or {}
                 return QuantizedCache(**{"backend": "quanto", **options, "config": config})
-            if generation_config.cache_implementation == "offloaded":
+            if kind == "offloaded":
                 return DynamicCache(config=config, offloading=True)
             return growing_cache(config)
 
+        kind = generation_config.cache_implementation
+        if kind is not None and kind not in CACHE_IMPLEMENTATIONS:
+            logger.warning_once(
+                f"cache_implementation={kind!r}: a pair of models has {', '.join(CACHE_IMPLEMENTATIONS)}. Its dynamic "
+                "cache is used, which gives the same text."
+            )
         config: Any = self.config
         return CiterCache(config, slm=one(config.slm_config), llm=one(config.llm_config))
 
@@ -146,17 +219,19 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         waiting_rows = kwargs.pop("waiting_rows", None)
+        # What is left is for `forward`, where base models may take no keyword that they do not name.
+        inputs = {key: value for key, value in kwargs.items() if key not in ("streamer", "synced_gpus")}
         begin_record(input_ids, generation_config, kwargs)
         decoding = self._plan(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
         together = input_ids.shape[0] > 1 and (
             waiting_rows == 1 or decoding is None or not rows_can_part(self, decoding)
         )
         if asks_for_static(kwargs.get(CACHE)) and decodes_statically(decoding, self):
-            logits = self._prefill(input_ids, generation_config, kwargs).logits
+            logits = self._prefill(input_ids, generation_config, inputs).logits
             with self._optimize_model_for_decode():
                 return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
         if decoding is not None and not together:
-            logits = self._prefill(input_ids, generation_config, kwargs).logits
+            logits = self._prefill(input_ids, generation_config, inputs).logits
             with self._optimize_model_for_decode():
                 if input_ids.shape[0] == 1:
                     return decode_one_row(self, decoding, logits)
@@ -280,6 +355,11 @@ class CiterGenerationMixin(GenerationMixin):
                 "assistant_early_exit: a pair of models has no layers of its own to leave early. Pass "
                 "assistant_model=model.slm, or prompt_lookup_num_tokens=..., instead."
             )
+        if kwargs.get("assistant_model") is not None and generation_config.stop_strings is not None:
+            raise ValueError(
+                "stop_strings: assisted generation of transformers cannot look for them in what an assistant drafts. "
+                "Leave out assistant_model, or use eos_token_id instead of stop_strings."
+            )
         model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OWN_KEYWORDS}
         return super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
 
@@ -312,19 +392,14 @@ def is_plain(model: PreTrainedModel) -> bool:
     return not (moved or getattr(model, "is_quantized", False) or getattr(model, "_tp_size", None))
 
 
-def check_cache(cache: Any) -> None:
-    """Refuse a cache that has no room for the LLM."""
-    # By name: a repository's own copy of this file has a class of its own.
-    if type(cache).__name__ != CiterCache.__name__:
-        raise TypeError(
-            f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no room for the LLM's "
-            "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
-        )
+def as_long(token_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Return token ids of type int64, which is what embeddings and new tokens are combined as."""
+    return token_ids.long() if isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int32 else token_ids
 
 
 def check_cache_implementation(name: str | None) -> None:
-    """Refuse a kind of cache that two models cannot share."""
-    if name is not None and name not in CACHE_IMPLEMENTATIONS:
+    """Raise for a kind of cache that was asked for by name and that transformers does not know, or that is paged."""
+    if name is not None and name not in ALL_CACHE_IMPLEMENTATIONS:
         raise ValueError(
             f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {name!r}, which a pair of "
             "models does not support. Leave it out for a dynamic cache."

@@ -9,40 +9,36 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
-from .adapter_files import Adapter, saved_adapter, split_off_adapter
-from .adapters import adapter_layers, attach_adapter, unwrapped
-from .compat import is_broken_transfer
-from .configuration import CiterConfig
-from .pair import load_tokenizer
-from .paths import check_folder
+from .adapters import Adapter, adapter_layers, attach_adapter, saved_adapter, split_off_adapter, unwrapped
+from .configuration import CiterConfig, router_width
 from .references import (
     HUB_KEYWORDS,
     ROLES,
-    FetchedWith,
     base_config,
-    check_keywords,
-    check_same_tokenizer,
+    check_source,
     check_unchanged,
     commit_of,
     commits_of,
+    explained,
+    file_keywords,
+    first_difference,
+    hub_keywords,
     load_models,
-    locate_base_model,
-    own_tokenizer,
+    load_tokenizer,
     reference_to,
+    resolve,
     shared_tokenizer,
     split_keywords,
 )
-from .routers import CUSTOM_ROUTER, as_threshold
-from .saved_router import (
-    check_router_weights,
-    choose_router,
-    load_router_weights,
-    needs_weights,
-    refuse_wrong_tensors,
-    router_state_dict,
-)
+from .routers import CUSTOM_ROUTER, ROUTERS, UNTRAINED, as_threshold, build_router
 
+logger = logging.get_logger(__name__)
+
+ROUTER_WEIGHTS = "model.safetensors"
 # The router's own, which are never passed on to the base models.
 REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", "code_revision", "generation_config")
 
@@ -51,9 +47,12 @@ class CiterLoadingMixin:
     """`from_pair` and `from_pretrained` of `CiterForCausalLM`."""
 
     _tokenizer: Any = None
+    # Where the router was loaded from, and with which keywords, but for the token, which is written down nowhere.
     _repository: tuple[str, dict[str, Any]] | None = None
     # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
     _commits: dict[str, str] = {}
+    # Some of the weights of a router that nobody has trained yet.
+    _fresh_router: dict[str, torch.Tensor] | None = None
 
     @classmethod
     def from_pair(
@@ -66,12 +65,14 @@ class CiterLoadingMixin:
     ) -> Any:
         """Make one model of a small and a large one.
 
+        The pair has the LLM's tokenizer and generation settings, and ends at the end tokens of either model.
+
         Args:
             slm: The small language model: repository id, path, or a loaded model.
-            llm: The large language model, likewise. It must share the SLM's tokenizer.
+            llm: The large language model, likewise. It must share the SLM's tokenizer, but for tokens that were added
+                to one of them; ids beyond the smaller vocabulary table are never generated.
             router: A kind (`mlp`, `linear`, `confidence`, `entropy`, `random`), a dictionary with a `type`, the path
-                or repository id of a saved router, a file of CITER's or R2R's released code (`.pth`, `.pt`), or a
-                module that maps (hidden, logits) to `p_slm`.
+                or repository id of a saved router, or a module that maps (hidden, logits) to `p_slm`.
             router_threshold: The SLM writes a token when its score reaches this. Default: that of the saved router,
                 otherwise 0.5.
             kwargs: For `from_pretrained` of both models; with the prefix `slm_` or `llm_` for one of them.
@@ -80,6 +81,7 @@ class CiterLoadingMixin:
 
         Raises:
             ValueError: when the models, the router, the threshold or a keyword do not fit.
+            TypeError: for a keyword that a model does not know.
             OSError: when a model cannot be loaded.
         """
         sources: dict[str, Any] = {role: unwrapped(role, model) for role, model in (("slm", slm), ("llm", llm))}
@@ -88,26 +90,29 @@ class CiterLoadingMixin:
         for role in ROLES:
             sources[role], adapters[role] = split_off_adapter(role, sources[role], keywords[role])
         configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
-        for role in ROLES:
-            check_keywords(role, keywords[role], kwargs, configs[role])
-        chosen = choose_router(router, router_threshold, {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs})
-        needs_weights(chosen.spec, chosen.module, configs["slm"])
+        hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+        spec, threshold, module = choose_router(router, router_threshold, configs["slm"], hub)
         tokenizer = shared_tokenizer(sources, keywords, configs, adapters)
-        models = load_models(sources, keywords)
-        attach_adapters(models, adapters)
+        references = {role: reference_to(sources[role], keywords[role]) for role in ROLES}
+        models = load_models(sources, keywords, references)
+        for role in ROLES:
+            attach_adapter(role, models[role], adapters[role])
         config = CiterConfig(
             slm_config=models["slm"].config,
             llm_config=models["llm"].config,
-            router=chosen.spec,
-            router_threshold=chosen.threshold,
-            slm_reference=reference_to(sources["slm"], keywords["slm"]),
-            llm_reference=reference_to(sources["llm"], keywords["llm"]),
+            router=spec,
+            router_threshold=threshold,
+            slm_reference=references["slm"],
+            llm_reference=references["llm"],
         )
-        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=chosen.module)  # type: ignore[call-arg]
-        if chosen.weights is not None:
-            load_router_weights(model.router, chosen.weights, chosen.name)
+        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=module)  # type: ignore[call-arg]
+        if module is None and model.router.state_dict():
+            config.router[UNTRAINED] = True
         model._tokenizer, model._commits = tokenizer, commits_of(sources, keywords)
-        return place(model.eval(), keywords)
+        end_at_union(model)
+        if model.slm.num_parameters() > model.llm.num_parameters():
+            logger.warning("slm, llm: the SLM is larger than the LLM. Were they swapped?")
+        return ready(model, keywords)
 
     @classmethod
     def from_pretrained(
@@ -131,12 +136,13 @@ class CiterLoadingMixin:
 
         Raises:
             OSError: when the router or a base model cannot be found or read.
-            ValueError: when what is found does not fit together, or a keyword is unknown.
+            ValueError: when what is found does not fit together.
+            TypeError: for a keyword that a model does not know.
         """
-        path = pretrained_model_name_or_path
+        path = None if pretrained_model_name_or_path is None else os.fspath(pretrained_model_name_or_path)
         router = kwargs.pop("router", None)
         if not isinstance(config, CiterConfig) and type(config).__name__ != CiterConfig.__name__:
-            config, kwargs = cls._load_config(config or path, kwargs)
+            config, kwargs = cls._load_config(os.fspath(config or path or ""), kwargs)
         else:
             config = copy.deepcopy(config)
         assert isinstance(config, PreTrainedConfig)
@@ -144,28 +150,27 @@ class CiterLoadingMixin:
         if isinstance(config.router, nn.Module):
             router, config.router = config.router, {"type": CUSTOM_ROUTER}
         if config.slm_reference is None and config.llm_reference is None:
-            model = cls._load_whole(path, *model_args, config=config, router=router, **kwargs)
+            loaded = cls._load_whole(path, *model_args, config=config, router=router, **kwargs)
         else:
-            model = cls._load_referred(str(path), config, router, kwargs)
+            loaded = cls._load_referred(str(path), config, router, kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if path is not None:
             names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
-            hub = FetchedWith({key: kwargs[key] for key in names if key in kwargs})
-            (model[0] if isinstance(model, tuple) else model)._repository = (str(path), hub)
-        return model
+            model._repository = (path, {key: kwargs[key] for key in names if key in kwargs and key != "token"})
+            if isinstance(kwargs.get("token"), str):
+                model._tokenizer = load_tokenizer(path, **{**model._repository[1], "token": kwargs["token"]})
+        return loaded
 
     @classmethod
-    def _load_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-        dtype: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+    def _load_config(cls, source: str, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
         # The configuration takes these for its own file; the weights and the base models need them too.
-        hub = {key: kwargs[key] for key in (*HUB_KEYWORDS, *REPOSITORY_KEYWORDS) if key in kwargs}
-        try:
-            config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-        except Exception as error:
-            told = isinstance(error, OSError) and str(source) in str(error)
-            if told or not (isinstance(error, OSError) or is_broken_transfer(error)):
-                raise
-            raise OSError(f"{source}: the configuration of the router could not be loaded: {error}") from error
-        return config, {**kwargs, **dtype, **hub}
+        names = ("dtype", "torch_dtype", *HUB_KEYWORDS, *REPOSITORY_KEYWORDS)
+        kept: dict[str, Any] = {key: kwargs[key] for key in names if key in kwargs}
+        check_source("router", source, kwargs)
+        without_dtype = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
+        with explained("router", source, kwargs):
+            config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **without_dtype)
+        return config, {**kwargs, **kept}
 
     @classmethod
     def _load_whole(cls, path: Any, *model_args: Any, config: Any, router: nn.Module | None, **kwargs: Any) -> Any:
@@ -176,19 +181,18 @@ class CiterLoadingMixin:
                 f"{own[0]}: this repository holds the router and both models in one file, which load together. To "
                 "load one of them with settings of its own, save the model with save_base_models=True first."
             )
+        split_keywords(kwargs)
         if router is not None:
             model_args = (None, None, router)
-        if path is not None and os.path.isdir(path):
-            check_folder(str(path))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
             path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         # Who asks for the report of what was loaded is told there.
         asked = wants_info or kwargs.get("state_dict") is not None or kwargs.get("ignore_mismatched_sizes", False)
-        if not asked:
-            problems = [*info["missing_keys"], *info["unexpected_keys"]]
-            refuse_wrong_tensors([key for key in problems if key.startswith("router.")], str(path))
+        wrong = sorted(key for key in (*info["missing_keys"], *info["unexpected_keys"]) if key.startswith("router."))
+        if wrong and not asked:
+            raise ValueError(f"{path}: {wrong} are missing in its weights file, or unknown. Save the router again.")
         return (model, info) if wants_info else model
 
     @classmethod
@@ -213,6 +217,7 @@ class CiterLoadingMixin:
             if getattr(config, f"_{key}", None) is not None:
                 kwargs.setdefault(key, getattr(config, f"_{key}"))
 
+        # 1. Where both models and their adapters are.
         keywords = split_keywords(kwargs)
         sources: dict[str, Any] = {}
         adapters: dict[str, Adapter | None] = {}
@@ -221,45 +226,67 @@ class CiterLoadingMixin:
             # Nobody is asked whether code of a model may run that the user has not chosen by name.
             keywords[role].setdefault("trust_remote_code", False)
             reference = getattr(config, f"{role}_reference")
-            sources[role] = locate_base_model(role, path, reference, keywords[role], repository)
+            if role in moved:
+                sources[role] = os.fspath(keywords[role].pop("name_or_path"))
+            else:
+                sources[role], there = resolve(role, path, reference, repository)
+                # A folder of the router's repository is where it is; of another model, another state may be asked for.
+                keywords[role] = (
+                    {**keywords[role], **there} if "name_or_path" not in reference else there | keywords[role]
+                )
+            place = f"If it has moved, pass {role}_name_or_path=..."
+            check_source(role, sources[role], keywords[role], advice=place)
             if role in moved and not keywords[role].get("adapter_name_or_path"):
                 # It may be an adapter that is for the same model.
                 sources[role], adapters[role] = split_off_adapter(role, sources[role], keywords[role])
             if adapters.get(role) is None:
                 of_adapter = (reference or {}).get("adapter")
                 adapters[role] = saved_adapter(role, path, of_adapter, sources[role], keywords[role], repository)
+
+        # 2. Whether they are what the router was made for, and the router's weights, before gigabytes are loaded.
         configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
         for role in ROLES:
-            check_keywords(role, keywords[role], kwargs, configs[role])
             check_unchanged(role, sources[role], configs[role], getattr(config, f"{role}_config"))
-        has_weights = needs_weights(config.router, router, configs["slm"])
-        weights = router_state_dict(path, repository) if has_weights else None
-        if weights is not None and router is None:
-            check_router_weights(config.router, configs["slm"], weights, path)
-        files = {key: repository[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if key in repository}
+        router = load_router(config.router, configs["slm"], path, repository, router)
+        files = file_keywords(repository)
+        references: dict[str, dict[str, Any] | None] = {}
         for role in ROLES:
-            if role not in moved and not may_have_changed(getattr(config, f"{role}_reference"), keywords[role]):
-                continue
-            found = own_tokenizer(sources[role], keywords[role], adapters[role])
-            saved = load_tokenizer(path, trust_remote_code=False, **files)
-            check_same_tokenizer(role, sources[role], found, saved)
-        models = load_models(sources, keywords)
-        attach_adapters(models, adapters)
+            stated = getattr(config, f"{role}_reference") or {}
+            references[role] = {key: value for key, value in stated.items() if key != "adapter"}
+            if role in moved or "name_or_path" in stated:
+                references[role] = reference_to(sources[role], keywords[role])
+                commit = stated.get("revision", "")
+                if role in moved or len(commit) != 40 or keywords[role].get("revision") != commit:
+                    found = load_tokenizer(sources[role], adapters[role], **hub_keywords(keywords[role]))
+                    check_tokenizer(role, sources[role], found, load_tokenizer(path, trust_remote_code=False, **files))
 
-        config.slm_config, config.llm_config = models["slm"].config, models["llm"].config
+        # 3. The models.
+        models = load_models(sources, keywords, references)
+        for role in ROLES:
+            attach_adapter(role, models[role], adapters[role])
+            setattr(config, f"{role}_config", models[role].config)
+            setattr(config, f"{role}_reference", references[role])
         model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=router)  # type: ignore[call-arg]
-        if weights is not None:
-            load_router_weights(model.router, weights, path)
         model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
         model.config.name_or_path = model.name_or_path = path
         model._commits = commits_of(sources, keywords)
-        model.eval()
-        model = place(model, keywords)
+        model = ready(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, info | {"error_msgs": []}) if wants_info else model
 
+    @property
+    def router_is_untrained(self) -> bool:
+        """Whether the router's weights are still the random ones that `from_pair` made."""
+        if not self.config.router.get(UNTRAINED):  # type: ignore[attr-defined]
+            return False
+        if self._fresh_router is None:
+            return True
+        now = some_weights(self.router)  # type: ignore[attr-defined]
+        fresh = {key: tensor.to(now[key]) for key, tensor in self._fresh_router.items() if key in now}
+        return fresh.keys() == now.keys() and all(torch.equal(fresh[key], now[key]) for key in now)
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse an adapter for both models at once: it would match layers of both, and its names fit neither."""
+        """Raise an error: an adapter for both models at once would match layers of both, and its names fit neither."""
         raise ValueError(
             "load_adapter: a pair has two models. Load the adapter into one of them: model.slm.load_adapter(...) or "
             "model.llm.load_adapter(...)."
@@ -284,8 +311,85 @@ class CiterLoadingMixin:
         return {**super()._get_dtype_plan(dtype), r"^router\.": torch.float32}  # type: ignore[misc]
 
 
-def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
+def choose_router(
+    router: Any, threshold: float | None, slm_config: PreTrainedConfig, hub: dict[str, Any]
+) -> tuple[dict[str, Any], float, nn.Module | None]:
+    """Return the specification, the threshold and, unless its weights are to be made, the module of a router."""
+    start = as_threshold(0.5 if threshold is None else threshold)
+    if isinstance(router, nn.Module):
+        return {"type": CUSTOM_ROUTER}, start, router
+    if isinstance(router, dict) or router in ROUTERS:
+        spec = dict(router) if isinstance(router, dict) else {"type": router}
+        with torch.device("meta"):
+            build_router(spec, router_width(slm_config))
+        return spec, start, None
+    name = os.fspath(router)
+    if os.path.isfile(name):
+        raise ValueError(
+            f"router: {name} is a file, expected the path or repository id of a saved router. Make one of a router "
+            f"of CITER's or R2R's released code: citer convert {name} --slm ... --llm ... --out my-router"
+        )
+    if not os.path.isdir(name) and "/" not in name:
+        raise ValueError(
+            f"router: expected one of {sorted(ROUTERS)}, the path or repository id of a saved router, or a "
+            f"torch.nn.Module, got {router!r}."
+        )
+    check_source("router", name, hub)
+    saved = CiterConfig.from_pretrained(name, **hub)
+    spec = {"hidden_size": router_width(saved.slm_config), **saved.router}
+    return spec, start if threshold is not None else saved.router_threshold, load_router(spec, slm_config, name, hub)
+
+
+def load_router(
+    spec: dict[str, Any], slm_config: PreTrainedConfig, path: str, hub: dict[str, Any], router: nn.Module | None = None
+) -> nn.Module | None:
+    """Return the router of a repository with its weights, in a module of the user's if there is one."""
+    with torch.device("meta"):
+        own = build_router(spec, router_width(slm_config)) if router is None else None
+    module: nn.Module = router if own is None else own  # type: ignore[assignment]
+    if not module.state_dict():
+        return router
+    with explained("router", path, hub):
+        file = cached_file(path, ROUTER_WEIGHTS, **file_keywords(hub))
+        tensors = {key: value for key, value in load_state_dict(file).items() if key.startswith("router.")}
+    # fp32, as every router is that this package makes.
+    weights = {key[7:]: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    try:
+        module.load_state_dict(weights, strict=True, assign=router is None)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: the weights in {ROUTER_WEIGHTS} do not fit its router, which may be of another SLM: {error}"
+        ) from error
+    return module
+
+
+def end_at_union(model: Any) -> None:
+    """Let a pair end at the end tokens of both models, with a warning where the LLM lacks some of the SLM's."""
+    settings = model.generation_config
+    slm, llm = (
+        [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        for ids in (model.slm.generation_config.eos_token_id, settings.eos_token_id)
+    )
+    missing = [index for index in slm if index not in llm]
+    if missing:
+        logger.warning(f"slm: it ends at the tokens {missing} and the LLM does not; the pair ends at those of both.")
+        settings.eos_token_id = [*llm, *missing]
+
+
+def some_weights(router: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the first weights of each tensor, by which a change of a router is noticed."""
+    return {key: tensor.detach().flatten()[:64].clone().cpu() for key, tensor in router.named_parameters()}
+
+
+def ready(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
     """Put the router where the SLM's head is, and note the devices of both models under `hf_device_map`."""
+    if model.router_is_untrained:
+        model._fresh_router = some_weights(model.router)
+        logger.warning(
+            f"router: the weights of this {model.config.router['type']!r} router are random, so that its choices mean "
+            "nothing. Train it (`citer train`), or pass the path or repository id of a trained router."
+        )
+    model.eval()
     device = model.slm.get_output_embeddings().weight.device
     if device.type != "meta":
         model.router.to(device)
@@ -298,19 +402,13 @@ def place(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
     return model
 
 
-def attach_adapters(models: dict[str, PreTrainedModel], adapters: dict[str, Adapter | None]) -> None:
-    """Put the adapters into the models that have one."""
-    for role, adapter in adapters.items():
-        if adapter is not None:
-            attach_adapter(role, models[role], adapter)
-
-
-def may_have_changed(reference: dict[str, Any], keywords: dict[str, Any]) -> bool:
-    """Say whether a base model that is where the router says may be another one than when the router was saved."""
-    if not reference.get("name_or_path"):
-        return False
-    commit = reference.get("revision", "")
-    return len(commit) != 40 or keywords.get("revision") != commit
+def check_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None:
+    """Raise an error for a base model that numbers its tokens otherwise than the router's tokenizer."""
+    if found is not None and saved is not None and first_difference(found, saved) is not None:
+        raise ValueError(
+            f"{role}: {source} is not the model that this router was made for: its tokenizer has changed. Pass the "
+            f"right one with {role}_name_or_path=... and {role}_revision=..."
+        )
 
 
 def saved_generation_config(path: str, hub: dict[str, Any]) -> GenerationConfig | None:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .cache import CiterCache
-from .compat import CACHE, BothCacheNames, cache_name, given_cache
+from .cache import CiterCache, check_cache
+from .compat import CACHE, BothCacheNames, given_cache, is_out_of_memory, keywords_of, out_of_memory
 from .compiled import CompiledSteps
 from .configuration import CiterConfig
-from .forward import in_one_piece, keep, marginal, real_text, to_device
-from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin, check_cache
-from .hidden_states import Watched, hidden_size_of, mark_initialized, set_heard, watch, watched
+from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin
 from .loading import CiterLoadingMixin
-from .memory import explained, is_out_of_memory
-from .pair import check_pair
-from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer
-from .sharing import CiterSharingMixin
+from .references import check_pair
+from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer, hidden_size_of, marginal
+from .saving import CiterSharingMixin
 from .small_products import weights_first
 
-MODELS = ("slm", "llm")
-SLM_OUTPUTS = ("output_hidden_states", "output_attentions")
+SLM_OUTPUTS = ("hidden_states", "attentions")
 
 
 @dataclass
@@ -50,6 +46,15 @@ class CiterOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     def to_tuple(self) -> tuple[Any, ...]:
         """Return what is there as the tuple of every causal language model, which has no place for routing."""
         return tuple(self[key] for key in self.keys() if key not in ("router_scores", "routed_to_llm"))
+
+
+class SlmOutput(NamedTuple):
+    """What `run_slm` returns, at the kept positions."""
+
+    logits: torch.Tensor  # [batch, kept, vocabulary]
+    hidden: torch.Tensor  # [batch, kept, H], the last hidden state, which routers see
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixin, PreTrainedModel):
@@ -87,9 +92,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         router: nn.Module | None = None,
     ):
         super().__init__(config)
-        for given in (slm, llm, router):
-            if given is not None:
-                mark_initialized(given)
+        # `post_init` initialises what is new, and nothing that is given.
+        for module in (module for given in (slm, llm, router) if given is not None for module in given.modules()):
+            module._is_hf_initialized = True
         slm = slm if slm is not None else AutoModelForCausalLM.from_config(config.slm_config, trust_remote_code=False)
         llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False)
         check_pair(slm, llm)
@@ -103,20 +108,14 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         if router is not None and config.router["type"] == CUSTOM_ROUTER:
             config.router["class"] = type(router).__name__
         self._is_stateful = bool(slm._is_stateful or llm._is_stateful)
-        self._accepted = {
-            name: frozenset(inspect.signature(getattr(self, name).forward).parameters) for name in MODELS
-        }
-        self._cache_names = {name: cache_name(getattr(self, name)) or CACHE for name in MODELS}
+        self._keywords = {type(model): keywords_of(model) for model in (slm, llm)}
         self.generation_config = GenerationConfig.from_dict(llm.generation_config.to_dict())
         self.compiled_steps = CompiledSteps()
-        self._freeze_base_models()
-        watch(slm)
-        self.post_init()
-
-    def _freeze_base_models(self) -> None:
-        for model in (self.slm, self.llm):
+        for model in (slm, llm):
             model.requires_grad_(False)
             model.eval()
+        install_hook(slm)
+        self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         # The base models initialise themselves; what is left is the router. The 0.02 of a language model would make
@@ -126,7 +125,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
 
     @property
     def base_model(self) -> nn.Module:
-        """The SLM, which reads every token: what transformers asks of a base model is there."""
+        """The SLM, which processes every token: what transformers asks of a base model is there."""
         return self.slm
 
     def train(self, mode: bool = True) -> CiterForCausalLM:
@@ -137,32 +136,22 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the SLM's input embeddings."""
         return self.slm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the SLM's input embeddings."""
         self.slm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the SLM's output embeddings."""
         return self.slm.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the SLM's output embeddings."""
         self.slm.set_output_embeddings(value)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the vocabulary tables of both models.
-
-        Args:
-            new_num_tokens: Rows of the new tables; `None` only returns the SLM's embeddings.
-            args: As in transformers, for both models.
-            kwargs: As in transformers, for both models.
-        """
+        """Resize the vocabulary tables of both models; the arguments are those of transformers."""
         self.llm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         embeddings = self.slm.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        watch(self.slm)
+        install_hook(self.slm)
         self.vocab_size = self.config.vocab_size
         return embeddings
 
@@ -191,22 +180,22 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             input_ids: New tokens, `[batch, tokens]`.
             attention_mask: 1 for tokens and 0 for padding on the left, `[batch, cached + tokens]`.
             position_ids: Positions of the new tokens, `[batch or 1, tokens]`.
-            past_key_values: What was read before.
+            past_key_values: The cache of the tokens before.
             labels: Targets, shifted inside, -100 where there is none, `[batch, tokens]`.
             use_cache: Whether to make and return a cache when none is given. Default: the configuration's.
             logits_to_keep: How many of the last positions to decide and return, 0 for all, or their indices.
-            router_threshold: The SLM writes where `p_slm` reaches it: a number or `[batch]`. Default: the
-                configuration's.
-            finished_rows: Rows whose text has ended, bool `[batch]`. They never cause a pass of the LLM.
+            router_threshold: The SLM writes where `p_slm` reaches it: a number from 0 to 2, or `[batch]`. Default:
+                the configuration's.
+            finished_rows: Sequences that have ended, bool `[batch]`. They never cause a pass of the LLM.
             cache: Another name of `past_key_values`, which transformers uses since 5.24.
-            kwargs: For both models' `forward`; `output_hidden_states` and `output_attentions` for the SLM's.
+            kwargs: For both models, as far as their `forward` takes them; `output_hidden_states` and
+                `output_attentions` for the SLM, `num_items_in_batch` for the loss.
 
         Raises:
-            ValueError: for input embeddings, no input, a threshold that means nothing, a cache of another batch, or
-                two caches.
+            ValueError: for input embeddings, no input, an invalid threshold, a cache of another batch, or two caches.
             TypeError: for a cache that is not a `CiterCache`.
-            torch.OutOfMemoryError: when a model runs out of memory (on a CPU, torch's `RuntimeError`); it says which
-                model, what that needs, and what helps.
+            torch.OutOfMemoryError: when a model runs out of memory (on a CPU, torch's `RuntimeError`); it names the
+                model and two settings that help.
         """
         if kwargs.pop("inputs_embeds", None) is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
@@ -214,53 +203,54 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             raise ValueError("input_ids: expected token ids [batch, tokens], got None.")
         past_key_values = given_cache(past_key_values, cache)
         if past_key_values is not None:
-            check_cache(past_key_values)
-            past_key_values.check_batch_size(input_ids.shape[0])
+            check_cache(past_key_values, input_ids.shape[0])
         elif self.config.use_cache if use_cache is None else use_cache:
             past_key_values = CiterCache(self.config)
-        if router_threshold is None:
-            router_threshold = self.config.router_threshold
-        threshold = as_threshold(router_threshold, input_ids.shape[0])
-        inputs = {"attention_mask": attention_mask, "use_cache": past_key_values is not None}
+        threshold = self.config.router_threshold if router_threshold is None else router_threshold
+        threshold = as_threshold(threshold, input_ids.shape[0])
 
-        if not torch.compiler.is_compiling():
-            # Somebody may have put another head on the SLM.
-            watch(self.slm)
+        # 1. The SLM processes the new tokens, and the router scores its state: [batch, kept].
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        wanted = [f"output_{name}" for name in SLM_OUTPUTS if getattr(self.config, f"output_{name}")]
         slm_cache = None if past_key_values is None else past_key_values.slm
-        slm_kwargs = {**{name: True for name in SLM_OUTPUTS if getattr(self.config, name)}, **kwargs}
-        slm_output, hidden = self._run_slm(input_ids, position_ids, slm_cache, logits_to_keep, inputs, slm_kwargs)
-        slm_logits = slm_output.logits[..., : self.vocab_size]
-        scores = self.router(hidden, slm_logits)
+        slm = self.run_slm(input_ids, slm_cache, logits_to_keep, **{**dict.fromkeys(wanted, True), **inputs})
+        scores = self.router(slm.hidden, slm.logits)
         to_llm = defer(scores, threshold)
         if finished_rows is not None:
             to_llm &= ~finished_rows.to(to_llm.device)[:, None]
         if past_key_values is not None:
             past_key_values.add_tokens(input_ids, position_ids)
 
-        logits, llm_logits = slm_logits, None
+        # 2. The LLM catches up where it writes a token that anybody asks for: [batch, kept, vocabulary].
+        logits, llm_logits = slm.logits, None
         if self.training or self._needs_llm(to_llm, past_key_values):
-            llm_logits = self._catch_up(input_ids, position_ids, past_key_values, logits_to_keep, inputs, kwargs)
-            logits = torch.where(to_llm[..., None], llm_logits, slm_logits)
-        if past_key_values is not None:
-            first = past_key_values.get_seq_length() - scores.shape[1] + 1
-            unfinished = real_text(to_llm, attention_mask, finished_rows, input_ids.shape[1], logits_to_keep)
-            past_key_values.routing.add(first, scores.detach(), to_llm, unfinished)
+            llm_logits = self.catch_up(input_ids, past_key_values, logits_to_keep, **inputs)
+            logits = torch.where(to_llm[..., None], llm_logits, slm.logits)
 
+        # 3. The record of decisions, and the loss.
+        if past_key_values is not None:
+            real = torch.ones_like(to_llm)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                real &= keep(attention_mask[:, -input_ids.shape[1] :], logits_to_keep).to(real.device).bool()
+            if finished_rows is not None:
+                real &= ~finished_rows.to(real.device)[:, None]
+            first = past_key_values.get_seq_length() - scores.shape[1] + 1
+            past_key_values.routing.add(first, scores.detach(), to_llm, real)
         loss = None
         if labels is not None:
-            predicted = logits if llm_logits is None or not self.training else marginal(scores, slm_logits, llm_logits)
+            predicted = logits if llm_logits is None or not self.training else marginal(scores, slm.logits, llm_logits)
             loss = self.loss_function(predicted, labels, vocab_size=self.vocab_size, **kwargs)
         return CiterOutputWithPast(
             loss=loss,
             logits=logits,
             **{CACHE: past_key_values},
-            hidden_states=slm_output.hidden_states,
-            attentions=slm_output.attentions,
+            hidden_states=slm.hidden_states,
+            attentions=slm.attentions,
             router_scores=scores,
             routed_to_llm=to_llm,
         )
 
-    # What a subclass that changes `forward` is told by: `generate` then calls it for every token.
+    # `generate` calls `forward` for every token where a subclass has changed it.
     forward_of_the_pair = forward
 
     def _needs_llm(self, to_llm: torch.Tensor, cache: CiterCache | None) -> bool:
@@ -275,110 +265,156 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
                 to_llm = to_llm[:, undecided:]
         return to_llm.shape[1] > 0 and bool(to_llm.any())
 
-    def _run_slm(
+    def run_slm(
         self,
         input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        cache: Any,
-        logits_to_keep: int | torch.Tensor,
-        inputs: dict[str, Any],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, torch.Tensor]:
-        """Return the SLM's output with the kept logits, and its last hidden state there, `[batch, kept, H]`."""
+        cache: Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **inputs: Any,
+    ) -> SlmOutput:
+        """Run the SLM alone.
+
+        Args:
+            input_ids: New tokens, `[batch, tokens]`.
+            cache: A cache of the SLM, such as `CiterCache.slm`.
+            logits_to_keep: As in `forward`.
+            inputs: `attention_mask`, `position_ids` and others, as far as the SLM's `forward` takes them.
+
+        Returns:
+            Logits and last hidden state at the kept positions.
+        """
         captured: list[torch.Tensor] = []
         if torch.compiler.is_dynamo_compiling():
             head = self.slm.get_output_embeddings()
-            set_heard(head, captured)
-            output = self._call("slm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs)
-            set_heard(head, None)
-            return self._kept(output, captured[-1], logits_to_keep)
-        token = watched.set(Watched(captured, bool(kwargs.get("output_hidden_states"))))
+            setattr(head, CAPTURED, captured)
+            output = self._run("slm", input_ids, cache, logits_to_keep, inputs)
+            setattr(head, CAPTURED, None)
+        else:
+            output = self._run_and_capture(captured, input_ids, cache, logits_to_keep, inputs)
+        if not captured:
+            raise ValueError(
+                f"slm: {type(self.slm).__name__} does not call its output embeddings, so that a router cannot see its "
+                "last hidden state. Choose another SLM."
+            )
+        logits, hidden = output.logits, captured[-1]
+        if "logits_to_keep" not in self._keywords[type(self.slm)].named:
+            logits, hidden = keep(logits, logits_to_keep), keep(hidden, logits_to_keep)
+        states, attentions = (getattr(output, name, None) for name in SLM_OUTPUTS)
+        return SlmOutput(logits[..., : self.vocab_size], hidden, states, attentions)
+
+    def _run_and_capture(self, captured: list[torch.Tensor], *arguments: Any) -> Any:
+        # Somebody may have put another head on the SLM.
+        install_hook(self.slm)
+        tracked = None
+        if torch.is_grad_enabled() and arguments[-1].get("output_hidden_states"):
+            # Hidden states that are asked for have gradients, though the weights are frozen.
+            embeddings = self.slm.get_input_embeddings()
+            tracked = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+        token = capture.set(captured)
         try:
-            output = self._call("slm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs)
+            return self._run("slm", *arguments)
         finally:
-            watched.reset(token)
-        return self._kept(output, captured[-1], logits_to_keep)
+            capture.reset(token)
+            if tracked is not None:
+                tracked.remove()
 
-    def _kept(self, output: Any, hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> tuple[Any, torch.Tensor]:
-        if "logits_to_keep" not in self._accepted["slm"]:
-            output.logits = keep(output.logits, logits_to_keep)
-            hidden = keep(hidden, logits_to_keep)
-        return output, hidden
-
-    def _catch_up(
+    def run_llm(
         self,
         input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        cache: CiterCache | None,
-        logits_to_keep: int | torch.Tensor,
-        inputs: dict[str, Any],
-        kwargs: dict[str, Any],
+        cache: Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **inputs: Any,
     ) -> torch.Tensor:
-        """Let the LLM read everything it has not seen, and return its logits at the kept positions."""
-        length = input_ids.shape[1]
-        if cache is not None:
-            input_ids, position_ids = cache.unseen_tokens()
-        # What is kept is counted within the new tokens, which are the last of those that the LLM reads now.
-        earlier = input_ids.shape[1] - length
+        """Run the LLM alone; the arguments are those of `run_slm`.
+
+        Returns:
+            Logits at the kept positions, `[batch, kept, vocabulary]`, on the SLM's device.
+        """
+        logits: torch.Tensor = self._run("llm", input_ids, cache, logits_to_keep, inputs).logits
+        if "logits_to_keep" not in self._keywords[type(self.llm)].named:
+            logits = keep(logits, logits_to_keep)
+        # Where all of the SLM's weights are offloaded, its output is where its input is.
+        device = input_ids.device if self.slm.device.type == "meta" else self.slm.device
+        return logits[..., : self.vocab_size].to(device)
+
+    def catch_up(
+        self, input_ids: torch.Tensor, cache: CiterCache | None, logits_to_keep: int | torch.Tensor = 0, **inputs: Any
+    ) -> torch.Tensor:
+        """Run the LLM over everything that it has not seen, up to `input_ids`; return the logits of `run_llm`."""
+        inputs = {key: value for key, value in inputs.items() if not key.startswith("output_")}
+        if cache is None:
+            return self.run_llm(input_ids, None, logits_to_keep, **inputs)
+        kept = input_ids.shape[1]
+        input_ids, inputs["position_ids"] = cache.unseen_tokens()
+        # Kept positions are counted within the new tokens, which are the last of those that the LLM processes now.
+        earlier = input_ids.shape[1] - kept
         if earlier and isinstance(logits_to_keep, torch.Tensor):
             logits_to_keep = logits_to_keep + earlier
         elif earlier:
-            logits_to_keep = logits_to_keep or length
-        kwargs = {key: value for key, value in kwargs.items() if key not in SLM_OUTPUTS}
-        own_cache = None if cache is None else cache.llm
-        logits = self._run_llm(input_ids, position_ids, own_cache, logits_to_keep, inputs, kwargs)
-        if cache is not None:
-            cache.mark_seen()
-            cache.routing.llm_calls += 1
+            logits_to_keep = logits_to_keep or kept
+        logits = self.run_llm(input_ids, cache.llm, logits_to_keep, **inputs)
+        cache.mark_seen()
+        cache.routing.llm_calls += 1
         return logits
 
-    def _run_llm(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        cache: Any,
-        logits_to_keep: int | torch.Tensor,
-        inputs: dict[str, Any],
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        """Return the LLM's logits at the kept positions, on the SLM's device."""
-        logits = self._call("llm", input_ids, position_ids, cache, logits_to_keep, inputs, kwargs).logits
-        if "logits_to_keep" not in self._accepted["llm"]:
-            logits = keep(logits, logits_to_keep)
-        return logits[..., : self.vocab_size].to(self._device_near(input_ids))
-
-    def _device_near(self, inputs: torch.Tensor) -> torch.device:
-        """Return where the SLM's output is: where its input is, when all of its weights are offloaded."""
-        device: torch.device = self.slm.device
-        return inputs.device if device.type == "meta" else device
-
-    def _call(
-        self,
-        name: str,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        cache: Any,
-        logits_to_keep: int | torch.Tensor,
-        inputs: dict[str, Any],
-        kwargs: dict[str, Any],
+    def _run(
+        self, role: str, input_ids: torch.Tensor, cache: Cache | None, kept: int | torch.Tensor, inputs: dict[str, Any]
     ) -> Any:
-        model, accepted = getattr(self, name), self._accepted[name]
-        inputs = {**inputs, self._cache_names[name]: cache}
-        if "position_ids" in accepted:
-            inputs["position_ids"] = position_ids
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = in_one_piece(logits_to_keep, input_ids)
+        model: PreTrainedModel = getattr(self, role)
+        if type(model) not in self._keywords:
+            self._keywords[type(model)] = keywords_of(model)
+        keywords = self._keywords[type(model)]
+        batch, tokens = input_ids.shape
+        if batch > 1 and not isinstance(kept, torch.Tensor) and 0 < kept < tokens:
+            # Indices let the model copy the last positions of several sequences before its head multiplies them.
+            kept = torch.arange(tokens - kept, tokens, device=input_ids.device)
+        own = {"input_ids": input_ids, keywords.cache: cache, "use_cache": cache is not None}
+        own |= {"logits_to_keep": kept, "return_dict": True}
+        inputs = {key: value for key, value in (inputs | own).items() if keywords.take(key)}
         device = model.device
         if device != input_ids.device and device.type != "meta":
-            input_ids = input_ids.to(device)
             inputs = {key: to_device(value, device) for key, value in inputs.items()}
         try:
             with weights_first(model, input_ids.numel()):
-                return model(input_ids=input_ids, return_dict=True, **inputs, **kwargs)
+                return model(**inputs)
         except (RuntimeError, MemoryError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            rows, tokens = input_ids.shape
-            # A cache tells how long its text is as far as the pass has come.
-            length = max(tokens, 0 if cache is None else int(cache.get_seq_length()))
-            raise explained(error, name, model, rows, tokens, length) from error
+            if is_out_of_memory(error):
+                raise out_of_memory(error, role) from error
+            raise
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor, or the tensors of a dictionary (masks by kind of layer); anything else stays as it is."""
+    if isinstance(value, dict):
+        return {key: to_device(one, device) for key, one in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Select positions as `logits_to_keep` says, for models that do not know it."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return values[:, logits_to_keep]
+    return values[:, -logits_to_keep:] if logits_to_keep else values
+
+
+# The input of the SLM's output embeddings is its last hidden state. The hook stays, and acts for the thread that asks.
+capture: ContextVar[list[torch.Tensor] | None] = ContextVar("capture", default=None)
+# A compiler cannot trace a context variable. It traces in one thread only, and a list that is set and taken away again
+# within one trace is never there when the model runs.
+CAPTURED = "_citer_captured"
+
+
+def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Keep the input of the output embeddings."""
+    captured = module.__dict__.get(CAPTURED)
+    if captured is None and not torch.compiler.is_dynamo_compiling():
+        captured = capture.get()
+    if captured is not None:
+        captured.append(args[0])
+
+
+def install_hook(slm: PreTrainedModel) -> None:
+    """Install the hook above, once."""
+    head = slm.get_output_embeddings()
+    if capture_head_input not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(capture_head_input)

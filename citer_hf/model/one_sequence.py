@@ -93,14 +93,14 @@ def read_token(
 ) -> torch.Tensor:
     """Let the SLM read one token, the router decide about the next, and the LLM catch up if it is to write that."""
     cache = decoding.cache
-    inputs = {"attention_mask": mask, "use_cache": True}
+    inputs = {"attention_mask": mask, "position_ids": position}
     with decoding.reading():
-        output, hidden = model._run_slm(token, position, cache.slm, 1, inputs, {})
-        logits = output.logits[..., : model.vocab_size]
-        scores = model.router(hidden, logits)
+        slm = model.run_slm(token, cache.slm, 1, **inputs)
+        logits = slm.logits
+        scores = model.router(slm.hidden, logits)
         to_llm = defer(scores, decoding.threshold)
         cache.add_tokens(token, position)
         if to_llm.item():
-            logits = model._catch_up(token, position, cache, 1, inputs, {})
+            logits = model.catch_up(token, cache, 1, **inputs)
         cache.routing.add(cache.get_seq_length(), scores, to_llm, torch.ones_like(to_llm))
     return logits

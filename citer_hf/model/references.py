@@ -1,60 +1,46 @@
-"""The two base models of a pair: their keywords, where they are, and loading them."""
+"""The two base models of a pair: where they are, loading them, and whether they fit together."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import re
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import safe_open
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging
+from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash, has_file
 
-from .compat import is_broken_transfer
+from .compat import cache_name, is_broken_transfer
+from .configuration import table_size
 from .memory import is_out_of_memory, not_loaded, weight_bytes_of
-from .pair import check_config, check_model, check_table_sizes, check_tokenizers, load_tokenizer
-from .paths import check_folder, check_reference
+
+logger = logging.get_logger(__name__)
 
 ROLES = ("slm", "llm")
 # Where a repository is and how it is fetched: these concern the files, not the model.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-LOADING_KEYWORDS = frozenset(inspect.signature(PreTrainedModel.from_pretrained).parameters) | frozenset(
-    [
-        "allow_all_kernels",
-        "attn_implementation",
-        "code_revision",
-        "device_map",
-        "device_mesh",
-        "distributed_config",
-        "dtype",
-        "experts_implementation",
-        "generation_config",
-        "gguf_file",
-        "kernel_config",
-        "key_mapping",
-        "low_cpu_mem_usage",
-        "max_memory",
-        "offload_buffers",
-        "offload_folder",
-        "output_loading_info",
-        "proxies",
-        "quantization_config",
-        "state_dict",
-        "subfolder",
-        "torch_dtype",
-        "tp_plan",
-        "tp_size",
-        "tqdm_class",
-        "trust_remote_code",
-        "use_kernels",
-        "variant",
-    ]
-)
+# What a reference to a base model may hold, besides the reference to its adapter.
+REFERENCE_KEYS = ("revision", "subfolder", "variant", "gguf_file")
+REPOSITORY_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+# Attribute of a base model that was loaded by its name: the reference to it, and the size of its vocabulary table.
+LOADED_FROM = "_citer_loaded_from"
+PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Divide the keywords of a pair among its models."""
     prefixes = tuple(f"{role}_" for role in ROLES)
+    for key in ("dtype", "torch_dtype", *(f"{prefix}dtype" for prefix in prefixes)):
+        dtype = kwargs.get(key)
+        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"{key}: expected 'auto', or a dtype of torch such as 'bfloat16', got {dtype!r}.")
     shared = {key: value for key, value in kwargs.items() if not key.startswith(prefixes)}
     quantization = {key: shared.pop(key) for key in ("quantization_config",) if key in shared}
     keywords = {"slm": dict(shared), "llm": {**shared, **quantization}}
@@ -63,17 +49,6 @@ def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
             role, name = key.split("_", 1)
             keywords[role][name] = value
     return keywords
-
-
-def check_keywords(role: str, keywords: dict[str, Any], given: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Refuse keywords that nothing reads."""
-    for key in keywords:
-        if key not in LOADING_KEYWORDS and not hasattr(config, key):
-            written = f"{role}_{key}" if f"{role}_{key}" in given else key
-            raise ValueError(
-                f"{written}: neither a keyword of from_pretrained nor a setting of {type(config).__name__}. Check "
-                "its spelling; the prefixes slm_ and llm_ address one of the two models."
-            )
 
 
 def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +60,29 @@ def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
 def file_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
     """Select what says where any file of a repository is."""
     return {key: keywords[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if keywords.get(key)}
+
+
+def check_source(
+    role: str, name: str, keywords: dict[str, Any], file: str = "config.json", other: str = "", advice: str = ""
+) -> None:
+    """Raise an error unless `name` is a directory, or a repository with one of the two files."""
+    if os.path.isdir(name):
+        return
+    looked = f"{role}: there is no directory {os.path.abspath(name)}"
+    if REPOSITORY_ID.fullmatch(name) is None or leads_out(name):
+        raise OSError(f"{looked}, and {name!r} is not the id of a repository, such as 'user/model'. {advice}".rstrip())
+    files = [one for one in (keywords.get("gguf_file") or file, other) if one]
+    if any(cached_path(name, file, keywords) for file in files):
+        return
+    where = {key: keywords[key] for key in ("revision", "token", "local_files_only", "cache_dir") if keywords.get(key)}
+    with explained(role, name, keywords):
+        # One request each: the client itself repeats a request five times before it gives up.
+        if any(has_file(name, os.path.join(keywords.get("subfolder") or "", file), **where) for file in files):
+            return
+    raise OSError(
+        f"{looked}, no {' or '.join(files)} of {name} in the cache of the Hub, and none on the Hub, or the Hub cannot "
+        f"be reached. {advice}".rstrip()
+    )
 
 
 def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedConfig:
@@ -104,7 +102,9 @@ def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedC
     return config
 
 
-def load_models(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, PreTrainedModel]:
+def load_models(
+    sources: dict[str, Any], keywords: dict[str, dict[str, Any]], references: dict[str, dict[str, Any] | None]
+) -> dict[str, PreTrainedModel]:
     """Load the two base models, the SLM first, so that the LLM's device map is planned with what is left."""
     models: dict[str, PreTrainedModel] = {}
     for role in ROLES:
@@ -113,16 +113,17 @@ def load_models(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) ->
             own["max_memory"] = memory_left(own["max_memory"], models["slm"])
         if isinstance(source, nn.Module):
             models[role] = source
-        else:
-            with explained(role, source, own):
-                models[role] = AutoModelForCausalLM.from_pretrained(source, **own, **for_adapters(own))
+            continue
+        with explained(role, source, own):
+            models[role] = AutoModelForCausalLM.from_pretrained(source, **own, adapter_kwargs=elsewhere(own))
+        setattr(models[role], LOADED_FROM, (references[role], table_size(models[role].config)))
     return models
 
 
-def for_adapters(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return how an adapter beside a model is looked for: where files are, which transformers does not pass on."""
+def elsewhere(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return where transformers looks for an adapter of a model: where there is none; `adapters.py` attaches it."""
     files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
-    return {"adapter_kwargs": files} if files else {}
+    return {**files, "subfolder": "no-adapter"}
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:
@@ -135,73 +136,206 @@ def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, A
     return {device: max(size - taken.get(device, 0), 0) for device, size in sizes.items()}
 
 
+class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
+    """Context in which an error of loading names the model and what to do."""
+
+    def __init__(self, role: str, source: Any, keywords: dict[str, Any]):
+        self.role, self.source, self.keywords = role, source, keywords
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        role, source = self.role, self.source
+        if isinstance(error, ValueError) and "contains custom code" in str(error):
+            raise ValueError(
+                f"{role}: {source} brings code of its own. If you trust it, pass {role}_trust_remote_code=True; "
+                "trust_remote_code is for the router alone."
+            ) from error
+        if isinstance(error, Exception) and role in ROLES and is_out_of_memory(error):
+            config = AutoConfig.from_pretrained(source, **hub_keywords(self.keywords))
+            raise not_loaded(error, role, source, weight_bytes_of(config, self.keywords)) from error
+        if error is not None and (
+            isinstance(error, OSError) or is_broken_transfer(error) or type(error).__name__ == "SafetensorError"
+        ):
+            title = {"router": "router", "slm": "SLM", "llm": "LLM"}.get(role, f"{role[:3].upper()}'s adapter")
+            revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
+            moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
+            raise OSError(
+                f"{role}: the {title} could not be loaded from {source}{revision}: {error}\nIf a file is missing, "
+                f"damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
+            ) from error
+        if isinstance(error, TypeError | ValueError) and not str(error).startswith(role):
+            raise type(error)(f"{role}: {source}: {error}") from error
+
+
 def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None:
-    """Say where a base model came from, or `None` when it has never been on disk."""
+    """Return a reference to a base model, or `None` when the model has never been on disk."""
     name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
+    reference = {"name_or_path": name}
     if os.path.isdir(name):
-        reference = {"name_or_path": os.path.abspath(name)}
-    elif name and (not isinstance(source, nn.Module) or (name.count("/") <= 1 and not os.path.isabs(name))):
-        reference = {"name_or_path": name}
-        commit = commit_of(name, keywords) if not isinstance(source, nn.Module) else None
-        if commit or keywords.get("revision"):
-            reference["revision"] = commit or keywords["revision"]
+        reference["name_or_path"] = os.path.abspath(name)
+    elif not isinstance(source, nn.Module):
+        reference["revision"] = commit_of(name, keywords) or keywords.get("revision", "")
+    elif REPOSITORY_ID.fullmatch(name):
+        reference["revision"] = getattr(source.config, "_commit_hash", None) or ""
     else:
         return None
-    return reference | {key: keywords[key] for key in ("subfolder", "gguf_file") if keywords.get(key)}
+    reference |= {key: keywords[key] for key in REFERENCE_KEYS[1:] if keywords.get(key)}
+    return {key: value for key, value in reference.items() if value}
+
+
+def cached_path(name: str, file: str, keywords: dict[str, Any]) -> str | None:
+    """Return the path of a file of a directory or repository if the file is on this machine."""
+    hub = {key: keywords[key] for key in ("cache_dir", "revision", "token", "subfolder") if keywords.get(key)}
+    found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else str(found)
 
 
 def commit_of(name: str, keywords: dict[str, Any]) -> str | None:
     """Return the commit that a repository's revision stands for, from the local cache."""
-    hub = {key: keywords[key] for key in ("cache_dir", "revision", "token", "subfolder") if keywords.get(key)}
-    file = keywords.get("gguf_file") or "config.json"
-    found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False, **hub)
-    return extract_commit_hash(found, None)
+    return extract_commit_hash(cached_path(name, keywords.get("gguf_file") or "config.json", keywords), None)
 
 
 def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return the commits of base models that were loaded from the Hub or its cache."""
-    named = {role: os.fspath(source) for role, source in sources.items() if not isinstance(source, nn.Module)}
-    found = {role: commit_of(name, keywords[role]) for role, name in named.items()}
+    found = {
+        role: getattr(source.config, "_commit_hash", None)
+        if isinstance(source, nn.Module)
+        else commit_of(os.fspath(source), keywords[role])
+        for role, source in sources.items()
+    }
     return {role: commit for role, commit in found.items() if commit}
 
 
-def locate_base_model(
-    role: str, path: str, reference: dict[str, Any] | None, keywords: dict[str, Any], repository: dict[str, Any]
-) -> str:
-    """Say where a base model of a saved router is, and complete the keywords it is loaded with."""
-    if keywords.get("name_or_path"):
-        return str(keywords.pop("name_or_path"))
-    if reference is None:
+def difference(model: PreTrainedModel, reference: dict[str, Any], name: str, keywords: dict[str, Any]) -> str | None:
+    """Return how a base model differs from what a reference leads to, or `None` where both are the same.
+
+    One line of every tensor is compared, so that hardly anything is read.
+    """
+    state = {
+        key.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for key, tensor in model.state_dict().items()
+        if type(tensor.data) is torch.Tensor and not tensor.is_meta
+    }
+    if not state:
+        # A model without weights (`citer convert`), or all of whose weights are offloaded.
+        return None
+    compared = False
+    for file in weights_files(name, keywords):
+        with safe_open(file, framework="pt") as opened:
+            for key in sorted(opened.keys()):
+                tensor = state.get(key, state.get(f"{model.base_model_prefix}.{key}"))
+                stored = opened.get_slice(key)
+                if tensor is None or not tensor.is_floating_point() or stored.get_dtype() not in PLAIN:
+                    continue
+                if list(tensor.shape) != list(stored.get_shape()):
+                    return f"{key} is {list(tensor.shape)} now and {stored.get_shape()} there"
+                middle = slice(len(tensor) // 2, len(tensor) // 2 + 1) if tensor.dim() > 1 else slice(None)
+                if tensor.dim() > 0 and not torch.equal(stored[middle].to(tensor.dtype), tensor[middle].cpu()):
+                    return f"{key} has other values"
+                compared = True
+    if compared or getattr(model, LOADED_FROM, None) == (reference, table_size(model.config)):
+        return None
+    return "it cannot be compared with what is there"
+
+
+def weights_files(name: str, keywords: dict[str, Any]) -> list[str]:
+    """Return the safetensors files of a directory or repository that are on this machine."""
+    variant = f".{keywords['variant']}" if keywords.get("variant") else ""
+    single = cached_path(name, f"model{variant}.safetensors", keywords)
+    index = cached_path(name, f"model.safetensors.index{variant}.json", keywords) if single is None else None
+    if index is None:
+        return [single] if single else []
+    with open(index, encoding="utf-8") as opened:
+        shards = sorted(set(json.load(opened)["weight_map"].values()))
+    return [path for shard in shards if (path := cached_path(name, shard, keywords)) is not None]
+
+
+def leads_out(name: str) -> bool:
+    """Return True if a relative path could lead out of the directory that it is meant for."""
+    return any(
+        path.is_absolute() or bool(path.drive) or bool(path.root) or ".." in path.parts
+        for path in (PurePosixPath(name), PureWindowsPath(name))
+    )
+
+
+def check_reference(role: str, reference: Any, router_path: str) -> None:
+    """Raise an error for a reference that leads anywhere else than where a router may point."""
+    values = [value for key, value in reference.items() if key != "adapter"] if isinstance(reference, dict) else [None]
+    if not all(isinstance(value, str) for value in values):
         raise ValueError(
-            f"{role}_reference: the configuration of {path} does not say where the {role.upper()} is. Pass "
-            f"{role}_name_or_path=..."
+            f"{role}_reference: expected a dictionary of texts, got {reference!r}. Save the router again."
         )
+    name = reference.get("name_or_path", "")
+    wrong, expected = [key for key in REFERENCE_KEYS if leads_out(reference.get(key, ""))], "a name in the repository"
+    if not wrong and os.path.isdir(router_path) and not os.path.isabs(name) and leads_out(name):
+        wrong, expected = ["name_or_path"], "a repository id or an absolute path"
+    is_id = REPOSITORY_ID.fullmatch(name) is not None and not leads_out(name) and not os.path.exists(name)
+    if not wrong and not os.path.isdir(router_path) and "name_or_path" in reference and not is_id:
+        wrong, expected = ["name_or_path"], "the id of a repository on the Hub, and no directory of this machine"
+    if wrong:
+        raise ValueError(
+            f"{role}_reference: the router's configuration says {wrong[0]}={reference[wrong[0]]!r}, expected "
+            f"{expected}. It is not followed. If you trust that place, pass {role}_name_or_path=... yourself."
+        )
+
+
+def resolve(role: str, path: str, reference: Any, repository: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return where a reference of the router at `path` leads to, and the keywords for loading from there."""
     check_reference(role, reference, path)
-    for key in ("revision", "gguf_file"):
-        if reference.get(key):
-            keywords.setdefault(key, reference[key])
-    name, folder = reference.get("name_or_path"), reference.get("subfolder", "")
-    if name is not None:
-        if folder:
-            keywords.setdefault("subfolder", folder)
-        return str(name)
-    place, there = folder_of_router(path, folder, repository)
-    keywords.update(there)
-    return place
-
-
-def folder_of_router(path: str, folder: str, repository: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Say where a folder of a router's own repository is, wherever that is now, and how its files are fetched."""
-    folder = os.path.join(repository.get("subfolder", ""), folder)
+    keywords = {key: reference[key] for key in REFERENCE_KEYS if reference.get(key)}
+    if "name_or_path" in reference:
+        return reference["name_or_path"], keywords
+    # A folder of the router's own repository, wherever that is now.
+    folder = os.path.join(repository.get("subfolder") or "", keywords.pop("subfolder", ""))
     if os.path.isdir(path):
-        check_folder(path, folder)
-        return os.path.join(path, folder), {}
+        return os.path.join(path, folder), keywords
     revision = {"revision": repository["revision"]} if repository.get("revision") else {}
-    return path, {"subfolder": folder, **revision}
+    return path, {**keywords, "subfolder": folder, **revision}
+
+
+def check_config(role: str, config: PreTrainedConfig) -> None:
+    """Raise an error for the configuration of a model that does not generate text from left to right."""
+    has_remote_head = AutoModelForCausalLM.__name__ in getattr(config, "auto_map", {})
+    problem = None
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "is an encoder-decoder"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False:
+        problem = "is an encoder (is_decoder is False), which does not generate text"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_remote_head:
+        problem = "has no causal language model in transformers, so it does not generate text"
+    if problem:
+        raise ValueError(f"{role}: {type(config).__name__} {problem}. Choose a decoder-only causal language model.")
+
+
+def check_model(role: str, model: Any) -> None:
+    """Raise an error for anything but a causal language model of transformers."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"{role}: expected a model id, a path or a transformers model, got {name}.")
+    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{role}: {name} is not a causal language model: expected a decoder with a language modelling head, such "
+            "as AutoModelForCausalLM.from_pretrained gives."
+        )
+
+
+def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
+    """Raise an error for two models that cannot decode together."""
+    for role, model in (("slm", slm), ("llm", llm)):
+        check_model(role, model)
+        layers = DynamicCache(config=model.config)
+        if cache_name(model) is None or (len(layers) and all(layers.is_linear)):
+            parameters = ", ".join(list(inspect.signature(model.forward).parameters)[:6])
+            raise ValueError(
+                f"{role}: {type(model).__name__} keeps no keys and values in a `cache` (or `past_key_values`) (its "
+                f"forward takes {parameters}, ...), so that it cannot share a generation with another model."
+            )
 
 
 def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreTrainedConfig) -> None:
-    """Refuse a base model that is not the one a router was saved with."""
+    """Raise an error for a base model that is not the one a router was saved with."""
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         now, then = (getattr(config.get_text_config(), name, None) for config in (found, saved))
         if now != then:
@@ -211,87 +345,63 @@ def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreT
             )
 
 
-def check_same_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None:
-    """Refuse a base model that numbers its tokens otherwise than the router's tokenizer."""
-    if found is not None and saved is not None and found.get_vocab() != saved.get_vocab():
-        raise ValueError(
-            f"{role}: {source} is not the model that this router was made for: its tokenizer has changed. Pass the "
-            f"right one with {role}_name_or_path=... and {role}_revision=..."
-        )
+def load_tokenizer(source: str, adapter: Any = None, **kwargs: Any) -> Any:
+    """Load the tokenizer of a repository, or of an adapter that brings one; `None` when there is none."""
+    # Importing tokenizers takes as long as all of this package.
+    from transformers import AutoTokenizer
+
+    if adapter is not None and os.path.isfile(os.path.join(adapter.folder, "tokenizer_config.json")):
+        source, kwargs = adapter.folder, {"trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(source, **kwargs) if source else None
+    # What is raised for a repository without a tokenizer depends on what else it lacks.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None
+
+
+def first_difference(one: Any, other: Any) -> tuple[int, str | None, str | None] | None:
+    """Return the first id at which two tokenizers differ, and its tokens; one may have added tokens at its end."""
+    tokens = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (one, other)]
+    fewer, longer = (tokens[0], other) if len(tokens[0]) < len(tokens[1]) else (tokens[1], one)
+    end = max(fewer, default=-1)
+    compared = (tokens[0].keys() | tokens[1].keys()) - {i for i in longer.get_added_vocab().values() if i > end}
+    first = min((i for i in compared if tokens[0].get(i) != tokens[1].get(i)), default=None)
+    return None if first is None else (first, tokens[0].get(first), tokens[1].get(first))
 
 
 def shared_tokenizer(
     sources: dict[str, Any], keywords: dict[str, dict[str, Any]], configs: dict[str, Any], adapters: dict[str, Any]
 ) -> Any:
     """Return the tokenizer that both models share, or `None` when neither comes with one."""
-    tokenizers = {}
+    found: dict[str, Any] = {}
     for role in ROLES:
         source = sources[role]
         name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
-        tokenizers[role] = own_tokenizer(name, keywords[role], adapters[role])
-    check_tokenizers(tokenizers["slm"], tokenizers["llm"])
-    tokenizer = tokenizers["llm"] if tokenizers["llm"] is not None else tokenizers["slm"]
-    check_table_sizes(tokenizer, configs["slm"], configs["llm"])
-    return tokenizer
-
-
-def own_tokenizer(source: str, keywords: dict[str, Any], adapter: Any) -> Any:
-    """Return the tokenizer of one model, or `None` when it comes with none."""
-    if adapter is not None and os.path.isfile(os.path.join(adapter.folder, "tokenizer_config.json")):
-        return load_tokenizer(adapter.folder, trust_remote_code=False)
-    return load_tokenizer(source, **hub_keywords(keywords)) if source else None
-
-
-class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
-    """Context in which a base model's loading error says which model it was and what to do."""
-
-    def __init__(self, role: str, source: Any, keywords: dict[str, Any]):
-        self.role, self.source, self.keywords = role, source, keywords
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError) and "contains custom code" in str(error):
+        found[role] = load_tokenizer(name, adapters[role], **hub_keywords(keywords[role]))
+        if name and found[role] is None:
+            logger.warning(
+                f"{role}: no tokenizer could be loaded from {name}, so that the pair has the other model's, if any; "
+                "save one there with tokenizer.save_pretrained(...)."
+            )
+    slm, llm = found["slm"], found["llm"]
+    different = None if slm is None or llm is None else first_difference(slm, llm)
+    if different is not None:
+        raise ValueError(
+            f"slm, llm: their tokenizers differ, first at token id {different[0]}: it is {different[1]!r} for the SLM "
+            f"({len(slm.get_vocab())} tokens) and {different[2]!r} for the LLM ({len(llm.get_vocab())} tokens). A "
+            "pair must share one tokenizer; choose two models of the same family."
+        )
+    # Ids that one of the tables lacks are never generated, so that nothing that the pair needs may be among them.
+    smaller = min(ROLES, key=lambda role: table_size(configs[role]))
+    size = table_size(configs[smaller])
+    fitting = [one for one in (llm, slm) if one is not None and max(one.get_vocab().values(), default=-1) < size]
+    for one in (llm, slm):
+        if one is None or one in fitting:
+            continue
+        beyond = [token for token, index in one.get_vocab().items() if index >= size]
+        if not fitting or any(token == one.eos_token or token in str(one.chat_template) for token in beyond):
             raise ValueError(
-                f"{self.role}: {self.source} brings code of its own. If you trust it, pass "
-                f"{self.role}_trust_remote_code=True; trust_remote_code is for the router alone."
-            ) from error
-        if isinstance(error, Exception) and self.role in ROLES and is_out_of_memory(error):
-            try:
-                config = AutoConfig.from_pretrained(self.source, **hub_keywords(self.keywords))
-                needed = weight_bytes_of(config, self.keywords)
-            except Exception:
-                # There may be no memory left for that either: then the error stays what it is.
-                return
-            raise not_loaded(error, self.role, self.source, needed) from error
-        if error is None or not (
-            isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_broken_transfer(error)
-        ):
-            return
-        revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
-        title = self.role[:3].upper() + ("'s adapter" if self.role.endswith("_adapter") else "")
-        raise OSError(
-            f"{self.role}: the {title} could not be loaded from {self.source}{revision}: {error}\n"
-            f"If it has moved, pass {self.role}_name_or_path=... (and {self.role}_revision=...); if a file is "
-            "damaged, download it anew with force_download=True."
-        ) from error
-
-
-class FetchedWith(dict[str, Any]):
-    """Keywords for fetching files, whose token stays in this process: it is neither shown nor pickled."""
-
-    def __repr__(self) -> str:
-        return repr(self._without_secret())
-
-    def __reduce__(self) -> tuple[type[FetchedWith], tuple[dict[str, Any]]]:
-        return FetchedWith, (self._without_secret(),)
-
-    def __copy__(self) -> FetchedWith:
-        return FetchedWith(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FetchedWith:
-        return FetchedWith(self)
-
-    def _without_secret(self) -> dict[str, Any]:
-        return {key: value for key, value in self.items() if key != "token"}
+                f"{smaller}: its vocabulary table has {size} rows, too few for the tokenizer, whose largest token id "
+                f"is {max(one.get_vocab().values())}. Resize the model's token embeddings, or use its own tokenizer."
+            )
+    return fitting[0] if fitting else None

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
@@ -52,6 +53,21 @@ def as_threshold(value: Any, batch_size: int | None = None) -> float | torch.Ten
 def defer(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Return True where the LLM writes the token: where the score does not reach the threshold of `as_threshold`."""
     return scores < (threshold.to(scores) if isinstance(threshold, torch.Tensor) else threshold)
+
+
+def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.Tensor) -> torch.Tensor:
+    """Return the log-likelihood of every token when the router draws the writer (Co-LLM's marginal likelihood)."""
+    tiny = torch.finfo(torch.float32).tiny
+    p_slm = scores.float()[..., None]
+    by_slm = slm_logits.float().log_softmax(-1) + p_slm.clamp_min(tiny).log()
+    by_llm = llm_logits.float().log_softmax(-1) + (1 - p_slm).clamp_min(tiny).log()
+    return torch.logaddexp(by_slm, by_llm)
+
+
+def hidden_size_of(model: PreTrainedModel) -> int:
+    """Return the width of the input of a model's output embeddings, which is what a router sees."""
+    head: Any = model.get_output_embeddings()
+    return int(getattr(head, "in_features", None) or model.config.get_text_config().hidden_size)
 
 
 class Router(nn.Module):

@@ -1,9 +1,8 @@
-"""Writing a router repository, all or nothing."""
+"""Saving a pair as a router repository, all or nothing, and uploading it."""
 
 from __future__ import annotations
 
 import copy
-import errno
 import os
 import re
 import shutil
@@ -11,11 +10,17 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import safe_save_file, unwrap_model
+from transformers.utils import logging
+from transformers.utils.hub import PushToHubMixin
 
-from .adapters import active_adapter, adapter_origin, save_adapter, without_adapter
-from .references import commit_of
+from .adapters import active_adapter, adapter_layers, adapter_origin, save_adapter, without_adapter
+from .references import ROLES, commit_of, difference, reference_to, resolve
+from .routers import UNTRAINED
+
+logger = logging.get_logger(__name__)
 
 # Where `trust_remote_code=True` finds the classes: the files of this folder, copied into one of the repository.
 CODE_FOLDER = "citer"
@@ -23,60 +28,118 @@ AUTO_MAP = {
     "AutoConfig": f"{CODE_FOLDER}/configuration.CiterConfig",
     "AutoModelForCausalLM": f"{CODE_FOLDER}/modeling.CiterForCausalLM",
 }
-STALE_SHARDS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+# What an earlier save may have left beside the new files, and would be loaded in their place.
+STALE_WEIGHTS = re.compile(
+    r"(pytorch_)?model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
+    r"|adapter_(config\.json|model\.(safetensors|bin))"
+)
+STALE_CODE = re.compile(r"\w+_citer\.py")
+PUSH_KEYWORDS = ("private", "token", "create_pr", "revision", "commit_message", "commit_description", "tags")
+
+# Upload a pair that is saved in a folder: (pair, folder, repo_id, **keywords of `push_to_hub`) -> address. `citer_hf`
+# registers one that writes a model card; where a pair runs without the package, transformers uploads it alone.
+UPLOADERS: list[Callable[..., str]] = []
 
 
-def save_atomically(save_directory: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Write files beside the directory's present ones, and put them in place only when all are complete."""
-    directory = os.path.abspath(save_directory)
-    if os.path.exists(directory) and not os.path.isdir(directory):
-        raise NotADirectoryError(f"save_directory: expected a directory, got the file {directory}.")
-    made = not os.path.exists(directory)
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
-            write(folder)
-            _move_into_place(folder, directory)
-    except BaseException as error:
-        if made:
-            shutil.rmtree(directory, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno, f"save_directory: nothing was saved to {directory}: {error.strerror or error}. {ADVICE}"
-            ) from error
-        raise
+def register_uploader(upload: Callable[..., str]) -> None:
+    """Let `push_to_hub` upload with this function."""
+    UPLOADERS[:] = [upload]
 
 
-ADVICE = "Check that the directory can be written to and that the disk has room."
+class CiterSharingMixin:
+    """`save_pretrained` and `push_to_hub` of `CiterForCausalLM`."""
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        save_base_models: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the router, the configuration, the generation settings and the tokenizer, all or nothing.
 
-def _move_into_place(folder: str, directory: str) -> None:
-    files = [
-        os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
-    ]
-    stale = [name for name in os.listdir(directory) if STALE_SHARDS.fullmatch(name) and name not in files]
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".replaced-") as replaced:
-        steps: list[tuple[str, str]] = []
+        The base models are referred to by name and revision. A base model that this would not lead back to is saved
+        along with the router, with a warning that says why: it has no name, its weights or its vocabulary were
+        changed, or it was loaded already, with a revision, subfolder or variant that nobody can know. So is an adapter
+        that was not loaded by its name.
+
+        Args:
+            save_directory: Where to; made when it is not there.
+            save_base_models: Whether to save both models too, in the folders `slm` and `llm`, so that the directory
+                stands on its own and can be moved.
+            push_to_hub: Whether to upload the result; `repo_id` says where to.
+            kwargs: As in transformers.
+
+        Raises:
+            OSError: when the directory cannot be written; then nothing in it has changed.
+            ValueError: when a base model cannot be saved.
+        """
+        model: Any = self
+        # An adapter has files of its own, which say what it is.
+        is_whole = model.config.slm_reference is None and model.config.llm_reference is None
+        if save_base_models or not is_whole or adapter_layers(model):
+            save_atomically(
+                save_directory,
+                lambda folder: save_router_repository(model, folder, save_base_models, **kwargs),
+            )
+        else:
+            save_atomically(save_directory, lambda folder: self._save_whole(folder, **kwargs))
+        if push_to_hub:
+            repo_id = kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory))
+            options = {key: kwargs[key] for key in (*PUSH_KEYWORDS, "max_shard_size") if key in kwargs}
+            self.push_to_hub(repo_id, save_base_models=save_base_models, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        save_base_models: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> str:
+        """Save the pair and upload it to the Hub; where `citer_hf` is imported, with a model card.
+
+        Args:
+            repo_id: Where to, such as `user/my-router`; made when it is not there.
+            save_base_models: Whether to upload both models too.
+            max_shard_size: Of a base model's weights files.
+            kwargs: `private`, `token`, `create_pr`, `revision`, `commit_message`, `commit_description` and `tags`, as
+                in transformers.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            OSError: when the upload fails.
+            ValueError: when a base model is a directory of this machine and is not uploaded too.
+        """
+        unknown = sorted(kwargs.keys() - set(PUSH_KEYWORDS))
+        if unknown:
+            raise TypeError(f"{unknown[0]}: push_to_hub takes {', '.join(PUSH_KEYWORDS)}.")
+        if not UPLOADERS:
+            return Saved(self, save_base_models).push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, save_base_models=save_base_models, max_shard_size=max_shard_size)
+            return UPLOADERS[0](self, folder, repo_id, **kwargs)
+
+    def _save_whole(self, folder: str, **kwargs: Any) -> None:
+        model: Any = self
+        settings, model.generation_config = model.generation_config, GenerationConfig()
         try:
-            for file in [*files, *stale]:
-                new, present, kept = (os.path.join(place, file) for place in (folder, directory, replaced))
-                _refuse_link(os.path.dirname(present), directory)
-                for place in (present, kept):
-                    os.makedirs(os.path.dirname(place), exist_ok=True)
-                moves = [(present, kept)] if os.path.exists(present) else []
-                for source, target in [*moves, *([(new, present)] if file in files else [])]:
-                    os.replace(source, target)
-                    steps.append((source, target))
-        except BaseException:
-            for source, target in reversed(steps):
-                os.replace(target, source)
-            raise
+            super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+        finally:
+            model.generation_config = settings
+        save_settings(model, model.config, folder)
 
 
-def _refuse_link(folder: str, directory: str) -> None:
-    root = os.path.realpath(directory)
-    if os.path.commonpath([root, os.path.realpath(folder)]) != root:
-        raise OSError(errno.ELOOP, f"{folder} is a link out of it")
+class Saved(PushToHubMixin):
+    """What transformers uploads of a pair."""
+
+    def __init__(self, model: Any, save_base_models: bool):
+        self.model, self.save_base_models = model, save_base_models
+
+    def save_pretrained(self, folder: str, **kwargs: Any) -> None:
+        """Save the pair."""
+        self.model.save_pretrained(folder, save_base_models=self.save_base_models, **kwargs)
 
 
 def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:
@@ -85,23 +148,18 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
         return
     model = unwrap_model(model)
     state_dict = kwargs.pop("state_dict", None)
-    config = copy.deepcopy(model.config)
-    for role in ("slm", "llm"):
-        base = getattr(model, role)
-        adapter = active_adapter(role, base)
-        reference = getattr(config, f"{role}_reference")
-        reference = None if reference is None else {key: reference[key] for key in reference if key != "adapter"}
-        if save_base_models or reference is None:
+    config: Any = copy.deepcopy(model.config)
+    for role in ROLES:
+        base, adapter = getattr(model, role), active_adapter(role, model)
+        reference = None if save_base_models else found_again(role, model, os.path.dirname(folder))
+        if reference is None:
             save_base_model(role, base, os.path.join(folder, role), **kwargs)
-            reference = {"subfolder": role} | origin_of(model, role, reference)
-        elif "name_or_path" not in reference and model._repository is not None:
-            path, hub = model._repository
-            reference = reference_from_elsewhere(reference, path, hub, os.path.dirname(folder))
+            reference = {"subfolder": role, **origin_of(model, role)}
         if adapter is not None:
             origin = None if save_base_models else adapter_origin(base, adapter)
             if origin is None:
                 origin = {"subfolder": f"{role}_adapter"}
-                save_adapter(base, os.path.join(folder, origin["subfolder"]), reference.get("name_or_path"))
+                save_adapter(base, adapter, os.path.join(folder, origin["subfolder"]), reference.get("name_or_path"))
             reference = {**reference, "adapter": origin}
         setattr(config, f"{role}_reference", reference)
     state_dict = model.router.state_dict(prefix="router.") if state_dict is None else state_dict
@@ -110,50 +168,44 @@ def save_router_repository(model: Any, folder: str, save_base_models: bool, **kw
         safe_save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.auto_map = dict(AUTO_MAP)
-    config.save_pretrained(folder)
-    save_code(folder)
-    model.generation_config.save_pretrained(folder)
-    save_tokenizer(model, folder)
+    save_settings(model, config, folder)
 
 
-def origin_of(model: Any, role: str, reference: dict[str, str] | None) -> dict[str, str]:
-    """Say from which published model one was loaded that is now saved along; nothing where that is not known."""
+def found_again(role: str, model: Any, directory: str) -> dict[str, Any] | None:
+    """Return a reference under which a base model is found again, or `None` when it has to be saved."""
+    base, stated = getattr(model, role), getattr(model.config, f"{role}_reference")
+    if stated is None:
+        return None
+    stated = {key: value for key, value in stated.items() if key != "adapter"}
+    repository: tuple[str, dict[str, Any]] = model._repository or ("", {})
+    path, hub = repository
+    references, problem = [stated, reference_to(base, {})], ""
+    if "name_or_path" not in stated:
+        # It lies in a folder of the repository which the pair was loaded from.
+        is_local = os.path.isdir(path)
+        fixed = hub if is_local else {**hub, "revision": commit_of(path, hub) or hub.get("revision")}
+        place, there = resolve(role, path, {"subfolder": stated.get("subfolder", "")}, fixed)
+        references[0] = {"name_or_path": os.path.abspath(place) if is_local else place, **there}
+    for reference in [one for one in references if one is not None]:
+        name, keywords = reference["name_or_path"], {key: hub[key] for key in ("cache_dir",) if key in hub}
+        found = difference(base, reference, name, keywords | reference)
+        if found is None:
+            inside = "name_or_path" not in stated and os.path.realpath(path) == os.path.realpath(directory)
+            return stated if inside and reference is references[0] else reference
+        problem = problem or f"it differs from {name}: {found}"
+    logger.warning(f"{role}: the {role.upper()} is saved along with the router, since {problem}.")
+    return None
+
+
+def origin_of(model: Any, role: str) -> dict[str, str]:
+    """Return from which published model one was loaded that is now saved along; nothing where that is not known."""
+    reference = getattr(model.config, f"{role}_reference") or {}
     name, (repository, _) = str(getattr(model, role).name_or_path), model._repository or ("", {})
-    lies_there = name == repository or name.startswith(os.path.join(repository, ""))
-    if reference is not None and "name_or_path" not in reference and lies_there:
+    if "name_or_path" not in reference and (name == repository or name.startswith(os.path.join(repository, ""))):
         # The router's own repository may say where it was from before.
         return {key: reference[key] for key in ("origin", "origin_revision") if key in reference}
     commit = model._commits.get(role)
     return {"origin": name, "origin_revision": commit} if commit and not os.path.isdir(name) else {}
-
-
-def reference_from_elsewhere(
-    reference: dict[str, Any], path: str, hub: dict[str, Any], save_directory: str
-) -> dict[str, Any]:
-    """Say where a base model is that lies in a folder of the repository which the pair was loaded from."""
-    folder = os.path.join(hub.get("subfolder", ""), reference.get("subfolder", ""))
-    if not os.path.isdir(path):
-        commit = commit_of(path, hub) or hub.get("revision")
-        return {"name_or_path": path, "subfolder": folder} | ({"revision": commit} if commit else {})
-    if os.path.realpath(path) == os.path.realpath(save_directory):
-        return reference
-    return {"name_or_path": os.path.abspath(os.path.join(path, folder))}
-
-
-def save_code(folder: str) -> None:
-    """Copy the files of the core, so that the repository works where this package is not installed."""
-    model_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling.py")
-    os.mkdir(os.path.join(folder, CODE_FOLDER))
-    for file in {model_file, *get_relative_import_files(model_file)}:
-        shutil.copyfile(file, os.path.join(folder, CODE_FOLDER, os.path.basename(file)))
-
-
-def save_tokenizer(model: Any, folder: str) -> None:
-    """Save the tokenizer of a pair that has one."""
-    tokenizer = model.load_tokenizer()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:
@@ -166,3 +218,82 @@ def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:
             f"{role}: {type(model).__name__} cannot be saved as it is loaded ({error}). Leave save_base_models "
             "out, so that the router only refers to it."
         ) from error
+
+
+def save_settings(model: Any, config: Any, folder: str) -> None:
+    """Write the configuration, the code, the generation settings and the tokenizer of a pair."""
+    if not model.router_is_untrained:
+        config.router.pop(UNTRAINED, None)
+    # transformers puts the code of a model with remote code, and its names, into the root.
+    for name in [name for name in os.listdir(folder) if name.endswith(".py")]:
+        os.remove(os.path.join(folder, name))
+    config.auto_map = dict(AUTO_MAP)
+    config.to_json_file(os.path.join(folder, "config.json"))
+    model_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling.py")
+    os.mkdir(os.path.join(folder, CODE_FOLDER))
+    for file in {model_file, *get_relative_import_files(model_file)}:
+        shutil.copyfile(file, os.path.join(folder, CODE_FOLDER, os.path.basename(file)))
+    # Settings that transformers only warns about are saved too, as those of a published model are.
+    settings = os.path.join(folder, "generation_config.json")
+    model.generation_config.to_json_file(settings, keys_to_pop=["compile_config"])
+    tokenizer = model.load_tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def save_atomically(save_directory: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+    """Write files beside the directory's present ones, and put them in place only when all are complete."""
+    directory = os.path.abspath(save_directory)
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        raise NotADirectoryError(f"save_directory: expected a directory, got the file {directory}.")
+    made = not os.path.exists(directory)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as folder:
+            write(folder)
+            move_into_place(folder, directory)
+    except BaseException as error:
+        if made:
+            shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno,
+                f"save_directory: nothing was saved to {directory}: {error.strerror or error}. Check that the "
+                "directory can be written to and that the disk has room.",
+            ) from error
+        raise
+
+
+def move_into_place(folder: str, directory: str) -> None:
+    """Move all files of a folder into a directory, and what they replace out of it, or change nothing."""
+    files = [
+        os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
+    ]
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".replaced-") as replaced:
+        steps: list[tuple[str, str]] = []
+        try:
+            for file in [*files, *stale_files(files, directory)]:
+                new, present, kept = (os.path.join(place, file) for place in (folder, directory, replaced))
+                for place in (present, kept):
+                    os.makedirs(os.path.dirname(place), exist_ok=True)
+                moves = [(present, kept)] if os.path.lexists(present) else []
+                for source, target in [*moves, *([(new, present)] if file in files else [])]:
+                    os.replace(source, target)
+                    steps.append((source, target))
+        except BaseException:
+            for source, target in reversed(steps):
+                os.replace(target, source)
+            raise
+
+
+def stale_files(files: list[str], directory: str) -> list[str]:
+    """Return the files of an earlier save that would be loaded in place of the new ones, or are of no more use."""
+    code = {os.path.basename(file) for file in files if os.path.dirname(file) == CODE_FOLDER}
+    stale = []
+    for folder in {os.path.dirname(file) for file in files} - {CODE_FOLDER}:
+        place = os.path.join(directory, folder)
+        for name in os.listdir(place) if os.path.isdir(place) else []:
+            old_code = folder == "" and (STALE_CODE.fullmatch(name) is not None or name in code)
+            if old_code or STALE_WEIGHTS.fullmatch(name):
+                stale.append(os.path.join(folder, name))
+    return [file for file in stale if file not in files]

@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 from .batch import Rows, write_rows
 from .batch_support import (
-    ARCHITECTURES,
     criteria_are_known,
     criteria_part_rows,
     ever_mixed,
     is_known,
     processors_part_rows,
+    why_not_placed,
 )
 from .compiled import catch_up, read_and_decide
 from .decoding import Decoding
@@ -113,7 +113,7 @@ class StaticRows(Rows):
             self._guess = (*self._guess, [int(token) for token in seen[2]])
         return logits, self._decided(moving, seen[0], [bool(flag) for flag in seen[1]])
 
-    def _run_slm(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _slm_pass(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = self.text.gather(1, self.width + columns)
         with self._reading():
             logits, hidden = read_with_slm(self.model, self.work, ids, self.start + columns)
@@ -146,9 +146,9 @@ class StaticRows(Rows):
         record = (part.to(self.device) for part in (scores, to_llm, torch.ones_like(to_llm)))
         self.cache.routing.add(place, *record)
 
-    def _record(self, lengths: list[int], length: int) -> None:
+    def _record(self, length: int) -> None:
         if self.decoding.streamer is None:
-            super()._record(lengths, length)
+            super()._record(length)
 
     # ---- writing ------------------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class StaticRows(Rows):
             self.text[row, self.width : self.width + len(new)] = torch.tensor(new, device=self.device)
 
     def finish(self) -> Any:
-        """Hand back texts, cache and record as if the rows had moved together."""
+        """Hand back texts, cache and record."""
         self._flush()
         if self.decoding.streamer is not None:
             self.decoding.streamer.end()
@@ -257,11 +257,8 @@ def why_not_static(model: Any, decoding: Decoding | None) -> str:
 def why_no_static_cache(model: Any) -> str:
     """Say why a pair cannot have static caches; nothing where it can."""
     for part in (model.slm, model.llm):
-        name, implementation = part.config.model_type, part.config.get_text_config()._attn_implementation
-        if name not in ARCHITECTURES:
-            return f"{name} has not been tried with it"
+        if reason := why_not_placed(part):
+            return reason
         if not part._can_compile_fullgraph:
-            return f"{name} cannot be compiled as a whole"
-        if implementation not in ("sdpa", "eager"):
-            return f"attention {implementation!r} takes no masks of rows that stand at different places"
+            return f"{part.config.model_type} cannot be compiled as a whole"
     return ""

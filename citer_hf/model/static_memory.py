@@ -140,9 +140,9 @@ def read_with_slm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Let the SLM read tokens at their places."""
     room = work.rooms["slm"]
-    inputs = {"attention_mask": attention_masks(room.kinds, work.readable, places), "use_cache": True}
-    output, hidden = model._run_slm(ids, places + work.offset, room.at(places), ids.shape[1], inputs, {})
-    return output.logits[..., : model.vocab_size], hidden
+    mask, positions = attention_masks(room.kinds, work.readable, places), places + work.offset
+    slm = model.run_slm(ids, room.at(places), ids.shape[1], attention_mask=mask, position_ids=positions)
+    return slm.logits, slm.hidden
 
 
 def decide(
@@ -166,8 +166,8 @@ def llm_pass(model: Any, work: Workspace, tokens: int) -> torch.Tensor:
     places = last - tokens + 1 + torch.arange(tokens, device=last.device)
     real = places >= unread
     sees = torch.where(real, places, last)
-    inputs = {"attention_mask": attention_masks(room.kinds, work.readable, sees), "use_cache": True}
+    mask = attention_masks(room.kinds, work.readable, sees)
     places = places.clamp(min=0)
     ids, positions = work.tokens.gather(1, places), (places + work.offset).clamp(min=0)
     cache = room.at(torch.where(real, places, work.nowhere))
-    return model._run_llm(ids, positions, cache, 1, inputs, {})[:, -1]
+    return model.run_llm(ids, cache, 1, attention_mask=mask, position_ids=positions)[:, -1]

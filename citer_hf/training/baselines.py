@@ -13,8 +13,7 @@ from torch import nn
 from transformers.utils.hub import cached_file
 
 from citer_hf import CiterConfig, CiterForCausalLM
-from citer_hf.model.hidden_states import hidden_size_of
-from citer_hf.model.routers import build_router
+from citer_hf.model.routers import build_router, hidden_size_of
 from citer_hf.runs import alone, from_main_process, process_state, progress_bar
 
 from .labels import Labels

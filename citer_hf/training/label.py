@@ -22,8 +22,8 @@ from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.data.tokens import Encoded, encode
-from citer_hf.evaluation.decoding import BATCH_TOKENS
-from citer_hf.evaluation.grading import judge, name_of
+from citer_hf.evaluation.decode import BATCH_TOKENS
+from citer_hf.evaluation.evaluate import judge, name_of
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, top_logprobs
 from citer_hf.runs import Progress, Work, option, progress_bar, provenance, sha256_of
 
@@ -198,14 +198,14 @@ def read_references(model: CiterForCausalLM, batch: Sequence[Encoded]) -> dict[s
     sequence, place = torch.tensor(states, device=ids.device).T
     reference, at = ids[sequence, place + 1], (sequence, place - width + kept)
     # 3. One pass of each model.
-    inputs = {"attention_mask": mask, "use_cache": False}
-    output, hidden = model._run_slm(ids, positions, None, kept, inputs, {})
-    hidden, slm_logits = hidden[at], output.logits[..., : model.vocab_size][at]
+    inputs = {"attention_mask": mask, "position_ids": positions}
+    slm = model.run_slm(ids, None, kept, **inputs)
+    hidden, slm_logits = slm.hidden[at], slm.logits[at]
     slm_token, slm_logprob = follow(slm_logits, reference)
     largest = top_logprobs(slm_logits, TOP_LOGPROBS)
     score = model.router(hidden, slm_logits).float()
-    del output, slm_logits
-    llm_token, llm_logprob = follow(model._run_llm(ids, positions, None, kept, inputs, {})[at], reference)
+    del slm, slm_logits
+    llm_token, llm_logprob = follow(model.run_llm(ids, None, kept, **inputs)[at], reference)
     case = torch.where(llm_token == reference, LLM_RIGHT, BOTH_WRONG)
     return {
         "hidden": hidden.to(torch.float16),

@@ -13,7 +13,7 @@ import torch
 
 from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.data.tokens import Encoded
-from citer_hf.evaluation.decoding import cut, decode, greedy_view, special_tokens, steady_policy, text_lengths
+from citer_hf.evaluation.decode import cut, decode, greedy_view, special_tokens, steady_policy, text_lengths
 from citer_hf.model.compat import CACHE
 from citer_hf.model.kv_layers import all_grow, growing_cache
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE
@@ -83,7 +83,7 @@ def roll_out(
         decoded = decode(
             model, prompts, router_threshold=router_threshold, max_new_tokens=new_tokens, batch_tokens=1 << 40
         )
-        written = decoded.tokens
+        written = [one.tokens for one in decoded]
     else:
         limit = model.config.max_position_embeddings
         if limit is not None:
@@ -115,16 +115,14 @@ def shared_prefixes(
     device, padding = policy.device, special_tokens(model)[1]
     ids = torch.tensor([[padding] * (width - len(text)) + text for text in texts], device=device)
     mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
     if alone is None:
         # Both models read: above 1, the LLM is always called.
-        inputs |= {CACHE: cache, "router_threshold": LLM_ALONE}
-        model(ids, position_ids=positions, logits_to_keep=1, **inputs)
+        model(ids, cache=cache, logits_to_keep=1, router_threshold=LLM_ALONE, **inputs)
     elif alone == "slm":
-        model._run_slm(ids, positions, cache, 1, inputs, {})
+        model.run_slm(ids, cache, 1, **inputs)
     else:
-        model._run_llm(ids, positions, cache, 1, inputs, {})
+        model.run_llm(ids, cache, 1, **inputs)
     if not all(map(all_grow, (cache.slm, cache.llm) if isinstance(cache, CiterCache) else (cache,))):
         return None
     # 2. One copy per roll-out, with what follows the state hidden, and the last token of the state to be read.

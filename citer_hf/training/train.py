@@ -24,10 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from citer_hf import CiterForCausalLM, runs
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
-from citer_hf.evaluation.decoding import with_router
-from citer_hf.evaluation.grading import name_of
-from citer_hf.model.hidden_states import hidden_size_of
-from citer_hf.model.routers import build_router, defer
+from citer_hf.evaluation.decode import with_router
+from citer_hf.evaluation.evaluate import name_of
+from citer_hf.model.routers import build_router, defer, hidden_size_of
 
 from .label import Policy, least_sure
 from .labels import Labels

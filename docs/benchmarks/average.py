@@ -6,11 +6,53 @@ Prints how the shipped method compares with the others at equal accuracy and at 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
-from citer_hf.evaluation.report import write_report
-from citer_hf.evaluation.results import Results, average_results
+import numpy as np
+
+from citer_hf.evaluation.evaluate import write_report
+from citer_hf.evaluation.results import Point, Results, make_results
+
+
+def average(runs: Sequence[Results], shares: Sequence[float], shipped: str | None = None) -> Results:
+    """Return the mean curves of runs on the same problems with routers of several seeds."""
+    first = runs[0]
+    if any(run.ends[end].accuracy != first.ends[end].accuracy for run in runs for end in first.ends):
+        raise ValueError("runs: the models alone differ in accuracy, so that these are not the same problems.")
+    names = dict.fromkeys(name for run in runs for name in run.methods)
+    having = {name: [run for run in runs if name in run.methods] for name in names}
+    methods = {
+        name: average_curves(first.ends, [run.methods[name] for run in some], shares) for name, some in having.items()
+    }
+    # The averaged results are those of the first router: it is the one that is published.
+    common = ("problems", "router_sha256", "router", "slm", "llm", "checker", "data_sha256")
+    provenance = {name: first.provenance.get(name) for name in common} | {
+        "runs": [run.provenance for run in runs],
+        "summaries": {name: [run.summary[name] for run in some] for name, some in having.items()},
+    }
+    return make_results(first.ends, methods, provenance, shipped)
+
+
+def average_curves(
+    ends: Mapping[str, Point], curves: Sequence[Sequence[Point]], shares: Sequence[float]
+) -> list[Point]:
+    """Return the mean of several curves at the same LLM shares, on straight lines between their points."""
+
+    def value(curve: Sequence[Point], share: float) -> np.ndarray:
+        ordered = sorted([ends["slm"], *curve, ends["llm"]], key=lambda point: point.llm_share)
+        places = [point.llm_share for point in ordered]
+        return np.array([np.interp(share, places, column) for column in zip(*map(numbers, ordered), strict=True)])
+
+    means = [np.mean([value(curve, share) for curve in curves], axis=0).tolist() for share in shares]
+    return [Point(None, accuracy, (low, high), *others) for accuracy, low, high, *others in means]
+
+
+def numbers(point: Point) -> list[float]:
+    """Return accuracy, interval and costs of a point."""
+    _, accuracy, interval, *others = astuple(point)
+    return [accuracy, *interval, *others]
 
 
 def main() -> None:
@@ -18,14 +60,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("evaluations", nargs="+", type=Path, help="made by `citer evaluate` on the same problems")
     parser.add_argument("--shipped", default="citer-plus", help="the method that ships")
-    parser.add_argument("--name", help="what to call the pair")
+    parser.add_argument("--name", help="the name of the pair in the title of the plot")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     runs = [Results.read(directory / "results.json") for directory in options.evaluations]
-    shares = sorted({round(share, 3) for run in runs for share in run.provenance["shares"]})
-    results = replace(average_results(runs, shares), shipped=options.shipped)
+    shares = sorted({round(share, 3) for run in runs for share in run.provenance["options"]["shares"]})
+    results = average(runs, shares, options.shipped)
     if options.name is not None:
-        results.provenance["model"] = {**results.provenance["model"], "name": options.name}
+        results.provenance["router"] = {**(results.provenance["router"] or {}), "name": options.name}
     options.out.mkdir(parents=True, exist_ok=True)
     write_report(results, options.out)
     for other in results.methods:

@@ -22,7 +22,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.data.examples import read_examples
 from citer_hf.demo import PAIR
 from citer_hf.evaluation.evaluate import evaluate
-from citer_hf.evaluation.summary import cost_at
+from citer_hf.evaluation.results import cost_at
 from citer_hf.training.labels import SLM_RIGHT, Labels
 from citer_hf.training.objectives import OBJECTIVES, Objective, Targets, known
 from citer_hf.training.train import TrainOptions, train_router

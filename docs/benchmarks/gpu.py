@@ -1,16 +1,15 @@
-"""Measure a pair on a GPU: every batch size, with static caches and growing ones, and what of it was aimed at.
+"""Measure a pair on a GPU: every batch size, with static caches and growing ones, beside what was aimed at.
 
     python docs/benchmarks/gpu.py --output gpu.json
 
-Random weights in the shapes of Qwen2.5-0.5B and 14B in bf16, made on the GPU (it takes 32 GB), decisions forced.
-Each batch size is one run of `citer bench`. What it has found is in the file before the next one begins; the same
-command, after it was interrupted, goes on from there. It ends with the tables for `docs/performance.md`.
+Random weights in the shapes of Qwen2.5-0.5B and 14B in bf16, made on the GPU (32 GB), decisions forced. Each batch
+size is one run of `citer bench`. The file has every run before the next one begins; after an interruption the same
+command resumes. It ends with the tables for `docs/performance.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,21 @@ import torch
 from random_pair import SHAPES, build
 
 from citer_hf import CiterForCausalLM
-from citer_hf.bench.options import BenchOptions, check_device, check_dtype, parse_numbers
-from citer_hf.bench.report import print_report
-from citer_hf.bench.run import Bench
-from citer_hf.runs import atomic_write, read_json
+from citer_hf.bench.bench import as_device, bench
+from citer_hf.runs import read_json, write_json
 
-# What an SLM step, the floor, and the LLM alone are compared with: TokenRouter's gains on the method's own pair.
+# Aims for an SLM step, for the floor, and for the LLM alone: TokenRouter's gains on the method's own pair.
 STEP_OVER_BANDWIDTH, SPEED_OF_FLOOR, SPEEDUPS = 2.0, 0.9, {1: 1.47, 4: 1.21}
 CACHES = ("static", "growing")
 
 
-def measure(model: Any, name: str, rows: int, cache: str, wanted: argparse.Namespace) -> dict[str, Any]:
-    """Return one run of `citer bench`.
-
-    Args:
-        model: The pair.
-        name: What it is called.
-        rows: Rows of a batch.
-        cache: One of `CACHES`.
-        wanted: The command line.
-    """
-    options = BenchOptions(
-        # A share of nothing is the SLM's step, with the router.
-        shares=tuple(dict.fromkeys((0.0, *parse_numbers("--shares", wanted.shares)))),
+def measure(model: CiterForCausalLM, name: str, rows: int, cache: str, wanted: argparse.Namespace) -> dict[str, Any]:
+    """Return one run of `citer bench`."""
+    report = bench(
+        model,
+        f"{name}, {cache} caches",
+        # Share 0 is the SLM's step, with the router.
+        shares=tuple(dict.fromkeys((0.0, *map(float, wanted.shares.split(","))))),
         prompt_length=wanted.prompt_length,
         batch_size=rows,
         max_new_tokens=wanted.max_new_tokens,
@@ -50,8 +41,7 @@ def measure(model: Any, name: str, rows: int, cache: str, wanted: argparse.Names
         cache_implementation="static" if cache == "static" else None,
         assisted=False,
     )
-    report = Bench(model, options, f"{name}, {cache} caches").run(lambda what: print(f"  {what}", flush=True))
-    print_report(report)
+    print(report.table(), flush=True)
     if report.interrupted:
         raise KeyboardInterrupt
     if report.error is not None:
@@ -60,11 +50,7 @@ def measure(model: Any, name: str, rows: int, cache: str, wanted: argparse.Names
 
 
 def aims(report: dict[str, Any]) -> Iterator[tuple[str, float, float, bool]]:
-    """Yield what was to be reached, the aim, what was measured, and whether that is enough.
-
-    Args:
-        report: One run.
-    """
+    """Yield each aim: its name, its value, the measured value, and whether that is enough."""
     batch = report["options"]["batch_size"]
     for row in report["rows"]:
         if row["kind"] != "CITER":
@@ -81,34 +67,22 @@ def aims(report: dict[str, Any]) -> Iterator[tuple[str, float, float, bool]]:
 
 
 def tables(reports: dict[str, dict[str, Any]]) -> str:
-    """Lay out all runs as Markdown: what was measured, and what of it was aimed at.
-
-    Args:
-        reports: Runs by their names.
-    """
+    """Return all runs as Markdown: the measurements, and the aims."""
     measured = ["| caches, rows | way | ms / position | tokens / s | × LLM alone | time / floor |", "|" + " --- |" * 6]
     reached = ["| caches, rows | | aim | measured | |", "|" + " --- |" * 5]
     for name, report in reports.items():
         for row in report["rows"]:
-            cells = [f"{row[one]['median']:.3g}" for one in ("ms_per_token", "tokens_per_second")]
-            cells += [f"{row[one]['median']:.3g}" if row[one] else "" for one in ("speedup", "relative_to_floor")]
+            values = [row[one] for one in ("ms_per_token", "tokens_per_second", "speedup", "relative_to_floor")]
+            cells = [f"{value['median']:.3g}" if value else "" for value in values]
             measured.append(f"| {' | '.join([name, row['name'], *cells])} |")
-        # The growing caches are there to be compared with.
+        # Growing caches are measured for comparison.
         for what, aim, found, enough in aims(report) if name.startswith("static") else ():
             reached.append(f"| {name} | {what} | {aim:g} | {found:.3g} | {'reached' if enough else '**missed**'} |")
     return "\n".join([*measured, "", *reached])
 
 
 def load(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
-    """Return the runs that a file holds, or none.
-
-    Args:
-        path: The file.
-        setting: What the runs must have in common.
-
-    Raises:
-        ValueError: when it holds runs of another setting.
-    """
+    """Return the runs in a file, if there are any, which must have this setting in common."""
     if not path.exists():
         return {}
     content = read_json(path)
@@ -116,19 +90,7 @@ def load(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"--output: {path} holds runs of {content['setting']}, and {setting} was asked for. Give another file."
         )
-    return content["reports"]
-
-
-def save(path: Path, setting: dict[str, Any], reports: dict[str, Any]) -> None:
-    """Write all runs so far.
-
-    Args:
-        path: The file.
-        setting: What the runs have in common.
-        reports: Runs by their names.
-    """
-    with atomic_write(path) as file:
-        file.write(json.dumps({"setting": setting, "reports": reports}, indent=2).encode())
+    return dict(content["reports"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -138,14 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slm", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--llm", choices=SHAPES, default="qwen2.5-14b")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rows", default="1,4,8,16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rows", default="1,4,8,16", help="batch sizes")
     parser.add_argument("--shares", default="0.1,0.2,0.35")
     parser.add_argument("--prompt-length", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     wanted = parser.parse_args(arguments)
-    device, dtype = check_device(wanted.device), getattr(torch, check_dtype(wanted.dtype))
+    device, dtype = as_device(wanted.device), getattr(torch, wanted.dtype)
     setting = {key: value for key, value in vars(wanted).items() if key not in ("output", "rows")}
     setting["device"] = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     reports = load(wanted.output, setting)
@@ -157,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name not in reports:
                 print(name, flush=True)
                 reports[name] = measure(model, f"{wanted.slm} + {wanted.llm}", rows, cache, wanted)
-                save(wanted.output, setting, reports)
+                write_json(wanted.output, {"setting": setting, "reports": reports})
     print(f"{setting['device']}, torch {torch.__version__}\n\n{tables(reports)}")
 
 

@@ -71,7 +71,9 @@ def main() -> None:
     tokenizer = model.load_tokenizer()
     examples = [asdict(problem) for problem in problems("train", 0, options.questions)]
     for threshold in (0.0, model.config.router_threshold, 2.0):
-        ours, one_by_one, cached = [], [], []
+        ours: list[float] = []
+        one_by_one: list[float] = []
+        cached: list[float] = []
         for _ in range(options.repeats):
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()

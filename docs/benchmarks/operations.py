@@ -2,7 +2,7 @@
 
     python docs/benchmarks/operations.py SLM LLM
 
-What an operation costs beside its arithmetic (on a GPU, the launch of a kernel) is paid that often per pass, unless
+The cost of an operation beside its arithmetic (on a GPU, the launch of a kernel) is paid that often per pass, unless
 the pass is compiled and recorded as a graph.
 """
 
@@ -24,12 +24,7 @@ PROMPT, ROOM = 5, 320
 
 
 class Operations(TorchDispatchMode):
-    """Counts what reaches the device.
-
-    Attributes:
-        all: Operations.
-        computing: Those that do not only look at a tensor in another way.
-    """
+    """Counts the operations that reach the device, and those of them that are more than views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +37,7 @@ class Operations(TorchDispatchMode):
 
 
 def count(name: str, run: Callable[[], Any]) -> None:
-    """Print the operations of one pass.
-
-    Args:
-        name: Of the pass.
-        run: The pass.
-    """
+    """Print the operations of one pass."""
     with Operations() as operations:
         run()
     print(f"{name}: {operations.all} operations, {operations.computing} of them more than views")

@@ -2,7 +2,7 @@
 
     python docs/benchmarks/random_pair.py smollm2-135m llama-1b DIR
 
-Speed does not depend on what the weights are.
+Speed does not depend on the values of weights.
 """
 
 from __future__ import annotations
@@ -45,14 +45,7 @@ VOCABULARY = 49152
 
 
 def build(shape: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """Return a model with random weights.
-
-    Args:
-        shape: A key of `SHAPES`.
-        vocabulary: Rows of its table, where the shape does not say.
-        dtype: Of the weights.
-        device: Where they are made.
-    """
+    """Return a model with random weights; the vocabulary is for shapes that have none."""
     size = {"vocab_size": vocabulary, **SHAPES[shape]}
     heads, groups = size.pop("heads")
     config = AutoConfig.for_model(**size, num_attention_heads=heads, num_key_value_heads=groups)
@@ -62,13 +55,7 @@ def build(shape: str, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.f
 
 
 def write(shape: str, directory: Path, vocabulary: int) -> None:
-    """Write one model.
-
-    Args:
-        shape: A key of `SHAPES`.
-        directory: Where to.
-        vocabulary: Rows of its table, where the shape does not say.
-    """
+    """Write one model."""
     model = build(shape, vocabulary)
     model.save_pretrained(directory)
     print(f"{directory}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f} M parameters")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from citer_hf.data.examples import Example
-from citer_hf.data.tokens import encode, encode_prompt, template_fingerprint, tokenizer_fingerprint
+from citer_hf.data.tokens import encode, encode_prompt
 from citer_hf.demo import PAIR
 from tests.chat_pairs import character_tokenizer
 
@@ -253,36 +250,3 @@ def test_a_boundary_that_no_tokens_have_is_refused() -> None:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(ValueError, match=r"row 1: the tokenizer joins .*'the ans', .*'wer'.* Put white space between"):
         encode(text_example("the ans", "wer"), wrapped(words), None)
-
-
-def test_fingerprints_last_over_saving_and_processes(tmp_path: Path) -> None:
-    tokenizer = byte_level(chat_template=CHAT)
-    tokenizer.save_pretrained(tmp_path)
-    prints = [tokenizer_fingerprint(tokenizer), template_fingerprint(tokenizer)]
-    code = (
-        "import sys; from transformers import AutoTokenizer; from citer_hf.data.tokens import *;"
-        "t = AutoTokenizer.from_pretrained(sys.argv[1]); print(tokenizer_fingerprint(t), template_fingerprint(t))"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == prints
-    assert all(len(found) == 64 for found in prints)
-
-
-def test_fingerprints_tell_tokenizers_apart() -> None:
-    tokenizers = [make() for make in TOKENIZERS.values()][:3]
-    for change in ("<unk>", "<end>"):
-        tokenizers.append(byte_level())
-        tokenizers[-1].eos_token = change
-    # Nothing but a space before every text.
-    tokenizers.append(byte_level())
-    tokenizers[-1].backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == len(tokenizers)
-    assert len({template_fingerprint(byte_level(chat_template=template)) for template in (None, CHAT, THINKING)}) == 3
-
-
-def test_fingerprints_do_not_depend_on_how_padding_is_set() -> None:
-    tokenizer = byte_level()
-    before = tokenizer_fingerprint(tokenizer)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
-    tokenizer(["hello", "hello world"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_fingerprint(tokenizer) == before

@@ -1,4 +1,4 @@
-"""The threshold for a budget keeps it, as decoding with that threshold shows."""
+"""The threshold for a budget keeps it, as decoding with that threshold shows, and is written where it may be."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Verdict
 from citer_hf.data.tokens import encode_prompt
-from citer_hf.evaluation.calibrate import Calibration, calibrate, write_threshold
-from citer_hf.evaluation.points import bootstrap_interval
+from citer_hf.demo import PAIR
+from citer_hf.evaluation import calibrate as module
+from citer_hf.evaluation.calibrate import Calibration, calibrate
+from citer_hf.evaluation.results import bootstrap_interval
 from tests.conftest import make_pair
 from tests.evaluation_data import LetterTokenizer, examples, has_letter
 from tests.reference import naive_generate
@@ -26,7 +29,7 @@ def run(pair: Any, checker: Any = None, **options: Any) -> Calibration:
     return calibrate(pair, EXAMPLES, checker, tokenizer=TOKENIZER, max_new_tokens=NEW, **options)
 
 
-@pytest.mark.parametrize("router", ["random", "entropy", "confidence"])
+@pytest.mark.parametrize("router", ["random", "confidence"])
 def test_the_share_is_what_decoding_with_the_threshold_gives(router: str):
     pair = make_pair(router=router, hidden_size=48)
     found = run(pair, llm_share=0.4)
@@ -39,8 +42,10 @@ def test_the_share_is_what_decoding_with_the_threshold_gives(router: str):
 
 
 def test_an_accuracy_is_reached_at_less_than_the_llm_costs(pair: Any):
+    llm = {prompt: naive_generate(pair, list(prompt), NEW, 2.0)[0] for prompt in map(tuple, PROMPTS)}
+
     def like_the_llm(text: str, example: Any) -> Verdict:
-        own = naive_generate(pair, encode_prompt(example, TOKENIZER), NEW, 2.0)[0]
+        own = llm[tuple(encode_prompt(example, TOKENIZER))]
         same = sum(one == two for one, two in zip(text, TOKENIZER.decode(own), strict=False))
         return Verdict(same >= NEW // 2, text)
 
@@ -48,8 +53,8 @@ def test_an_accuracy_is_reached_at_less_than_the_llm_costs(pair: Any):
     assert found.accuracy is not None and found.llm_accuracy is not None
     assert found.accuracy >= 0.6 * found.llm_accuracy
     assert 0 < found.llm_share < 1
-    texts = [naive_generate(pair, prompt, NEW, found.threshold)[0] for prompt in PROMPTS]
-    right = [like_the_llm(TOKENIZER.decode(text), example).correct for text, example in zip(texts, EXAMPLES)]  # noqa: B905
+    outputs = [TOKENIZER.decode(naive_generate(pair, prompt, NEW, found.threshold)[0]) for prompt in PROMPTS]
+    right = [like_the_llm(output, example).correct for output, example in zip(outputs, EXAMPLES, strict=True)]
     assert found.accuracy == sum(right) / len(right)
 
 
@@ -58,21 +63,10 @@ def test_an_accuracy_that_the_slm_has_needs_no_llm(pair: Any):
     assert (found.threshold, found.llm_share, found.accuracy) == (0.0, 0.0, 1.0)
 
 
-def test_an_accuracy_that_no_threshold_reaches_says_what_the_best_is(pair: Any):
-    llm_texts = {TOKENIZER.decode(naive_generate(pair, prompt, NEW, 2.0)[0]) for prompt in PROMPTS}
-    other = make_pair(router="random", hidden_size=48, num_hidden_layers=3)
-    other.router.forward = lambda hidden, logits: hidden[..., 0] * 0 + 1.0
-    slm_texts = {TOKENIZER.decode(naive_generate(pair, prompt, NEW, 0.0)[0]) for prompt in PROMPTS}
-
-    def only_of_the_llm(text: str, example: Any) -> Verdict:
-        # Judged once as the LLM's own text, and never right again.
-        seen.append(text)
-        return Verdict(len(seen) <= len(PROMPTS), text)
-
-    seen: list[str] = []
-    assert llm_texts != slm_texts
-    with pytest.raises(ValueError, match=r"^accuracy: no threshold reaches 90.0% .* The best is .* accuracy of"):
-        run(pair, only_of_the_llm, accuracy=0.9)
+def test_an_accuracy_that_no_threshold_reaches_is_an_error_with_the_best_one(pair: Any):
+    llm_outputs = {TOKENIZER.decode(naive_generate(pair, prompt, NEW, 2.0)[0]) for prompt in PROMPTS}
+    with pytest.raises(ValueError, match=r"^accuracy: no threshold reaches 99.0% .* The best is .* accuracy of"):
+        run(pair, lambda text, example: Verdict(text in llm_outputs, text), accuracy=0.99)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +78,11 @@ def test_an_accuracy_that_no_threshold_reaches_says_what_the_best_is(pair: Any):
         ({"llm_share": float("nan")}, r"^llm_share: expected a number above 0 and below 1"),
         ({"accuracy": 1.0, "checker": has_letter}, r"^accuracy: expected a number above 0 and below 1"),
         ({"accuracy": 0.9}, r"^accuracy: it needs a checker"),
+        ({"llm_share": 0.5, "batch_tokens": 0}, r"^batch_tokens: expected .* from 1 up, got 0"),
+        ({"llm_share": 0.5, "write": True}, r"^write, out: expected a pair that was loaded from a directory, got ''"),
     ],
 )
-def test_a_budget_that_means_nothing_is_refused(pair: Any, options: dict[str, Any], message: str):
+def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         run(pair, **options)
 
@@ -94,31 +90,85 @@ def test_a_budget_that_means_nothing_is_refused(pair: Any, options: dict[str, An
 FOUND = Calibration(0.25, 0.2, (0.1, 0.3), 9, wanted={"llm_share": 0.2})
 
 
-def test_a_threshold_is_written_and_all_else_stays(tmp_path: Path):
-    (tmp_path / "config.json").write_text('{"model_type": "citer", "router_threshold": 0.5, "own": [1]}')
-    (tmp_path / "provenance.json").write_text('{"labels": "abc"}')
-    write_threshold(tmp_path, FOUND)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config == {"model_type": "citer", "router_threshold": 0.25, "own": [1]}
-    origin = json.loads((tmp_path / "provenance.json").read_text())
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A router repository with an origin and a file of the user's."""
+    make_pair(hidden_size=48).save_pretrained(tmp_path / "router", save_base_models=True)
+    (tmp_path / "router" / "provenance.json").write_text('{"labels": "abc"}')
+    (tmp_path / "router" / "notes.txt").write_text("mine")
+    return tmp_path / "router"
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_threshold_is_written_and_all_else_stays(repository: Path):
+    before = contents(repository)
+    FOUND.write(repository)
+    changed = {str(path) for path, content in contents(repository).items() if before[path] != content}
+    assert changed == {"config.json", "provenance.json"}
+    origin = json.loads((repository / "provenance.json").read_text())
     assert origin["labels"] == "abc"
     assert (origin["calibration"]["threshold"], origin["calibration"]["llm_share_ci"]) == (0.25, [0.1, 0.3])
+    assert CiterForCausalLM.from_pretrained(repository).config.router_threshold == 0.25
 
 
-def test_a_saved_pair_loads_with_the_threshold(tmp_path: Path):
-    make_pair(threshold=0.5).save_pretrained(tmp_path)
-    write_threshold(tmp_path, FOUND)
-    from citer_hf import CiterForCausalLM
+def test_a_threshold_of_the_generation_settings_does_not_hide_the_new_one(repository: Path):
+    settings = json.loads((repository / "generation_config.json").read_text())
+    (repository / "generation_config.json").write_text(json.dumps(settings | {"router_threshold": 0.9}))
+    FOUND.write(repository)
+    assert json.loads((repository / "generation_config.json").read_text())["router_threshold"] == 0.25
 
-    assert CiterForCausalLM.from_pretrained(tmp_path).config.router_threshold == 0.25
 
-
-def test_a_broken_repository_is_left_as_it_is(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
-        write_threshold(tmp_path, FOUND)
+def test_a_broken_repository_stays_as_it_is(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"expected a router repository .* config\.json"):
+        FOUND.write(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "provenance.json").write_text("[1")
     with pytest.raises(ValueError, match=r"provenance\.json: expected a JSON object"):
-        write_threshold(tmp_path, FOUND)
-    assert (tmp_path / "config.json").read_text() == "{}"
-    assert len(list(tmp_path.iterdir())) == 2
+        FOUND.write(tmp_path)
+    assert {str(path): content for path, content in contents(tmp_path).items()} == {
+        "config.json": b"{}",
+        "provenance.json": b"[1",
+    }
+
+
+def test_calibrate_writes_into_the_directory_of_the_pair_or_into_a_copy(repository: Path, tmp_path: Path):
+    pair, before = CiterForCausalLM.from_pretrained(repository), contents(repository)
+    found = run(pair, llm_share=0.4, out=tmp_path / "new" / "copy")
+    assert contents(repository) == before
+    assert contents(tmp_path / "new" / "copy").keys() == before.keys()
+    assert CiterForCausalLM.from_pretrained(tmp_path / "new" / "copy").config.router_threshold == found.threshold
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+    assert f"router_threshold {found.threshold:.6g}: the LLM share is 4" in found.summary()
+    assert run(pair, llm_share=0.4, write=True) == found
+    assert json.loads((repository / "config.json").read_text())["router_threshold"] == found.threshold
+    with pytest.raises(FileExistsError, match=r"^out: .*copy exists already"):
+        run(pair, llm_share=0.4, out=tmp_path / "new" / "copy")
+
+
+def test_a_copy_that_fails_leaves_nothing(repository: Path, tmp_path: Path):
+    pair = CiterForCausalLM.from_pretrained(repository)
+    (repository / "provenance.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"provenance\.json"):
+        run(pair, llm_share=0.4, out=tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["router"]
+
+
+def test_the_installed_package_and_the_hubs_cache_are_never_written_into(repository: Path, monkeypatch: Any):
+    before = contents(PAIR)
+    with pytest.raises(ValueError, match=r"is part of the installed package\. Pass out=DIR \(--out DIR\)"):
+        FOUND.write(PAIR)
+    monkeypatch.setattr(module, "decode", None)
+    shipped = CiterForCausalLM.from_pretrained(PAIR)
+    for options, message in (({"write": True}, "^write: "), ({"out": PAIR / "copy"}, "^out: .* installed package")):
+        # The error comes before hours of decoding.
+        with pytest.raises(ValueError, match=message):
+            run(shipped, llm_share=0.4, **options)
+    assert contents(PAIR) == before
+    snapshot = repository.parent / "models--user--router" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    repository.rename(snapshot)
+    with pytest.raises(ValueError, match="is part of the Hub's cache"):
+        FOUND.write(snapshot)

@@ -1,8 +1,10 @@
-"""An evaluation: its numbers computed again naively, what it refuses, and what an interrupt leaves."""
+"""An evaluation: its numbers computed again naively, its errors, and its work after an interrupt."""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from citer_hf import CiterForCausalLM, runs
 from citer_hf.data.tokens import encode_prompt
 from citer_hf.evaluation import evaluate as module
-from citer_hf.evaluation import writing
-from citer_hf.evaluation.costs import PairCosts, scoring_cost
+from citer_hf.evaluation.decode import with_router
 from citer_hf.evaluation.evaluate import evaluate, method_name
-from citer_hf.evaluation.points import bootstrap_interval
-from citer_hf.evaluation.provenance import anonymous, module_fingerprint
-from citer_hf.evaluation.results import Results
-from citer_hf.evaluation.scoring import score_texts, spread_thresholds
-from citer_hf.model.routers import ConfidenceRouter, EntropyRouter, LinearRouter, RandomRouter
+from citer_hf.evaluation.results import PairCosts, Results, bootstrap_interval, scoring_cost
+from citer_hf.model.routers import EntropyRouter, LinearRouter, RandomRouter
 from tests.conftest import make_pair
 from tests.evaluation_data import LetterTokenizer, examples, has_letter
 from tests.reference import naive_generate, naive_logits
@@ -36,13 +35,13 @@ def routers() -> dict[str, nn.Module]:
     return {"random": RandomRouter(32), "entropy": EntropyRouter(32), "query": LinearRouter(32)}
 
 
-def run(pair: Any, **options: Any) -> Results:
+def run(pair: Any, checker: Any = has_letter, examples: Any = EXAMPLES, **options: Any) -> Results:
     options = {"routers": routers(), "shares": (0.2, 0.5, 0.8), "max_new_tokens": NEW, **options}
-    return evaluate(pair, EXAMPLES, options.pop("checker", has_letter), tokenizer=TOKENIZER, **options)
+    return evaluate(pair, examples, checker, tokenizer=TOKENIZER, **options)
 
 
 def comparable(results: Results) -> dict[str, Any]:
-    """What does not depend on the clock."""
+    """Return everything but times."""
     values = json.loads(json.dumps(results.as_dict()))
     points = [*values["ends"].values(), *(one for method in values["methods"].values() for one in method)]
     for one in points:
@@ -59,7 +58,7 @@ def results() -> Results:
 @pytest.mark.parametrize("name", ["random", "entropy"])
 def test_points_are_what_decoding_each_problem_alone_gives(pair: Any, results: Results, name: str):
     router = routers()[name]
-    other = module.with_router(pair, router)
+    other = with_router(pair, router)
     costs, scoring = PairCosts(pair), scoring_cost(router)
     assert len(results.methods[name]) == 3
     for point in results.methods[name]:
@@ -72,8 +71,7 @@ def test_points_are_what_decoding_each_problem_alone_gives(pair: Any, results: R
         assert point.accuracy_ci == bootstrap_interval(correct, seed=0)
         assert point.extracted == np.mean(["a" in text for text in texts])
         assert point.llm_share == point.llm_calls == sum(sum(row[1]) for row in rows) / tokens
-        assert point.bytes == pytest.approx(sum(one.bytes for one in spent) / tokens)
-        assert point.flops == pytest.approx(sum(one.flops for one in spent) / tokens)
+        assert [point.bytes, point.flops] == pytest.approx(np.sum(spent, axis=0)[:2] / tokens)
 
 
 @pytest.mark.parametrize(("end", "threshold"), [("slm", 0.0), ("llm", 2.0)])
@@ -85,12 +83,12 @@ def test_the_ends_are_the_models_alone(pair: Any, results: Results, end: str, th
     assert point.accuracy == np.mean(["y" in TOKENIZER.decode(row) for row in rows])
     assert point.extracted == np.mean(["a" in TOKENIZER.decode(row) for row in rows])
     assert (point.threshold, point.llm_share) == (threshold, float(end == "llm"))
-    assert point.bytes == pytest.approx(sum(one.bytes for one in spent) / sum(map(len, rows)))
+    assert point.bytes == pytest.approx(np.sum(spent, axis=0)[0] / sum(map(len, rows)))
 
 
 def test_a_query_level_router_chooses_among_the_texts_of_the_ends(pair: Any, results: Results):
     router = routers()["query"]
-    scores = [naive_logits(module.with_router(pair, router), prompt, 0.0)[1] for prompt in PROMPTS]
+    scores = [naive_logits(with_router(pair, router), prompt, 0.0)[1] for prompt in PROMPTS]
     ends = [[naive_generate(pair, prompt, NEW, threshold)[0] for prompt in PROMPTS] for threshold in (0.0, 2.0)]
     assert results.methods["query"]
     for point in results.methods["query"]:
@@ -102,35 +100,30 @@ def test_a_query_level_router_chooses_among_the_texts_of_the_ends(pair: Any, res
         assert point.llm_share == llm_tokens / sum(map(len, texts))
 
 
-def test_scores_along_texts_are_those_of_decoding(pair: Any):
-    texts, scores = zip(*[naive_generate(pair, prompt, NEW, 0.5)[::2] for prompt in PROMPTS], strict=True)
-    scored = score_texts(pair, {"own": pair.router}, PROMPTS, texts, batch_tokens=40).scores["own"]
-    for row in range(len(PROMPTS)):
-        assert scored[row].tolist() == pytest.approx(scores[row], abs=1e-4)
-
-
-def test_thresholds_send_the_wanted_shares_of_the_scores():
-    scores = np.random.default_rng(0).random(1000).astype(np.float32)
-    thresholds = spread_thresholds(scores, (0.1, 0.25, 0.9))
-    assert [float((scores < threshold).mean()) for threshold in thresholds] == pytest.approx([0.1, 0.25, 0.9])
-
-
-def test_tied_scores_give_each_threshold_once():
-    scores = np.array([0.5] * 60 + [1.0] * 40, dtype=np.float32)
-    thresholds = spread_thresholds(scores, (0.1, 0.2, 0.5, 0.7, 0.9))
-    assert [float((scores < threshold).mean()) for threshold in thresholds] == [0.6, 1.0]
-
-
 def test_given_thresholds_are_used_as_they_are(pair: Any):
     results = run(pair, thresholds={"random": [0.7, 0.3]})
     assert {point.threshold for point in results.methods["random"]} == {0.3, 0.7}
     assert len(results.methods["entropy"]) == 3
+    own = run(pair, thresholds=(0.6,), routers={"own": pair.router, "entropy": EntropyRouter(32)})
+    assert {point.threshold for point in own.methods["own"]} == {0.6}
+    assert len(own.methods["entropy"]) == 3
 
 
 def test_the_own_router_is_measured_under_the_name_of_its_method():
     assert method_name(make_pair(router="mlp")) == "citer"
     assert method_name(make_pair(router="linear")) == "co-llm"
     assert list(run(make_pair(router="confidence"), routers=None).methods) == ["confidence"]
+
+
+def test_an_untrained_router_is_not_listed_as_the_method_of_its_kind(pair: Any, tmp_path: Path):
+    for kind in ("mlp", "linear"):
+        fresh = CiterForCausalLM.from_pair(pair.slm, pair.llm, router=kind)
+        fresh.save_pretrained(tmp_path / kind, save_base_models=True)
+        loaded = CiterForCausalLM.from_pretrained(tmp_path / kind)
+        assert method_name(fresh) == method_name(loaded) == "untrained"
+        fresh.router.score.weight.data += 1
+        assert method_name(fresh) == {"mlp": "citer", "linear": "co-llm"}[kind]
+    assert list(run(loaded, routers=None, shares=(0.5,)).methods) == ["untrained"]
 
 
 class Interrupted:
@@ -146,53 +139,60 @@ class Interrupted:
         return has_letter(text, example)
 
 
-def test_a_run_that_was_interrupted_goes_on_where_it_stopped(pair: Any, tmp_path: Path, monkeypatch: Any):
+def test_an_interrupted_run_resumes_and_a_finished_one_returns_its_results(
+    pair: Any, tmp_path: Path, monkeypatch: Any
+):
     whole = run(pair, checker=Interrupted(-1), out=tmp_path / "whole")
     out = tmp_path / "out"
-    decodes: list[Any] = []
-    decode = writing.decode
-    monkeypatch.setattr(
-        writing, "decode", lambda *a, **k: decodes.append(k.get("router_threshold")) or decode(*a, **k)
-    )
+    thresholds: list[Any] = []
+    decode = module.decode
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        if options["max_new_tokens"] == NEW:
+            thresholds.append(options["router_threshold"])
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(module, "decode", watched)
     for at in (8, 14, 24):
         with pytest.raises(KeyboardInterrupt):
             run(pair, checker=Interrupted(at), out=out)
-    assert not (out / "results.json").exists()
+    assert [path.name for path in out.iterdir()] == [".work"]
     resumed = run(pair, checker=Interrupted(-1), out=out)
     assert comparable(resumed) == comparable(whole)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
     # Only the batch at which a run was interrupted is decoded again, twice in all: once it was still at the ends.
-    measured = [one for one in decodes if one is not None]
+    measured = [one for one in thresholds if one is not None]
     assert len(measured) == len({*measured}) + 2
-    done = run(pair, checker=Interrupted(1), out=out)
-    assert comparable(done) == comparable(resumed)
-    assert Results.read(out / "results.json") == done
+    assert run(pair, checker=Interrupted(1), out=out) == resumed == Results.read(out / "results.json")
 
 
-def test_a_directory_that_holds_anything_else_is_refused_and_left_alone(pair: Any, tmp_path: Path):
+def test_a_directory_with_anything_else_stays_as_it_is(pair: Any, tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match=r"holds something else \(thesis.txt\)"):
-        run(pair, out=tmp_path)
+    for out in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(FileExistsError, match=r"^out: .* exists already"):
+            run(pair, out=out)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(FileExistsError, match="is a file"):
-        run(pair, out=tmp_path / "thesis.txt")
 
 
-def test_unfinished_work_of_other_arguments_is_refused_and_left_alone(pair: Any, tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt):
-        run(pair, checker=Interrupted(14), out=tmp_path)
+@pytest.mark.parametrize("finished", [False, True])
+def test_work_of_other_arguments_stays_as_it_is_and_the_difference_is_named(pair: Any, tmp_path: Path, finished: bool):
+    try:
+        run(pair, checker=Interrupted(-1 if finished else 14), out=tmp_path)
+    except KeyboardInterrupt:
+        assert not finished
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    with pytest.raises(FileExistsError, match="unfinished results of other arguments"):
-        run(pair, checker=Interrupted(14), out=tmp_path, max_new_tokens=NEW + 1)
+    for change, named in (
+        ({"max_new_tokens": NEW + 1}, "max_new_tokens was 8 and is 9"),
+        ({"routers": {"random": LinearRouter(32)}}, "routers_sha256 was {"),
+        ({"thresholds": (0.5,), "routers": None}, "thresholds was [] and is [0.5]"),
+        ({"checker": has_letter}, "checker was "),
+        ({"pair": make_pair(hidden_size=48)}, "llm_sha256 was "),
+        ({"examples": EXAMPLES[1:]}, "data_sha256 was "),
+    ):
+        options: dict[str, Any] = {"pair": pair, "checker": Interrupted(-1), "out": tmp_path, **change}
+        with pytest.raises(ValueError, match=r"begun with other arguments: .*" + re.escape(named)):
+            run(**options)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
-
-
-def test_results_of_other_arguments_are_refused_and_left_alone(pair: Any, tmp_path: Path):
-    run(pair, out=tmp_path)
-    before = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(FileExistsError, match="holds something else"):
-        run(pair, out=tmp_path, seed=1)
-    assert (tmp_path / "results.json").read_bytes() == before
 
 
 class NanRouter(nn.Module):
@@ -207,77 +207,53 @@ def test_a_router_that_gives_nan_is_named(pair: Any, options: dict[str, Any]):
 
 
 def test_a_checker_that_raises_is_named_with_the_row(pair: Any):
-    def fussy(text: str, example: Any) -> Any:
-        raise KeyError("no box") if example.row == 13 else ZeroDivisionError
-
     def choosy(text: str, example: Any) -> Any:
-        return has_letter(text, example) if example.row != 13 else fussy(text, example)
+        return has_letter(text, example) if example.row != 13 else {}["box"]
 
     with pytest.raises(ValueError, match=r"checker .*choosy: it raised KeyError .* at row 13 ") as caught:
         run(pair, checker=choosy)
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(TypeError, match="expected it to return a Verdict, got bool at row 13"):
-        run(pair, checker=lambda text, example: True)
-
-
-def test_data_that_nothing_can_be_judged_by_is_refused(pair: Any):
-    with pytest.raises(ValueError, match=r"^examples: expected at least one"):
-        evaluate(pair, [], has_letter, tokenizer=TOKENIZER)
-    with pytest.raises(ValueError, match=r"^row 11: it has no answer"):
-        evaluate(pair, examples(answer=None), has_letter, tokenizer=TOKENIZER)
-
-
-def test_a_prompt_that_fills_the_context_is_named_by_its_row():
-    pair = make_pair(max_position_embeddings=9)
-    with pytest.raises(ValueError, match=r"^row 12: its prompt has 9 tokens"):
-        run(pair)
+        run(pair, checker=lambda text, example: has_letter(text, example) if example.row != 13 else True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shares": (0.5, 1.0)}, r"^shares: expected .* got 1.0"),
-        ({"thresholds": {"none": [0.5]}}, r"^thresholds: there is no router named 'none'"),
-        ({"thresholds": {"random": [float("nan")]}}, r"^thresholds: expected numbers from 0 up for 'random'"),
+        ({"thresholds": {"none": [0.5]}}, r"^thresholds: expected routers among .* got 'none'"),
+        ({"thresholds": {"random": [float("nan")]}}, r"^router_threshold: expected a number from 0 .* got nan"),
+        ({"thresholds": (0.5,)}, r'^thresholds: expected routers among .* got "the pair.s own"'),
+        ({"max_new_tokens": 0}, r"^max_new_tokens: expected .* from 1 up, got 0"),
+        ({"examples": []}, r"^examples: expected at least one"),
+        ({"examples": examples(answer=None)}, r"^row 11: it has no answer"),
     ],
 )
-def test_a_senseless_sweep_is_refused(pair: Any, options: dict[str, Any], message: str):
+def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         run(pair, **options)
 
 
-def test_the_provenance_names_neither_people_nor_places(results: Results):
-    assert results.provenance["problems"] == len(EXAMPLES)
-    assert results.provenance["checker"] == "tests.evaluation_data:has_letter"
-    assert str(Path.home()) not in json.dumps(results.provenance)
-    home = {"data": "/home/ada/sums.jsonl", "out": Path("~/out"), "model": "ada/router", "key": "hf_" + "x" * 30}
-    assert anonymous({"n": 3, **home}) == {
-        "n": 3,
-        "data": "sums.jsonl",
-        "out": "out",
-        "model": "ada/router",
-        "key": "hf_...",
-    }
+def test_the_provenance_names_router_base_models_and_data(pair: Any, tmp_path: Path):
+    pair = make_pair(router="linear", hidden_size=48)
+    pair._commits = {"slm": "a" * 40}
+    pair.save_pretrained(tmp_path / "pair", save_base_models=True)
+    origin = run(pair, routers=None, shares=(0.5,)).provenance
+    assert origin["router_sha256"] == runs.file_sha256(tmp_path / "pair" / "model.safetensors") is not None
+    assert origin["routers_sha256"] == {"co-llm": origin["router_sha256"]}
+    assert origin["slm"]["commit"] == "a" * 40 and origin["llm"]["commit"] is None
+    assert (origin["problems"], origin["processes"], origin["options"]["shares"]) == (len(EXAMPLES), 1, [0.5])
+    assert origin["checker"] == "tests.evaluation_data:has_letter" and len(origin["data_sha256"]) == 64
+    assert str(Path.home()) not in json.dumps(origin) and str(tmp_path) not in json.dumps(origin)
 
 
-def test_routers_that_decide_otherwise_have_other_fingerprints():
-    torch.manual_seed(0)
-    made = [RandomRouter(32), RandomRouter(32, seed=1), ConfidenceRouter(32), LinearRouter(32), LinearRouter(32)]
-    assert len({module_fingerprint(one) for one in made}) == len(made)
-    assert module_fingerprint(RandomRouter(32)) == module_fingerprint(RandomRouter(32).eval())
-
-
-def test_the_results_are_told_as_a_table_and_as_a_picture(pair: Any, tmp_path: Path):
+def test_results_are_written_as_a_table_and_a_plot(pair: Any, tmp_path: Path, monkeypatch: Any, caplog: Any):
     pytest.importorskip("matplotlib")
-    results = run(pair, out=tmp_path)
-    text = (tmp_path / "results.md").read_text()
-    rows = sum(map(len, results.methods.values())) + 2 + len(results.methods)
-    assert text.count("\n| ") == rows + 4
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_all_but_the_picture_is_there(pair: Any, tmp_path: Path, monkeypatch: Any, caplog: Any):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    run(pair, out=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
+    results = run(pair, out=tmp_path / "all")
+    text = (tmp_path / "all" / "results.md").read_text()
+    assert text.count("\n| ") == sum(map(len, results.methods.values())) + 2 + len(results.methods) + 4
+    assert (tmp_path / "all" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(pair, out=tmp_path / "no plot")
+    assert sorted(path.name for path in (tmp_path / "no plot").iterdir()) == ["results.json", "results.md"]
     assert "pip install 'citer-hf[plot]'" in caplog.text

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from citer_hf.bench.options import available_devices
 from transformers import set_seed
 
-from citer_hf.bench.options import available_devices
 from tests.conftest import left_padded, random_prompts
 from tests.model.test_rows import GREEDY, assert_rows_are_those_of_the_naive_loop, pair_of
 from tests.reference import naive_generate

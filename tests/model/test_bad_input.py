@@ -64,5 +64,5 @@ def test_a_misspelt_keyword_of_generate_is_refused(pair):
 
 def test_a_cache_of_another_batch_is_refused_by_generate(pair):
     output = pair.generate(input_ids=TEXT, max_new_tokens=2, return_dict_in_generate=True)
-    with pytest.raises(ValueError, match="this cache holds 2 rows, but input_ids has 1"):
+    with pytest.raises(ValueError, match="this cache holds 2 sequences, but input_ids has 1"):
         pair.generate(**left_padded(random_prompts((12,))), past_key_values=output.past_key_values, max_new_tokens=2)

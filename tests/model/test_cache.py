@@ -146,7 +146,7 @@ def test_a_positive_crop_is_refused(pair):
 
 def test_another_batch_size_is_refused(pair):
     cache = filled(pair, torch.tensor(random_prompts((5, 5))), 5)
-    with pytest.raises(ValueError, match=r"past_key_values: this cache holds 2 rows, but input_ids has 3"):
+    with pytest.raises(ValueError, match=r"past_key_values: this cache holds 2 sequences, but input_ids has 3"):
         read(pair, cache, torch.ones(3, 1, dtype=torch.long))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from citer_hf.bench.costs import cost_of_model
+from citer_hf.costs import cost_of_model
 from citer_hf.model.memory import kv_bytes_per_token, weight_bytes
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import FAMILIES, tiny_model

@@ -37,7 +37,9 @@ PUSH = """
     said["better"].append(text(apart, router_threshold=0))
     better.push_to_hub("me/better", token=TOKEN)
     inside = CiterForCausalLM.from_pair("me/slm", "me/llm", token=TOKEN)
-    inside.slm.load_adapter("lora")
+    import peft
+
+    peft.PeftModel.from_pretrained(inside.slm, "lora")
     inside.push_to_hub("me/inside", token=TOKEN)
     named = {"slm_adapter_name_or_path": "lora", "token": TOKEN}
     local = CiterForCausalLM.from_pair("me/slm", "me/llm", **named)

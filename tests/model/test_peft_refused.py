@@ -35,11 +35,11 @@ def test_what_cannot_work_is_refused_with_the_reason(home):
     with pytest.raises(ValueError, match=r"slm: the adapter .*llm-lora does not fit LlamaForCausalLM"):
         pair_with(home, slm=home / "slm", slm_adapter_name_or_path=home / "llm-lora")
     with_adapter(home / "slm", 3).save_pretrained(home / "other")
-    model.slm.load_adapter(str(home / "other"), adapter_name="other")
-    model.slm.set_adapter(["default", "other"])
+    both = peft.PeftModel.from_pretrained(model.slm, home / "other", adapter_name="other")
+    both.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"slm: it runs with several adapters, \['default', 'other'\]"):
         model.save_pretrained(home / "router")
-    model.slm.set_adapter("default")
+    both.base_model.set_adapter("default")
     for module in model.slm.modules():
         if hasattr(module, "merge"):
             module.merge()
@@ -49,7 +49,7 @@ def test_what_cannot_work_is_refused_with_the_reason(home):
 
 def test_without_peft_it_says_what_to_install(home, monkeypatch):
     pair_with(home).save_pretrained(home / "router")
-    monkeypatch.setattr("citer_hf.model.adapter_files.is_peft_available", lambda: False)
+    monkeypatch.setattr("citer_hf.model.adapters.is_peft_available", lambda: False)
     for make in (lambda: load(home / "router"), lambda: pair_with(home)):
         with pytest.raises(ImportError, match=r"slm: the adapter .*slm-lora needs PEFT.*pip install peft"):
             make()
@@ -83,14 +83,6 @@ def test_a_reference_to_an_adapter_that_leads_out_is_not_followed(router, nothin
         load(router)
 
 
-def test_links_to_weights_elsewhere_are_not_read(router, nothing_is_read, home):
-    place = router / "slm_adapter" / "adapter_model.safetensors"
-    place.unlink()
-    place.symlink_to(home / "slm-lora" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="leads out of the router's directory"):
-        load(router)
-
-
 def test_an_adapter_beside_a_base_model_that_the_router_does_not_name_is_not_loaded(router, nothing_is_read, home):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (router / "llm" / name).write_bytes((home / "llm-lora" / name).read_bytes())
@@ -102,23 +94,7 @@ def test_weights_of_an_adapter_are_read_from_safetensors_only(router, nothing_is
     file = router / "slm_adapter" / "adapter_model.safetensors"
     torch.save(load_file(file), router / "slm_adapter" / "adapter_model.bin")
     file.unlink()
-    with pytest.raises(OSError, match=r"has no adapter_model.safetensors; adapters are read from safetensors only"):
-        load(router)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "has the setting megatron_config"),
-        ({"peft_type": "XLORA", "adapters": {"0": "/tmp/x"}}, "has the setting adapters"),
-        ({"r": 1 << 40}, "claims to have rank"),
-        ({"rank_pattern": {"q_proj": 1 << 40}}, "claims to have rank"),
-    ],
-    ids=["imports", "other adapters", "rank", "rank of a layer"],
-)
-def test_an_adapter_that_wants_more_than_its_weights_is_not_loaded(router, nothing_is_read, setting, message):
-    change(router / "slm_adapter", "adapter_config.json", **setting)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OSError, match=r"no adapter_model.safetensors; adapters are loaded from safetensors only"):
         load(router)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -67,7 +69,23 @@ def repositories(tmp_path_factory) -> Path:
     model.config.slm_reference = model.config.llm_reference = None
     CiterForCausalLM(model.config, slm=model.slm, llm=model.llm, router=model.router).save_pretrained(root / "whole")
     word_tokenizer().save_pretrained(root / "whole")
+    shutil.copytree(root / "referring", root / "earlier")
+    move_code_to_the_root(root / "earlier")
     return root
+
+
+def move_code_to_the_root(folder: Path) -> None:
+    """Make a repository one as earlier versions saved it: its code in the root, in files named `*_citer.py`."""
+    for file in (folder / "citer").glob("*.py"):
+        code = re.sub(r"from \.(\w+) import", r"from .\1_citer import", file.read_text())
+        (folder / f"{file.stem}_citer.py").write_text(code)
+    shutil.rmtree(folder / "citer")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_citer.CiterConfig",
+        "AutoModelForCausalLM": "modeling_citer.CiterForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_the_whole_core_lies_beside_the_weights(repositories):
@@ -83,7 +101,7 @@ def test_the_whole_core_lies_beside_the_weights(repositories):
 
 
 SAME_TEXT_WITHOUT_THE_PACKAGE = """
-    import json, torch
+    import json, os, shutil, torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     ids = torch.tensor(json.loads(sys.argv[1]))
@@ -94,10 +112,21 @@ SAME_TEXT_WITHOUT_THE_PACKAGE = """
         texts.append(model.generate(ids, max_new_tokens=9, router_threshold=2.0).tolist())
         pipe = pipeline("text-generation", model=path, trust_remote_code=True)
         texts.append(pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"])
-    model.save_pretrained("again")
-    again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
-    texts.append(again.generate(ids, max_new_tokens=9, do_sample=False).tolist())
-    assert type(again).__module__.startswith("transformers_modules.") and "citer_hf" not in sys.modules
+        if os.path.basename(path) == "earlier":
+            continue
+        # Saved elsewhere, and over itself: the code is in its folder again, and nowhere else.
+        for name, copied in (("again", False), ("over", True)):
+            shutil.rmtree(name, ignore_errors=True)
+            if copied:
+                shutil.copytree(path, name)
+            model.save_pretrained(name)
+            config = json.load(open(os.path.join(name, "config.json")))
+            assert config["auto_map"]["AutoConfig"] == "citer/configuration.CiterConfig", config["auto_map"]
+            assert not [file for file in os.listdir(name) if file.endswith(".py")], os.listdir(name)
+            assert "modeling.py" in os.listdir(os.path.join(name, "citer"))
+        again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+        texts.append(again.generate(ids, max_new_tokens=9, do_sample=False).tolist())
+        assert type(again).__module__.startswith("transformers_modules.") and "citer_hf" not in sys.modules
     print(json.dumps(texts))
 """
 
@@ -114,11 +143,20 @@ def expected_texts(path: Path) -> list:
 
 
 def test_a_router_writes_the_same_where_the_package_is_not_installed(repositories, tmp_path):
-    paths = [str(repositories / name) for name in ("referring", "holding", "whole")]
+    paths = [str(repositories / name) for name in ("referring", "holding", "whole", "earlier")]
     printed = run_without_the_package(SAME_TEXT_WITHOUT_THE_PACKAGE, tmp_path, json.dumps(TEXT), *paths)
     texts = json.loads(printed)
     once = expected_texts(repositories / "referring")
-    assert texts == [*once, *once, *once, once[0]]
+    assert texts == [*once, once[0]] * 3 + once
+
+
+def test_a_repository_of_an_earlier_version_loads_and_is_saved_anew(repositories, tmp_path):
+    shutil.copytree(repositories / "earlier", tmp_path / "earlier")
+    (tmp_path / "earlier" / "mine.py").write_text("mine")
+    assert expected_texts(tmp_path / "earlier") == expected_texts(repositories / "referring")
+    CiterForCausalLM.from_pretrained(tmp_path / "earlier").save_pretrained(tmp_path / "earlier")
+    assert [file.name for file in (tmp_path / "earlier").glob("*.py")] == ["mine.py"]
+    assert expected_texts(tmp_path / "earlier") == expected_texts(repositories / "referring")
 
 
 @pytest.mark.slow

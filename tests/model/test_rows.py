@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, LogitsProcessorList, StoppingCrit
 from transformers.generation import MaxTimeCriteria
 
 from citer_hf import CiterConfig, CiterForCausalLM
-from citer_hf.model.batch_support import ARCHITECTURES
 from citer_hf.model.generation import CiterGenerationMixin
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import FAMILIES, SHAPE, VOCAB, tiny_model
 from tests.reference import naive_generate
 
+ARCHITECTURES = frozenset(["llama"])
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
 # Architectures that `tests/families.py` does not have: configuration class and what it adds to the shape.

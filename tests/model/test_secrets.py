@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from citer_hf.evaluation.provenance import anonymous
+from citer_hf.runs import anonymous
 from tests.test_hub import OTHERS_TOKEN, TOKEN, WRONG_TOKEN, client  # noqa: F401 - `client` is a fixture
 
 SECRETS = (TOKEN, OTHERS_TOKEN, WRONG_TOKEN)

@@ -103,40 +103,12 @@ def test_a_snapshot_of_the_hubs_cache_is_a_directory_like_any_other(cached, rout
     assert torch.equal(load("me/router", cache_dir=cached, local_files_only=True)(text).logits, expected)
 
 
-@pytest.mark.parametrize("link", ["slm", "slm/model.safetensors", "slm/config.json", "model.safetensors"])
-@pytest.mark.parametrize("in_the_cache", [False, True])
-def test_a_link_out_of_the_directory_is_not_read(router, cached, nothing_is_read, tmp_path, link, in_the_cache):
-    folder = cached / "models--me--router" / "snapshots" / ("c" * 40) if in_the_cache else router
-    place = folder / link
-    (tmp_path / "elsewhere").mkdir()
-    place.rename(tmp_path / "elsewhere" / place.name)
-    place.symlink_to(tmp_path / "elsewhere" / place.name)
-    with pytest.raises(ValueError, match="leads out of the router's directory"):
-        load(folder)
-
-
-@pytest.mark.parametrize("folder", ["slm", "."])
-def test_an_index_that_names_files_elsewhere_is_not_read(router, nothing_is_read, folder):
-    if folder == ".":
-        change(router, slm_reference=None, llm_reference=None)
-    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "../../slm/model.safetensors"}}
-    (router / folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"names '../../slm/model.safetensors', which leads out"):
-        load(router)
-
-
 def test_saving_writes_nothing_through_a_link(router, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (router / "config.json").unlink()
     (router / "config.json").symlink_to(tmp_path / "mine")
     CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm").save_pretrained(router)
     assert (tmp_path / "mine").read_text() == "mine" and not (router / "config.json").is_symlink()
-    (tmp_path / "empty").mkdir()
-    (router / "slm").rename(tmp_path / "was")
-    (router / "slm").symlink_to(tmp_path / "empty")
-    with pytest.raises(OSError, match=r"nothing was saved .*slm is a link out of it"):
-        CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm").save_pretrained(router, save_base_models=True)
-    assert not list((tmp_path / "empty").iterdir())
 
 
 # ---- files that claim more than they hold ----
@@ -175,7 +147,7 @@ def claiming(shape: list[int], size: int) -> bytes:
 )
 def test_a_file_that_claims_more_than_it_holds_is_refused(router, nothing_is_read, content):
     (router / "model.safetensors").write_bytes(content)
-    with pytest.raises(OSError, match=r"model.safetensors cannot be read"):
+    with pytest.raises(OSError, match=r"router: the router could not be loaded from"):
         load(router)
 
 
@@ -197,17 +169,10 @@ def test_a_base_model_that_claims_to_be_huge_takes_no_memory(router, name):
         load(router)
 
 
-def test_a_configuration_with_endless_layers_is_refused_before_any_is_made(router, nothing_is_read):
-    config = json.loads((router / "config.json").read_text())
-    change(router, llm_config=config["llm_config"] | {"num_hidden_layers": 1 << 44})
-    with pytest.raises(ValueError, match="llm_config says that num_hidden_layers is 17592186044416"):
-        load(router)
-
-
 @pytest.mark.parametrize("name", ["top_logprobs", "hidden_size"])
 def test_a_router_that_claims_to_be_huge_takes_no_memory(router, nothing_is_read, name):
     change(router, router={"type": "mlp", name: 1 << 44})
-    with pytest.raises(ValueError, match=r"shape|hidden size|missing or not known"):
+    with pytest.raises(ValueError, match=r"do not fit its router|hidden size"):
         load(router)
 
 
@@ -215,7 +180,7 @@ def test_weights_are_read_from_safetensors_only(router):
     tensors = load_file(router / "model.safetensors")
     (router / "model.safetensors").unlink()
     torch.save(tensors, router / "pytorch_model.bin")
-    with pytest.raises(OSError, match=r"has no model.safetensors"):
+    with pytest.raises(OSError, match=r"named model.safetensors"):
         load(router)
     save_file(tensors, router / "model.safetensors", metadata={"format": "pt"})
     load(router)
@@ -299,10 +264,6 @@ def test_trust_in_a_router_loads_no_code_of_its_models_for_configuration_or_toke
 
 COMMANDS = [
     ("chat", "{router}"),
-    ("label", "{router}", "--data", "x.jsonl", "--checker", "math", "--out", "{out}"),
-    ("train", "{router}", "--labels", "x", "--out", "{out}"),
-    ("evaluate", "{router}", "--data", "x.jsonl", "--checker", "math", "--out", "{out}"),
-    ("calibrate", "{router}", "--data", "x.jsonl", "--llm-share", "0.5"),
     ("bench", "{router}"),
 ]
 

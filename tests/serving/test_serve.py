@@ -21,10 +21,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from citer_hf.model.cache import Routing
-from citer_hf.serving.stops import StopText
+from citer_hf.serving.answers import StopText
 from tests.chat_pairs import character_tokenizer, chat_pair, save_demo_pair
 from tests.conftest import make_pair
-from tests.serving import NAME, HeldRouter, Served, serving, wait_until
+from tests.served import NAME, HeldRouter, Served, serving, wait_until
 
 PROMPT = "hello, is 7 + 5 = 12?"
 CHAT = [{"role": "system", "content": "be brief."}, {"role": "user", "content": PROMPT}]
@@ -402,3 +402,24 @@ def test_the_command_serves_a_directory_at_this_machine_only_and_stops_at_ctrl_c
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize(
+    "published",
+    [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"stop_strings": "o"}, {"cache_implementation": "static"}],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_published_generation_config_acts_as_in_generate(published: dict[str, Any], stream: bool) -> None:
+    pair = chat_pair()
+    pair.generation_config.update(**published)
+    text, _ = written(pair, chat_ids(), length=40, tokenizer=TOKENIZER, use_cache=True)
+    with serving(pair) as server:
+        answer: Any = server.client().chat.completions.create(model=NAME, messages=CHAT, max_tokens=40, stream=stream)
+        if stream:
+            choices = [chunk.choices[0] for chunk in answer]
+            shown, reason = "".join(one.delta.content or "" for one in choices), choices[-1].finish_reason
+        else:
+            shown, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert shown == text
+    assert reason == ("stop" if len(text) < 40 else "length")

@@ -20,11 +20,11 @@ import torch
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from citer_hf.serving import limits
-from citer_hf.serving.command import listen, welcome
-from citer_hf.serving.limits import Limits
+from citer_hf.serving import ServeOptions
+from citer_hf.serving import server as limits
+from citer_hf.serving.server import listen, welcome
 from tests.chat_pairs import character_tokenizer, chat_pair, invoke
-from tests.serving import NAME, HeldRouter, Served, serving, wait_until
+from tests.served import NAME, HeldRouter, Served, serving, wait_until
 from tests.serving.test_serve import CHAT, held
 
 ASK = {"model": NAME, "prompt": "abc", "max_tokens": 2}
@@ -33,7 +33,7 @@ SAY = {"model": NAME, "messages": CHAT, "max_tokens": 2}
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(chat_pair(), body_bytes=5000, new_tokens=50) as server:
+    with serving(chat_pair(), max_request_bytes=5000, max_new_tokens=50) as server:
         yield server
 
 
@@ -171,7 +171,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(served: Ser
 def test_an_answer_that_takes_too_long_ends_where_it_is() -> None:
     router = HeldRouter()
     router.permits.release(4)
-    with serving(held(router), seconds=3.0) as server, ThreadPoolExecutor(1) as other:
+    with serving(held(router), timeout=3.0) as server, ThreadPoolExecutor(1) as other:
         answer = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=200)
         wait_until(lambda: router.asked == 5)
         time.sleep(3)
@@ -182,7 +182,7 @@ def test_an_answer_that_takes_too_long_ends_where_it_is() -> None:
 
 def test_a_request_whose_turn_does_not_come_in_time_may_try_again_later() -> None:
     router = HeldRouter()
-    with serving(held(router), seconds=1.0) as server, ThreadPoolExecutor(1) as other:
+    with serving(held(router), timeout=1.0) as server, ThreadPoolExecutor(1) as other:
         first = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=5)
         wait_until(lambda: router.asked > 0)
         for stream in (True, False):
@@ -195,7 +195,7 @@ def test_a_request_whose_turn_does_not_come_in_time_may_try_again_later() -> Non
 
 def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
     router = HeldRouter()
-    with serving(held(router), waiting=1) as server, ThreadPoolExecutor(2) as others:
+    with serving(held(router), max_waiting=1) as server, ThreadPoolExecutor(2) as others:
         asked = [
             others.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=3) for _ in range(2)
         ]
@@ -268,10 +268,10 @@ def test_an_empty_prompt_begins_with_the_first_token_where_there_is_one() -> Non
 
 
 def test_limits_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="new_tokens: expected a positive number, got 0"):
-        Limits(new_tokens=0)
-    with pytest.raises(ValueError, match="waiting: expected a number from 0 up, got -1"):
-        Limits(waiting=-1)
+    with pytest.raises(ValueError, match="max_new_tokens: expected a number from 1 up, got 0"):
+        ServeOptions(max_new_tokens=0)
+    with pytest.raises(ValueError, match="max_waiting: expected a number from 0 up, got -1"):
+        ServeOptions(max_waiting=-1)
 
 
 def test_a_port_that_is_taken_is_named_before_the_model_is_loaded() -> None:
@@ -306,7 +306,7 @@ FUZZING = hypothesis.settings(
 def test_requests_made_from_the_schema_are_answered_or_refused_as_it_says(
     path: str, mode: schemathesis.GenerationMode
 ) -> None:
-    with serving(chat_pair(), new_tokens=4) as server:
+    with serving(chat_pair(), max_new_tokens=4) as server:
         operation = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path]["POST"]
 
         @hypothesis.given(case=operation.as_strategy(mode))

@@ -15,9 +15,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
 from citer_hf import CiterForCausalLM
-from citer_hf.evaluation.decoding import with_router
-from citer_hf.model.forward import marginal
-from citer_hf.model.routers import MlpRouter
+from citer_hf.evaluation.decode import with_router
+from citer_hf.model.routers import MlpRouter, marginal
 from citer_hf.runs import file_sha256
 from citer_hf.training import train as train_module
 from citer_hf.training.baselines import baseline_routers, router_of

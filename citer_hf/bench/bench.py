@@ -1,0 +1,366 @@
+"""`citer bench`: the speed of a pair beside each model alone and the least time that its decisions can cost."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from citer_hf import CiterForCausalLM
+from citer_hf.costs import ModelCost, cost_of_model
+from citer_hf.model.generation import CACHE_IMPLEMENTATIONS
+from citer_hf.model.routers import as_threshold
+from citer_hf.runs import Progress, option, processor_name, progress_bar
+
+from . import contenders as ways
+from .contenders import ALONE, ASSISTED, FLOOR, SLM, Batch, Contender
+from .cost_curve import CostCurve, measure_curve, seconds
+
+# Bytes that are read and copied to measure the bandwidth of memory.
+BUFFER = 256 << 20
+# Errors of one contender, which do not keep the others from being measured.
+FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of `citer bench`."""
+
+    shares: tuple[float, ...] | None = option(
+        None, "Send these shares of the tokens to the LLM. [default: 0,0.2,0.5,1, or none with --thresholds]", "P,..."
+    )
+    thresholds: tuple[float, ...] = option((), "Let the pair's own router decide at these thresholds.", "X,...")
+    prompts: str | None = option(None, 'One prompt a line, JSON lines with a "prompt", or a list.', "FILE")
+    prompt_length: int = option(128, "Length of synthetic prompts, in tokens.", "N")
+    batch_size: int = option(1, "Sequences that are decoded together.", "N")
+    max_new_tokens: int = option(64, "New tokens of each sequence.", "N")
+    repeats: int = option(3, "Timed repetitions.", "N")
+    warmup: int = option(1, "Repetitions before the timed ones.", "N")
+    cache_implementation: str | None = option(None, "As for `generate`, such as static.", "NAME")
+    seed: int = option(0, "Seed of synthetic prompts and forced shares.")
+    released_loop: bool = option(False, "Also time the loop of the method's released code.")
+    assisted: bool = option(True, "Time transformers' assisted generation.")
+
+    def __post_init__(self) -> None:
+        for share in self.shares or ():
+            if not 0 <= share <= 1:
+                raise ValueError(f"--shares: expected numbers from 0 (SLM alone) to 1 (LLM alone), got {share:g}.")
+        try:
+            [as_threshold(threshold) for threshold in self.thresholds]
+        except ValueError as error:
+            raise ValueError(f"--thresholds: {error}") from None
+        for name in ("prompt_length", "batch_size", "max_new_tokens", "repeats", "warmup"):
+            least = 0 if name == "warmup" else 1
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag}: expected a whole number from {least}, got {getattr(self, name)}.")
+        if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
+            known = ", ".join(CACHE_IMPLEMENTATIONS)
+            raise ValueError(f"--cache-implementation: expected one of {known}, got {self.cache_implementation!r}.")
+
+
+def as_device(name: str | None) -> str:
+    """Return the device to run on: the one given (`auto` for all), or the first accelerator, or the CPU."""
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu"] if kind is None else [f"{kind.type}:{one}" for one in range(torch.accelerator.device_count())]
+    if name not in (None, "auto", "cpu", *there) and f"{name}:0" not in there:
+        raise ValueError(f"--device: expected auto, cpu or one of {', '.join(there)}, got {name!r}.")
+    return name or there[0]
+
+
+# --- Results --------------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Return the median of some repetitions, the smallest and the largest, or `None` when there are none."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)} if values else None
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float] | None:
+    """Divide repetition by repetition: a slow moment of the machine slows both down."""
+    return spread([one / other for one, other in zip(above, below, strict=False)])
+
+
+@dataclass
+class Row:
+    """The measurements of one contender. A position is a place at which every sequence of the batch gets a token."""
+
+    contender: Contender
+    positions: int
+    tokens: int
+    # From one run that is not timed.
+    counts: dict[str, Any] = field(default_factory=dict)
+    # Seconds of each repetition, and to its first token (mean of the batches).
+    times: list[tuple[float, float]] = field(default_factory=list)
+    error: str | None = None
+
+    def fail(self, error: str) -> None:
+        self.error = error
+
+    @property
+    def seconds(self) -> list[float]:
+        return [whole for whole, _ in self.times]
+
+
+COUNTS = ("llm_share", "llm_passes_per_position", "slm_passes_per_position", "peak_memory_bytes", "bytes_moved")
+
+
+@dataclass
+class Report:
+    """Everything that one run of the bench measured, as far as it got."""
+
+    model: str
+    options: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    curve: CostCurve | None = None
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def error(self) -> str | None:
+        """The first failure of a contender, except of assisted generation, which not every pair can do."""
+        failed = (row for row in self.rows if row.error and row.contender.kind != ASSISTED)
+        return next((f"{row.contender.name}: {row.error}" for row in failed), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        share = None if self.curve is None else self.curve.break_even()
+        slower = "the pair is slower than the LLM alone at every share"
+        return {
+            "model": self.model,
+            "complete": not self.interrupted and self.error is None,
+            "interrupted": self.interrupted,
+            "error": self.error,
+            "options": self.options,
+            "machine": self.machine or None,
+            "rows": [self._row(row) for row in self.rows],
+            "cost_curve": None if self.curve is None else self.curve.as_dict(),
+            "break_even_llm_share": share,
+            "break_even_reason": slower if self.curve is not None and share is None else None,
+            "notes": self.notes,
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        kind, setting = row.contender.kind, row.contender.setting
+        llm = next((one.seconds for one in self.rows if one.contender.kind == ALONE), [])
+        floors = [one for one in self.rows if one.contender.kind == FLOOR and one.contender.setting == setting]
+        moved, bandwidth = row.counts.get("bytes_moved"), self.machine.get("memory_bandwidth")
+        return {
+            "name": row.contender.name,
+            "kind": kind,
+            "share": setting.share if setting else None,
+            "threshold": setting.router_threshold if setting and setting.share is None else None,
+            "error": row.error,
+            "seconds": row.seconds,
+            "tokens": row.tokens,
+            "positions": row.positions,
+            "tokens_per_second": spread([row.tokens / one for one in row.seconds]),
+            "ms_per_token": spread([1000 * one / row.positions for one in row.seconds]),
+            "first_token_seconds": spread([first for _, first in row.times]),
+            "speedup": ratios(llm, row.seconds),
+            "relative_to_floor": ratios(row.seconds, floors[0].seconds) if floors and kind != FLOOR else None,
+            **{name: row.counts.get(name) for name in COUNTS},
+            "bandwidth_fraction": moved / statistics.median(row.seconds) / bandwidth if row.times and moved else None,
+        }
+
+    def table(self) -> str:
+        """Return the report as a table, and what it means."""
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table
+
+        rows, on_gpu = self.as_dict()["rows"], self.machine.get("device", "").startswith("cuda")
+        columns = {key: column for key, column in COLUMNS.items() if on_gpu or key != "peak_memory_bytes"}
+        shown = Table("", *(heading for heading, _ in columns.values()), box=SIMPLE)
+        for row in rows:
+            row["mb_per_position"] = row["bytes_moved"] and row["bytes_moved"] / row["positions"] / 1e6
+            cells = ["" if row[key] is None else cell(row[key]) for key, (_, cell) in columns.items()]
+            shown.add_row(row["name"], *(["failed", *cells[1:]] if row["error"] else cells))
+        text = io.StringIO()
+        Console(file=text, width=None if sys.stdout.isatty() else 160).print(shown)
+        parts = []
+        if self.interrupted:
+            parts.append(f"Interrupted: {'this is what' if rows else 'nothing'} was measured until then.")
+        if rows:
+            device, sizes, repeats = self.machine, self.options, max(len(row["seconds"]) for row in rows)
+            parts.append(
+                f"{self.model} on {device['device']} ({device['name']}, threads: {device['threads']}, "
+                f"{device['memory_bandwidth'] / 1e9:.1f} GB/s), {sizes['dtype']['llm']}\n"
+                f"batch size {sizes['batch_size']}, prompts of up to {max(sizes['prompt_length'])} tokens, "
+                f"{sizes['max_new_tokens']} new ones; median of {repeats} repetitions (smallest–largest)\n"
+                f"{text.getvalue().rstrip()}"
+            )
+        parts += [f"{row['name']} failed: {row['error']}" for row in rows if row["error"]]
+        parts += [] if self.curve is None else [str(self.curve)]
+        return "\n".join(parts + [f"Note: {note}" for note in self.notes])
+
+
+def _spread(value: dict[str, float]) -> str:
+    return f"{value['median']:.3g} ({value['low']:.3g}–{value['high']:.3g})"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "tokens_per_second": ("tokens / s", lambda value: f"{value['median']:.3g}"),
+    "ms_per_token": ("ms / position", _spread),
+    "first_token_seconds": ("first\ntoken, ms", lambda value: f"{1000 * value['median']:.3g}"),
+    "speedup": ("× LLM alone", _spread),
+    "relative_to_floor": ("time / floor", _spread),
+    "llm_share": ("LLM\nshare", "{:.1%}".format),
+    "llm_passes_per_position": ("LLM\npasses", "{:.2f}".format),
+    "slm_passes_per_position": ("SLM\npasses", "{:.2f}".format),
+    "mb_per_position": ("MB\nmoved", "{:,.4g}".format),
+    "bandwidth_fraction": ("of band-\nwidth", "{:.0%}".format),
+    "peak_memory_bytes": ("peak\nGB", lambda value: f"{value / 1e9:.2f}"),
+}
+
+
+# --- Measuring ------------------------------------------------------------------------------------------------------
+
+
+def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> Report:
+    """Measure how fast a pair decodes, beside each model alone and loops that repeat its decisions.
+
+    Args:
+        model: The pair, on the device to measure.
+        name: The name of the pair in the report.
+        **options: As in `BenchOptions`.
+
+    Returns:
+        The measurements, or those until Ctrl-C. The row of a contender that failed has an `error`.
+
+    Raises:
+        ValueError: for options out of range, prompts that cannot be read, and prompts longer than the pair's context.
+    """
+    wanted = BenchOptions(**options)
+    batches = _batches(model, wanted)
+    lengths, limit = [batch.length for batch in batches], model.config.max_position_embeddings
+    if limit is not None and max(lengths) + wanted.max_new_tokens > limit:
+        raise ValueError(
+            f"--prompt-length, --max-new-tokens: a prompt of {max(lengths)} tokens and {wanted.max_new_tokens} new "
+            f"ones exceed the pair's context of {limit} tokens (max_position_embeddings). Give fewer of either."
+        )
+    dtypes = {role: str(getattr(model, role).dtype).removeprefix("torch.") for role in ("slm", "llm")}
+    report = Report(name or model.name_or_path, {**asdict(wanted), "prompt_length": lengths, "dtype": dtypes})
+    try:
+        with ways.greedy_without_end(model), progress_bar(sys.stderr.isatty(), by_thread=False) as progress:
+            _measure(model, wanted, batches, report, progress)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    return report
+
+
+def _batches(model: CiterForCausalLM, wanted: BenchOptions) -> list[Batch]:
+    device = model.slm.device
+    if wanted.prompts is None:
+        batches = [ways.random_batch(model.vocab_size, wanted.prompt_length, wanted.batch_size, wanted.seed)]
+    else:
+        prompts, tokenizer = ways.read_prompts(Path(wanted.prompts)), model.load_tokenizer()
+        if tokenizer is None:
+            raise ValueError("--prompts: the pair has no tokenizer. Leave the option out for synthetic prompts.")
+        token_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        if [] in token_ids:
+            raise ValueError(f"--prompts: {prompts[token_ids.index([])]!r} has no tokens. Give another prompt.")
+        batches = ways.padded_batches(token_ids, wanted.batch_size)
+    return [Batch(one.input_ids.to(device), one.attention_mask.to(device), one.number) for one in batches]
+
+
+def _measure(
+    model: CiterForCausalLM, wanted: BenchOptions, batches: list[Batch], report: Report, progress: Progress
+) -> None:
+    decoders = ways.Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed)
+    alone = wanted.batch_size == 1
+    if wanted.assisted and not alone:
+        report.notes.append("assisted generation was not measured: transformers has it for batch_size = 1 alone.")
+    default = () if wanted.thresholds else (0.0, 0.2, 0.5, 1.0)
+    settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds)
+    contenders = decoders.contenders(settings, not alone, wanted.assisted and alone, wanted.released_loop)
+    progress.begin("citer bench", len(contenders) * (1 + wanted.warmup + wanted.repeats))
+    report.machine = describe_machine(model.slm.device)
+    # 1. One run of each contender is not timed: hooks count its passes.
+    costs = cost_of_model(model.slm), cost_of_model(model.llm)
+    positions = len(batches) * wanted.max_new_tokens
+    for contender in contenders:
+        row = Row(contender, positions, positions * wanted.batch_size)
+        report.rows.append(row)
+        with _errors_to(row.fail):
+            row.counts = _counts(model, costs, row, batches)
+        progress.advance()
+    # 2. Single passes of both models.
+    with _errors_to(lambda error: report.notes.append(f"Single passes were not measured: {error}")):
+        length, limit = batches[0].length, model.config.max_position_embeddings
+        longest = None if limit is None else limit - length
+        report.curve = measure_curve(model, length, wanted.batch_size, longest, wanted.seed)
+    if wanted.cache_implementation == "static":
+        report.notes.append("Single passes, and so the break-even, were timed without compilation.")
+    # 3. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
+    for repetition in range(-wanted.warmup, wanted.repeats):
+        for row in report.rows:
+            with _errors_to(row.fail):
+                times = None if row.error else _times(row.contender, batches, wanted.max_new_tokens)
+                row.times += [times] if times and repetition >= 0 else []
+            progress.advance()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Describe the machine, and measure the bandwidth of its memory in bytes per second."""
+    source = torch.ones(BUFFER // (4096 * 4), 4096, device=device)
+    vector, target = torch.ones(4096, device=device), torch.empty_like(source)
+    reads = min(seconds(device, lambda: torch.mv(source, vector)) for _ in range(5))
+    copies = min(seconds(device, lambda: target.copy_(source)) for _ in range(5))
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "memory_bandwidth": max(source.nbytes / reads, 2 * source.nbytes / copies),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _counts(
+    model: CiterForCausalLM, costs: tuple[ModelCost, ModelCost], row: Row, batches: list[Batch]
+) -> dict[str, Any]:
+    """Run a contender once, and return what `COUNTS` names."""
+    gpus = range(torch.cuda.device_count() if model.slm.device.type == "cuda" else 0)
+    for index in gpus:
+        torch.cuda.reset_peak_memory_stats(index)
+    with ways.count_passes(model) as passes:
+        decided = [row.contender.decode(batch, row.positions // len(batches))[1] for batch in batches]
+    by_llm = sum(int(one.sum()) for one in decided if one is not None)
+    known = {ALONE: 1.0, SLM: 0.0, ASSISTED: None}
+    return {
+        "llm_share": known.get(row.contender.kind, by_llm / row.tokens),
+        "slm_passes_per_position": len(passes[0]) / row.positions,
+        "llm_passes_per_position": len(passes[1]) / row.positions,
+        "peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
+        "bytes_moved": round(
+            sum(cost.bytes_moved(*one) for cost, of in zip(costs, passes, strict=True) for one in of)
+        ),
+    }
+
+
+def _times(contender: Contender, batches: list[Batch], new_tokens: int) -> tuple[float, float]:
+    """Return the seconds of one repetition, and those of the first token."""
+
+    def taken(tokens: int) -> float:
+        return sum(seconds(one.input_ids.device, lambda b=one: contender.decode(b, tokens)) for one in batches)  # type: ignore[misc]
+
+    return taken(new_tokens), taken(1) / len(batches)
+
+
+@contextmanager
+def _errors_to(note: Callable[[str], object]) -> Iterator[None]:
+    """Note an error as text, so that the others are measured."""
+    try:
+        yield
+    except FAILURES as error:
+        note(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,0 +1,261 @@
+"""Greedy decoding of many prompts in batches of like lengths, and the router's scores along given outputs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from citer_hf.data.examples import Example
+from citer_hf.data.tokens import encode_prompt
+from citer_hf.model.modeling import CiterForCausalLM
+from citer_hf.model.schedule import rows_to_wait_for
+from citer_hf.runs import option
+
+Alone = Literal["slm", "llm"]
+
+# Prompt and new tokens of all sequences of a batch: bounds the memory for keys and values.
+BATCH_TOKENS = 1 << 14
+# Logits of a batch that is scored, in numbers: 1 GB in fp32.
+MOST_LOGITS = 1 << 28
+# Time of an SLM step over that of an LLM call. A measured ratio would differ from run to run, and with it the shapes
+# of the batches and the last bits of the scores.
+STEP_RATIO = 0.3
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Options of commands that decode problems."""
+
+    max_new_tokens: int = option(512, "Longest output, in tokens.", "N", min=1)
+    batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
+    seed: int = option(0, "Seed of the bootstrap.", "N")
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("batch_tokens", self.batch_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: expected a number of tokens from 1 up, got {value}.")
+
+
+class Output(NamedTuple):
+    """The output for one prompt; `seconds` are its share of its batch, by tokens. One model alone has no scores."""
+
+    tokens: list[int]
+    to_llm: list[bool]
+    scores: list[float]
+    seconds: float
+
+
+def decode(
+    model: CiterForCausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    router_threshold: float | None = None,
+    max_new_tokens: int,
+    alone: Alone | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] = lambda outputs: None,
+) -> list[Output]:
+    """Decode every prompt greedily, with the pair or with one of its models alone, and none of their own settings."""
+    outputs: dict[int, Output] = {}
+    limit = model.config.max_position_embeddings
+    with evaluating(model.router):
+        for places, new_tokens in batches([len(prompt) for prompt in prompts], max_new_tokens, limit, batch_tokens):
+            batch = [prompts[place] for place in places]
+            done = _decode_batch(model, batch, new_tokens, alone, router_threshold)
+            outputs.update(zip(places, done, strict=True))
+            progress(len(places))
+    return [outputs[place] for place in range(len(prompts))]
+
+
+def _decode_batch(
+    model: CiterForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int, alone: Alone | None, threshold: Any
+) -> Iterator[Output]:
+    generator, (end_tokens, padding) = greedy_view(model, alone), special_tokens(model)
+    device = model.slm.device if alone is None else generator.device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[padding] * (width - len(one)) + list(one) for one in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
+    options = {"router_threshold": threshold, "waiting_rows": steady_policy} if alone is None else {}
+    options |= {"max_new_tokens": new_tokens, "return_dict_in_generate": True}
+    began = time.perf_counter()
+    output = generator.generate(input_ids=ids, attention_mask=mask, **options)
+    new = output.sequences[:, width:]  # [batch, new]
+    # Reading the lengths waits for the device.
+    lengths = text_lengths(new, end_tokens)
+    per_token = (time.perf_counter() - began) / sum(lengths)
+    if alone is None:
+        routing = output.past_key_values.routing
+        to_llm, scores = cut(routing.to_llm, lengths), cut(routing.scores, lengths)
+    else:
+        to_llm, scores = [[alone == "llm"] * length for length in lengths], [[] for _ in lengths]
+    return map(Output, cut(new, lengths), to_llm, scores, [per_token * length for length in lengths])
+
+
+def batches(
+    lengths: Sequence[int], max_new_tokens: int, limit: int | None, batch_tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    """Group prompts of like lengths, the longest first, so that memory that is too small shows at once."""
+    places: list[int] = []
+    new_tokens = 0
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        own = max_new_tokens if limit is None else min(max_new_tokens, limit - lengths[place])
+        full = bool(places) and (len(places) + 1) * (lengths[places[0]] + new_tokens) > batch_tokens
+        if places and (own != new_tokens or full):
+            yield places, new_tokens
+            places = []
+        places.append(place)
+        new_tokens = own
+    if places:
+        yield places, new_tokens
+
+
+def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of the prompts, each of which leaves at least one place in the context."""
+    limit = model.config.max_position_embeddings
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    for example, prompt in zip(examples, prompts, strict=True):
+        if not prompt or (limit is not None and len(prompt) >= limit):
+            raise ValueError(
+                f"row {example.row}: its prompt has {len(prompt)} tokens, expected at least 1 and fewer than the "
+                f"context of the pair, {limit}. Shorten the prompt or leave it out."
+            )
+    return prompts
+
+
+def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
+    """Return the pair with another router; models and weights are shared, and the given pair stays as it is."""
+    other = copy.copy(model)
+    other._modules = {**model._modules, "router": router}
+    return other
+
+
+def greedy_view(model: CiterForCausalLM, alone: Alone | None = None) -> Any:
+    """Return the pair, or one of its models, with settings that decode greedily and do nothing else."""
+    # `generate` fills settings that are not given from the model's own: a copy of the model, without its weights,
+    # has none.
+    view = copy.copy(model if alone is None else getattr(model, alone))
+    end_tokens, padding = special_tokens(model)
+    view.generation_config = GenerationConfig(do_sample=False, eos_token_id=end_tokens or None, pad_token_id=padding)
+    return view
+
+
+def special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
+    """Return the end tokens and the padding of the pair, which both models alone use too."""
+    config: Any = model.generation_config
+    end = config.eos_token_id
+    end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
+    padding = config.pad_token_id
+    return end_tokens, int(padding if padding is not None else end_tokens[0] if end_tokens else 0)
+
+
+def steady_policy(unfinished: int, llm_share: float, step_ratio: float) -> int:
+    """Choose how many sequences wait for the LLM as `generate` does, but not by measured times."""
+    return rows_to_wait_for(unfinished, llm_share, STEP_RATIO)
+
+
+def text_lengths(new: torch.Tensor, end_tokens: Sequence[int]) -> list[int]:
+    """Return the length of each output of `[batch, new]`: up to its first end token, which counts."""
+    ends = torch.isin(new, torch.tensor(end_tokens, dtype=new.dtype, device=new.device))
+    return ((ends.cumsum(dim=1) - ends.long()) == 0).sum(dim=1).tolist()
+
+
+def cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:
+    """Return each sequence of a tensor `[batch, tokens]` up to its length."""
+    return [sequence[:length] for sequence, length in zip(values.tolist(), lengths, strict=True)]
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into evaluation for a while: no dropout, and batch norm as it was learnt."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
+# --- Scores along given outputs, and the thresholds that follow from them -------------------------------------------
+
+
+@torch.no_grad()
+def score_outputs(
+    model: CiterForCausalLM,
+    routers: Mapping[str, nn.Module],
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
+    batch_tokens: int = BATCH_TOKENS,
+) -> dict[str, np.ndarray]:
+    """Return every router's scores of all new tokens of given outputs; the SLM runs once over each."""
+    scores: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(outputs) for name in routers}
+    sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
+    most = min(batch_tokens, MOST_LOGITS // model.vocab_size)
+    device = model.slm.device
+    for places, _ in batches([len(sequence) for sequence in sequences], 0, None, most):
+        # Padding is on the right, where no token sees it.
+        batch = [sequences[place] for place in places]
+        width = max(map(len, batch))
+        ids = torch.tensor([[*one, *[0] * (width - len(one))] for one in batch], device=device)
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in batch], device=device)
+        positions = torch.arange(width, device=device)[None]
+        slm = model.run_slm(ids, attention_mask=mask, position_ids=positions)
+        for name, router in routers.items():
+            with evaluating(router):
+                values = router(slm.hidden, slm.logits).float().cpu().numpy()  # [batch, width]
+            for place, value, sequence in zip(places, values, batch, strict=True):
+                scores[name][place] = value[len(sequence) - len(outputs[place]) : len(sequence)]
+    joined = {name: np.concatenate(of_router) for name, of_router in scores.items()}
+    for name, of_router in joined.items():
+        check_scores(name, of_router)
+    return joined
+
+
+def scores_of(name: str, outputs: Sequence[Output]) -> np.ndarray:
+    """Return the scores of all tokens of outputs of the pair; `name` is that of the router, for the error."""
+    scores = np.concatenate([np.asarray(output.scores, dtype=np.float32) for output in outputs])
+    check_scores(name, scores)
+    return scores
+
+
+def check_scores(name: str, scores: np.ndarray) -> None:
+    """Raise `ValueError` for scores that no threshold can be compared with."""
+    bad = int(np.isnan(scores).sum())
+    if bad:
+        raise ValueError(
+            f"router {name!r}: {bad} of {scores.size} scores are NaN. Its weights or the SLM's hidden states are not "
+            "finite; check how it was trained, and whether the SLM overflows in this dtype."
+        )
+
+
+def threshold_for_share(scores: np.ndarray, share: float) -> float:
+    """Return the threshold under which a share of the scores, in ascending order, lies; as nearly as ties allow."""
+    place = min(round(share * len(scores)), len(scores) - 1)
+    tied = scores[place]
+    below, up_to = (int(np.searchsorted(scores, tied, side)) for side in ("left", "right"))
+    first = below if up_to - share * len(scores) >= share * len(scores) - below else up_to
+    if first == len(scores):
+        return float(np.nextafter(np.float32(tied), np.float32(np.inf)))
+    if first == 0:
+        return float(scores[0])
+    # Between two scores, so that rounding errors of a score do not change its side.
+    low, high = np.float32(scores[first - 1]), np.float32(scores[first])
+    middle = low + (high - low) / np.float32(2)
+    return float(middle if middle > low else high)
+
+
+def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float]:
+    """Return thresholds under which these shares of the scores lie, each once; none that sends no token."""
+    ordered = np.sort(scores)
+    thresholds = {threshold_for_share(ordered, share) for share in shares}
+    return sorted(threshold for threshold in thresholds if threshold > ordered[0])

@@ -1,0 +1,230 @@
+"""`citer demo`: its problems, its output, its measurements."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import citer_hf.demo
+from citer_hf import CiterForCausalLM
+from citer_hf.demo import demo as module
+from citer_hf.demo.demo import demo, export, real_tokens, spread_thresholds
+from citer_hf.demo.problems import Problem, Split, Step, _split_of, drill, is_correct, problem, problems
+from tests.chat_pairs import invoke, save_demo_pair
+
+SPLITS: list[Split] = ["train", "validation", "test"]
+MANY = list(problems("train", 0, 1000))
+
+
+def steps_of(problem: Problem) -> list[Step]:
+    equations = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", problem.response)
+    return [Step(int(before), symbol, int(operand), int(after)) for before, symbol, operand, after in equations]
+
+
+# Problems
+
+
+def test_a_problem_depends_on_split_seed_and_index_alone() -> None:
+    assert list(problems("test", 5, 20)) == [problem("test", 5, index) for index in range(20)]
+    distinct = {problem(split, seed, index).prompt for split, seed, index in product(SPLITS, range(5), range(20))}
+    assert len(distinct) == 300
+    with pytest.raises(ValueError, match=r"'dev'.*train, validation or test"):
+        problem("dev", 0, 1)  # type: ignore[arg-type]
+    # The shipped pair was trained on these.
+    assert problem("train", 0, 1) == Problem(
+        prompt="Zoe has 45 pencils. Then she uses 34 pencils. Later the number of pencils grows 4 times. "
+        "What is the number of pencils at the end?\n",
+        response="At first there are 45 pencils. 34 of the pencils are taken away, so 45 - 34 = 11 pencils. "
+        "The number grows 4 times, so now 11 * 4 = 44 pencils. So Zoe has 44 pencils now.",
+        answer="44",
+    )
+
+
+def test_no_chain_of_equations_is_in_two_splits() -> None:
+    for split in SPLITS:
+        assert {_split_of(steps_of(told)) for told in problems(split, 1, 100)} == {split}
+    splits = [_split_of([Step(before, "+", 1, before + 1)]) for before in range(5000)]
+    assert [round(splits.count(split) / len(splits), 1) for split in SPLITS] == [0.8, 0.1, 0.1]
+
+
+def test_the_answer_follows_from_the_equations_and_the_equations_from_the_prompt() -> None:
+    operations = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    for told in [*MANY, drill(random.Random(0))]:
+        steps = steps_of(told)
+        assert all(step.after == operations[step.symbol](step.before, step.operand) <= 99 for step in steps)
+        assert all(step.after == following.before for step, following in pairwise(steps))
+        assert told.answer == str(steps[-1].after)
+        # Without the distraction the numbers of the story are those of the equations, in their order.
+        numbers = iter(re.findall(r"\d+", told.prompt))
+        assert all(number in numbers for number in [str(steps[0].before), *(str(step.operand) for step in steps)])
+    lengths = [len(steps_of(told)) for told in MANY]
+    assert all(0.28 < lengths.count(length) / len(lengths) < 0.39 for length in (2, 3, 4))
+    spare = [len(re.findall(r"\d+", told.prompt)) - length - 1 for told, length in zip(MANY, lengths, strict=True)]
+    assert set(spare) == {0, 1} and 0.28 < sum(spare) / len(spare) < 0.39
+
+
+def test_the_answer_is_the_last_number_of_the_response() -> None:
+    for told in MANY[:200]:
+        assert is_correct(told.response, told) and is_correct(told.prompt + told.response, told)
+        for wrong in (told.prompt, "", told.response + f" {int(told.answer) + 1}"):
+            assert not is_correct(wrong, told)
+    assert not is_correct("I do not know.", Problem("What?\n", "", ""))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def demo_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_demo_pair(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture
+def tiny(demo_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(citer_hf.demo, "PAIR", demo_pair)
+    monkeypatch.setattr(module, "MAX_NEW_TOKENS", 24)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_demo_streams_problems_and_prints_a_table() -> None:
+    result = invoke("demo", "--problems", 4)
+    assert result.exit_code == 0 and not result.stderr
+    assert [f"Problem {number}." in result.stdout for number in (1, 2, 3, 4)] == [True, True, True, False]
+    assert "[[" in result.stdout and "\x1b" not in result.stdout
+    for part in ("SLM alone", "LLM alone", "pair at 0.5", "4 held-out problems (seed 0)", "batches of 4"):
+        assert part in result.stdout
+    assert result.stdout.count("pair at") == 3
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("threshold", "share", "alone"), [(0, "0 of", 0), (2, r"(\d+) of \1", 1)])
+def test_at_the_ends_of_the_threshold_one_model_is_alone(
+    threshold: float, share: str, alone: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = demo(problems=1, router_threshold=threshold).as_dict()["rows"]
+    pair, expected = rows[2], rows[alone]
+    for key in ("name", "router_threshold", "seconds", "tokens_per_second"):
+        del pair[key], expected[key]
+    assert pair == expected
+    shown = capsys.readouterr().out
+    assert re.search(rf"; {share}.* tokens from the LLM\)", shown)
+    assert shown.count("[[") == 1 + (threshold == 2)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_json_is_all_there_is_and_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_SIZE", 2)
+    report = json.loads(invoke("demo", "--json", "--problems", 3, "--seed", 3).stdout)
+    assert (report["seed"], report["problems"], report["batch_size"], report["complete"]) == (3, 3, 2, True)
+    slm, llm, *pairs = report["rows"]
+    assert (slm["name"], slm["llm_share"], slm["llm_passes_per_token"]) == ("SLM alone", 0, 0)
+    assert (llm["name"], llm["llm_share"], llm["llm_passes_per_token"]) == ("LLM alone", 1, 1)
+    assert [row["router_threshold"] for row in pairs] == spread_thresholds(0.5)
+    for row in report["rows"]:
+        assert row["problems"] == 3 and 0 <= row["accuracy"] == row["correct"] / 3
+        assert row["llm_share"] == row["llm_tokens"] / row["tokens"]
+        assert 0 < row["tokens"] <= 3 * 24
+        assert row["llm_tokens"] <= row["llm_passes"] + 3 and row["llm_passes"] <= row["tokens"]
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+    shares = [row["llm_share"] for row in pairs]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[2] < 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_seed_gives_the_same_counts_again_and_another_seed_others() -> None:
+    first, again, other = (demo(visible=False, problems=1, seed=seed).measurements for seed in (1, 1, 2))
+    counts = [[(one.tokens, one.llm_tokens, one.llm_passes) for one in found] for found in (first, again, other)]
+    assert counts[0] == counts[1] != counts[2]
+    # One sequence at a time: each token from the LLM is one pass.
+    assert 0 < first[3].llm_passes == first[3].llm_tokens < first[3].tokens
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_shows_the_complete_measurements(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    measure = module.measure
+
+    def interrupted(model: Any, tokenizer: Any, chosen: Any, name: str, *rest: Any) -> Any:
+        if name == "LLM alone":
+            raise KeyboardInterrupt
+        return measure(model, tokenizer, chosen, name, *rest)
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    result = invoke("demo", "--problems", 1, *["--json"] * as_json)
+    assert result.exit_code == 130
+    if as_json:
+        report = json.loads(result.stdout)
+        assert report["complete"] is False and [row["name"] for row in report["rows"]] == ["SLM alone"]
+    else:
+        assert "Stopped." in result.stdout and "SLM alone" in result.stdout and "LLM alone" not in result.stdout
+    monkeypatch.setattr(CiterForCausalLM, "generate", lambda *rest, **options: interrupted(0, 0, 0, "LLM alone"))
+    assert "Stopped before anything was measured." in invoke("demo", "--problems", 1).stdout
+
+
+def test_export_writes_the_held_out_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "problems.jsonl"
+    result = invoke("demo", "--export", file, "--problems", 5, "--seed", 7)
+    assert result.exit_code == 0 and not result.stdout
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [vars(told) for told in problems("test", 7, 5)]
+    assert list(lines[0]) == ["prompt", "response", "answer"]
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError, match="exists already"):
+        export(file)
+    with pytest.raises(FileNotFoundError, match="is no directory"):
+        export(tmp_path / "nowhere" / "file")
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        export(tmp_path / "other")
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--problems", "0"], 2),
+        (["--nonsense"], 2),
+        (["--router-threshold", "nan"], (1, 2)),
+        (["--export", "x", "--json"], (1, 2)),
+        (["--export", "/nowhere/at/all"], 1),
+    ],
+    ids=str,
+)
+def test_options_without_a_meaning_are_errors(arguments: list[str], status: Any) -> None:
+    result = invoke("demo", *arguments)
+    assert result.exit_code in (status if isinstance(status, tuple) else (status,)) and not result.stdout
+    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
+    with pytest.raises(ValueError, match="problems: expected at least 1, got 0"):
+        demo(problems=0)
+
+
+def test_real_tokens_end_with_eos() -> None:
+    new = torch.tensor([[5, 1, 0, 0], [5, 5, 5, 5], [1, 1, 1, 1], [5, 2, 1, 0]])
+    assert real_tokens(new, 1).sum(1).tolist() == [2, 4, 1, 3]
+    assert real_tokens(new, [1, 2]).sum(1).tolist() == [2, 4, 1, 2]
+
+
+@pytest.mark.parametrize("shipped", [0.0, 0.05, 0.5, 0.9, 0.99, 1.0, 1.5])
+def test_thresholds_lie_around_the_shipped_one(shipped: float) -> None:
+    low, middle, high = spread_thresholds(shipped)
+    assert 0 <= low <= middle == shipped
+    assert high <= 1
+
+
+def test_the_shipped_pair() -> None:
+    command = [sys.executable, "-m", "citer_hf.cli", "demo", "--problems", "6", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    slm, llm, _, pair, _ = json.loads(done.stdout)["rows"]
+    assert not done.stderr
+    assert llm["correct"] >= 5 and slm["correct"] <= 4
+    assert slm["correct"] <= pair["correct"] and pair["llm_share"] < 0.6

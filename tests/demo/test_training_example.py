@@ -1,0 +1,103 @@
+"""The script that trains the shipped pair, and the pair itself."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import citer_hf.demo
+from citer_hf import CiterConfig, CiterForCausalLM
+from citer_hf.demo.problems import problems
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "word_problems" / "train.py"
+MANY = list(problems("train", 0, 300))
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    specification = importlib.util.spec_from_file_location("word_problems", SCRIPT)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    # Dataclasses look their module up.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "word_problems", module)
+        specification.loader.exec_module(module)
+    return module
+
+
+def test_the_tokenizer_is_that_of_the_shipped_pair_and_lossless(script: Any) -> None:
+    built, shipped = script.build_tokenizer(), AutoTokenizer.from_pretrained(citer_hf.demo.PAIR)
+    assert built.get_vocab() == shipped.get_vocab()
+    assert built.chat_template == shipped.chat_template
+    assert (built.padding_side, built.model_max_length) == (shipped.padding_side, shipped.model_max_length)
+    assert len({built.pad_token_id, built.eos_token_id, built.unk_token_id}) == 3
+    for tokenizer in (built, shipped):
+        assert tokenizer.tokenize("Tom has 47 books.") == ["Tom", " has", " 4", "7", " books", "."]
+        for told in MANY:
+            prompt, response, text = tokenizer([told.prompt, told.response, told.prompt + told.response]).input_ids
+            assert prompt + response == text and tokenizer.unk_token_id not in text
+            assert tokenizer.decode(text) == told.prompt + told.response
+
+
+def test_a_chat_has_the_tokens_that_the_models_are_trained_on(script: Any) -> None:
+    tokenizer, (first, second) = script.build_tokenizer(), MANY[:2]
+    chat = [
+        {"role": "user", "content": first.prompt},
+        {"role": "assistant", "content": first.response},
+        {"role": "user", "content": second.prompt.strip()},
+    ]
+    tokens, labels = script.labelled(tokenizer, [first, second])
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert prompt == tokens[: len(prompt)]
+    assert tokens[len(prompt) :] == tokenizer(second.response + tokenizer.eos_token).input_ids
+    learned = [label for label in labels if label != script.IGNORED]
+    assert tokenizer.decode(learned) == "".join(told.response + tokenizer.eos_token for told in (first, second))
+
+
+def test_a_batch_is_made_from_its_number_alone(script: Any) -> None:
+    tokenizer, block = script.build_tokenizer(), script.BLOCK
+    forward, backward = (script.Batches(tokenizer, seed=3, count=block + 1, size=4) for _ in range(2))
+    made = {index: backward[index] for index in reversed(range(block + 1))}
+    for index in range(block + 1):
+        assert all(torch.equal(value, made[index][key]) for key, value in forward[index].items())
+    with pytest.raises(IndexError):
+        forward[block + 1]
+    ends = [(made[index]["input_ids"] == tokenizer.eos_token_id).sum(-1).tolist() for index in range(block)]
+    turns = [turn for batch in ends for turn in batch]
+    # Single problems, chats of two or three, and drills of six.
+    assert set(turns) == {1, 2, 3, 6} and (turns.count(1), turns.count(6)) == (60, 4)
+
+
+def test_the_script_trains_a_pair_that_decodes_with_a_cache(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_calls: Any
+) -> None:
+    small = script.Recipe(hidden_size=8, layers=1, heads=2, intermediate_size=8, steps=2, learning_rate=1e-3)
+    monkeypatch.setattr(script, "RECIPES", {"slm": small, "llm": small})
+    train, report = script.train, script.report
+    monkeypatch.setattr(script, "train", lambda recipe, out: train(recipe, out, batch_size=2))
+    monkeypatch.setattr(script, "report", lambda name, model: report(name, model, count=2))
+    monkeypatch.setattr(script, "accuracy", lambda *rest: 0.5)
+    script.main(["--out", str(tmp_path)])
+    assert CiterForCausalLM.from_pretrained(tmp_path / "router").config.router_threshold == script.THRESHOLD
+    check_cache(tmp_path / "router", count_calls)
+
+
+def test_each_model_of_the_shipped_pair_decodes_with_a_cache(count_calls: Any) -> None:
+    check_cache(citer_hf.demo.PAIR, count_calls)
+
+
+def check_cache(pair: Path, count_calls: Any) -> None:
+    """Check that both models keep keys and values when they are used alone, in forward passes and in `generate`."""
+    prompt = AutoTokenizer.from_pretrained(pair)(MANY[0].prompt, return_tensors="pt")
+    for role in ("slm", "llm"):
+        model = AutoModelForCausalLM.from_pretrained(pair / role)
+        assert {"past_key_values", "cache"} & set(model(**prompt))
+        lengths = count_calls(model)
+        model.generate(**prompt, max_new_tokens=4, eos_token_id=-1)
+        assert lengths == [prompt.input_ids.shape[1], 1, 1, 1]
+        assert model.config.use_cache and getattr(CiterConfig.from_pretrained(pair), f"{role}_config").use_cache

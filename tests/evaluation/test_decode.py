@@ -1,0 +1,108 @@
+"""Decoding and scoring of many prompts equals decoding each alone, naively, whatever the generation settings are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from citer_hf.evaluation.decode import decode, encode_prompts, score_outputs, spread_thresholds, with_router
+from citer_hf.model.routers import ConfidenceRouter, RandomRouter
+from tests.conftest import make_pair, random_prompts
+from tests.evaluation_data import LetterTokenizer, examples
+from tests.reference import naive_generate
+
+PROMPTS = random_prompts((5, 9, 12, 3, 7))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_outputs_are_those_that_each_prompt_gets_alone(pair: Any, batch_tokens: int):
+    done: list[int] = []
+    options: Any = {"max_new_tokens": 8, "batch_tokens": batch_tokens, "progress": done.append}
+    decoded = decode(pair, PROMPTS, router_threshold=0.5, **options)
+    for place, prompt in enumerate(PROMPTS):
+        tokens, to_llm, scores, _ = naive_generate(pair, prompt, 8, 0.5)
+        assert (decoded[place].tokens, decoded[place].to_llm) == (tokens, to_llm)
+        assert decoded[place].scores == pytest.approx(scores, abs=1e-4)
+        assert decoded[place].seconds > 0
+    assert sum(done) == len(PROMPTS) and (len(done) == 1) == (batch_tokens == 10_000)
+
+
+@pytest.mark.parametrize(("alone", "threshold"), [("slm", 0.0), ("llm", 2.0)])
+def test_a_model_alone_runs_no_pass_of_the_other(pair: Any, count_calls: Any, alone: Any, threshold: float):
+    expected = [naive_generate(pair, prompt, 8, threshold)[0] for prompt in PROMPTS]
+    passes = {"slm": count_calls(pair.slm), "llm": count_calls(pair.llm)}
+    decoded = decode(pair, PROMPTS, alone=alone, max_new_tokens=8)
+    assert [one.tokens for one in decoded] == expected
+    assert [one.to_llm for one in decoded] == [[alone == "llm"] * len(tokens) for tokens in expected]
+    assert passes[alone] and not passes["llm" if alone == "slm" else "slm"]
+
+
+@pytest.mark.parametrize("alone", [None, "slm", "llm"])
+def test_generation_settings_of_the_models_take_no_part(alone: Any):
+    plain, other = make_pair(), make_pair()
+    settings = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "suppress_tokens": [*range(3, 40)]}
+    for model in (other, other.slm, other.llm):
+        model.generation_config.update(**settings, max_length=7)
+    before = copy.deepcopy(other.generation_config)
+    options: Any = {"router_threshold": 0.5, "max_new_tokens": 8, "alone": alone}
+    found, expected = ([one.tokens for one in decode(pair, PROMPTS, **options)] for pair in (other, plain))
+    assert found == expected
+    assert other.generation_config == before
+
+
+def test_outputs_stop_where_the_context_is_full():
+    pair = make_pair("gpt2", "gpt2", max_position_embeddings=14)
+    decoded = decode(pair, PROMPTS, router_threshold=0.5, max_new_tokens=8)
+    for place, prompt in enumerate(PROMPTS):
+        assert decoded[place].tokens == naive_generate(pair, prompt, min(8, 14 - len(prompt)), 0.5)[0]
+
+
+def test_a_prompt_that_fills_the_context_is_named_by_its_row():
+    pair = make_pair(max_position_embeddings=9)
+    with pytest.raises(ValueError, match=r"^row 12: its prompt has 9 tokens, .* context of the pair, 9"):
+        encode_prompts(pair, examples(), LetterTokenizer())
+
+
+def test_another_router_leaves_the_pair_as_it_is(pair: Any):
+    own = pair.router
+    router = ConfidenceRouter(32)
+    other = with_router(pair, router)
+    assert pair.router is own and isinstance(own, RandomRouter)
+    assert other.router is router and other.slm is pair.slm
+    decoded = decode(other, PROMPTS, router_threshold=0.7, max_new_tokens=8)
+    for place, prompt in enumerate(PROMPTS):
+        tokens, to_llm, _, _ = naive_generate(other, prompt, 8, 0.7)
+        assert (decoded[place].tokens, decoded[place].to_llm) == (tokens, to_llm)
+
+
+def test_a_router_in_training_decides_as_in_evaluation_and_stays_in_training():
+    torch.manual_seed(0)
+    pair = make_pair(router={"type": "mlp", "dropout": 0.5})
+    options: Any = {"router_threshold": 0.5, "max_new_tokens": 8}
+    expected = decode(pair, PROMPTS, **options)
+    pair.train()
+    assert [one.scores for one in decode(pair, PROMPTS, **options)] == [one.scores for one in expected]
+    assert pair.training and pair.router.training
+
+
+def test_scores_along_outputs_are_those_of_decoding(pair: Any):
+    outputs, scores = zip(*[naive_generate(pair, prompt, 8, 0.5)[::2] for prompt in PROMPTS], strict=True)
+    found = score_outputs(pair, {"own": pair.router}, PROMPTS, outputs, batch_tokens=40)["own"]
+    assert found.tolist() == pytest.approx(np.concatenate(scores), abs=1e-4)
+
+
+def test_thresholds_send_the_wanted_shares_of_the_scores():
+    scores = np.random.default_rng(0).random(1000).astype(np.float32)
+    thresholds = spread_thresholds(scores, (0.1, 0.25, 0.9))
+    assert [float((scores < threshold).mean()) for threshold in thresholds] == pytest.approx([0.1, 0.25, 0.9])
+    assert not {*map(np.float32, thresholds)} & {*scores}
+
+
+def test_tied_scores_give_each_threshold_once():
+    scores = np.array([0.5] * 60 + [1.0] * 40, dtype=np.float32)
+    thresholds = spread_thresholds(scores, (0.1, 0.2, 0.5, 0.7, 0.9))
+    assert [float((scores < threshold).mean()) for threshold in thresholds] == [0.6, 1.0]

@@ -1,0 +1,198 @@
+"""Costs of outputs pass by pass; intervals, areas, costs of an accuracy and comparisons, by hand on small curves."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from citer_hf.costs import cost_of_model, flops
+from citer_hf.evaluation.results import (
+    PairCosts,
+    Point,
+    Results,
+    accuracy_at,
+    bootstrap_interval,
+    compare,
+    cost_at,
+    make_results,
+    scoring_cost,
+    summarize,
+)
+from citer_hf.model.routers import EntropyRouter, LinearRouter, MlpRouter
+from tests.conftest import make_pair
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def point(share: float, accuracy: float, moved: float | None = None) -> Point:
+    moved = 100 + 900 * share if moved is None else moved
+    return Point(0.5, accuracy, (accuracy - 0.1, accuracy + 0.1), share, share, moved, 7.0, 0.01, 1.0)
+
+
+ENDS = {"slm": point(0, 0.2), "llm": point(1, 1.0)}
+CURVE = [point(0.1, 0.6), point(0.4, 0.9)]
+
+
+def test_the_summary_is_that_of_straight_lines_between_the_points():
+    summary = summarize(ENDS, CURVE)
+    # In units of the gap between the ends: 0, 0.5, 0.875, 1 at 0, 0.1, 0.4, 1.
+    area = 0.1 * 0.25 + 0.3 * 0.6875 + 0.6 * 0.9375
+    assert summary["auc"] == pytest.approx(area)
+    assert summary["auc_bytes"] == pytest.approx(area)
+    assert summary["share_at_95"] == pytest.approx(0.7)
+    assert summary["share_at_98"] == pytest.approx(0.88)
+    assert summary["bytes_at_95"] == pytest.approx(100 + 900 * 0.7)
+    assert summary["accuracy_at"] == pytest.approx({"0.05": 0.4, "0.1": 0.6, "0.2": 0.7, "0.3": 0.8})
+
+
+def test_an_accuracy_is_reached_where_the_curve_first_comes_to_it():
+    bumpy = [point(0.2, 0.95), point(0.3, 0.7), point(0.5, 0.96)]
+    assert cost_at(ENDS, bumpy, 0.95) == pytest.approx(0.2)
+    assert cost_at(ENDS, bumpy, 0.1) == 0
+
+
+def test_points_that_cost_more_than_the_llm_are_of_no_use():
+    dear = [*CURVE, point(0.9, 0.99, moved=1100)]
+    assert cost_at(ENDS, dear, 0.98, "bytes") == cost_at(ENDS, CURVE, 0.98, "bytes")
+    assert summarize(ENDS, dear)["auc_bytes"] == summarize(ENDS, CURVE)["auc_bytes"]
+
+
+def test_what_cannot_be_said_is_null():
+    alike = {"slm": point(0, 0.5), "llm": point(1, 0.5)}
+    assert summarize(alike, [point(0.5, 0.5)])["auc"] is None
+    assert cost_at({"slm": point(0, 0.5), "llm": point(1, 0.9)}, [], 1.2) is None
+
+
+def test_a_comparison_is_at_equal_accuracy_and_at_equal_cost():
+    worse = [point(0.2, 0.4), point(0.8, 0.9)]
+    compared = compare(ENDS, CURVE, worse)
+    assert compared.share_saving[0.9] == pytest.approx(1 - 0.4 / 0.8)
+    assert compared.bytes_saving[0.9] == pytest.approx(1 - 460 / 820)
+    assert compared.share_saving[0.95] == pytest.approx(1 - 0.7 / 0.9)
+    assert compared.gain == pytest.approx(0.9 - (0.4 + 0.2 / 0.6 * 0.5))
+    assert compared.gain_at_share == 0.4
+    assert compared.gain_at_bytes == pytest.approx(compared.gain)
+
+
+@pytest.mark.parametrize("other_problems", [False, True])
+def test_the_mean_of_runs_is_taken_at_equal_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other_problems: bool
+):
+    curves = {"one": {"citer": CURVE, "entropy": CURVE}, "two": {"citer": [point(0.2, 0.4), point(0.8, 0.9)]}}
+    ends = {"one": ENDS, "two": {**ENDS, "slm": point(0, 0.3)} if other_problems else ENDS}
+    origin = {"problems": 9, "router_sha256": "ab", "options": {"shares": [0.2, 0.4]}}
+    for name, methods in curves.items():
+        (tmp_path / name).mkdir()
+        make_results(ends[name], methods, origin).write(tmp_path / name / "results.json")
+    script = str(REPOSITORY / "docs" / "benchmarks" / "average.py")
+    directories = [str(tmp_path / name) for name in curves]
+    monkeypatch.setattr(sys, "argv", [script, *directories, "--shipped", "citer", "--out", str(tmp_path / "mean")])
+    if other_problems:
+        with pytest.raises(ValueError, match="not the same problems"):
+            runpy.run_path(script, run_name="__main__")
+        return
+    runpy.run_path(script, run_name="__main__")
+    mean = Results.read(tmp_path / "mean" / "results.json")
+    assert [one.llm_share for one in mean.methods["citer"]] == pytest.approx([0.2, 0.4])
+    assert mean.methods["citer"][0].accuracy == pytest.approx((0.7 + 0.4) / 2)
+    assert mean.methods["citer"][0].bytes == pytest.approx(280)
+    assert mean.methods["citer"][0].threshold is None
+    # A method that one run lacks is the mean of the others.
+    assert mean.methods["entropy"][1].accuracy == pytest.approx(0.9)
+    assert mean.provenance["router_sha256"] == "ab" and len(mean.provenance["runs"]) == 2
+    assert (
+        "citer against entropy" in capsys.readouterr().out
+        and "| entropy | " in (tmp_path / "mean" / "results.md").read_text()
+    )
+
+
+def test_results_come_back_as_they_were_written(tmp_path: Path):
+    results = make_results(ENDS, {"citer": CURVE[::-1]}, {"problems": 9})
+    assert results.methods["citer"] == CURVE
+    results.write(tmp_path / "results.json")
+    assert Results.read(tmp_path / "results.json") == results
+    (tmp_path / "other.json").write_text('{"ends": 3}')
+    with pytest.raises(ValueError, match=r"other\.json: expected the results of `citer evaluate`"):
+        Results.read(tmp_path / "other.json")
+
+
+def test_results_of_earlier_versions_are_loaded_and_drawn(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from citer_hf.evaluation.plot import draw
+
+    results = Results.read(REPOSITORY / "docs" / "results" / "results.json")
+    assert results.shipped == "citer-plus" and len(results.provenance["runs"]) == 3
+    assert results.markdown() == (REPOSITORY / "docs" / "results" / "results.md").read_text()
+    draw(results, tmp_path / "curve.svg")
+    assert "the pair that ships, 1000 problems" in (tmp_path / "curve.svg").read_text()
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    generator = np.random.default_rng(5)
+    covered = 0
+    for seed in range(200):
+        low, high = bootstrap_interval((generator.random(150) < 0.3).tolist(), seed=seed, resamples=300)
+        covered += low <= 0.3 <= high
+    assert 180 <= covered <= 199
+
+
+def test_the_interval_of_a_share_weighs_texts_by_their_tokens():
+    by_llm, tokens = [10.0, 0.0] * 30, [10.0, 90.0] * 30
+    low, high = bootstrap_interval(by_llm, tokens, seed=0)
+    assert low < 0.1 < high < 0.2
+    assert bootstrap_interval(by_llm, tokens, seed=0) == (low, high)
+    assert bootstrap_interval([1.0] * 20, seed=0) == (1.0, 1.0)
+
+
+def test_accuracy_between_points_lies_on_a_line():
+    assert accuracy_at(ENDS, CURVE, 0.25) == pytest.approx(0.75)
+
+
+def test_the_shipped_method_is_compared_with_the_others_in_the_tables(tmp_path: Path):
+    results = make_results(ENDS, {"citer": CURVE, "co-llm": [point(0.8, 0.9)]}, {}, shipped="citer")
+    results.write(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())["shipped"] == "citer"
+    assert Results.read(tmp_path / "results.json") == results
+    assert "| co-llm | 50.0% / 43.9% |" in results.markdown()
+    table = results.table()
+    # The summary is last, where a terminal shows it.
+    assert table.index("All points") < table.index("saved by citer") < table.index("The curves")
+    assert "50.0% / 43.9%" in table and "…" not in table
+
+
+def cost_of_passes(model: Any, passes: list[tuple[int, int]], is_llm: bool) -> np.ndarray:
+    cost = cost_of_model(model)
+    counted = [(cost.bytes_moved(1, *one), flops(cost, *one), is_llm) for one in passes]
+    return np.sum(counted, axis=0)
+
+
+@pytest.mark.parametrize(("slm", "llm"), [("llama", "qwen3"), ("gpt2", "mixtral")])
+def test_the_cost_of_an_output_is_that_of_its_passes(slm: str, llm: str):
+    pair = make_pair(slm, llm, num_hidden_layers=3)
+    costs, scoring, prompt = PairCosts(pair), scoring_cost(LinearRouter(32)), 9
+    alone = [(prompt, 0), (1, 9), (1, 10), (1, 11)]
+    by_slm, by_llm = cost_of_passes(pair.slm, alone, False), cost_of_passes(pair.llm, alone, True)
+    assert costs.alone(False, prompt, 4) == pytest.approx(by_slm)
+    assert costs.alone(True, prompt, 4) == pytest.approx(by_llm)
+    # The LLM decides the second and the fourth token: its passes are over all tokens before, and over two more.
+    caught_up = cost_of_passes(pair.llm, [(10, 0), (2, 10)], True)
+    routed = costs.routed(scoring, prompt, [False, True, False, True])
+    assert routed == pytest.approx(by_slm + 4 * scoring + caught_up) and routed[2] == 2
+    prefill = cost_of_passes(pair.slm, alone[:1], False)
+    assert costs.routed_by_query(scoring, prompt, 4, by_llm=False) == pytest.approx(by_slm + scoring)
+    assert costs.routed_by_query(scoring, prompt, 4, by_llm=True) == pytest.approx(by_llm + scoring + prefill)
+
+
+def test_the_weights_of_a_router_count_and_its_tables_do_not():
+    assert scoring_cost(EntropyRouter(32)).tolist() == [0, 0, 0]
+    assert scoring_cost(LinearRouter(32)).tolist() == [33 * 4, 33 * 2, 0]
+    weights = 64 * 33 + 32 * 65 + 33
+    assert scoring_cost(MlpRouter(32)).tolist() == [weights * 4, weights * 2, 0]
+    assert scoring_cost(nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 1))).tolist() == [33 * 4, 33 * 2, 0]

@@ -1,0 +1,311 @@
+"""What is saved is what was there: references, generation settings, stale files, marks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers.utils.hub
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from citer_hf import CiterForCausalLM
+from tests.families import tiny_model
+from tests.repositories import save_base_models, word_tokenizer
+
+TEXT = torch.arange(5, 17)[None]
+load = CiterForCausalLM.from_pretrained
+
+
+@pytest.fixture
+def bases(tmp_path: Path) -> Path:
+    """A small and a large model, and another large one in a folder of its own and as a variant."""
+    save_base_models(tmp_path)
+    other = tiny_model("llama", seed=7, hidden_size=64, intermediate_size=64, head_dim=16)
+    other.save_pretrained(tmp_path / "llm" / "deeper")
+    other.save_pretrained(tmp_path / "llm", variant="other")
+    word_tokenizer().save_pretrained(tmp_path / "llm" / "deeper")
+    return tmp_path
+
+
+def llm_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TEXT, router_threshold=2.0).logits
+
+
+def reference(folder: Path, role: str = "llm") -> Any:
+    return json.loads((folder / "config.json").read_text())[f"{role}_reference"]
+
+
+# ---- references ----
+
+
+@pytest.mark.parametrize("where", [{"subfolder": "deeper"}, {"variant": "other"}], ids=str)
+def test_a_model_in_a_subfolder_or_a_variant_is_referred_to_as_such(bases, where):
+    named = {f"llm_{key}": value for key, value in where.items()}
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm", **named)
+    assert not torch.equal(llm_logits(pair), llm_logits(CiterForCausalLM.from_pair(bases / "slm", bases / "llm")))
+    pair.save_pretrained(bases / "router")
+    assert reference(bases / "router") == {"name_or_path": str(bases / "llm"), **where}
+    loaded = load(bases / "router")
+    assert torch.equal(llm_logits(loaded), llm_logits(pair))
+    loaded.save_pretrained(bases / "again")
+    assert torch.equal(llm_logits(load(bases / "again")), llm_logits(pair))
+
+
+def changed(pair: Any, bases: Path, change: str) -> Any:
+    """The pair after a change that a reference to its LLM does not tell of."""
+    if change in ("subfolder", "variant"):
+        where = {"subfolder": {"subfolder": "deeper"}, "variant": {"variant": "other"}}[change]
+        loaded = AutoModelForCausalLM.from_pretrained(bases / "llm", **where)
+        return CiterForCausalLM.from_pair(bases / "slm", loaded)
+    if change == "another object":
+        pair.llm = tiny_model("llama", seed=9, hidden_size=64, intermediate_size=64, head_dim=16)
+    elif change == "a named object":
+        pair.llm = AutoModelForCausalLM.from_pretrained(bases / "llm" / "deeper")
+    elif change == "weights":
+        pair.llm.lm_head.weight.data += 0.5
+    elif change == "resized":
+        pair.resize_token_embeddings(70)
+    return pair
+
+
+@pytest.mark.parametrize(
+    "change", ["subfolder", "variant", "another object", "a named object", "weights", "resized", "from a saved pair"]
+)
+@pytest.mark.parametrize("holds", [False, True])
+def test_what_a_reference_would_not_lead_back_to_is_saved_along(bases, change, holds, caplog):
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    if holds or change == "from a saved pair":
+        pair.save_pretrained(bases / "first", save_base_models=holds)
+        pair = load(bases / "first")
+    pair = changed(pair, bases, "another object" if change == "from a saved pair" else change)
+    pair.save_pretrained(bases / "router")
+    assert torch.equal(llm_logits(load(bases / "router")), llm_logits(pair))
+    named = change == "a named object"
+    assert ("name_or_path" in reference(bases / "router")) == named
+    assert named or "llm: the LLM is saved along with the router, since it differs from" in caplog.text
+    pair.save_pretrained(bases / "first")
+    assert torch.equal(llm_logits(load(bases / "first")), llm_logits(pair))
+
+
+def test_a_model_from_a_gguf_file_is_never_referred_to_without_it(bases):
+    # As from_pretrained(folder, gguf_file=...) of transformers leaves it: a name, and no weights of that kind there.
+    (bases / "gguf").mkdir()
+    llm = AutoModelForCausalLM.from_pretrained(bases / "llm")
+    llm.config._name_or_path = llm.name_or_path = str(bases / "gguf")
+    pair = CiterForCausalLM.from_pair(bases / "slm", llm)
+    pair.save_pretrained(bases / "router")
+    assert torch.equal(llm_logits(load(bases / "router")), llm_logits(pair))
+
+
+def test_a_moved_model_is_referred_to_where_it_was_found(bases):
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    pair.save_pretrained(bases / "router")
+    shutil.move(bases / "llm", bases / "moved")
+    load(bases / "router", llm_name_or_path=bases / "moved").save_pretrained(bases / "again")
+    assert torch.equal(llm_logits(load(bases / "again")), llm_logits(pair))
+
+
+# ---- generation settings and end tokens ----
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.9}, {"top_k": -1}, {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5}]
+)
+def test_settings_that_transformers_only_warns_about_are_saved(bases, settings, whole):
+    llm = AutoModelForCausalLM.from_pretrained(bases / "llm")
+    file = bases / "llm" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0, **settings}))
+    if whole:
+        llm.generation_config = GenerationConfig.from_pretrained(bases / "llm")
+        slm = AutoModelForCausalLM.from_pretrained(bases / "slm")
+        pair = CiterForCausalLM.from_pair(slm, llm)
+        pair.config.slm_reference = pair.config.llm_reference = None
+    else:
+        pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    pair.save_pretrained(bases / "router")
+    loaded = load(bases / "router")
+    assert {key: getattr(loaded.generation_config, key) for key in settings} == settings
+    assert {**loaded.generation_config.to_dict(), "_from_model_config": False} == {
+        **pair.generation_config.to_dict(),
+        "_from_model_config": False,
+    }
+    loaded.save_pretrained(bases / "again", save_base_models=True)
+
+
+def test_the_pair_ends_at_the_end_tokens_of_both_models(bases, caplog):
+    for role, ids in (("slm", [2, 9]), ("llm", 5)):
+        (bases / role / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "pad_token_id": 0}))
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    assert "slm: it ends at the tokens [2, 9] and the LLM does not" in caplog.text
+    pair.save_pretrained(bases / "router")
+    assert load(bases / "router").generation_config.eos_token_id == [5, 2, 9]
+    caplog.clear()
+    CiterForCausalLM.from_pair(bases / "llm", bases / "llm")
+    assert "ends at" not in caplog.text
+
+
+# ---- marks and warnings ----
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "r2r"])
+def test_a_router_that_nobody_has_trained_says_so_until_it_is_trained(bases, kind, caplog):
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=kind)
+    assert pair.router_is_untrained and caplog.text.count("router are random") == 1
+    pair.save_pretrained(bases / "router")
+    loaded = load(bases / "router")
+    assert loaded.router_is_untrained and loaded.config.router["untrained"] is True
+    assert CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=bases / "router").router_is_untrained
+    with torch.no_grad():
+        for parameter in loaded.router.parameters():
+            parameter += 0.1
+    assert not loaded.router_is_untrained
+    loaded.save_pretrained(bases / "trained")
+    assert "untrained" not in load(bases / "trained").config.router
+
+
+@pytest.mark.parametrize("router", ["confidence", torch.nn.Identity()], ids=["confidence", "a module"])
+def test_a_router_that_needs_no_training_is_not_called_untrained(bases, router):
+    assert not CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=router).router_is_untrained
+
+
+def test_swapped_models_bring_a_warning(bases, caplog):
+    CiterForCausalLM.from_pair(bases / "llm", bases / "slm")
+    assert "the SLM is larger than the LLM. Were they swapped?" in caplog.text
+
+
+def test_a_directory_without_a_tokenizer_is_named_when_the_pair_is_made(bases, caplog):
+    for file in (bases / "llm").glob("tokenizer*"):
+        file.unlink()
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    assert f"llm: no tokenizer could be loaded from {bases / 'llm'}" in caplog.text
+    assert "slm: no tokenizer" not in caplog.text and pair.load_tokenizer() is not None
+
+
+# ---- files of an earlier save ----
+
+
+def directories(folder: Path) -> set[str]:
+    return {
+        str(file.relative_to(folder)) for file in folder.rglob("*") if "model" in file.name and file.suffix != ".py"
+    }
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("sizes", [("20KB", "1GB"), ("1GB", "20KB")], ids=["shards first", "one file first"])
+def test_the_weights_that_were_saved_last_are_loaded(bases, whole, sizes):
+    out = bases / "out"
+    for seed, size in enumerate(sizes):
+        llm = tiny_model("llama", seed=seed + 20, hidden_size=64, intermediate_size=64, head_dim=16)
+        pair = CiterForCausalLM.from_pair(tiny_model("llama", seed=seed + 30), llm, router="linear")
+        pair.save_pretrained(out, save_base_models=not whole, max_shard_size=size)
+        if seed == 0:
+            for folder in (out, *(() if whole else (out / "slm", out / "llm"))):
+                (folder / "pytorch_model.bin").write_bytes(b"stale")
+    assert torch.equal(llm_logits(load(out)), llm_logits(pair))
+    pair.save_pretrained(bases / "fresh", save_base_models=not whole, max_shard_size=sizes[1])
+    assert directories(out) == directories(bases / "fresh")
+
+
+def test_files_beside_a_router_that_are_none_of_its_stay(bases):
+    # The base models lie in the directory themselves.
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    (bases / "mine.py").write_text("mine")
+    (bases / "results.json").write_text("{}")
+    pair.save_pretrained(bases)
+    assert (bases / "mine.py").exists() and (bases / "results.json").exists()
+    assert torch.equal(llm_logits(load(bases)), llm_logits(pair))
+
+
+# ---- what is not there ----
+
+
+@pytest.mark.parametrize("name", ["./nope", "/no/where", "a/b/c", "nobody/nope"])
+def test_what_is_not_there_is_said_in_one_sentence(bases, name, caplog, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    llm = bases / "llm"
+    ways = [
+        lambda: load(name),
+        lambda: CiterForCausalLM.from_pair(name, llm),
+        lambda: CiterForCausalLM.from_pair(bases / "slm", llm, router=name),
+        lambda: CiterForCausalLM.from_pair(bases / "slm", llm, llm_adapter_name_or_path=name),
+    ]
+    for way in ways:
+        with pytest.raises(OSError, match=r"^\w+: there is no directory /\S*, (and|no)[^\n]*\.$") as caught:
+            way()
+        assert name.removeprefix("./") in str(caught.value)
+
+
+def test_the_hub_is_asked_once_when_there_is_no_network(bases, monkeypatch):
+    asked = []
+
+    def head(url: str, **options: Any) -> Any:
+        asked.append(url)
+        raise transformers.utils.hub.httpx.ConnectError("no network")
+
+    monkeypatch.setattr("transformers.utils.hub.get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *a, **k: pytest.fail("retries"))
+    for way in (lambda: load("nobody/nope"), lambda: CiterForCausalLM.from_pair("nobody/nope", bases / "llm")):
+        with pytest.raises(
+            OSError, match=r"no config.json .*of nobody/nope in the cache .*or the Hub cannot be reached"
+        ):
+            way()
+    assert [url.rsplit("/", 1)[1] for url in asked] == ["config.json", "config.json", "adapter_config.json"]
+
+
+def test_a_router_file_of_released_code_is_converted_first(bases):
+    (bases / "router.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"router: .*router.pt is a file.*citer convert .*router.pt"):
+        CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=bases / "router.pt")
+
+
+def test_a_misspelled_keyword_names_the_model(bases):
+    with pytest.raises(TypeError, match=r"llm: .*unexpected keyword argument 'divice_map'"):
+        CiterForCausalLM.from_pair(bases / "slm", bases / "llm", llm_divice_map="auto")
+
+
+@pytest.mark.parametrize("slm_dtype", [None, "bfloat16"])
+def test_keywords_of_one_model_may_be_none(bases, slm_dtype):
+    options = {"slm_quantization_config": None, "llm_quantization_config": None, "slm_dtype": slm_dtype}
+    assert CiterForCausalLM.from_pair(bases / "slm", bases / "llm", **options).llm.dtype == torch.float32
+
+
+# ---- tokenizers ----
+
+
+def add_tokens(folder: Path, *tokens: str, **settings: Any) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(list(tokens))
+    for key, value in settings.items():
+        setattr(tokenizer, key, value)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_added_tokens_of_one_model_are_no_other_tokenizer(bases, role):
+    for name in ("slm", "llm"):
+        tiny_model("llama", 3, vocab_size=64).save_pretrained(bases / name)
+    add_tokens(bases / role, "<a>", "<b>")
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    assert pair.config.vocab_size == 64
+    pair.save_pretrained(bases / "router")
+    load(bases / "router")
+
+
+def test_added_tokens_that_the_slms_table_lacks_are_never_generated(bases):
+    tiny_model("llama", 3, vocab_size=64).save_pretrained(bases / "llm")
+    add_tokens(bases / "llm", "<image>")
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+    assert pair.config.vocab_size == 61 and max(pair.load_tokenizer().get_vocab().values()) == 60
+    pair.save_pretrained(bases / "router")
+    load(bases / "router")
+    for needed in ({"eos_token": "<image>"}, {"chat_template": "<image>"}):
+        add_tokens(bases / "llm", "<image>", **needed)
+        with pytest.raises(ValueError, match=r"slm: its vocabulary table has 61 rows, too few"):
+            CiterForCausalLM.from_pair(bases / "slm", bases / "llm")

@@ -1,0 +1,168 @@
+"""Costs of a forward pass: counted from a configuration and from a model, and compared with torch's own count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
+
+from citer_hf.costs import ModelCost, cost_of_config, cost_of_model, flops
+from citer_hf.model.compat import cache_argument
+from tests.families import FAMILIES, tiny_config, tiny_model
+
+# In these, attention and matrix products are all that counts; the others also run convolutions or scans.
+PLAIN = [family for family in FAMILIES if family not in ("qwen3_next", "lfm2")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_costs_what_the_model_costs(family: str):
+    config = tiny_config(family)
+    assert cost_of_config(config, bits=32, kv_bits=32) == cost_of_model(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize(("context", "tokens"), [(0, 5), (9, 1), (9, 4)])
+def test_operations_are_those_that_torch_counts(family: str, context: int, tokens: int):
+    model = tiny_model(family, attn_implementation="eager", experts_implementation="eager")
+    cache = DynamicCache(config=model.config)
+    if context:
+        read(model, context, cache)
+    with FlopCounterMode(display=False) as counter:
+        read(model, tokens, cache)
+    expected = counter.get_total_flops()
+    # What is not counted is rotary embedding, a product per token of the width of a head.
+    assert flops(cost_of_model(model), tokens, context) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_are_as_large_as_the_cache_that_the_model_fills(family: str):
+    model = tiny_model(family)
+    cost = cost_of_model(model)
+    cache = DynamicCache(config=model.config)
+    read(model, 1, cache)
+    assert cost.kv_bytes_per_token == cache_bytes(cache)
+    read(model, 19, cache)
+    assert cost.kv_bytes_read(20) == cache_bytes(cache)
+
+
+def test_compressed_keys_and_values_count_as_they_are_cached():
+    config = tiny_deepseek()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    cache = DynamicCache(config=config)
+    read(model, 7, cache)
+    cost = cost_of_model(model)
+    assert cost == cost_of_config(config, bits=32, kv_bits=32)
+    assert cost.kv_bytes_read(7) == cache_bytes(cache)
+    assert flops(cost, 1, 7) - flops(cost, 1, 0) == 2 * 7 * 2 * 4 * (8 + 4 + 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_a_dense_model_reads_all_weights_but_its_tables(family: str):
+    model = tiny_model(family)
+    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    tables.pop(id(model.get_output_embeddings().weight), None)
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    cost = cost_of_model(model)
+    assert cost.weight_bytes == everything - sum(table.nbytes for table in tables.values())
+    assert cost.resident_bytes == everything
+
+
+def test_of_experts_a_token_reads_those_that_it_visits():
+    cost = cost_of_model(tiny_model("mixtral"))
+    of_two = cost_of_model(tiny_model("mixtral", num_local_experts=2))
+    router_rows = 2 * 2 * 32 * 4
+    assert cost.weight_bytes == of_two.weight_bytes + router_rows
+    assert cost.weight_bytes_read(1) == cost.weight_bytes
+    # Half of four experts each: two tokens visit three of them on average, many tokens visit all.
+    assert cost.weight_bytes_read(2) == cost.weight_bytes + cost.expert_bytes / 4
+    assert cost.weight_bytes_read(100) == pytest.approx(cost.resident_bytes - 61 * 32 * 4)
+
+
+def test_a_convolution_is_no_expert():
+    cost = cost_of_model(tiny_model("qwen3_next"))
+    layers, experts, width, intermediate = 2, 4, 32, 16
+    assert cost.expert_bytes == 4 * layers * experts * 3 * width * intermediate
+
+
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (8, {"load_in_8bit": True}),
+        (4.5, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}),
+    ],
+)
+def test_a_quantized_model_costs_what_it_stores(tmp_path: Any, bits: float, options: dict[str, Any]):
+    pytest.importorskip("bitsandbytes")
+    shape = {"hidden_size": 256, "intermediate_size": 512}
+    tiny_model("llama", **shape).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16
+    )
+    expected = cost_of_config(tiny_config("llama", **shape), bits=bits, kv_bits=16)
+    cost = cost_of_model(model)
+    # 8 bits: and one scale per output feature, which the nominal 8 leave out.
+    assert cost.weight_bytes == pytest.approx(expected.weight_bytes, rel=0.015)
+    assert cost.active_parameters == expected.active_parameters
+    assert cost.kv_bytes_per_token == expected.kv_bytes_per_token
+
+
+def test_fewer_bits_leave_the_head_at_sixteen():
+    config = tiny_config("llama")
+    whole, half = cost_of_config(config), cost_of_config(config, bits=8)
+    matrices = whole.active_parameters - whole.head_parameters
+    assert whole.weight_bytes - half.weight_bytes == matrices
+
+
+def test_a_configuration_that_was_given_is_left_as_it_was():
+    config = tiny_config("llama")
+    config._attn_implementation = "sdpa"
+    before = config.to_dict()
+    cost_of_config(config)
+    assert config.to_dict() == before and config._attn_implementation == "sdpa"
+
+
+def test_a_large_model_needs_no_memory():
+    cost = cost_of_config(tiny_config("llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672))
+    assert cost.weight_bytes > 4e9
+
+
+def test_bytes_moved_are_the_weights_once_and_the_cache_of_each_sequence():
+    cost = ModelCost(weight_bytes=1000, kv_bytes_per_token=10, active_parameters=500)
+    assert cost.bytes_moved(sequences=2, tokens=3, context=20) == 1000 + 2 * (20 + 3) * 10
+
+
+def test_a_sliding_window_bounds_the_bytes_read():
+    cost = cost_of_config(tiny_config("mistral_sliding"))
+    assert cost.bytes_moved(1, 1, 100) == cost.weight_bytes + (5 + 1) * cost.kv_bytes_per_token
+
+
+def read(model: Any, tokens: int, cache: Any) -> None:
+    with torch.no_grad():
+        model(torch.ones(1, tokens, dtype=torch.long), **cache_argument(model, cache), logits_to_keep=1)
+
+
+def cache_bytes(cache: Any) -> int:
+    layers = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
+def tiny_deepseek() -> Any:
+    from transformers import DeepseekV3Config
+
+    attention = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return DeepseekV3Config(
+        **shape,
+        **attention,
+        **experts,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        max_position_embeddings=256,
+        pad_token_id=0,
+    )
