@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from .model.loading import end_at_union
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, reference_to
 from .model.routers import as_threshold, build_router, hidden_size_of
@@ -93,6 +94,7 @@ def convert(
     # An LLM without generation settings leaves the pair the default ones.
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(os.fspath(llm))
+    end_at_union(model)
     model.save_pretrained(out)
     write_json(
         out / "provenance.json",

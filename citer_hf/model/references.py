@@ -163,8 +163,8 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
             revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
             moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
             raise OSError(
-                f"{role}: the {title} could not be loaded from {source}{revision}: {broken}{error}\nIf a file is missing, "
-                f"damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
+                f"{role}: the {title} could not be loaded from {source}{revision}: {broken}{error}\nIf a file is "
+                f"missing, damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
             ) from error
         if isinstance(error, TypeError | ValueError) and not str(error).startswith(role):
             raise type(error)(f"{role}: {source}: {error}") from error
