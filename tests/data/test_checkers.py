@@ -39,85 +39,48 @@ def exact(response: str, answer: str) -> Verdict:
 
 
 @pytest.mark.parametrize(
-    ("response", "extracted"),
+    ("extracted", "responses"),
     [
-        ("so 3 + 4 = 7.", "7"),
-        (r"\boxed{7}, not 8", "7"),
-        (r"\boxed{1} or rather \boxed{7}", "7"),
-        (r"\boxed{7", "7"),
-        ("it is -7", "-7"),
-        ("it is \u22127", "-7"),
-        ("10-7", "7"),
-        ("10 - 7", "7"),
-        ("(-7)", "-7"),
-        ("$7$", "7"),
-        ("costs $1,234.50.", "1,234.50"),
-        (r"1{,}234", "1234"),
-        (r"1\,234", "1234"),
-        ("1, 2, 3", "3"),
-        (".5", ".5"),
-        ("1/2", "1/2"),
-        (r"\frac{1}{2}", r"\frac{1}{2}"),
-        (r"\boxed{-\dfrac{3}{4}}", r"-\dfrac{3}{4}"),
-        ("x2", None),
-        ("no number", None),
-        ("", None),
-        (r"\boxed{}", None),
+        ("7", ["so 3 + 4 = 7.", r"\boxed{7}, not 8", r"\boxed{1} or rather \boxed{7}", r"\boxed{7", "10-7", "10 - 7"]),
+        ("7", ["$7$"]),
+        ("-7", ["it is -7", "it is \u22127", "(-7)"]),
+        ("1,234.50", ["costs $1,234.50."]),
+        ("1234", [r"1{,}234", r"1\,234"]),
+        ("3", ["1, 2, 3"]),
+        (".5", [".5"]),
+        ("1/2", ["1/2"]),
+        (r"\frac{1}{2}", [r"\frac{1}{2}"]),
+        (r"-\dfrac{3}{4}", [r"\boxed{-\dfrac{3}{4}}"]),
+        (None, ["x2", "no number", "", r"\boxed{}"]),
     ],
 )
-def test_math_finds_the_last_box_or_else_the_last_number(response: str, extracted: str | None) -> None:
-    assert math(response, "123456").extracted == extracted
+def test_math_finds_the_last_box_or_else_the_last_number(extracted: str | None, responses: list[str]) -> None:
+    assert [math(response, "123456").extracted for response in responses] == [extracted] * len(responses)
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        ("7", "7", True),
-        ("7.0", "7", True),
-        ("07", "7", True),
-        ("1,000", "1000", True),
-        ("-7", "7", False),
-        ("0.1", "0.10", True),
-        ("0.1", "0.1000000000000000001", False),
-        ("3/4", "0.75", True),
-        (r"\frac{3}{4}", "0.75", True),
-        ("12345678901234567890", "12345678901234567891", False),
-        ("7", r"\boxed{7}", True),
-        ("7", "$7$", True),
-        ("so 7", "3 + 4 = 7 #### 7", True),
-    ],
-)
-def test_math_compares_numbers_exactly(
-    response: str, answer: str, right: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_math_compares_numbers_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkers, "same_expression", None)
-    assert math(response, answer).correct is right
-
-
-def test_math_reads_numbers_as_a_naive_reader_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkers, "same_expression", None)
+    right = [("7", "7"), ("7.0", "7"), ("07", "7"), ("1,000", "1000"), ("0.1", "0.10"), ("3/4", "0.75"), ("7", "$7$")]
+    right += [(r"\frac{3}{4}", "0.75"), ("7", r"\boxed{7}"), ("so 7", "3 + 4 = 7 #### 7")]
+    wrong = [("-7", "7"), ("0.1", "0.1000000000000000001"), ("12345678901234567890", "12345678901234567891")]
+    assert [math(*one).correct for one in right + wrong] == [True] * len(right) + [False] * len(wrong)
     draw = random.Random(0)
-    for _ in range(500):
-        given, right = (f"{draw.choice(['', '-'])}{draw.randrange(30)}{draw.choice(['', '.0', '.5'])}" for _ in "ab")
-        assert math(f"It is {given}.", right).correct is (Fraction(given) == Fraction(right))
+    for _ in range(200):
+        given, answer = (f"{draw.choice(['', '-'])}{draw.randrange(30)}{draw.choice(['', '.0', '.5'])}" for _ in "ab")
+        assert math(f"It is {given}.", answer).correct is (Fraction(given) == Fraction(answer))
 
 
 @needs_math_verify
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        (r"\boxed{x+1}", "1 + x", True),
-        (r"\boxed{x+1}", "x + 2", False),
-        ("thus $x+1$", "1 + x", True),
-        (r"\boxed{\frac12}", "0.5", True),
-        (r"\boxed{12 \text{ cm}}", "12", True),
-        (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", True),
-        (r"\boxed{(1, 2)}", "(1,2)", True),
-        (r"\boxed{1/0}", "1", False),
-    ],
-)
-def test_math_leaves_anything_else_to_math_verify(response: str, answer: str, right: bool) -> None:
-    assert math(response, answer).correct is right
+def test_math_leaves_anything_else_to_math_verify() -> None:
+    right = [
+        (r"\boxed{x+1}", "1 + x"),
+        ("thus $x+1$", "1 + x"),
+        (r"\boxed{\frac12}", "0.5"),
+        (r"\boxed{(1, 2)}", "(1,2)"),
+    ]
+    right += [(r"\boxed{12 \text{ cm}}", "12"), (r"\boxed{\sqrt{8}}", r"2\sqrt{2}")]
+    wrong = [(r"\boxed{x+1}", "x + 2"), (r"\boxed{1/0}", "1")]
+    assert [math(*one).correct for one in right + wrong] == [True] * len(right) + [False] * len(wrong)
 
 
 @needs_math_verify
@@ -155,34 +118,20 @@ def test_math_without_its_library_says_so_at_once(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("response", "extracted"),
+    ("extracted", "responses"),
     [
-        ("The answer is (B).", "B"),
-        ("The answer is B because it shines.", "B"),
-        ("the answer is: **B**", "B"),
-        ("Answer: b", "B"),
-        ("The answer is A. No, the answer is B", "B"),
-        ("The answer is the moon, or not", None),
-        ("The answer is the moon.", "B"),
-        (r"\boxed{B}, not A", "B"),
-        (r"\boxed{\text{(B)}}", "B"),
-        (r"\boxed{water}", "D"),
-        (" B", "B"),
-        ("THE MOON", "B"),
-        ("a dog", "A"),
-        ("A dog", "A"),
-        ("A dog is not B", "B"),
-        ("A plant is what I mean, so B", "B"),
-        ("I think it is C.", "C"),
-        ("A or B? B's better", "B"),
-        ("Bees", None),
-        ("a cat", None),
-        ("E", None),
-        ("", None),
+        ("B", ["The answer is (B).", "The answer is B because it shines.", "the answer is: **B**", "Answer: b", " B"]),
+        ("B", ["The answer is A. No, the answer is B", "The answer is the moon.", "THE MOON", r"\boxed{B}, not A"]),
+        ("B", [r"\boxed{\text{(B)}}", "A dog is not B", "A plant is what I mean, so B", "A or B? B's better"]),
+        ("D", [r"\boxed{water}"]),
+        ("A", ["a dog", "A dog"]),
+        ("C", ["I think it is C."]),
+        (None, ["The answer is the moon, or not", "Bees", "a cat", "E", ""]),
     ],
 )
-def test_choice_finds_the_chosen_label(response: str, extracted: str | None) -> None:
-    assert choice(response) == Verdict(extracted == "B", extracted)
+def test_choice_finds_the_chosen_label(extracted: str | None, responses: list[str]) -> None:
+    expected = Verdict(extracted == "B", extracted)
+    assert [choice(response) for response in responses] == [expected] * len(responses)
 
 
 def test_choice_knows_the_examples_labels() -> None:
@@ -196,24 +145,11 @@ def test_choice_needs_choices() -> None:
         get_checker("choice")("B", example("B"))
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        (" New\n york. ", "new York", True),
-        ("\uff11\uff12", "12", True),
-        ("New York!", "New York?", True),
-        ("New-York", "New York", False),
-        ("in New York", "New York", False),
-        ("4.0", "4", False),
-    ],
-)
-def test_exact_compares_texts_but_for_case_and_white_space(response: str, answer: str, right: bool) -> None:
-    assert exact(response, answer).correct is right
-
-
-@pytest.mark.parametrize("response", ["", " ", "."])
-def test_nothing_is_never_the_exact_answer(response: str) -> None:
-    assert exact(response, "?") == Verdict(False, None)
+def test_exact_compares_texts_but_for_case_and_white_space() -> None:
+    right = [(" New\n york. ", "new York"), ("\uff11\uff12", "12"), ("New York!", "New York?")]
+    wrong = [("New-York", "New York"), ("in New York", "New York"), ("4.0", "4")]
+    assert [exact(*one).correct for one in right + wrong] == [True] * 3 + [False] * 3
+    assert [exact(nothing, "?") for nothing in ("", " ", ".")] == [Verdict(False, None)] * 3
 
 
 @pytest.mark.parametrize(
@@ -223,10 +159,6 @@ def test_a_prompt_satisfies_no_checker(name: str, prompt: str) -> None:
     asked = example("5" if name != "choice" else "B", prompt, CHOICES)
     assert get_checker(name)(prompt, asked) == Verdict(False, None)
     assert get_checker(name)(prompt + " water", asked).correct is False
-
-
-def test_what_follows_the_prompt_counts() -> None:
-    prompt = r"Is it \boxed{5}?"
     assert get_checker("math")(prompt + " No, 6.", example("6", prompt)) == Verdict(True, "6")
 
 
@@ -266,18 +198,10 @@ class TestCustom:
         check = get_checker("own_checks:same")
         assert check("Question? 5", example("5")) == Verdict(True, "5")
         assert check("6", example("5")) == Verdict(False, "6")
-
-    def test_it_may_look_at_the_whole_example(self) -> None:
         assert get_checker("own_checks:row")("x", example(None)).correct
-
-    def test_none_is_no_answer(self) -> None:
         assert get_checker("own_checks:silent")("x", example("5")) == Verdict(False, None)
-
-    def test_it_needs_an_answer_to_compare_with(self) -> None:
         with pytest.raises(ValueError, match="row 1: it has no answer for the checker own_checks:same"):
-            get_checker("own_checks:same")("x", example(None))
-
-    def test_it_must_say_yes_or_no(self) -> None:
+            check("x", example(None))
         with pytest.raises(ValueError, match="row 1: expected True, False or None, got 'yes'"):
             get_checker("own_checks:vague")("x", example("5"))
 

@@ -31,13 +31,8 @@ def lines(path: Path, *rows: Any) -> Path:
 
 def test_multiple_choice_lists_the_choices_in_the_prompt_and_has_no_reference() -> None:
     example = only({"id": "q7", "question": "What shines?", "choices": CHOICES, "answerKey": "A"}, needs=["answer"])
-    assert example == Example(
-        id="q7",
-        row=1,
-        prompt="What shines?\nA. the sun\nB. the moon\nAnswer:",
-        answer="A",
-        choices=(("A", "the sun"), ("B", "the moon")),
-    )
+    prompt = "What shines?\nA. the sun\nB. the moon\nAnswer:"
+    assert example == Example("q7", 1, prompt, answer="A", choices=(("A", "the sun"), ("B", "the moon")))
 
 
 def test_math_takes_the_answer_from_the_last_box_with_its_braces() -> None:
@@ -49,20 +44,18 @@ def test_math_takes_the_answer_from_the_last_box_with_its_braces() -> None:
     assert only(mapped, columns={"response": "worked"}, needs=["answer"]).answer == "3"
 
 
-@pytest.mark.parametrize(
-    ("prompt", "cot", "response"),
-    [("Why?", "So 4.", " So 4."), ("Why? ", "So 4.", "So 4."), ("Why?\n", "So 4.", "So 4."), ("Why?", "\nSo", "\nSo")],
-)
-def test_a_chain_of_thought_follows_its_prompt_with_one_space(prompt: str, cot: str, response: str) -> None:
-    example = only({"prompt": prompt, "cot": cot, "answerKey": "A", "choices": CHOICES})
-    assert (example.response, example.answer) == (response, "A")
-    assert example.choices is not None
-
-
-@pytest.mark.parametrize("column", ["response", "completion"])
-def test_generic_text_is_joined_as_it_is(column: str) -> None:
-    example = only({"prompt": " a\n", column: "b ", "answer": "c"})
-    assert (example.prompt, example.response, example.answer) == (" a\n", "b ", "c")
+def test_a_chain_of_thought_follows_its_prompt_with_one_space() -> None:
+    for prompt, cot, response in (
+        ("Why?", "So", " So"),
+        ("Why? ", "So", "So"),
+        ("a\n", "b", "b"),
+        ("a", "\nb", "\nb"),
+    ):
+        example = only({"prompt": prompt, "cot": cot, "answerKey": "A", "choices": CHOICES})
+        assert (example.response, example.answer, len(example.choices or ())) == (response, "A", 2)
+    for column in ("response", "completion"):
+        example = only({"prompt": " a\n", column: "b ", "answer": "c"})
+        assert (example.prompt, example.response, example.answer) == (" a\n", "b ", "c")
 
 
 @pytest.mark.parametrize(
@@ -82,12 +75,13 @@ def test_columns_are_mapped() -> None:
     row = {"q": "a", "r": "b", "final": 4, "key": 9, "cot": "unused"}
     example = only(row, columns={"prompt": "q", "response": "r", "answer": "final", "id": "key"})
     assert example == Example(id="9", row=1, prompt="a", response="b", answer="4")
+    assert only({"prompt": "a", "cot": "b", "response": "c"}, columns={"response": "response"}).response == "c"
     assert only({"talk": [USER, ASSISTANT]}, columns={"messages": "talk"}).messages == (USER,)
 
 
-@pytest.mark.parametrize(("answer", "text"), [(4.0, "4"), (4.5, "4.5"), (7, "7"), ("007", "007"), (" 4.0 ", "4.0")])
-def test_answers_become_text(answer: Any, text: str) -> None:
-    assert only({"prompt": "a", "answer": answer}).answer == text
+def test_answers_become_text() -> None:
+    for answer, text in ((4.0, "4"), (4.5, "4.5"), (7, "7"), ("007", "007"), (" 4.0 ", "4.0")):
+        assert only({"prompt": "a", "answer": answer}).answer == text
 
 
 # Errors name the row and the field
@@ -111,10 +105,6 @@ def test_answers_become_text(answer: Any, text: str) -> None:
 def test_an_unknown_table_is_told_how_to_be_mapped(row: Any, columns: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_examples([row], columns)
-
-
-def test_a_mapped_field_may_have_several_columns() -> None:
-    assert only({"prompt": "a", "cot": "b", "response": "c"}, columns={"response": "response"}).response == "c"
 
 
 CHOICE = {"question": "q", "choices": CHOICES, "answerKey": "A"}
@@ -157,21 +147,14 @@ def test_gaps_are_named(gap: Any) -> None:
         read_examples([{"prompt": "a"}, {"prompt": gap}])
 
 
-@pytest.mark.parametrize(
-    ("row", "field", "message"),
-    [
+def test_a_needed_field_without_a_column_is_explained() -> None:
+    for row, field, message in (
         ({"problem": "P", "solution": "none"}, "answer", r"answer is missing \(no .boxed\{\} in the solution\)"),
-        (
-            {"prompt": "a"},
-            "response",
-            r"response is missing. If a column .*--map response=COLUMN",
-        ),
+        ({"prompt": "a"}, "response", r"response is missing. If a column .*--map response=COLUMN"),
         ({"messages": [USER]}, "response", "response is missing or empty"),
-    ],
-)
-def test_a_needed_field_without_a_column_is_explained(row: dict[str, Any], field: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"data, row 1: {message}"):
-        read_examples([row], needs=[field])
+    ):
+        with pytest.raises(ValueError, match=f"data, row 1: {message}"):
+            read_examples([row], needs=[field])
 
 
 def test_ids_are_unique() -> None:
@@ -182,7 +165,7 @@ def test_ids_are_unique() -> None:
 # Files
 
 
-def test_json_lines_keep_texts_and_line_numbers(tmp_path: Path) -> None:
+def test_json_keeps_texts_and_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text(
         '\ufeff{"prompt": "a\u2028b", "answer": "2020-01-02"}\n\n{"prompt": "c", "answer": 123456789012345678901}\n'
@@ -190,10 +173,6 @@ def test_json_lines_keep_texts_and_line_numbers(tmp_path: Path) -> None:
     first, second = read_examples(path)
     assert (first.prompt, first.answer, first.row) == ("a\u2028b", "2020-01-02", 1)
     assert (second.answer, second.row, second.id) == ("123456789012345678901", 3, "3")
-
-
-def test_json_may_be_an_array(tmp_path: Path) -> None:
-    path = tmp_path / "task.json"
     path.write_text(json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=1))
     assert [example.prompt for example in read_examples(str(path))] == ["a", "b"]
 
@@ -242,35 +221,29 @@ def test_broken_files_are_explained(tmp_path: Path, name: str, content: bytes, m
         read_examples(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing", "./user/name", "a/b/c"])
-def test_a_file_that_is_not_there_is_explained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_there_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"{name} does not exist. Give a file"):
-        read_examples(name)
+    for name in ("missing.jsonl", "missing", "./user/name", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} does not exist. Give a file"):
+            read_examples(name)
 
 
-@pytest.mark.parametrize("data", [5, ["a"], {"prompt": ["a"]}])
-def test_other_data_is_a_type_error(data: Any) -> None:
-    with pytest.raises(TypeError, match="data: expected the path of a file"):
-        read_examples(data)
+def test_other_data_is_an_error() -> None:
+    for data in (5, ["a"], {"prompt": ["a"]}):
+        with pytest.raises(TypeError, match="data: expected the path of a file"):
+            read_examples(data)
+    for data in ([], ()):
+        with pytest.raises(ValueError, match="no rows"):
+            read_examples(data)
 
 
-@pytest.mark.parametrize("data", [[], ()])
-def test_no_rows_are_an_error(data: Any) -> None:
-    with pytest.raises(ValueError, match="no rows"):
-        read_examples(data)
-
-
-def test_a_limit_leaves_the_rest_unread(tmp_path: Path) -> None:
+def test_a_limit_leaves_the_rest_unread_and_a_split_needs_splits(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": ""}]
     assert len(read_examples(lines(tmp_path / "a.jsonl", *rows), limit=2)) == 2
     for read in (lambda: read_examples(rows, limit=0), lambda: DataOptions(limit=0)):
         with pytest.raises(ValueError, match="limit: expected at least one row, got 0"):
             read()
-
-
-def test_a_split_of_data_without_splits_is_an_error(tmp_path: Path) -> None:
-    for data in ([{"prompt": "a"}], lines(tmp_path / "a.jsonl", {"prompt": "a"})):
+    for data in (rows, tmp_path / "a.jsonl"):
         with pytest.raises(ValueError, match=r"split: .* has no splits, got 'test'"):
             read_examples(data, split="test")
 
@@ -342,9 +315,6 @@ class TestDatasets:
         with pytest.raises(ValueError, match=r"user/name cannot be loaded.*Unknown split"):
             read_examples("user/name", split="dev")
 
-    def test_a_hub_dataset_that_cannot_be_reached_is_explained(
-        self, datasets: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
         def unreachable(name: str, split: str | None) -> None:
             raise ConnectionError(f"no way to {name} {split}")
 

@@ -119,17 +119,11 @@ def test_tokens_of_the_whole_text_are_kept_where_they_start_with_the_prompts(
     assert encoded.prompt_ids + encoded.response_ids == [*whole, tokenizer.eos_token_id]
 
 
-def test_the_cases_do_merge_over_the_boundary() -> None:
-    tokenizer = byte_level()
-    for prompt, response in (("the ans", "wer"), ("Answer: ", "B")):
-        ids = tokenizer(prompt).input_ids
-        assert tokenizer(prompt + response).input_ids[: len(ids)] != ids
-
-
 def test_eos_comes_once(tokenizer: PreTrainedTokenizerFast) -> None:
     eos = tokenizer.eos_token_id
     plain = encode(text_example("hello", " world"), tokenizer, None)
     assert plain.response_ids.count(eos) == 1
+    assert encode(text_example("hello"), tokenizer, None).response_ids == []
     assert encode(text_example("hello", " world<eos>"), tokenizer, None).response_ids == plain.response_ids
     # Generation ends at the first one too.
     assert encode(text_example("hello", " world<eos> happy"), tokenizer, None).response_ids == plain.response_ids
@@ -145,10 +139,6 @@ def test_bos_comes_once_and_what_a_tokenizer_puts_after_a_text_not() -> None:
     encoded = encode(text_example("hello", " world"), tokenizer, None)
     ids = encoded.prompt_ids + encoded.response_ids
     assert (ids.count(bos), ids.count(eos), ids[0], ids[-1]) == (1, 1, bos, eos)
-
-
-def test_an_example_without_a_reference_has_no_response_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert encode(text_example("hello"), tokenizer, None).response_ids == []
 
 
 def test_the_generation_configs_eos_ends_a_text() -> None:
@@ -191,12 +181,6 @@ def test_a_template_that_rewrites_past_turns_still_gives_the_reference() -> None
     assert text_of(tokenizer, encoded.response_ids) == "It is.</think>B<end>"
 
 
-def test_a_reference_that_the_template_changes_is_refused() -> None:
-    tokenizer = byte_level(chat_template=THINKING.replace("m['content']", "m['content'] | upper"))
-    with pytest.raises(ValueError, match="row 1: the chat template does not render the reference as it is"):
-        encode(chat_example("Because"), tokenizer, None)
-
-
 def test_bos_of_a_template_comes_once() -> None:
     tokenizer = metaspace("bpe")
     tokenizer.chat_template = "{{ bos_token }}" + CHAT
@@ -211,18 +195,20 @@ def test_the_shipped_pairs_chat_reads_as_its_problems_do() -> None:
     assert (chat.prompt_ids, chat.response_ids) == (text.prompt_ids, text.response_ids)
 
 
-def test_a_chat_without_a_template_is_refused() -> None:
-    with pytest.raises(ValueError, match="row 1 is a chat, and the tokenizer has no chat template"):
-        encode(chat_example("B"), byte_level(), None)
+def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
+    refused = Example(id="4", row=4, messages=({"role": "system", "content": "refuse"},), response="b")
+    shouting = byte_level(chat_template=THINKING.replace("m['content']", "m['content'] | upper"))
+    for example, tokenizer, message in (
+        (chat_example("B"), byte_level(), "row 1 is a chat, and the tokenizer has no chat template"),
+        (chat_example("Because"), shouting, "row 1: the chat template does not render the reference as it is"),
+        (refused, character_tokenizer(), "row 4: the chat template refuses the messages: no system messages"),
+        (Example("2", 2), byte_level(), "row 2 has no prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode(example, tokenizer, None)
 
 
-def test_what_a_template_refuses_is_explained() -> None:
-    example = Example(id="4", row=4, messages=({"role": "system", "content": "refuse"},), response="b")
-    with pytest.raises(ValueError, match="row 4: the chat template refuses the messages: no system messages"):
-        encode(example, character_tokenizer(), None)
-
-
-def test_what_is_too_long_is_refused_with_its_lengths() -> None:
+def test_what_is_too_long_is_an_error_with_its_lengths() -> None:
     tokenizer = character_tokenizer()
     assert len(encode(text_example("abc", "de"), tokenizer, 6).response_ids) == 3
     with pytest.raises(
@@ -234,18 +220,18 @@ def test_what_is_too_long_is_refused_with_its_lengths() -> None:
         encode(text_example("abc", row=7), tokenizer, 3)
 
 
-def test_text_that_the_tokenizer_does_not_know_is_refused() -> None:
+def test_text_that_the_tokenizer_does_not_know_is_an_error() -> None:
     with pytest.raises(ValueError, match="row 1: the tokenizer does not know all of the text"):
         encode(text_example("hello", " w\u00f6rld"), metaspace("bpe"), None)
 
 
-def test_tokens_that_the_pair_does_not_know_are_refused() -> None:
+def test_tokens_that_the_pair_does_not_know_are_an_error() -> None:
     tokenizer = character_tokenizer()
     with pytest.raises(ValueError, match=r"row 1: token 4 \('b'\) is not among the 4 that both models know"):
         encode(text_example("a", "b"), tokenizer, None, vocab_size=4)
 
 
-def test_a_boundary_that_no_tokens_have_is_refused() -> None:
+def test_a_boundary_that_no_tokens_have_is_an_error() -> None:
     words = Tokenizer(models.WordLevel({"<eos>": 0, "the": 1, "answer": 2, "ans": 3, "wer": 4}, unk_token="<eos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(ValueError, match=r"row 1: the tokenizer joins .*'the ans', .*'wer'.* Put white space between"):
