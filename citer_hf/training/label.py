@@ -20,7 +20,7 @@ import torch
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Checker, get_checker
-from citer_hf.data.examples import read_examples
+from citer_hf.data.examples import DataOptions, read_examples
 from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation.decode import BATCH_TOKENS
 from citer_hf.evaluation.evaluate import judge, name_of
@@ -48,14 +48,9 @@ SLICE = 2048
 
 
 @dataclass(frozen=True)
-class LabelOptions:
+class LabelOptions(DataOptions):
     """Options of `label_preferences` and `citer label`."""
 
-    columns: Mapping[str, str] | None = option(
-        None, "The column of a field. May be repeated.", metavar="FIELD=COLUMN", flag="--map"
-    )
-    split: str | None = option(None, "Which split of the data.", metavar="NAME")
-    limit: int | None = option(None, "Use the first N examples only.", metavar="N", min=1)
     router_threshold: float | None = option(
         None, "Of the roll-outs: 0 is the SLM alone, 2 the LLM alone. [default: the pair's]", metavar="X"
     )
@@ -65,9 +60,10 @@ class LabelOptions:
     seed: int = option(0, "Decides between states of which the router is equally unsure.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.router_threshold is not None:
             as_threshold(self.router_threshold)
-        for name, least in (("limit", 1), ("rollouts", 0), ("max_new_tokens", 1), ("batch_tokens", 1)):
+        for name, least in (("rollouts", 0), ("max_new_tokens", 1), ("batch_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected a number from {least} up, got {value}.")

@@ -18,6 +18,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.decode import with_router
 from citer_hf.model.routers import MlpRouter, marginal
 from citer_hf.runs import file_sha256
+from citer_hf.training import baselines
 from citer_hf.training import train as train_module
 from citer_hf.training.baselines import baseline_routers, router_of
 from citer_hf.training.label import label_preferences
@@ -125,15 +126,6 @@ def test_a_router_learns_what_there_is_to_learn(tmp_path: Path, monkeypatch: pyt
     assert "held-out questions: AUC 0.9" in summary({"validation": facts})
 
 
-def test_questions_that_are_held_out_depend_on_the_seed_alone() -> None:
-    parts = [divide(LABELS, OBJECTIVES[name], replace(QUICK, seed=seed))[2] for name, seed in CHOICES]
-    assert torch.equal(parts[0], parts[1]) and not torch.equal(parts[0], parts[2])
-    assert len(torch.unique(LABELS.question[parts[0]])) == 3
-
-
-CHOICES = (("citer-s", 0), ("co-llm", 0), ("citer-s", 1))
-
-
 class Interrupt(TrainerCallback):
     """Stops a training in the middle."""
 
@@ -184,8 +176,7 @@ def test_baselines_are_every_method_that_has_something_to_learn(
     monkeypatch.setattr(Labels, "load", classmethod(lambda cls, directory: labels))
     monkeypatch.setattr(Labels, "check_pair", lambda self, model: None)
     names = {"citer", "citer-plus", "citer-s", "co-llm", "query", "confidence", "entropy", "random"}
-    for name, value in {"epochs": 1, "learning_rates": (1e-2,)}.items():
-        monkeypatch.setattr(TrainOptions, "__init__", with_default(TrainOptions.__init__, name, value))
+    monkeypatch.setattr(baselines, "TrainOptions", lambda seed: replace(QUICK, epochs=1, seed=seed))
     routers = baseline_routers(pair, "labels")
     assert set(routers) == names
     scores = [router(LABELS.hidden[:9].float(), torch.randn(9, 30)) for router in routers.values()]
@@ -195,11 +186,6 @@ def test_baselines_are_every_method_that_has_something_to_learn(
     assert "query is left out. labels: of the 21 labels" in caplog.text
     with pytest.raises(ValueError, match="methods: there is no 'rnd'; expected some of"):
         baseline_routers(pair, "labels", ["rnd"])
-
-
-def with_default(made: Any, name: str, value: Any) -> Any:
-    """An `__init__` with another default."""
-    return lambda self, **options: made(self, **{name: value, **options})
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
