@@ -23,7 +23,6 @@ from .runs import WORK, import_extra, option
 if TYPE_CHECKING:
     from .model.modeling import CiterForCausalLM
 
-DEMO = "demo"
 INTERRUPTED = 130
 # The extra that brings the libraries which a command needs beyond the package's own.
 EXTRAS = {"serve": "serve", "label": "train", "train": "train", "evaluate": "train", "calibrate": "train"}
@@ -43,7 +42,6 @@ class Commands(typer.core.TyperGroup):
     """The commands, whose options are imported when they are called."""
 
     def resolve_command(self, *arguments: Any) -> Any:
-        """Return the name, the command and the arguments that are left."""
         name, found, rest = super().resolve_command(*arguments)
         if name in COMMANDS:
             one = typer.Typer(**PLAIN)
@@ -81,7 +79,7 @@ def citer(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Make `--version` an option of the program."""
+    """Run one of the commands below."""
 
 
 def main() -> None:
@@ -120,9 +118,9 @@ def plain_errors(out: Path | None = None, extra: str | None = None) -> Iterator[
 
 
 def say(text: str) -> None:
-    """Print a result, once when there are several processes."""
     from .runs import process_state
 
+    # Once, when there are several processes.
     if process_state().is_main_process:
         typer.echo(text)
 
@@ -206,7 +204,7 @@ def place_of(model: str) -> str:
     """Return the directory or repository id that a user means."""
     from .demo import PAIR
 
-    return str(PAIR) if model == DEMO else model
+    return str(PAIR) if model == "demo" else model
 
 
 def load_pair(options: Options) -> CiterForCausalLM:
@@ -245,7 +243,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print the measurements as JS
 
 @command
 def demo(
-    options: Annotated[Options, Of("demo.demo.DemoOptions")],
+    seed: Annotated[int, typer.Option(help="Another seed gives other problems.")] = 0,
+    problems: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out problems to measure on.")] = 200,
+    router_threshold: Annotated[
+        float | None, typer.Option(metavar="X", help="The SLM's token stands when its score reaches this.")
+    ] = None,
     json: Json = False,
     export: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the problems to FILE as JSON lines instead.")
@@ -253,19 +255,17 @@ def demo(
     split: Annotated[str, typer.Option(help="With --export: train, validation or test.")] = "test",
 ) -> None:
     """Watch the pair that ships solve word problems, and see what it saves."""
-    from .demo import demo as shipped
+    from .demo import show
 
-    if export is None:
-        if split != "test":
-            raise ValueError("--split is for --export; the demo itself is about test problems.")
-        report = shipped.demo(visible=not json, **options)
-        typer.echo(json_format.dumps(report.as_dict(), indent=2) if json else report.table())
-        raise typer.Exit(INTERRUPTED if report.interrupted else 0)
-    if json or "router_threshold" in options:
+    if export is not None and (json or router_threshold is not None):
         raise ValueError("--export only writes the problems; leave out --json and --router-threshold.")
-    wanted = shipped.DemoOptions(**options)
-    shipped.export(export, wanted.seed, wanted.problems, split)
-    typer.echo(f"Wrote {wanted.problems} problems to {export}.", err=True)
+    if export is None and split != "test":
+        raise ValueError("--split is for --export; the demo itself is about test problems.")
+    if export is not None:
+        show.export(export, seed, problems, split)
+        typer.echo(f"Wrote {problems} problems to {export}.", err=True)
+        return
+    raise typer.Exit(show.show(place_of("demo"), seed, problems, router_threshold, json))
 
 
 @command

@@ -31,7 +31,6 @@ ALL_FACTS = tuple(name for json, others in FACTS.items() for name in (json, *oth
 OF_A_ROUTER = ("*.safetensors", "*.safetensors.index.json", "citer/*", "*_citer.py", "slm*/*", "llm*/*")
 # Hidden files and Python's cache stay on this machine.
 HIDDEN = (".*", "*/.*", "*__pycache__/*")
-METHODS = {"mlp": "citer", "linear": "co-llm"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | N
                 return str(method)
         is_known = router is not None or (run.get("router") or {}).get("type") == kind
         if run.get("router_sha256", "") == router and is_known:
-            return str(told.get("objective") or METHODS.get(kind, kind))
+            return str(told.get("objective") or kind)
     return None
 
 
@@ -231,7 +230,6 @@ def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[s
         rows = [("SLM alone", ends["slm"]), *rows, ("LLM alone", ends["llm"])]
         metadata |= measured(points, threshold, name, dataset)
     tokenizer = folder / "tokenizer_config.json"
-    own: dict[str, Any] = references
     card = ModelCard.from_template(
         ModelCardData(**{key: value for key, value in metadata.items() if value is not None}),
         template_path=str(TEMPLATE),
@@ -240,7 +238,8 @@ def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[s
         repo_id=repo_id,
         router=config["router"],
         threshold=f"{threshold:.4g}",
-        **own,
+        slm=references["slm"],
+        llm=references["llm"],
         results=results,
         rows=rows,
         dataset=dataset,

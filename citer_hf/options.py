@@ -90,14 +90,15 @@ def parameters_of(options: type[Any]) -> list[inspect.Parameter]:
             flag += f"/--no-{flag[2:]}"
         elif kind not in (bool, int, float, str, Path):
             kind = str
-        info = (
-            typer.Argument(**about, show_default=False)
-            if about.pop("argument", False)
-            else typer.Option(flag, **about)
-        )
-        annotation: Any = Annotated[kind if default is not None else kind | None, info]
+        is_argument = about.pop("argument", False)
+        info = typer.Argument(**about, show_default=False) if is_argument else typer.Option(flag, **about)
         found.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=Annotated[kind if default is not None else kind | None, info],
+                default=default,
+            )
         )
     return found
 

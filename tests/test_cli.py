@@ -336,16 +336,6 @@ def test_chat_from_a_pipe(chat_directory: Path) -> None:
     assert result.stderr == "Error: there is no command /nonsense; /help lists them.\n"
 
 
-def test_what_follows_exit_is_not_read(chat_directory: Path) -> None:
-    result = invoke("chat", chat_directory, text="/exit\n/nonsense\n")
-    assert result.exit_code == 0 and not result.stderr
-
-
-def test_the_threshold_of_the_command_line(chat_directory: Path) -> None:
-    result = invoke("chat", chat_directory, "--router-threshold", 0, "--max-new-tokens", 8, text="hello\n/stats\n")
-    assert "Threshold 0." in result.stdout and "8 by the SLM, 0 by the LLM" in result.stdout
-
-
 def test_a_pair_without_a_tokenizer_cannot_chat(tmp_path: Path) -> None:
     model = chat_pair()
     model._tokenizer = None

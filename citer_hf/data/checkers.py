@@ -14,15 +14,14 @@ import re
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Number
-from typing import Any
 
 from .examples import Choices, Example, last_boxed
 
-__all__ = ["Checker", "Grader", "Verdict", "get_checker", "judge"]
+__all__ = ["Checker", "Verdict", "get_checker"]
 
 
 @dataclass(frozen=True)
@@ -220,55 +219,3 @@ def _as_number(text: str) -> Fraction | None:
         # Divided by zero, or with more digits than Python reads.
         return None
     return -value if found[0].startswith("-") else value
-
-
-# Errors that a user's own function has; an interruption passes.
-ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
-
-
-class Grader:
-    """Judges new texts of some examples with a checker, each text once."""
-
-    def __init__(self, checker: Checker | str, examples: Sequence[Example], tokenizer: Any):
-        self.name = checker if isinstance(checker, str) else name_of(checker)
-        if not examples:
-            raise ValueError("examples: expected at least one, got none. Is the file empty?")
-        for example in examples:
-            _answer_of(self.name, example)
-        self.checker = get_checker(checker) if isinstance(checker, str) else checker
-        self.examples, self.tokenizer = examples, tokenizer
-        self._known: dict[tuple[int, tuple[int, ...]], Verdict] = {}
-
-    def grade(self, texts: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> list[Verdict]:
-        """Judge a text (token ids, without the prompt) of every example, or of those with the indices `rows`."""
-        indices = range(len(texts)) if rows is None else rows
-        keys = [(index, tuple(text)) for index, text in zip(indices, texts, strict=True)]
-        for index, text in keys:
-            if (index, text) not in self._known:
-                response = self.tokenizer.decode(list(text), skip_special_tokens=True)
-                self._known[index, text] = judge(self.checker, response, self.examples[index], self.name)
-        return [self._known[key] for key in keys]
-
-
-def judge(checker: Checker, text: str, example: Example, name: str | None = None) -> Verdict:
-    """Let a checker, which may be a user's own, judge one text."""
-    name = name_of(checker) if name is None else name
-    where = f"at row {example.row} of the data ({example.id!r})"
-    try:
-        verdict = checker(text, example)
-    except ERRORS as error:
-        if checker in CHECKERS.values():
-            raise
-        raise ValueError(
-            f"checker {name}: it raised {type(error).__name__} ({error}) {where}. A checker must judge any text, also "
-            "one without an answer. Correct it and run the same command: finished work is kept."
-        ) from error
-    if not isinstance(verdict, Verdict):
-        raise TypeError(f"checker {name}: expected it to return a Verdict, got {type(verdict).__name__} {where}.")
-    return verdict
-
-
-def name_of(checker: Checker) -> str:
-    """Return the name by which a checker can be found: its module and its function or class."""
-    named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
-    return f"{named.__module__}:{named.__qualname__}"

@@ -158,11 +158,12 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
         if error is not None and (
             isinstance(error, OSError) or is_broken_transfer(error) or type(error).__name__ == "SafetensorError"
         ):
+            broken = "the download broke off: " if is_broken_transfer(error) else ""
             title = {"router": "router", "slm": "SLM", "llm": "LLM"}.get(role, f"{role[:3].upper()}'s adapter")
             revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
             moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
             raise OSError(
-                f"{role}: the {title} could not be loaded from {source}{revision}: {error}\nIf a file is missing, "
+                f"{role}: the {title} could not be loaded from {source}{revision}: {broken}{error}\nIf a file is missing, "
                 f"damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
             ) from error
         if isinstance(error, TypeError | ValueError) and not str(error).startswith(role):

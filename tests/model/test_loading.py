@@ -16,15 +16,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedTokenizerFast,
     pipeline,
 )
 
 from citer_hf import CiterConfig, CiterForCausalLM
 from citer_hf.model.routers import ROUTERS
-from tests.conftest import ScriptedRouter, random_prompts
+from tests.conftest import random_prompts
 from tests.families import VOCAB, tiny_config, tiny_model
+from tests.repositories import save_base_models
 from tests.repositories import word_tokenizer as tokenizer
 
 TEXT = torch.tensor(random_prompts((12,)))
@@ -34,15 +34,7 @@ TEXT = torch.tensor(random_prompts((12,)))
 def bases(tmp_path_factory) -> Path:
     """A directory with a small and a large model and their tokenizer."""
     root = tmp_path_factory.mktemp("bases")
-    for name, seed, width in (("slm", 1, 32), ("llm", 2, 64)):
-        # Multiples of 32, by which bitsandbytes packs 4-bit weights on processors with AVX-512.
-        shape = {"hidden_size": width, "intermediate_size": 64, "head_dim": width // 4}
-        model = tiny_model("llama", seed=seed, num_attention_heads=4, **shape)
-        model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=6 if name == "llm" else 3, eos_token_id=[2, 5], pad_token_id=0
-        )
-        model.save_pretrained(root / name)
-        tokenizer().save_pretrained(root / name)
+    save_base_models(root)
     return root
 
 
@@ -98,10 +90,6 @@ def test_wrapping_saving_and_loading_leaves_the_base_models_bit_identical(bases,
         assert same(weights(pair.slm), before["slm"]) and same(weights(pair.llm), before["llm"])
 
 
-def test_a_new_pair_is_in_evaluation_mode(bases):
-    assert not any(module.training for module in from_pair(bases, router="mlp").modules())
-
-
 def test_models_that_are_loaded_already_are_wrapped_as_they_are(bases):
     slm, llm = (AutoModelForCausalLM.from_pretrained(bases / role) for role in ("slm", "llm"))
     before = weights(slm)
@@ -117,12 +105,6 @@ def test_a_router_repository_is_small_and_refers_to_its_base_models(bases, tmp_p
     assert all(name.startswith("router.") for name in load_file(tmp_path / "router" / "model.safetensors"))
     config = json.loads((tmp_path / "router" / "config.json").read_text())
     assert config["llm_reference"] == {"name_or_path": str(bases / "llm")}
-
-
-def test_a_router_without_weights_needs_no_weights_file(bases, tmp_path):
-    from_pair(bases, router="entropy").save_pretrained(tmp_path / "router")
-    assert not (tmp_path / "router" / "model.safetensors").exists()
-    CiterForCausalLM.from_pretrained(tmp_path / "router")
 
 
 def test_a_self_contained_directory_can_be_moved(bases, tmp_path):
@@ -550,10 +532,3 @@ def test_settings_for_one_model_of_a_single_file_are_refused(tmp_path):
     CiterForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"llm_dtype: this repository holds the router and both models in one file"):
         CiterForCausalLM.from_pretrained(tmp_path, llm_dtype=torch.bfloat16)
-
-
-def test_a_scripted_router_is_saved_without_weights(bases, tmp_path):
-    model = from_pair(bases, router=ScriptedRouter(torch.tensor([[1, 0]])))
-    model.save_pretrained(tmp_path / "router")
-    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router", router=ScriptedRouter(torch.tensor([[1, 0]])))
-    assert torch.equal(logits(loaded), logits(model))

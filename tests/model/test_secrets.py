@@ -12,7 +12,7 @@ SECRETS = (TOKEN, OTHERS_TOKEN, WRONG_TOKEN)
 
 # A router's whole life, with everything said that can be said.
 LIFE = """
-    import copy, pickle, traceback
+    import pickle, traceback
     from huggingface_hub import HfApi
     from transformers import AutoTokenizer
     from typer.testing import CliRunner
@@ -40,8 +40,8 @@ LIFE = """
         Path("router", name).write_bytes(Path("out", name).read_bytes())
     pair.save_pretrained("again", save_base_models=True)
     pickle.dump(pair, open("pair.pickle", "wb"))
-    said["kept"] = [one(pair)._repository[1]["token"] == TOKEN for one in (copy.copy, copy.deepcopy)]
-    said["read"] = pickle.load(open("pair.pickle", "rb"))._repository[1]
+    said["kept"] = [one._repository[1] for one in (pair, pickle.load(open("pair.pickle", "rb")))]
+    said["tokenizer"] = pair.load_tokenizer() is not None
     print(vars(pair), pair, pair.config, vars(pair.config), pair.generation_config)
 
     run = lambda *arguments: CliRunner().invoke(app, [str(one) for one in arguments])
@@ -95,7 +95,8 @@ LIFE = """
 def test_a_token_is_nowhere(client):  # noqa: F811
     said = client.run(LIFE)
     assert said["exits"] == {"good": [0, 0, 1, 1, 1], "wrong": [1, 1, 1, 1, 1]}
-    assert said["raised"] == said["calls"] and said["kept"] == [True, True] and "token" not in said["read"]
+    assert said["raised"] == said["calls"] and said["tokenizer"]
+    assert not any("token" in kept for kept in said["kept"])
     assert "DEBUG:" in client.output and not [secret for secret in SECRETS if secret in client.output]
     holding = [
         str(file.relative_to(client.folder))

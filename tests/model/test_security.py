@@ -128,22 +128,12 @@ def claiming(shape: list[int], size: int) -> bytes:
     "content",
     [
         header(1 << 62),
-        header(1 << 40, b"{}"),
         header(200 << 20, b"{" + b" " * 1000),
         claiming([1 << 40, 1 << 20], 1 << 62),
         claiming([1 << 40], 128),
-        claiming([(1 << 63) - 1, 1 << 62], 128),
         b"",
     ],
-    ids=[
-        "header of 4 EiB",
-        "header of 1 TiB",
-        "cut header",
-        "huge shape",
-        "shape and size differ",
-        "overflow",
-        "empty",
-    ],
+    ids=["header of 4 EiB", "cut header", "huge shape", "shape and size differ", "empty"],
 )
 def test_a_file_that_claims_more_than_it_holds_is_refused(router, nothing_is_read, content):
     (router / "model.safetensors").write_bytes(content)
@@ -151,7 +141,7 @@ def test_a_file_that_claims_more_than_it_holds_is_refused(router, nothing_is_rea
         load(router)
 
 
-@pytest.mark.parametrize("content", [header(1 << 62), header(200 << 20, b"{"), claiming([1 << 40], 128), b""])
+@pytest.mark.parametrize("content", [header(1 << 62), claiming([1 << 40], 128)])
 @pytest.mark.parametrize("role", ["slm", "llm"])
 def test_weights_of_a_base_model_that_claim_more_than_they_hold_are_refused(router, role, content):
     (router / role / "model.safetensors").write_bytes(content)

@@ -195,8 +195,19 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(
 def on_disk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Arguments of `citer label` but for its output."""
     folder = tmp_path_factory.mktemp("demo")
-    invoke("demo", "--export", folder / "data.jsonl", "--problems", 6, "--split", "train")
-    options = ["--checker", "exact", "--max-new-tokens", 30, "--batch-tokens", 600, "--device-map", "cpu"]
+    invoke("demo", "--export", folder / "data.jsonl", "--problems", 4, "--split", "train")
+    options = [
+        "--checker",
+        "exact",
+        "--max-new-tokens",
+        30,
+        "--batch-tokens",
+        1500,
+        "--rollouts",
+        60,
+        "--device-map",
+        "cpu",
+    ]
     return ["label", save_demo_pair(folder), "--data", folder / "data.jsonl", *options, "--out"]
 
 
