@@ -52,10 +52,7 @@ def test_a_batch_calls_the_llm_when_any_sequence_needs_it() -> None:
     [
         ({}, "--gpu: .* h100, .*--bandwidth, got None"),
         ({"gpu": "abacus"}, "--gpu: .* got 'abacus'"),
-        ({"bandwidth": -1}, "--bandwidth: .* got -1"),
         ({"gpu": "h100", "slm_bits": 0}, "--slm-bits: .* got 0"),
-        ({"gpu": "h100", "llm_bits": 99}, "--llm-bits: .* got 99"),
-        ({"gpu": "h100", "replicas": 0}, "--replicas: .* got 0"),
         ({"gpu": "h100", "tensor_parallel": 0}, "--tensor-parallel: .* got 0"),
         ({"gpu": "h100", "shares": (1.2,)}, "--shares: .* got 1.2"),
     ],
