@@ -94,7 +94,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         super().__init__(config)
         # `post_init` initialises what is new, and nothing that is given.
         for module in (module for given in (slm, llm, router) if given is not None for module in given.modules()):
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
         slm = slm if slm is not None else AutoModelForCausalLM.from_config(config.slm_config, trust_remote_code=False)
         llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False)
         check_pair(slm, llm)
