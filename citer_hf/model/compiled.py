@@ -169,7 +169,9 @@ def why_not_compiled(model: Any, part: Any) -> str:
 
 def compiled_for(model: Any) -> tuple[Any, ...]:
     """Return what compiled passes and their memory depend on, beside shapes."""
-    return tuple(
+    kind = model.slm.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast, *(
         (part.device, part.dtype, part.config.get_text_config()._attn_implementation)
         for part in (model.slm, model.llm)
     )

@@ -29,7 +29,9 @@ class GrowingLayer(DynamicLayer):
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
         # Whoever crops or reorders the layer leaves other tensors here, and perhaps still reads the old ones.
-        if self._room is None or self.keys is not self._own_keys or end > self._room[0].shape[-2]:
+        stale = self._room is None or self.keys is not self._own_keys or end > self._room[0].shape[-2]
+        # A text may have begun under autocast, whose values have fewer bits.
+        if stale or (length and any(map(has_more_bits, (key_states, value_states), self._room or ()))):
             self._make_room(key_states, value_states, length, end)
         assert self._room is not None
         for room, states in zip(self._room, (key_states, value_states), strict=True):
@@ -51,6 +53,11 @@ class GrowingLayer(DynamicLayer):
     def show(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold other tensors from now on, and give the memory of its own back."""
         self.keys, self.values, self._room, self._own_keys = keys, values, None, None
+
+
+def has_more_bits(states: torch.Tensor, room: torch.Tensor) -> bool:
+    """Return True if values lose precision in the memory for them."""
+    return states.dtype != room.dtype and torch.promote_types(states.dtype, room.dtype) != room.dtype
 
 
 def show(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:

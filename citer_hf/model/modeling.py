@@ -110,6 +110,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         self._is_stateful = bool(slm._is_stateful or llm._is_stateful)
         self._keywords = {type(model): keywords_of(model) for model in (slm, llm)}
         self.generation_config = GenerationConfig.from_dict(llm.generation_config.to_dict())
+        # Otherwise transformers drops `router_threshold` from these settings when they are loaded again.
+        self.generation_config._from_model_config = False
         self.compiled_steps = CompiledSteps()
         for model in (slm, llm):
             model.requires_grad_(False)

@@ -102,6 +102,11 @@ class Router(nn.Module):
         raise NotImplementedError
 
 
+def moved(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return inputs with the type of a weight, and on its device unless its values are offloaded."""
+    return inputs.to(weight.dtype) if weight.device.type == "meta" else inputs.to(weight)
+
+
 class MlpRouter(Router):
     """The router of CITER: `H → 2H → H → 1` and a sigmoid (section 3.1)."""
 
@@ -123,7 +128,7 @@ class MlpRouter(Router):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        inputs = hidden.to(self.expand.weight)
+        inputs = moved(hidden, self.expand.weight)
         if self.top_logprobs:
             inputs = torch.cat([inputs, top_logprobs(logits, self.top_logprobs).to(inputs)], dim=-1)
         return torch.sigmoid(self.log_odds(inputs))
@@ -145,7 +150,7 @@ class LinearRouter(Router):
         self.score = nn.Linear(hidden_size, 1, dtype=torch.float32)
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.log_odds(hidden.to(self.score.weight)))
+        return torch.sigmoid(self.log_odds(moved(hidden, self.score.weight)))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logit of `p_slm`."""
@@ -256,10 +261,10 @@ class R2RRouter(Router):
     def divergence(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the logit of the probability that the SLM's token leads astray."""
         like = self.combined_projection.weight
-        largest = logits.topk(min(self.top_logits, logits.shape[-1]), dim=-1).values.to(like)
+        largest = logits.topk(min(self.top_logits, logits.shape[-1]), dim=-1).values
         largest = nn.functional.pad(largest, (0, self.top_logits - largest.shape[-1]))
-        token = self._embedded(logits.argmax(-1)).to(like)
-        inputs = torch.cat([hidden.to(like), token, self.logits_projection(largest)], dim=-1)
+        token = moved(self._embedded(logits.argmax(-1)), like)
+        inputs = torch.cat([moved(hidden, like), token, self.logits_projection(moved(largest, like))], dim=-1)
         values = self.blocks(self.input_projection(self.combined_projection(inputs)))
         return self.score(self.norm(values)).squeeze(-1)
 

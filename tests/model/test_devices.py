@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from citer_hf import CiterForCausalLM
@@ -79,6 +80,19 @@ def test_a_pair_that_is_placed_writes_the_same(
     for threshold in (0.0, 0.5, 2.0):
         both = [one.generate(TEXT, router_threshold=threshold, **GREEDY) for one in (model, plain)]
         assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("router", ["mlp", "linear", "r2r", "confidence"])
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_a_pair_that_accelerate_offloads_writes_the_same(tmp_path: Path, router: str, offload: str) -> None:
+    model = make_pair(router={"type": router})
+    texts = torch.cat([TEXT, TEXT + 9])
+    expected = [model.generate(text, **GREEDY) for text in (TEXT, texts)]
+    model = cpu_offload(model) if offload == "cpu" else disk_offload(model, str(tmp_path))
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    assert all(
+        torch.equal(model.generate(text, **GREEDY), one) for text, one in zip((TEXT, texts), expected, strict=True)
+    )
 
 
 def test_a_copy_shares_nothing_and_copies_generate_at_once(bases: Path) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from citer_hf import CiterCache
+from citer_hf import CiterCache, CiterConfig, CiterForCausalLM
+from citer_hf.model.compat import cache_argument
 from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
+from tests.families import tiny_model
 from tests.reference import naive_logits
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -222,3 +228,59 @@ def test_another_head_may_be_put_on_the_slm(text):
     ids = text["input_ids"] if isinstance(text, dict) else text
     output = model(ids, router_threshold=0.0)
     torch.testing.assert_close(output.logits, model.slm(ids).logits)
+
+
+class OwnCode(LlamaForCausalLM):
+    """A base model with code of its own, whose `forward` takes no `**kwargs`."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None
+    ):
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
+        return super().forward(input_ids, **cache_argument(super(), past_key_values), **inputs, return_dict=True)
+
+
+@pytest.mark.parametrize("role", ["slm", "llm"])
+def test_a_base_model_is_given_only_the_keywords_that_it_takes(role, text):
+    plain = {"slm": tiny_model("llama", seed=1), "llm": tiny_model("llama", seed=2)}
+    alone = plain[role]
+    mine = OwnCode(copy.deepcopy(alone.config))
+    mine.load_state_dict(alone.state_dict())
+    parts = {**plain, role: mine.eval()}
+    config = CiterConfig(slm_config=parts["slm"].config, llm_config=parts["llm"].config, router="random")
+    model = CiterForCausalLM(config, **parts).eval()
+    settings = {"max_new_tokens": 5, "do_sample": False, "router_threshold": 0.0 if role == "slm" else 2.0}
+    for batch in (left_padded([text[0].tolist()]), left_padded(random_prompts())):
+        expected = alone.generate(**batch, max_new_tokens=5, do_sample=False)
+        for options in ({}, {"synced_gpus": False}, {"cache_implementation": "static"}, {"num_beams": 1}):
+            assert torch.equal(model.generate(**batch, **settings, **options), expected)
+    model.train()
+    loss = model(text, labels=text, num_items_in_batch=torch.tensor(24)).loss
+    assert loss.item() == pytest.approx(model(text, labels=text).loss.item() * 11 / 24, rel=1e-5)
+
+
+def test_a_base_model_may_be_replaced_by_one_that_takes_other_keywords(text):
+    model = make_pair()
+    alone = model.slm
+    model.slm = OwnCode(alone.config).eval()
+    model.slm.load_state_dict(alone.state_dict())
+    expected = alone.generate(text, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(text, max_new_tokens=4, do_sample=False, router_threshold=0.0), expected)
+
+
+def test_both_models_can_be_run_alone(pair, text):
+    cache = CiterCache(pair.config)
+    with torch.no_grad():
+        slm, logits = pair.run_slm(text, cache.slm, 1), pair.run_llm(text, cache.llm, 2)
+        torch.testing.assert_close(slm.logits, pair.slm(text).logits[:, -1:], **CLOSE)
+        torch.testing.assert_close(logits, pair.llm(text).logits[:, -2:, : pair.vocab_size], **CLOSE)
+    assert slm.hidden.shape == (1, 1, 32) and cache.slm.get_seq_length() == cache.llm.get_seq_length() == 12
+
+
+def test_an_slm_that_does_not_call_its_head_is_an_error_that_says_so(text):
+    model = make_pair()
+    head = model.slm.lm_head
+    model.slm.lm_head.forward = None
+    model.slm.forward = lambda input_ids, **_: CausalLMOutputWithPast(logits=head.weight[input_ids])
+    with pytest.raises(ValueError, match="slm: LlamaForCausalLM does not call its output embeddings"):
+        model(text)

@@ -1,0 +1,260 @@
+"""`generate` with settings that people publish, keep and combine: the pair does what the plain model does."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, pipeline
+
+from citer_hf import CiterForCausalLM
+from tests.conftest import left_padded, make_pair, random_prompts
+from tests.families import tiny_model
+
+ONE = left_padded(random_prompts((6,)))
+THREE = left_padded(random_prompts((5, 9, 12)))
+BATCHES = [ONE, THREE]
+SHORT: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedModel:
+    return tiny_model("llama", seed=1)
+
+
+@pytest.fixture
+def model() -> CiterForCausalLM:
+    """A pair whose SLM is the plain model."""
+    return make_pair(router="random", threshold=0.5)
+
+
+def alike(pair: CiterForCausalLM, alone: PreTrainedModel, batch: dict[str, torch.Tensor], **settings: Any) -> None:
+    """The pair at threshold 0 generates, or raises, what its SLM does alone."""
+    try:
+        expected = alone.generate(**batch, **SHORT, **settings)
+    except ValueError as error:
+        with pytest.raises(ValueError) as caught:
+            pair.generate(**batch, **SHORT, **settings, router_threshold=0.0)
+        assert str(caught.value) == str(error)
+    else:
+        assert torch.equal(pair.generate(**batch, **SHORT, **settings, router_threshold=0.0), expected)
+
+
+# ---- settings of published and saved files -----------------------------------------------------------------------
+
+PUBLISHED: list[dict[str, Any]] = [
+    {"use_cache": False},
+    {"prompt_lookup_num_tokens": 3},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "offloaded_static"},
+    {"cache_implementation": "hybrid"},
+    {"cache_implementation": "sliding_window"},
+    {"cache_implementation": "hybrid_chunked"},
+    {"stop_strings": ["ab"]},
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
+@pytest.mark.parametrize("settings", PUBLISHED, ids=str)
+def test_published_settings_do_what_they_do_with_the_plain_model(plain, model, batch, settings):
+    alone = copy.deepcopy(plain)
+    model.generation_config.update(**settings)
+    # The plain model generates the same with these, and tells that they are deprecated or that a CPU has no streams.
+    if settings.get("cache_implementation", "static") == "static":
+        alone.generation_config.update(**settings)
+    alike(model, alone, batch)
+
+
+def test_a_cache_that_a_pair_lacks_gives_one_warning(model, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model.generation_config.cache_implementation = "offloaded_hybrid"
+        for _ in range(2):
+            model.generate(**ONE, **SHORT)
+    finally:
+        logger.removeHandler(caplog.handler)
+    told = [record.getMessage() for record in caplog.records if "Its dynamic cache is used" in record.getMessage()]
+    assert len(told) == 1 and "cache_implementation='offloaded_hybrid'" in told[0]
+
+
+@pytest.mark.parametrize("name", ["paged", "elastic"])
+def test_a_cache_by_a_name_that_means_nothing_is_an_error(model, name):
+    with pytest.raises(ValueError, match="cache_implementation: expected one of"):
+        model.generate(**ONE, **SHORT, cache_implementation=name)
+
+
+# ---- router_threshold as a setting -------------------------------------------------------------------------------
+
+
+def llm_share(pair: CiterForCausalLM, *args: Any, **options: Any) -> float:
+    output = pair.generate(ONE["input_ids"], *args, max_new_tokens=4, return_dict_in_generate=True, **options)
+    return output.past_key_values.routing.llm_share
+
+
+def test_a_threshold_among_the_settings_acts_and_a_keyword_wins(model):
+    assert llm_share(model, GenerationConfig(router_threshold=2.0)) == 1.0
+    assert llm_share(model, GenerationConfig(router_threshold=2.0), router_threshold=0.0) == 0.0
+    model.config.router_threshold = 0.0
+    assert llm_share(model) == 0.0
+    model.generation_config.router_threshold = 2.0
+    assert llm_share(model) == llm_share(model, GenerationConfig()) == 1.0
+    assert llm_share(model, GenerationConfig(router_threshold=0.0)) == llm_share(model, router_threshold=0.0) == 0.0
+    assert model.generation_config.router_threshold == 2.0
+    model.generation_config.router_threshold = 70
+    with pytest.raises(ValueError, match="router_threshold: expected a number from 0"):
+        llm_share(model)
+
+
+def test_a_threshold_among_the_settings_is_saved_and_acts_in_a_pipeline(model, tmp_path: Path):
+    model.generation_config.router_threshold = 2.0
+    model.save_pretrained(tmp_path)
+    loaded = CiterForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.router_threshold == 2.0 and llm_share(loaded) == 1.0
+    text = pipeline("text-generation", model=loaded, tokenizer=byte_tokenizer())
+    calls = loaded.generate
+    shares: list[float] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        output = calls(*args, **kwargs, return_dict_in_generate=True)
+        shares.append(output.past_key_values.routing.llm_share)
+        return output.sequences
+
+    loaded.generate = recorded  # type: ignore[method-assign]
+    text("abc", **SHORT)
+    text.generation_config.router_threshold = 0.0
+    text("abc", **SHORT)
+    text("abc", **SHORT, router_threshold=2.0)
+    assert shares == [1.0, 0.0, 1.0]
+
+
+def test_an_assistant_that_is_a_pair_keeps_its_own_threshold(model, count_calls):
+    assistant = make_pair(router="random", threshold=0.0)
+    calls = count_calls(assistant.llm)
+    model.generation_config.router_threshold = 2.0
+    model.generate(**ONE, **SHORT, assistant_model=assistant)
+    assert calls == []
+
+
+# ---- stop strings ------------------------------------------------------------------------------------------------
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 61 tokens, one byte each."""
+    printable = [one for one in sorted(pre_tokenizers.ByteLevel.alphabet()) if one.isalpha()][:58]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={one: i for i, one in enumerate(["<p>", "<b>", "<e>", *printable])}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}], ids=["plain", "lookup"])
+def test_stop_strings_stop_where_they_stop_the_plain_model(plain, model, batch, options):
+    tokenizer = byte_tokenizer()
+    whole = plain.generate(**ONE, **SHORT)
+    stop = tokenizer.decode(whole[0, -4:-2])
+    alike(model, plain, batch, tokenizer=tokenizer, stop_strings=[stop], **options)
+
+
+def test_stop_strings_that_cannot_be_looked_for_say_why(model, saved):
+    with pytest.raises(ValueError, match=r"stop_strings: assisted generation .* Leave out assistant_model"):
+        model.generate(**ONE, **SHORT, tokenizer=byte_tokenizer(), stop_strings="ab", assistant_model=model.slm)
+    shipped = CiterForCausalLM.from_pretrained(saved)
+    with pytest.raises(ValueError, match=r"stop_strings: .* this tokenizer, .*whose decoder does not keep all text"):
+        shipped.generate(**ONE, **SHORT, tokenizer=shipped.load_tokenizer(), stop_strings="ab")
+
+
+# ---- types of numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str
+)
+def test_token_ids_may_be_of_32_bits(model, batch, options):
+    generated = []
+    for dtype in (torch.int64, torch.int32):
+        torch.manual_seed(0)
+        inputs = {key: value.to(dtype) for key, value in batch.items()}
+        generated.append(model.generate(**inputs, **{**SHORT, **options}))
+        generated.append(model(**inputs).logits)
+    assert generated[0].dtype == generated[2].dtype == torch.int64
+    assert torch.equal(generated[0], generated[2]) and torch.equal(generated[1], generated[3])
+
+
+def use(pair: CiterForCausalLM, how: str, autocast: bool) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        if how == "train":
+            pair.train()
+            pair(**THREE, labels=THREE["input_ids"])
+            pair.eval()
+        elif how == "forward":
+            with torch.no_grad():
+                pair(**THREE)
+        else:
+            for batch in BATCHES:
+                pair.generate(**batch, **SHORT, cache_implementation=how)
+
+
+@pytest.mark.parametrize("router", ["mlp", "linear", "confidence", "r2r"])
+@pytest.mark.parametrize("first", [True, False])
+def test_passes_with_and_without_autocast_follow_each_other_in_any_order(router, first):
+    pair = make_pair(router={"type": router})
+    expected = pair.generate(**THREE, **SHORT)
+    for how in ("dynamic", "static", "forward", "train"):
+        use(pair, how, first)
+        use(pair, "dynamic", not first)
+    assert torch.equal(pair.generate(**THREE, **SHORT), expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_text_goes_on_with_and_without_autocast(model, first):
+    text, cache = ONE["input_ids"], None
+    for autocast in (first, not first, first):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = model.generate(
+                text, past_key_values=cache, return_dict_in_generate=True, min_new_tokens=4, **SHORT
+            )
+        text, cache = output.sequences, output.past_key_values
+    assert text.shape == (1, 6 + 3 * 6)
+
+
+# ---- what a reader and a type checker see ------------------------------------------------------------------------
+
+
+def test_generate_documents_its_own_keywords():
+    parameters = inspect.signature(CiterForCausalLM.generate).parameters
+    for name in ("inputs", "generation_config", "router_threshold", "waiting_rows"):
+        assert f"            {name}: " in str(CiterForCausalLM.generate.__doc__) and name in parameters
+    assert parameters["router_threshold"].annotation == "float | torch.Tensor | None"
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_what_is_public(tmp_path: Path):
+    pytest.importorskip("mypy")
+    (tmp_path / "used.py").write_text(
+        "import torch\nfrom citer_hf import CiterForCausalLM\n\n"
+        "def use(model: CiterForCausalLM, ids: torch.Tensor) -> None:\n"
+        "    reveal_type(model.generate(ids, router_threshold=0.5))\n"
+        "    reveal_type(model.run_slm(ids).hidden)\n    reveal_type(model.run_llm(ids))\n"
+        '    model.generate(ids, router_threshold="0.5")\n'
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--ignore-missing-imports", "used.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "CiterGenerateOutput" in found and found.count('"torch._tensor.Tensor"') == 2
+    assert 'Argument "router_threshold" to "generate"' in found and "Found 1 error" in found
