@@ -24,7 +24,6 @@ from .memory import explained, is_out_of_memory
 from .pair import check_pair
 from .routers import CUSTOM_ROUTER, build_router
 from .sharing import CiterSharingMixin
-from .small_products import weights_first
 
 MODELS = ("slm", "llm")
 SLM_OUTPUTS = ("output_hidden_states", "output_attentions")
@@ -388,8 +387,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             input_ids = input_ids.to(device)
             inputs = {key: to_device(value, device) for key, value in inputs.items()}
         try:
-            with weights_first(model, input_ids.numel()):
-                return model(input_ids=input_ids, return_dict=True, **inputs, **kwargs)
+            return model(input_ids=input_ids, return_dict=True, **inputs, **kwargs)
         except (RuntimeError, MemoryError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
