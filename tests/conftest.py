@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from citer_hf import CiterConfig, CiterForCausalLM
@@ -75,6 +76,39 @@ def make_pair(
         router_threshold=threshold,
     )
     return CiterForCausalLM(config, slm=small, llm=large, router=module).eval()
+
+
+@pytest.fixture
+def loop_taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Returns a function that names the loop of our own that the last `generate` took: `rows`, `static` or nothing."""
+    import citer_hf.model.generation as module
+
+    taken: list[str] = []
+
+    def noting(name: str, original: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            taken.append(name)
+            return original(*args, **kwargs)
+
+        return noted
+
+    for name in ("rows", "static"):
+        monkeypatch.setattr(module, f"decode_{name}", noting(name, getattr(module, f"decode_{name}")))
+
+    def last() -> str:
+        result = taken[-1] if taken else ""
+        taken.clear()
+        return result
+
+    return last
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """Returns a function that gives the warnings about static caches, as a process sees them that has just begun."""
+    transformers.utils.logging.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        yield lambda: [record.getMessage() for record in caplog.records if "static" in record.getMessage()]
 
 
 @pytest.fixture(scope="session")

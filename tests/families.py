@@ -58,10 +58,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
 }
 
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
+# More architectures, which the table of `compatibility.py` leaves out.
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **LOW_RANK,
+            **MOE,
+            "head_dim": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "gemma": ("GemmaConfig", {"head_dim": 8}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "olmo2": ("Olmo2Config", {}),
+    "phi": ("PhiConfig", {}),
+    "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 4, "shared_expert_intermediate_size": 16, **MOE}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "stablelm": ("StableLmConfig", {}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+}
+EVERY = {**FAMILIES, **MORE}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Configuration of a tiny model of a family."""
-    name, extra = FAMILIES[family]
+    name, extra = EVERY[family]
     return getattr(transformers, name)(**{**SHAPE, **extra, **overrides})
 
 

@@ -34,3 +34,27 @@ def naive_generate(
         if text[-1] in eos:
             break
     return text[len(ids) :], to_llm, scores, torch.stack(logits)
+
+
+Texts = list[tuple[list[int], list[bool], list[float], torch.Tensor]]
+
+
+def naive_texts(model: Any, rows: list[list[int]], steps: int, eos: Sequence[int]) -> Texts:
+    """What the naive loop gives for each sequence of a batch."""
+    return [naive_generate(model, row, steps, model.config.router_threshold, eos=eos) for row in rows]
+
+
+def assert_sequences(output: Any, rows: list[list[int]], expected: Texts) -> None:
+    """Compare the texts and the record of a batch, padded on the left, with the naive loop's."""
+    width, routing = max(map(len, rows)), output.past_key_values.routing
+    for index, (text, to_llm, scores, logits) in enumerate(expected):
+        length = len(text)
+        assert output.sequences[index, width : width + length].tolist() == text
+        assert not output.sequences[index, width + length :].any()
+        assert routing.to_llm[index, :length].tolist() == to_llm
+        assert not routing.unfinished[index, length:].any()
+        found = routing.scores[index, :length].cpu()
+        torch.testing.assert_close(found, torch.tensor(scores), atol=1e-3, rtol=1e-3)
+        if output.logits is not None:
+            kept = torch.stack([step[index] for step in output.logits])[:length]
+            torch.testing.assert_close(kept, logits, atol=1e-4, rtol=1e-4)

@@ -65,7 +65,7 @@ def why_not_placed(model: PreTrainedModel) -> str:
     """Return why tokens of a model cannot be put at places of their own by masks and positions; "" if they can."""
     config = model.config.get_text_config()
     name, implementation = config.model_type, config._attn_implementation
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return f"{name} takes no positions"
     if not set(getattr(config, "layer_types", None) or ()) <= LAYER_TYPES:
         return f"{name} has layers of other kinds than full and sliding attention"

@@ -21,7 +21,6 @@ from .loading import CiterLoadingMixin
 from .references import check_pair
 from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer, hidden_size_of, marginal
 from .saving import CiterSharingMixin
-from .small_products import weights_first
 
 SLM_OUTPUTS = ("hidden_states", "attentions")
 
@@ -377,8 +376,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         if device != input_ids.device and device.type != "meta":
             inputs = {key: to_device(value, device) for key, value in inputs.items()}
         try:
-            with weights_first(model, input_ids.numel()):
-                return model(**inputs)
+            return model(**inputs)
         except (RuntimeError, MemoryError, OSError) as error:
             if is_out_of_memory(error):
                 raise out_of_memory(error, role) from error

@@ -14,9 +14,10 @@ import torch
 from citer_hf.bench.options import available_devices
 from transformers import set_seed
 
-from tests.conftest import left_padded, random_prompts
-from tests.model.test_rows import GREEDY, assert_rows_are_those_of_the_naive_loop, pair_of
-from tests.reference import naive_generate
+from tests.conftest import left_padded, make_pair, random_prompts
+from tests.reference import assert_sequences, naive_generate, naive_texts
+
+GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 
 DEVICE = os.environ.get("CITER_TEST_DEVICE", available_devices()[-1])
 ROWS = (3, 11, 7, 9)
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def placed() -> Any:
-    return pair_of("llama", "qwen2").to(DEVICE)
+    return make_pair("llama", "qwen2", threshold=0.4).to(DEVICE)
 
 
 def on_device(rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -63,7 +64,7 @@ def test_rows_are_those_of_the_naive_loop(placed, cache, waiting_rows):
         cache_implementation=cache,
         waiting_rows=waiting_rows,
     )
-    assert_rows_are_those_of_the_naive_loop(placed, output, rows, 20, (2, 9))
+    assert_sequences(output, rows, naive_texts(placed, rows, 20, (2, 9)))
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -87,7 +88,7 @@ def test_passes_that_were_recorded_serve_other_texts(placed):
             return_dict_in_generate=True,
             cache_implementation="static",
         )
-        assert_rows_are_those_of_the_naive_loop(placed, output, rows, 20, (2, 9))
+        assert_sequences(output, rows, naive_texts(placed, rows, 20, (2, 9)))
 
 
 def test_two_threads_write_with_one_model(placed):
@@ -104,6 +105,6 @@ def test_the_bench_measures_time_and_memory_of_the_device(tmp_path):
     from citer_hf.bench.run import Bench
 
     options = BenchOptions(shares=(0.5,), prompt_length=8, max_new_tokens=8, repeats=2, cache_implementation="static")
-    report = Bench(pair_of("llama", "qwen2", router="confidence").to(DEVICE), options, "pair").run()
+    report = Bench(make_pair("llama", "qwen2", router="confidence").to(DEVICE), options, "pair").run()
     assert report.complete and report.machine is not None and report.machine.device.startswith("cuda")
     assert all(row.peak_memory_bytes > 0 and min(row.seconds) > 0 for row in report.rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 from citer_hf import CiterCache
 from citer_hf.model.compiled import prepare_thread
 from tests.conftest import left_padded, make_pair, random_prompts
-from tests.model.test_rows import pair_of
 from tests.model.test_static import GREEDY, ROWS, SAMPLING, STATIC, Every
 
 GRAPHS: list[Any] = []
@@ -48,20 +46,13 @@ def nothing_is_compiled_yet() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """Returns a function that gives the warnings about static caches."""
-    with caplog.at_level(logging.WARNING):
-        yield lambda: [record.getMessage() for record in caplog.records if "static" in record.getMessage()]
-
-
-# Every token is the LLM's, which so reads one token at a time: one pass of either model is compiled, and no more.
 LLM_ALONE = {**GREEDY, "router_threshold": 2.0, "eos_token_id": None}
-# One pass of the SLM.
+
+
 SLM_ALONE = {**GREEDY, "router_threshold": 0.0, "eos_token_id": None}
 
 
-@pytest.mark.parametrize("router", ["random", "confidence", "entropy", "linear", {"type": "mlp", "batch_norm": True}])
+@pytest.mark.parametrize("router", ["confidence", {"type": "mlp", "batch_norm": True}])
 def test_the_router_is_in_the_step_of_the_slm(router, warned):
     model = make_pair(router=router, hidden_size=48)
     batch = left_padded(random_prompts(ROWS))
@@ -71,11 +62,9 @@ def test_the_router_is_in_the_step_of_the_slm(router, warned):
     assert 2 <= len(GRAPHS) <= 5 and not warned()
 
 
-@pytest.mark.parametrize(
-    ("slm", "llm"), [("llama", "qwen2"), ("gemma2", "mistral_sliding"), ("gpt2", "gemma3"), ("qwen3_moe", "mixtral")]
-)
+@pytest.mark.parametrize(("slm", "llm"), [("gpt2", "gemma3"), ("qwen3_moe", "mistral_sliding")])
 def test_each_pass_is_traced_once_for_many_texts(slm, llm, warned):
-    model = pair_of(slm, llm)
+    model = make_pair(slm, llm)
     wanted = {**GREEDY, "max_new_tokens": 30, "eos_token_id": [2, 9]}
     seen = []
     for lengths, mode in ((ROWS, GREEDY), (ROWS, SAMPLING), ((4, 4, 2, 3), GREEDY), ((30, 2, 1, 9), GREEDY)):
@@ -112,7 +101,7 @@ def test_a_longer_text_takes_the_place_of_shorter_ones():
 
 
 def test_what_a_graph_writes_is_at_a_fixed_address():
-    model = pair_of("llama", "gemma3")
+    model = make_pair("llama", "gemma3")
     model.generate(**left_padded(random_prompts(ROWS)), **GREEDY, **compiling(), eos_token_id=None)
     written = 0
     for graph in GRAPHS:
@@ -198,7 +187,7 @@ def test_threads_that_share_a_model_give_what_one_gives():
 
 
 def test_what_was_returned_is_not_overwritten_by_the_next_text():
-    model = pair_of("llama", "gemma3")
+    model = make_pair("llama", "gemma3")
     prompts = [torch.tensor([row]) for row in random_prompts((9, 9))]
     wanted = {**GREEDY, "eos_token_id": None}
     first = model.generate(prompts[0], **wanted, **compiling(), return_dict_in_generate=True, output_logits=True)
@@ -291,7 +280,7 @@ def test_a_text_written_in_inference_mode_leaves_room_for_others():
 
 def test_a_pass_that_was_compiled_too_often_runs_as_it_is(warned):
     model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
-    for seed in range(12):
+    for seed in range(10):
         model.router.seed = seed
         assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
     assert len([one for one in warned() if one.startswith("cache_implementation")]) == 1
@@ -317,7 +306,7 @@ def test_any_thread_may_record_graphs():
 @pytest.mark.slow
 @pytest.mark.parametrize(("slm", "llm"), [("llama", "llama"), ("gpt2", "gemma3")])
 def test_compiled_passes_give_the_same_text(slm, llm, warned):
-    model = pair_of(slm, llm, {"type": "mlp"})
+    model = make_pair(slm, llm, {"type": "mlp"})
     for lengths in ((9,), ROWS):
         batch = left_padded(random_prompts(lengths))
         wanted = {**GREEDY, "max_new_tokens": 40, "router_threshold": 0.5}

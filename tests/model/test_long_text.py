@@ -1,9 +1,15 @@
-"""Nothing in a step but attention grows with the length of the text."""
+"""Nothing in a step but attention grows with the text; threads share a model; long runs keep their speed."""
 
 from __future__ import annotations
 
+import gc
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -14,11 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from citer_hf.model.batch import Rows
-from tests.conftest import make_pair, random_prompts
+from tests.conftest import left_padded, make_pair, random_prompts
 
-# Before these, both caches make room to spare, which is done once in many tokens; after them, the text is handed over.
 SETTLED = range(12, 36)
-# These touch as many elements as there are indices, whatever they index.
+
+
 INDEXED = ("aten::gather", "aten::scatter_")
 
 
@@ -88,3 +94,69 @@ def test_a_step_touches_as_much_after_a_long_text_as_after_a_short_one(
                 model.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
         touched.append(work.elements)
     assert touched[0] == touched[1] > 0
+
+
+def test_threads_that_share_a_model_give_what_one_gives():
+    model = make_pair("llama", "gemma2", router={"type": "random"})
+    prompts = [torch.tensor([row]) for row in random_prompts((4, 7, 9, 12, 5, 6, 8, 11))]
+
+    def generate(prompt: torch.Tensor):
+        return model.generate(input_ids=prompt, max_new_tokens=25, do_sample=False, return_dict_in_generate=True)
+
+    alone = [generate(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(generate, prompts * 3))
+    for index, output in enumerate(together):
+        expected = alone[index % len(prompts)]
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output.past_key_values.routing.scores, expected.past_key_values.routing.scores)
+        assert output.past_key_values.routing.llm_calls == expected.past_key_values.routing.llm_calls
+
+
+SEGMENTS = 12
+
+
+@pytest.mark.slow
+def test_throughput_does_not_fall_and_memory_does_not_grow():
+    """Runs for `CITER_SOAK_SECONDS` of processor time: other work on the machine does not slow that down much."""
+    model = make_pair(hidden_size=48)
+    process = psutil.Process()
+    # The first segment warms up.
+    segment = float(os.environ.get("CITER_SOAK_SECONDS", "24")) / (SEGMENTS + 1)
+
+    def write() -> tuple[float, int]:
+        """Return tokens per second of one segment, and the memory of the process after it."""
+        tokens, texts, began = 0, 0, time.process_time()
+        while time.process_time() - began < segment:
+            for lengths in ((9,), (3, 12, 7, 5)):
+                batch = left_padded(random_prompts(lengths, seed=texts))
+                model.generate(**batch, max_new_tokens=60, do_sample=True, eos_token_id=None)
+                tokens += 60 * len(lengths)
+            texts += 1
+        seconds = time.process_time() - began
+        gc.collect()
+        return tokens / seconds, process.memory_info().rss
+
+    write()
+    throughput, memory = zip(*(write() for _ in range(SEGMENTS)), strict=True)
+    third = SEGMENTS // 3
+    first, last = statistics.median(throughput[:third]), statistics.median(throughput[-third:])
+    print(f"tokens/s {first:.0f} to {last:.0f}, memory {memory[0] / 2**20:.1f} to {memory[-1] / 2**20:.1f} MiB")
+    assert last > 0.85 * first
+    assert memory[-1] - memory[0] < 8 * 2**20
+
+
+@pytest.mark.slow
+def test_the_cache_of_a_long_text_holds_its_tokens_and_an_eighth_to_spare():
+    model = make_pair(max_position_embeddings=8192)
+    output = model.generate(
+        torch.tensor(random_prompts((6,))),
+        max_new_tokens=4000,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    for cache in (output.past_key_values.slm, output.past_key_values.llm):
+        for layer in cache.layers:
+            room = layer.keys.untyped_storage().nbytes() / layer.keys.element_size()
+            assert room <= layer.keys[0, :, 0].numel() * (4006 * 1.125 + 64)

@@ -1,4 +1,4 @@
-"""How many rows wait before the LLM is called."""
+"""How many sequences wait before the LLM is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from citer_hf.model.schedule import Pace, passes_per_position, pressure, rows_to_wait_for
 
 
-def play(rows: int, waiting: int, share: float, steps: int = 20_000) -> tuple[float, float]:
+def play(rows: int, waiting: int, share: float, steps: int = 5_000) -> tuple[float, float]:
     """LLM calls and SLM steps per position, played with dice."""
     dice, waits, calls, moved = random.Random(0), 0, 0, 0
     for _ in range(steps):
@@ -26,12 +26,7 @@ def play(rows: int, waiting: int, share: float, steps: int = 20_000) -> tuple[fl
     ("rows", "waiting", "share"), [(1, 1, 0.3), (2, 2, 0.2), (8, 5, 0.2), (8, 1, 0.1), (16, 10, 0.2)]
 )
 def test_the_prediction_is_what_dice_give(rows, waiting, share):
-    assert passes_per_position(rows, waiting, share) == pytest.approx(play(rows, waiting, share), rel=0.04)
-
-
-def test_waiting_for_one_row_is_predicted_as_lock_step():
-    calls, steps = passes_per_position(8, 1, 0.2)
-    assert calls == pytest.approx(1 - 0.8**8, abs=1e-4) and steps == pytest.approx(1, abs=1e-4)
+    assert passes_per_position(rows, waiting, share) == pytest.approx(play(rows, waiting, share), rel=0.06)
 
 
 @pytest.mark.parametrize("step_ratio", [0.02, 0.1, 0.3, 0.6])
@@ -40,7 +35,7 @@ def test_a_fifth_of_the_tokens_waits_for_five_rows_of_eight_and_ten_of_sixteen(s
     assert rows_to_wait_for(16, 0.2, step_ratio) == 10
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 16, 40])
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("step_ratio", [0.0, 0.1, 1.0, 10.0])
 def test_the_policy_stays_among_the_rows(rows, share, step_ratio):
