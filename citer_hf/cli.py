@@ -243,11 +243,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the measurements as JS
 
 @command
 def demo(
-    seed: Annotated[int, typer.Option(help="Another seed gives other problems.")] = 0,
-    problems: Annotated[int, typer.Option(min=1, metavar="N", help="Held-out problems to measure on.")] = 200,
-    router_threshold: Annotated[
-        float | None, typer.Option(metavar="X", help="The SLM's token stands when its score reaches this.")
-    ] = None,
+    options: Annotated[Options, Of("demo.demo.DemoOptions")],
     json: Json = False,
     export: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the problems to FILE as JSON lines instead.")
@@ -255,17 +251,19 @@ def demo(
     split: Annotated[str, typer.Option(help="With --export: train, validation or test.")] = "test",
 ) -> None:
     """Watch the pair that ships solve word problems, and see what it saves."""
-    from .demo import show
+    from .demo import demo as shipped
 
-    if export is not None and (json or router_threshold is not None):
+    if export is None:
+        if split != "test":
+            raise ValueError("--split is for --export; the demo itself is about test problems.")
+        report = shipped.demo(visible=not json, **options)
+        typer.echo(json_format.dumps(report.as_dict(), indent=2) if json else report.table())
+        raise typer.Exit(INTERRUPTED if report.interrupted else 0)
+    if json or "router_threshold" in options:
         raise ValueError("--export only writes the problems; leave out --json and --router-threshold.")
-    if export is None and split != "test":
-        raise ValueError("--split is for --export; the demo itself is about test problems.")
-    if export is not None:
-        show.export(export, seed, problems, split)
-        typer.echo(f"Wrote {problems} problems to {export}.", err=True)
-        return
-    raise typer.Exit(show.show(place_of("demo"), seed, problems, router_threshold, json))
+    wanted = shipped.DemoOptions(**options)
+    shipped.export(export, wanted.seed, wanted.problems, split)
+    typer.echo(f"Wrote {wanted.problems} problems to {export}.", err=True)
 
 
 @command
