@@ -23,7 +23,7 @@ from citer_hf.model.static_memory import Workspace, llm_pass, slm_step
 PROMPT, ROOM = 5, 320
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):
     """Counts the operations that reach the device, and those of them that are more than views."""
 
     def __init__(self) -> None:
