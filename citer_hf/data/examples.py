@@ -16,8 +16,6 @@ from typing import Any
 
 from ..runs import import_extra, option
 
-__all__ = ["Choices", "DataOptions", "Example", "Messages", "last_boxed", "read_examples"]
-
 Messages = tuple[dict[str, str], ...]
 Choices = tuple[tuple[str, str], ...]
 Rows = Iterable[tuple[int, Mapping[str, Any]]]

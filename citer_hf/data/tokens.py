@@ -8,8 +8,6 @@ from typing import Any
 
 from .examples import Example, Messages
 
-__all__ = ["Encoded", "encode", "encode_prompt"]
-
 # What a tokenizer may merge with a text that follows; only what comes after it is used.
 ANCHORS = ("", "\n", ".", ":", "0", "a", "(")
 
@@ -58,8 +56,7 @@ def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    found = tokenizer(text, add_special_tokens=special, padding=False, truncation=False, verbose=False)
-    return list(found["input_ids"])
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

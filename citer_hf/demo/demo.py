@@ -23,8 +23,6 @@ from ..runs import atomic_write, option, progress_bar
 from ..terminal import Paint, WriterStreamer, legend
 from .problems import Problem, is_correct, problems
 
-__all__ = ["DemoOptions", "Measurement", "Report", "demo", "export"]
-
 BATCH_SIZE = 100
 STREAMED = 3
 MAX_NEW_TOKENS = 160

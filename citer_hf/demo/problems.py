@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["PHRASES", "Problem", "Split", "Step", "drill", "extract_answer", "is_correct", "problem", "problems"]
-
 Split = Literal["train", "validation", "test"]
 
 LARGEST = 99
