@@ -120,24 +120,19 @@ def chosen_label(text: str, choices: Choices) -> str | None:
     boxed, called = last_boxed(text), [match["said"] for match in CALLED.finditer(text)]
     for said in ([boxed] if boxed else []) + called[::-1]:
         bare = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", said).lstrip(" *_$([{\"'")
-        named = _label_at_start(bare, choices) or by_text.get(normalized(bare))
-        if named is not None:
-            return named
+        for label, _ in choices:
+            # In the other case no word may follow, as one follows an article.
+            either = rf"{re.escape(label)}|{re.escape(label.swapcase())}(?! \w)"
+            if re.match(rf"(?:[Oo]ption |[Cc]hoice )?\(?(?:{either})(?!\w|['’]\w)", bare):
+                return label
+        if normalized(bare) in by_text:
+            return by_text[normalized(bare)]
     if normalized(text) in by_text:
         return by_text[normalized(text)]
     # "A" before a word is an article, and "I" is whoever speaks.
     labels = "|".join(re.escape(label) for label, _ in choices)
     alone = re.findall(rf"(?<![\w'’])(?![AI] [a-z])({labels})(?!\w|['’]\w)", text)
     return alone[-1] if alone else None
-
-
-def _label_at_start(text: str, choices: Choices) -> str | None:
-    """Return the label that a text begins with; in the other case, no word may follow, as one follows an article."""
-    for label, _ in choices:
-        either = rf"{re.escape(label)}|{re.escape(label.swapcase())}(?! \w)"
-        if re.match(rf"(?:[Oo]ption |[Cc]hoice )?\(?(?:{either})(?!\w|['’]\w)", text):
-            return label
-    return None
 
 
 def normalized(text: str) -> str:
