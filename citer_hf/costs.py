@@ -52,9 +52,10 @@ class ModelCost:
         return context if self.kv_window is None else min(context, self.kv_window - 1)
 
 
-def flops(cost: ModelCost, tokens: float, context: float = 0, logits: float = 1) -> float:
+def flops(cost: ModelCost, tokens: float, context: float = 0) -> float:
     """Floating-point operations of a forward pass of one sequence: two per weight and token, and attention."""
-    products = (cost.active_parameters - cost.head_parameters) * tokens + cost.head_parameters * logits
+    # The head computes the last position's logits alone.
+    products = (cost.active_parameters - cost.head_parameters) * tokens + cost.head_parameters
     attention = cost.attention_width * (context + tokens)
     attention += cost.windowed_attention_width * (cost.in_window(context) + tokens)
     return float(2 * products + 2 * tokens * attention)
@@ -84,11 +85,12 @@ def _cost(
     """Count operations on the skeleton, and bytes on the model with the size of each of its weights."""
     config = skeleton.config.get_text_config(decoder=True)
     fraction = _expert_fraction(config)
-    active = 0.0
-    for weight, is_expert, _ in _weights_read(skeleton, fraction):
-        # Norms and biases take part in no matrix product. Stacked experts have one dimension more.
-        if weight.dim() >= (3 if is_expert and weight.dim() != 2 else 2):
-            active += weight.numel() * (fraction if is_expert else 1)
+    # Norms and biases take part in no matrix product.
+    active = sum(
+        weight.numel() * (fraction if is_expert else 1)
+        for weight, is_expert, _ in _weights_read(skeleton, fraction)
+        if weight.dim() >= 2
+    )
     shared = experts = 0.0
     read = set()
     for weight, is_expert, is_head in _weights_read(model, fraction):
@@ -118,8 +120,7 @@ def _cost(
 def _skeleton(config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
     """Build the model without memory for its weights."""
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     # With a padding token, forward looks into its input, which has no content here.
     config.get_text_config(decoder=True).pad_token_id = None
     build = getattr(model_class, "_from_config", None) or model_class.from_config

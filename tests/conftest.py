@@ -129,10 +129,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `citer bench demo` take the tiny pair, and measure the bandwidth of memory in no time."""
     import citer_hf.demo
-    from citer_hf.bench import bench
+    from citer_hf.bench import bench, cost_curve
 
     monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
     monkeypatch.setattr(bench, "BUFFER", 1 << 20)
+    monkeypatch.setattr(cost_curve, "TRIALS", 1)
 
 
 @pytest.fixture

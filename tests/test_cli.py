@@ -41,7 +41,7 @@ FLAGS = {
     "calibrate": f"{PAIR} --device-map {DATA} --llm-share --accuracy --write --out",
     "bench": f"{PAIR} --device --shares --thresholds --prompts --prompt-length --batch-size --max-new-tokens "
     "--repeats --warmup --cache-implementation --seed --released-loop --no-assisted --json --plot --simulate --gpu "
-    "--bandwidth --slm-bits --llm-bits --tensor-parallel --replicas",
+    "--bandwidth --slm-bits --llm-bits --tensor-parallel",
     "serve": f"{PAIR} --device-map --host --port --router-threshold --max-new-tokens --max-request-bytes "
     "--max-waiting --timeout --cache-implementation",
     "convert": "--slm --llm --out --router-threshold --trust-remote-code",

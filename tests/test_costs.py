@@ -24,7 +24,7 @@ def test_a_configuration_costs_what_the_model_costs(family: str):
 
 
 @pytest.mark.parametrize("family", PLAIN)
-@pytest.mark.parametrize(("context", "tokens"), [(0, 5), (9, 1), (9, 4)])
+@pytest.mark.parametrize(("context", "tokens"), [(0, 5), (9, 4)])
 def test_operations_are_those_that_torch_counts(family: str, context: int, tokens: int):
     model = tiny_model(family, attn_implementation="eager", experts_implementation="eager")
     cache = DynamicCache(config=model.config)
@@ -48,18 +48,17 @@ def test_keys_and_values_are_as_large_as_the_cache_that_the_model_fills(family: 
     assert cost.kv_bytes_read(20) == cache_bytes(cache)
 
 
-def test_compressed_keys_and_values_count_as_they_are_cached():
-    config = tiny_deepseek()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    cache = DynamicCache(config=config)
+def test_compressed_keys_and_values_are_expanded_for_attention():
+    cost = cost_of_config(tiny_deepseek(), bits=32, kv_bits=32)
+    model = AutoModelForCausalLM.from_config(tiny_deepseek(), dtype=torch.float32).eval()
+    assert cost == cost_of_model(model)
+    cache = DynamicCache(config=model.config)
     read(model, 7, cache)
-    cost = cost_of_model(model)
-    assert cost == cost_of_config(config, bits=32, kv_bits=32)
     assert cost.kv_bytes_read(7) == cache_bytes(cache)
     assert flops(cost, 1, 7) - flops(cost, 1, 0) == 2 * 7 * 2 * 4 * (8 + 4 + 8)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_dense_model_reads_all_weights_but_its_tables(family: str):
     model = tiny_model(family)
     tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -82,18 +81,11 @@ def test_of_experts_a_token_reads_those_that_it_visits():
 
 
 def test_a_convolution_is_no_expert():
-    cost = cost_of_model(tiny_model("qwen3_next"))
-    layers, experts, width, intermediate = 2, 4, 32, 16
-    assert cost.expert_bytes == 4 * layers * experts * 3 * width * intermediate
+    # Two layers of four experts, each with three matrices.
+    assert cost_of_model(tiny_model("qwen3_next")).expert_bytes == 4 * 2 * 4 * 3 * 32 * 16
 
 
-@pytest.mark.parametrize(
-    ("bits", "options"),
-    [
-        (8, {"load_in_8bit": True}),
-        (4.5, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}),
-    ],
-)
+@pytest.mark.parametrize(("bits", "options"), [(8, {"load_in_8bit": True}), (4.5, {"load_in_4bit": True})])
 def test_a_quantized_model_costs_what_it_stores(tmp_path: Any, bits: float, options: dict[str, Any]):
     pytest.importorskip("bitsandbytes")
     shape = {"hidden_size": 256, "intermediate_size": 512}
@@ -124,17 +116,9 @@ def test_a_configuration_that_was_given_is_left_as_it_was():
     assert config.to_dict() == before and config._attn_implementation == "sdpa"
 
 
-def test_a_large_model_needs_no_memory():
-    cost = cost_of_config(tiny_config("llama", vocab_size=128256, hidden_size=8192, intermediate_size=28672))
-    assert cost.weight_bytes > 4e9
-
-
-def test_bytes_moved_are_the_weights_once_and_the_cache_of_each_sequence():
+def test_bytes_moved_are_the_weights_once_and_the_cache_of_each_sequence_up_to_a_window():
     cost = ModelCost(weight_bytes=1000, kv_bytes_per_token=10, active_parameters=500)
     assert cost.bytes_moved(sequences=2, tokens=3, context=20) == 1000 + 2 * (20 + 3) * 10
-
-
-def test_a_sliding_window_bounds_the_bytes_read():
     cost = cost_of_config(tiny_config("mistral_sliding"))
     assert cost.bytes_moved(1, 1, 100) == cost.weight_bytes + (5 + 1) * cost.kv_bytes_per_token
 
@@ -153,16 +137,14 @@ def tiny_deepseek() -> Any:
     from transformers import DeepseekV3Config
 
     attention = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
     shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     return DeepseekV3Config(
-        **shape,
-        **attention,
-        **experts,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        moe_intermediate_size=16,
-        first_k_dense_replace=1,
-        max_position_embeddings=256,
-        pad_token_id=0,
+        **shape, **attention, **experts, num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=16
     )

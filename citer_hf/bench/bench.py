@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,6 @@ def as_device(name: str | None) -> str:
     return name or there[0]
 
 
-# --- Results --------------------------------------------------------------------------------------------------------
-
-
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Return the median of some repetitions, the smallest and the largest, or `None` when there are none."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)} if values else None
@@ -87,27 +84,6 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float] | None:
     """Divide repetition by repetition: a slow moment of the machine slows both down."""
     return spread([one / other for one, other in zip(above, below, strict=False)])
-
-
-@dataclass
-class Row:
-    """The measurements of one contender. A position is a place at which every sequence of the batch gets a token."""
-
-    contender: Contender
-    positions: int
-    tokens: int
-    # From one run that is not timed.
-    counts: dict[str, Any] = field(default_factory=dict)
-    # Seconds of each repetition, and to its first token (mean of the batches).
-    times: list[tuple[float, float]] = field(default_factory=list)
-    error: str | None = None
-
-    def fail(self, error: str) -> None:
-        self.error = error
-
-    @property
-    def seconds(self) -> list[float]:
-        return [whole for whole, _ in self.times]
 
 
 COUNTS = ("llm_share", "llm_passes_per_position", "slm_passes_per_position", "peak_memory_bytes", "bytes_moved")
@@ -120,7 +96,9 @@ class Report:
     model: str
     options: dict[str, Any]
     machine: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    # At a position every sequence of the batch gets a token.
+    positions: int = 0
+    rows: list[Contender] = field(default_factory=list)
     curve: CostCurve | None = None
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -128,8 +106,8 @@ class Report:
     @property
     def error(self) -> str | None:
         """The first failure of a contender, except of assisted generation, which not every pair can do."""
-        failed = (row for row in self.rows if row.error and row.contender.kind != ASSISTED)
-        return next((f"{row.contender.name}: {row.error}" for row in failed), None)
+        failed = (f"{row.name}: {row.error}" for row in self.rows if row.error and row.kind != ASSISTED)
+        return next(failed, None)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""
@@ -149,27 +127,27 @@ class Report:
             "notes": self.notes,
         }
 
-    def _row(self, row: Row) -> dict[str, Any]:
-        kind, setting = row.contender.kind, row.contender.setting
-        llm = next((one.seconds for one in self.rows if one.contender.kind == ALONE), [])
-        floors = [one for one in self.rows if one.contender.kind == FLOOR and one.contender.setting == setting]
+    def _row(self, row: Contender) -> dict[str, Any]:
+        setting, tokens = row.setting, self.positions * self.options["batch_size"]
+        floors = [one for one in self.rows if one.kind == FLOOR != row.kind and one.setting == setting]
         moved, bandwidth = row.counts.get("bytes_moved"), self.machine.get("memory_bandwidth")
         return {
-            "name": row.contender.name,
-            "kind": kind,
+            "name": row.name,
+            "kind": row.kind,
             "share": setting.share if setting else None,
             "threshold": setting.router_threshold if setting and setting.share is None else None,
             "error": row.error,
             "seconds": row.seconds,
-            "tokens": row.tokens,
-            "positions": row.positions,
-            "tokens_per_second": spread([row.tokens / one for one in row.seconds]),
-            "ms_per_token": spread([1000 * one / row.positions for one in row.seconds]),
-            "first_token_seconds": spread([first for _, first in row.times]),
-            "speedup": ratios(llm, row.seconds),
-            "relative_to_floor": ratios(row.seconds, floors[0].seconds) if floors and kind != FLOOR else None,
+            "tokens": tokens,
+            "positions": self.positions,
+            "tokens_per_second": spread([tokens / one for one in row.seconds]),
+            "ms_per_token": spread([1000 * one / self.positions for one in row.seconds]),
+            "speedup": ratios(self.rows[0].seconds, row.seconds),
+            "relative_to_floor": ratios(row.seconds, floors[0].seconds) if floors else None,
             **{name: row.counts.get(name) for name in COUNTS},
-            "bandwidth_fraction": moved / statistics.median(row.seconds) / bandwidth if row.times and moved else None,
+            "bandwidth_fraction": moved / statistics.median(row.seconds) / bandwidth
+            if row.seconds and moved
+            else None,
         }
 
     def table(self) -> str:
@@ -185,8 +163,9 @@ class Report:
             row["mb_per_position"] = row["bytes_moved"] and row["bytes_moved"] / row["positions"] / 1e6
             cells = ["" if row[key] is None else cell(row[key]) for key, (_, cell) in columns.items()]
             shown.add_row(row["name"], *(["failed", *cells[1:]] if row["error"] else cells))
-        text = io.StringIO()
-        Console(file=text, width=None if sys.stdout.isatty() else 160).print(shown)
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        with console.capture() as text:
+            console.print(shown)
         parts = []
         if self.interrupted:
             parts.append(f"Interrupted: {'this is what' if rows else 'nothing'} was measured until then.")
@@ -197,7 +176,7 @@ class Report:
                 f"{device['memory_bandwidth'] / 1e9:.1f} GB/s), {sizes['dtype']['llm']}\n"
                 f"batch size {sizes['batch_size']}, prompts of up to {max(sizes['prompt_length'])} tokens, "
                 f"{sizes['max_new_tokens']} new ones; median of {repeats} repetitions (smallest–largest)\n"
-                f"{text.getvalue().rstrip()}"
+                f"{text.get().rstrip()}"
             )
         parts += [f"{row['name']} failed: {row['error']}" for row in rows if row["error"]]
         parts += [] if self.curve is None else [str(self.curve)]
@@ -211,7 +190,6 @@ def _spread(value: dict[str, float]) -> str:
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens_per_second": ("tokens / s", lambda value: f"{value['median']:.3g}"),
     "ms_per_token": ("ms / position", _spread),
-    "first_token_seconds": ("first\ntoken, ms", lambda value: f"{1000 * value['median']:.3g}"),
     "speedup": ("× LLM alone", _spread),
     "relative_to_floor": ("time / floor", _spread),
     "llm_share": ("LLM\nshare", "{:.1%}".format),
@@ -221,9 +199,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bandwidth_fraction": ("of band-\nwidth", "{:.0%}".format),
     "peak_memory_bytes": ("peak\nGB", lambda value: f"{value / 1e9:.2f}"),
 }
-
-
-# --- Measuring ------------------------------------------------------------------------------------------------------
 
 
 def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> Report:
@@ -263,13 +238,10 @@ def _batches(model: CiterForCausalLM, wanted: BenchOptions) -> list[Batch]:
     if wanted.prompts is None:
         batches = [ways.random_batch(model.vocab_size, wanted.prompt_length, wanted.batch_size, wanted.seed)]
     else:
-        prompts, tokenizer = ways.read_prompts(Path(wanted.prompts)), model.load_tokenizer()
+        tokenizer = model.load_tokenizer()
         if tokenizer is None:
             raise ValueError("--prompts: the pair has no tokenizer. Leave the option out for synthetic prompts.")
-        token_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        if [] in token_ids:
-            raise ValueError(f"--prompts: {prompts[token_ids.index([])]!r} has no tokens. Give another prompt.")
-        batches = ways.padded_batches(token_ids, wanted.batch_size)
+        batches = ways.padded_batches(ways.read_prompts(Path(wanted.prompts), tokenizer), wanted.batch_size)
     return [Batch(one.input_ids.to(device), one.attention_mask.to(device), one.number) for one in batches]
 
 
@@ -287,26 +259,25 @@ def _measure(
     report.machine = describe_machine(model.slm.device)
     # 1. One run of each contender is not timed: hooks count its passes.
     costs = cost_of_model(model.slm), cost_of_model(model.llm)
-    positions = len(batches) * wanted.max_new_tokens
+    report.positions = len(batches) * wanted.max_new_tokens
     for contender in contenders:
-        row = Row(contender, positions, positions * wanted.batch_size)
-        report.rows.append(row)
-        with _errors_to(row.fail):
-            row.counts = _counts(model, costs, row, batches)
+        report.rows.append(contender)
+        with _errors_to(partial(setattr, contender, "error")):
+            contender.counts = _counts(model, costs, contender, batches, wanted)
         progress.advance()
     # 2. Single passes of both models.
+    length, limit = batches[0].length, model.config.max_position_embeddings
+    longest = None if limit is None else limit - length
     with _errors_to(lambda error: report.notes.append(f"Single passes were not measured: {error}")):
-        length, limit = batches[0].length, model.config.max_position_embeddings
-        longest = None if limit is None else limit - length
         report.curve = measure_curve(model, length, wanted.batch_size, longest, wanted.seed)
     if wanted.cache_implementation == "static":
         report.notes.append("Single passes, and so the break-even, were timed without compilation.")
     # 3. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
     for repetition in range(-wanted.warmup, wanted.repeats):
-        for row in report.rows:
-            with _errors_to(row.fail):
-                times = None if row.error else _times(row.contender, batches, wanted.max_new_tokens)
-                row.times += [times] if times and repetition >= 0 else []
+        for contender in contenders:
+            with _errors_to(partial(setattr, contender, "error")):
+                taken = [] if contender.error else [_seconds(contender, batches, wanted.max_new_tokens)]
+                contender.seconds += taken if repetition >= 0 else []
             progress.advance()
 
 
@@ -327,20 +298,24 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _counts(
-    model: CiterForCausalLM, costs: tuple[ModelCost, ModelCost], row: Row, batches: list[Batch]
+    model: CiterForCausalLM,
+    costs: tuple[ModelCost, ModelCost],
+    contender: Contender,
+    batches: list[Batch],
+    wanted: BenchOptions,
 ) -> dict[str, Any]:
     """Run a contender once, and return what `COUNTS` names."""
     gpus = range(torch.cuda.device_count() if model.slm.device.type == "cuda" else 0)
     for index in gpus:
         torch.cuda.reset_peak_memory_stats(index)
     with ways.count_passes(model) as passes:
-        decided = [row.contender.decode(batch, row.positions // len(batches))[1] for batch in batches]
-    by_llm = sum(int(one.sum()) for one in decided if one is not None)
+        decided = [contender.decode(batch, wanted.max_new_tokens)[1] for batch in batches]
+    by_llm, positions = sum(int(one.sum()) for one in decided if one is not None), len(batches) * wanted.max_new_tokens
     known = {ALONE: 1.0, SLM: 0.0, ASSISTED: None}
     return {
-        "llm_share": known.get(row.contender.kind, by_llm / row.tokens),
-        "slm_passes_per_position": len(passes[0]) / row.positions,
-        "llm_passes_per_position": len(passes[1]) / row.positions,
+        "llm_share": known.get(contender.kind, by_llm / positions / wanted.batch_size),
+        "slm_passes_per_position": len(passes[0]) / positions,
+        "llm_passes_per_position": len(passes[1]) / positions,
         "peak_memory_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
         "bytes_moved": round(
             sum(cost.bytes_moved(*one) for cost, of in zip(costs, passes, strict=True) for one in of)
@@ -348,13 +323,14 @@ def _counts(
     }
 
 
-def _times(contender: Contender, batches: list[Batch], new_tokens: int) -> tuple[float, float]:
-    """Return the seconds of one repetition, and those of the first token."""
+def _seconds(contender: Contender, batches: list[Batch], new_tokens: int) -> float:
+    """Return the time of one repetition."""
 
-    def taken(tokens: int) -> float:
-        return sum(seconds(one.input_ids.device, lambda b=one: contender.decode(b, tokens)) for one in batches)  # type: ignore[misc]
+    def decode() -> None:
+        for batch in batches:
+            contender.decode(batch, new_tokens)
 
-    return taken(new_tokens), taken(1) / len(batches)
+    return seconds(batches[0].input_ids.device, decode)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from citer_hf import CiterForCausalLM
+from citer_hf.data.examples import SUFFIXES, Example, read_examples
+from citer_hf.data.tokens import encode_prompt
 from citer_hf.model.compat import cache_argument
 
 ALONE, SLM, ASSISTED = "LLM alone", "SLM alone", "assisted generation"
@@ -33,12 +34,9 @@ class Setting:
 
 def settings_of(shares: Sequence[float], thresholds: Sequence[float]) -> list[Setting]:
     """Return each setting once, in the order given; the threshold of a forced router is the share itself."""
-    # Forced scores lie between 0 and 1; one close to 1 could be rounded to 1.
+    # A forced score close to 1 could be rounded to 1.
     forced = [Setting(f"share {share:g}", 2.0 if share == 1 else share, share) for share in shares]
     return list(dict.fromkeys([*forced, *(Setting(f"threshold {one:g}", one) for one in thresholds)]))
-
-
-# --- Prompts --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,6 @@ class Batch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     number: int = 0
-
-    @property
-    def sequences(self) -> int:
-        return self.input_ids.shape[0]
 
     @property
     def length(self) -> int:
@@ -77,35 +71,19 @@ def padded_batches(token_ids: list[list[int]], sequences: int) -> list[Batch]:
     return batches
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts: one a line, JSON lines with a `prompt`, or one JSON list of texts or of such objects."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts: expected a text file with one prompt a line, got {path}: {error}.") from None
-    lines = [line for line in text.split("\n") if line.strip()]
-    entries: list[Any] = lines
-    # A line that begins with a brace is a prompt like any other, unless the whole file looks like JSON lines.
-    if path.suffix == ".jsonl" or all(line.lstrip().startswith("{") for line in lines):
-        entries = [_json(line) for line in lines]
-    elif isinstance(whole := _json(text), list) and all(isinstance(entry, str | dict) for entry in whole):
-        entries = whole or lines
-    prompts: list[Any] = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
-    wrong = [number for number, prompt in enumerate(prompts, 1) if not isinstance(prompt, str) or not prompt]
-    if wrong or not prompts:
-        got = f"entry {wrong[0]}: {str(entries[wrong[0] - 1])[:60]}" if wrong else "an empty file"
-        raise ValueError(f'--prompts: {path}: expected texts or JSON objects {{"prompt": "text"}}, got {got}.')
-    return prompts
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-# --- Contenders -----------------------------------------------------------------------------------------------------
+def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of the prompts in a file: any that `read_examples` takes, or a text with one prompt a line."""
+    if path.suffix in SUFFIXES:
+        examples = read_examples(path)
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts: expected a text with one prompt a line, got {path}: {error}.") from None
+        examples = [Example(str(row), row, line) for row, line in enumerate(lines, 1) if line.strip()]
+        if not examples:
+            raise ValueError(f"--prompts: expected one prompt a line, got an empty file: {path}.")
+    return [encode_prompt(example, tokenizer) for example in examples]
 
 
 class ForcedRouter(nn.Module):
@@ -121,7 +99,7 @@ class ForcedRouter(nn.Module):
         if self.given + shape.numel() > self.scores.numel():
             self.given = 0
         self.given += shape.numel()
-        return self.scores[self.given - shape.numel() : self.given].view(shape)
+        return self.scores[self.given - shape.numel() : self.given].view(shape).to(hidden.device)
 
 
 def forced_scores(tokens: int, seed: int = 0, batch: int = 0) -> torch.Tensor:
@@ -151,13 +129,18 @@ def greedy_without_end(model: CiterForCausalLM, disable_compile: bool = False) -
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contender:
-    """One way to decode a number of new tokens after a batch of prompts."""
+    """One way to decode a number of new tokens after a batch of prompts, and its measurements."""
 
     kind: str
     decode: Callable[[Batch, int], Output]
     setting: Setting | None = None
+    # From one run that is not timed.
+    counts: dict[str, Any] = field(default_factory=dict)
+    # Of each timed repetition.
+    seconds: list[float] = field(default_factory=list)
+    error: str | None = None
 
     @property
     def name(self) -> str:
@@ -201,12 +184,13 @@ class Decoders:
     def citer(self, setting: Setting, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
         """Decode with `generate` of the pair; with keywords, repeat the decisions of the pair without them."""
         own = self.model.router
-        if setting.share is not None:
-            scores = forced_scores(batch.sequences * self.new_tokens, self.seed, batch.number)
-            if keywords:
-                # In lock-step scores are asked for column by column.
-                scores = (~self.decided(setting, batch)).T.flatten().float()
-            self.model.router = ForcedRouter(scores.to(self.model.slm.device))
+        if setting.share is not None and keywords:
+            # In lock-step scores are asked for column by column.
+            self.model.router = ForcedRouter((~self.decided(setting, batch)).T.flatten().float())
+        elif setting.share is not None:
+            self.model.router = ForcedRouter(
+                forced_scores(len(batch.input_ids) * self.new_tokens, self.seed, batch.number)
+            )
         try:
             output: Any = self.model.generate(
                 batch.input_ids,
@@ -233,16 +217,16 @@ class Decoders:
     def floor(self, setting: Setting, batch: Batch, new_tokens: int) -> Output:
         """Decode greedily with the two bare models and known decisions: no router, no processors, no checks."""
         to_llm = self.decided(setting, batch)
-        text = torch.cat([batch.input_ids, batch.input_ids.new_zeros(batch.sequences, new_tokens)], dim=1)
+        text = nn.functional.pad(batch.input_ids, (0, new_tokens))
         by_llm = to_llm.to(text.device)
         some, every = by_llm.any(0).tolist(), by_llm.all(0).tolist()
-        static = self.cache_implementation == "static"
+        static, size = self.cache_implementation == "static", self.model.vocab_size
         slm, llm = (BareModel(one, batch, new_tokens, static) for one in (self.model.slm, self.model.llm))
         for step in range(new_tokens):
             end = batch.length + step
-            tokens = slm.next_tokens(text, end, self.model.vocab_size)
+            tokens = slm.next_tokens(text, end, size)
             if some[step]:
-                from_llm = llm.next_tokens(text, end, self.model.vocab_size)
+                from_llm = llm.next_tokens(text, end, size)
                 tokens = from_llm if every[step] else torch.where(by_llm[:, step], from_llm, tokens)
             text[:, end] = tokens
         return text[:, batch.length :], to_llm
@@ -261,7 +245,7 @@ class Decoders:
                 from_llm = llm.generate(prompt, attention_mask=seen, max_new_tokens=1, use_cache=False)
                 tokens[rows] = from_llm[:, -1].to(tokens.device)
             text = torch.cat([text, tokens[:, None]], dim=1)
-            mask = torch.cat([mask, mask.new_ones(batch.sequences, 1)], dim=1)
+            mask = nn.functional.pad(mask, (0, 1), value=1)
         return text[:, batch.length :], to_llm
 
 
@@ -277,8 +261,7 @@ class BareModel:
         # Without padding the models count positions by themselves.
         self.mask = self.positions = None
         if not bool(batch.attention_mask.all()):
-            ones = batch.attention_mask.new_ones(batch.sequences, new_tokens)
-            self.mask = torch.cat([batch.attention_mask, ones], dim=1).to(model.device)
+            self.mask = nn.functional.pad(batch.attention_mask, (0, new_tokens), value=1).to(model.device)
             if "position_ids" in inspect.signature(model.forward).parameters:
                 self.positions = (self.mask.cumsum(1) - 1).clamp_min(0)
 
@@ -286,7 +269,7 @@ class BareModel:
         """Run over the unseen tokens of `text[:, :end]`, and return each sequence's most likely next token."""
         keywords: dict[str, Any] = dict(self.keywords)
         if self.mask is not None:
-            # Empty places of a static cache are behind the causal mask anyway, and the mask keeps its shape.
+            # The causal mask hides empty places of a static cache: the mask keeps its shape.
             keywords["attention_mask"] = self.mask if self.static else self.mask[:, :end]
         if self.positions is not None:
             keywords["position_ids"] = self.positions[:, self.seen : end]

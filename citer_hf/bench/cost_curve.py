@@ -65,10 +65,9 @@ class CostCurve:
 
     def break_even(self) -> float | None:
         """Return the LLM share from which on the pair is slower than the LLM alone, or `None` if it always is."""
-        shares = [index / 1000 for index in range(1, 1000)]
-        slower = (share for share in shares if self.seconds_per_token(share) >= self.llm[1])
-        share = next(slower, 1.0)
-        return None if share == shares[0] else share
+        slower = (share for share in range(1, 1000) if self.seconds_per_token(share / 1000) >= self.llm[1])
+        share = next(slower, 1000)
+        return None if share == 1 else share / 1000
 
     def as_dict(self) -> dict[str, Any]:
         """Return the times in milliseconds, for JSON."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
-from citer_hf.runs import new_figure, save_figure
+from citer_hf.runs import import_extra, new_figure, save_figure
 
 from .contenders import ALONE, ASSISTED, CITER, FLOOR, LOCK_STEP, RELEASED
 
@@ -26,8 +25,7 @@ def check_plot(path: Path) -> None:
         raise ValueError(f"--plot: expected a file name that ends in {', '.join(SUFFIXES)}, got {path.name!r}.")
     if not path.parent.is_dir() or path.is_dir():
         raise FileNotFoundError(f"--plot: expected the name of a file in a directory that exists, got {path}.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install 'citer-hf[plot]'")
+    import_extra("matplotlib", "plot")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

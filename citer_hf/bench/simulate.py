@@ -38,7 +38,6 @@ class SimulateOptions:
     slm_bits: float = option(16, "Bits per weight of the SLM, such as 16, 8 or 4.5.", "N")
     llm_bits: float = option(16, "Bits per weight of the LLM.", "N")
     tensor_parallel: int = option(1, "Devices that share the LLM.", "N")
-    replicas: int = option(1, "Copies of the pair.", "N")
     shares: tuple[float, ...] = option((0.0, 0.2, 0.5, 1.0), "Shares of the tokens that the LLM decides.", "P,...")
     batch_size: int = option(1, "Sequences that are decoded together.", "N")
     prompt_length: int = option(128, "Length of the prompts, in tokens.", "N")
@@ -48,7 +47,7 @@ class SimulateOptions:
         if self.bandwidth is None and self.gpu not in DEVICES:
             raise ValueError(f"--gpu: expected one of {', '.join(DEVICES)}, or --bandwidth, got {self.gpu!r}.")
         limits = {"bandwidth": (1e-9, math.inf), "slm_bits": (1, 64), "llm_bits": (1, 64)}
-        for name in (*limits, "tensor_parallel", "replicas", "batch_size", "prompt_length", "max_new_tokens"):
+        for name in (*limits, "tensor_parallel", "batch_size", "prompt_length", "max_new_tokens"):
             (least, most), value = limits.get(name, (1, math.inf)), getattr(self, name)
             if value is not None and not least <= value <= most:
                 flag = "--" + name.replace("_", "-")
@@ -89,18 +88,18 @@ def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **optio
 
     curve = CostCurve(context, batch, taken(slm, 1), {tokens: taken(llm, tokens, devices) for tokens in CATCH_UPS})
     caches = batch * (slm.kv_bytes_read(context) + llm.kv_bytes_read(context) / devices)
-    alone = {"slm_step_s": curve.slm_step, "llm_step_s": curve.llm[1], "break_even_share": curve.break_even()}
-    alone["llm_alone_tokens_per_s"] = wanted.replicas * batch / curve.llm[1]
-    alone["bytes_per_gpu"] = slm.resident_bytes + llm.resident_bytes / devices + caches
     return [
         {
             "share": share,
             "llm_passes_per_position": 1 - (1 - share) ** batch,
             "time_per_token_s": (seconds := curve.seconds_per_token(share)),
-            "tokens_per_s": wanted.replicas * batch / seconds,
-            "tokens_per_s_per_gpu": batch / seconds / devices,
+            "tokens_per_s": batch / seconds,
             "speedup": curve.llm[1] / seconds,
-            **alone,
+            "slm_step_s": curve.slm_step,
+            "llm_step_s": curve.llm[1],
+            "llm_alone_tokens_per_s": batch / curve.llm[1],
+            "break_even_share": curve.break_even(),
+            "bytes_per_gpu": slm.resident_bytes + llm.resident_bytes / devices + caches,
         }
         for share in wanted.shares
     ]

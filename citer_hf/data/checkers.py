@@ -21,8 +21,6 @@ from numbers import Number
 
 from .examples import Choices, Example, last_boxed
 
-__all__ = ["Checker", "Verdict", "get_checker"]
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -65,12 +63,12 @@ def get_checker(name: str) -> Checker:
         ValueError: when there is no such checker.
         ImportError: when `math-verify` is needed and not installed.
     """
-    if name in CHECKERS:
-        if name == "math" and importlib.util.find_spec("math_verify") is None:
-            raise ImportError("math-verify is not installed: pip install 'citer-hf[train]'")
-        return CHECKERS[name]
     if ":" in name:
         return _custom(name)
+    if name == "math" and importlib.util.find_spec("math_verify") is None:
+        raise ImportError("math-verify is not installed: pip install 'citer-hf[train]'")
+    if name in CHECKERS:
+        return CHECKERS[name]
     raise ValueError(
         f"checker: there is no {name!r}. Choose {', '.join(CHECKERS)}, or name a function of your own as "
         "package.module:function."
@@ -122,26 +120,19 @@ def chosen_label(text: str, choices: Choices) -> str | None:
     boxed, called = last_boxed(text), [match["said"] for match in CALLED.finditer(text)]
     for said in ([boxed] if boxed else []) + called[::-1]:
         bare = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", said).lstrip(" *_$([{\"'")
-        named = _label_at_start(bare, choices) or by_text.get(normalized(bare))
-        if named is not None:
-            return named
+        for label, _ in choices:
+            # In the other case no word may follow, as one follows an article.
+            either = rf"{re.escape(label)}|{re.escape(label.swapcase())}(?! \w)"
+            if re.match(rf"(?:[Oo]ption |[Cc]hoice )?\(?(?:{either})(?!\w|['’]\w)", bare):
+                return label
+        if normalized(bare) in by_text:
+            return by_text[normalized(bare)]
     if normalized(text) in by_text:
         return by_text[normalized(text)]
     # "A" before a word is an article, and "I" is whoever speaks.
     labels = "|".join(re.escape(label) for label, _ in choices)
     alone = re.findall(rf"(?<![\w'’])(?![AI] [a-z])({labels})(?!\w|['’]\w)", text)
     return alone[-1] if alone else None
-
-
-def _label_at_start(text: str, choices: Choices) -> str | None:
-    """Return the label that a text begins with; in the other case, no word may follow, as one follows an article."""
-    for label, _ in choices:
-        written = (
-            rf"(?:[Oo]ption |[Cc]hoice )?\(?(?:{re.escape(label)}|{re.escape(label.swapcase())}(?! \w))(?!\w|['’]\w)"
-        )
-        if re.match(written, text):
-            return label
-    return None
 
 
 def normalized(text: str) -> str:

@@ -16,8 +16,6 @@ from typing import Any
 
 from ..runs import import_extra, option
 
-__all__ = ["Choices", "DataOptions", "Example", "Messages", "last_boxed", "read_examples"]
-
 Messages = tuple[dict[str, str], ...]
 Choices = tuple[tuple[str, str], ...]
 Rows = Iterable[tuple[int, Mapping[str, Any]]]
@@ -333,11 +331,10 @@ class Row:
         value = self.value(field)
         if value is None:
             return None
-        if isinstance(value, float):
-            value = str(int(value)) if value.is_integer() else repr(float(value))
         if not isinstance(value, (str, Number)):
             raise self.error(field, f"must be text, got {type(value).__name__}.")
-        text = str(value).strip() if short else str(value)
+        text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
+        text = text.strip() if short else text
         # A column of whole numbers with a gap in it is written so by pandas.
         return text[:-2] if short and self.untyped and re.fullmatch(r"-?\d+\.0", text) else text
 
@@ -366,12 +363,13 @@ class Row:
         value = self.parsed("choices")
         if value is None:
             return None
-        labels: Any = value.get("label") if isinstance(value, Mapping) else None
-        texts: Any = value.get("text") if isinstance(value, Mapping) else None
-        lists = isinstance(labels, (list, tuple)) and isinstance(texts, (list, tuple))
-        if not lists or not len(texts) == len(set(map(str, labels))) == len(labels) > 0:
-            raise self.error("choices", 'must be {"text": [...], "label": [...]}, as many different labels as texts.')
-        return tuple((str(label), str(text)) for label, text in zip(labels, texts, strict=True))
+        try:
+            found = {str(label): str(text) for label, text in zip(value["label"], value["text"], strict=True)}
+            if 0 < len(found) == len(value["text"]):
+                return tuple(found.items())
+        except (KeyError, TypeError, ValueError):
+            pass
+        raise self.error("choices", 'must be {"text": [...], "label": [...]}, as many different labels as texts.')
 
     def parsed(self, field: str) -> Any:
         """Return a field that has parts; in CSV they are written as JSON."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from .examples import Example, Messages
 
-__all__ = ["Encoded", "encode", "encode_prompt"]
-
 # What a tokenizer may merge with a text that follows; only what comes after it is used.
 ANCHORS = ("", "\n", ".", ":", "0", "a", "(")
 
@@ -58,8 +56,7 @@ def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
 
 
 def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    found = tokenizer(text, add_special_tokens=special, padding=False, truncation=False, verbose=False)
-    return list(found["input_ids"])
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
@@ -106,25 +103,19 @@ def _render(example: Example, tokenizer: Any, messages: Messages, add_generation
         raise ValueError(f"row {example.row}: the chat template refuses the messages: {error}") from error
 
 
-def _following_text(example: Example, tokenizer: Any, text: str) -> str:
-    """Return the text that follows the prompt; for a chat, what the template renders for the assistant's turn."""
-    response = str(example.response)
-    if example.messages is None:
-        return response
-    turn = {"role": "assistant", "content": response}
-    whole = _render(example, tokenizer, (*example.messages, turn), add_generation_prompt=False)
-    if whole.startswith(text):
-        return whole[len(text) :]
-    # Templates of reasoning models open a thought in the prompt that they leave out of a turn of the past.
-    _, found, end = whole.rpartition(response.strip())
-    if not found:
-        raise ValueError(f"row {example.row}: the chat template does not render the reference as it is.")
-    return response + end
-
-
 def _continuation(example: Example, tokenizer: Any, special: list[int], text: str) -> list[int]:
     """Return the tokens of the reference, which follow the tokens of the prompt."""
-    following = _following_text(example, tokenizer, text)
+    following = response = str(example.response)
+    if example.messages is not None:
+        turn = {"role": "assistant", "content": response}
+        rendered = _render(example, tokenizer, (*example.messages, turn), add_generation_prompt=False)
+        following = rendered.removeprefix(text)
+        if following == rendered:
+            # Templates of reasoning models open a thought in the prompt that they leave out of a turn of the past.
+            _, found, end = rendered.rpartition(response.strip())
+            following = response + end
+            if not found:
+                raise ValueError(f"row {example.row}: the chat template does not render the reference as it is.")
     before, whole = _ids(tokenizer, text), _ids(tokenizer, text + following)
     if whole[: len(before)] == before:
         return whole[len(before) :]

@@ -23,8 +23,6 @@ from ..runs import atomic_write, option, progress_bar
 from ..terminal import Paint, WriterStreamer, legend
 from .problems import Problem, is_correct, problems
 
-__all__ = ["DemoOptions", "Measurement", "Report", "demo", "export"]
-
 BATCH_SIZE = 100
 STREAMED = 3
 MAX_NEW_TOKENS = 160
@@ -72,14 +70,7 @@ class Measurement:
 
 @dataclass
 class Report:
-    """The measurements of a demo.
-
-    Attributes:
-        seed: Seed of the problems.
-        problems: Number of problems.
-        measurements: SLM alone, LLM alone, and the pair at each threshold.
-        interrupted: True if Ctrl-C ended the demo early.
-    """
+    """The measurements of a demo: SLM alone, LLM alone, and the pair at each threshold."""
 
     seed: int
     problems: int
@@ -95,16 +86,15 @@ class Report:
         """Return the measurements as a table, and their meaning."""
         from rich.box import SIMPLE
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
         if self.interrupted and not self.measurements:
             return "\nStopped before anything was measured."
         size = min(BATCH_SIZE, self.problems)
         title = f"{self.problems} held-out problems (seed {self.seed}), solved in batches of {size}"
-        table = Table(title=title, box=SIMPLE, title_justify="left")
-        table.add_column("")
-        for header in ("accuracy", "tokens from\nthe LLM", "LLM forward\npasses / token", "tokens / s"):
-            table.add_column(header, justify="right")
+        headers = ("accuracy", "tokens from\nthe LLM", "LLM forward\npasses / token", "tokens / s")
+        columns = ("", *(Column(header, justify="right") for header in headers))
+        table = Table(*columns, title=title, box=SIMPLE, title_justify="left")
         for one in self.measurements:
             cells = (f"{one.accuracy:.1%}", f"{one.llm_share:.1%}", f"{one.llm_passes_per_token:.2f}")
             table.add_row(label(one.name, one.router_threshold), *cells, f"{one.tokens_per_second:,.0f}")
@@ -133,7 +123,7 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
 
     Args:
         visible: Print the first three problems and their solutions as they are generated.
-        **options: As in `DemoOptions`: `seed`, `problems` and `router_threshold`.
+        **options: As in `DemoOptions`.
 
     Returns:
         The measurements; after Ctrl-C those that were complete.
@@ -173,18 +163,7 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
 
 
 def export(path: str | Path, seed: int = 0, count: int = 200, split: str = "test") -> None:
-    """Write problems as JSON lines with `prompt`, `response` and `answer`.
-
-    Args:
-        path: The file, which must not exist yet.
-        seed: Another seed gives other problems.
-        count: Number of problems.
-        split: `train`, `validation` or `test`.
-
-    Raises:
-        OSError: when the file exists or cannot be written.
-        ValueError: when there is no such split.
-    """
+    """Write problems as JSON lines with `prompt`, `response` and `answer`, to a file that does not exist yet."""
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name or remove it first.")
@@ -232,7 +211,8 @@ def measure(
         cache, options = CiterCache(model.config), {"generation_config": settings(model)}
         if alone is None:
             options |= {"past_key_values": cache, "router_threshold": router_threshold}
-            options |= {"waiting_rows": same_policy_everywhere}
+            # As `generate` chooses, but not by measured times: counts are reproducible.
+            options["waiting_rows"] = lambda unfinished, share, _: rows_to_wait_for(unfinished, share, 0.3)
         began = time.perf_counter()
         output = (alone or model).generate(**inputs, **options)
         seconds += time.perf_counter() - began
@@ -254,11 +234,6 @@ def measure(
 def label(name: str, router_threshold: float | None) -> str:
     """Return the name of a measurement for people."""
     return name if router_threshold is None else f"{name} at {router_threshold:.3g}"
-
-
-def same_policy_everywhere(unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Choose how many sequences wait as `generate` does, but not by measured times: counts are reproducible."""
-    return rows_to_wait_for(unfinished, llm_share, 0.3)
 
 
 def settings(model: CiterForCausalLM, max_new_tokens: int | None = None) -> Any:

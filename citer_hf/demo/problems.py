@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["PHRASES", "Problem", "Split", "Step", "drill", "extract_answer", "is_correct", "problem", "problems"]
-
 Split = Literal["train", "validation", "test"]
 
 LARGEST = 99
@@ -68,15 +66,9 @@ def drill(rng: random.Random) -> Problem:
     return Problem(f"What is {str(step).partition(' =')[0]}?\n", f"{step}.", str(step.after))
 
 
-def extract_answer(text: str) -> str | None:
-    """Return the last number of a response, or None where it has none."""
-    numbers = re.findall(r"\d+", text)
-    return numbers[-1] if numbers else None
-
-
 def is_correct(response: str, problem: Problem) -> bool:
-    """Return True if a response ends with the right answer."""
-    return extract_answer(response.removeprefix(problem.prompt)) == problem.answer
+    """Return True if the last number of a response is the right answer."""
+    return re.findall(r"\d+", response.removeprefix(problem.prompt))[-1:] == [problem.answer]
 
 
 def _draw_steps(rng: random.Random) -> list[Step]:

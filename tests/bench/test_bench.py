@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def test_the_report_adds_up() -> None:
     assert list(rows) == ["LLM alone", "SLM alone", "assisted generation", *names]
     for name, row in rows.items():
         assert row["tokens"] == row["positions"] == 4 and len(row["seconds"]) == 2 and row["error"] is None
-        for value in ("tokens_per_second", "ms_per_token", "first_token_seconds", "speedup"):
+        for value in ("tokens_per_second", "ms_per_token", "speedup"):
             assert 0 < row[value]["low"] <= row[value]["median"] <= row[value]["high"]
         assert row["bytes_moved"] > 0 and row["bandwidth_fraction"] > 0
         assert (row["relative_to_floor"] is not None) == name.startswith(("CITER", "released"))
@@ -53,14 +55,6 @@ def test_the_report_adds_up() -> None:
     assert (report["break_even_llm_share"] is None) == (report["break_even_reason"] is not None)
 
 
-def test_the_table_names_machine_contenders_and_break_even() -> None:
-    result = invoke("bench", "demo", *QUICK_BENCH, "--shares", "0.5")
-    assert result.exit_code == 0 and not result.stderr
-    for part in ("demo on cpu", "batch size 1", "LLM alone", "CITER, share 0.5", "floor, share 0.5", "Break-even"):
-        assert part in result.stdout
-    assert "peak" not in result.stdout
-
-
 def test_a_bare_pair_has_the_default_shares(saved: Path) -> None:
     result = invoke("bench", "--slm", saved / "slm", "--llm", saved / "llm", "--no-assisted", *QUICK_BENCH, "--json")
     report = json.loads(result.stdout)
@@ -72,27 +66,15 @@ def test_a_bare_pair_has_the_default_shares(saved: Path) -> None:
 def test_a_batch_is_measured_in_lock_step_too_and_without_assistance(
     pair: CiterForCausalLM, cache: str | None
 ) -> None:
-    report = bench(pair, shares=(0.5,), batch_size=3, cache_implementation=cache, **QUICK).as_dict()
+    report = bench(pair, shares=(0.5,), batch_size=2, cache_implementation=cache, **QUICK).as_dict()
     kinds = [row["kind"] for row in report["rows"]]
     assert kinds == ["LLM alone", "SLM alone", "CITER", "CITER in lock-step", "floor"]
     citer, lock_step, floor = report["rows"][2:]
     assert lock_step["llm_passes_per_position"] == floor["llm_passes_per_position"]
     assert citer["llm_share"] == lock_step["llm_share"] == floor["llm_share"]
-    assert all(row["tokens"] == 3 * row["positions"] and row["error"] is None for row in report["rows"])
+    assert all(row["tokens"] == 2 * row["positions"] and row["error"] is None for row in report["rows"])
     assert "assisted generation was not measured" in report["notes"][0]
     assert [("without compilation" in note) for note in report["notes"][1:]] == [True] * (cache == "static")
-
-
-def test_the_same_seed_makes_the_same_decisions(pair: CiterForCausalLM) -> None:
-    def decided(seed: int) -> list[Any]:
-        options = {**QUICK, "max_new_tokens": 10, "assisted": False}
-        # All seeds have the share in common; the bytes tell at which tokens the LLM is called.
-        rows = bench(pair, shares=(0.3,), seed=seed, **options).as_dict()["rows"]
-        return [(row["llm_share"], row["bytes_moved"]) for row in rows]
-
-    first, other = decided(1), decided(99999999999999)
-    assert decided(1) == first != other
-    assert [share for share, _ in first] == [share for share, _ in other] == [1, 0, 0.3, 0.3]
 
 
 def test_prompts_of_a_file_fill_batches(tmp_path: Path) -> None:
@@ -103,41 +85,32 @@ def test_prompts_of_a_file_fill_batches(tmp_path: Path) -> None:
     assert all(row["positions"] == 2 * 4 and row["tokens"] == 16 for row in report["rows"])
 
 
-def test_the_model_is_left_as_it_was(pair: CiterForCausalLM) -> None:
+def test_table_and_plot_are_complete_and_the_pair_is_left_as_it_was(tmp_path: Path) -> None:
+    pair = make_pair()
     parts = (pair, pair.slm, pair.llm)
+    # Outputs are of equal length, though every token would end them.
+    pair.generation_config.eos_token_id = pair.llm.generation_config.eos_token_id = list(range(pair.vocab_size))
     before = [pair.router, *(part.generation_config for part in parts)]
-    bench(pair, shares=(0.5,), **QUICK)
+    found = bench(pair, shares=(0, 1), thresholds=(0.5,), **QUICK)
+    assert found.error is None
+    for kind, start in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
+        draw(found.as_dict(), tmp_path / f"speed.{kind}")
+        assert (tmp_path / f"speed.{kind}").read_bytes().startswith(start)
+    draw({**found.as_dict(), "rows": []}, tmp_path / "nothing.png")
+    assert len(list(tmp_path.iterdir())) == 3
     after = [pair.router, *(part.generation_config for part in parts)]
     assert all(one is other for one, other in zip(before, after, strict=True))
     assert not any(part._forward_pre_hooks for part in parts)
-
-
-def test_outputs_are_of_equal_length_though_every_token_would_end_them() -> None:
-    model = make_pair()
-    model.generation_config.eos_token_id = model.llm.generation_config.eos_token_id = list(range(model.vocab_size))
-    assert all(row["error"] is None for row in bench(model, **QUICK).as_dict()["rows"])
-
-
-# --- Plot -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_plot_is_of_the_kind_that_its_name_says(pair: CiterForCausalLM, tmp_path: Path) -> None:
-    report = bench(pair, shares=(0, 1), thresholds=(0.5,), **QUICK).as_dict()
-    for kind, start in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}.items():
-        draw(report, tmp_path / f"speed.{kind}")
-        assert (tmp_path / f"speed.{kind}").read_bytes().startswith(start)
-    assert len(list(tmp_path.iterdir())) == 3
-    draw({**report, "rows": []}, tmp_path / "nothing.png")
-    assert not (tmp_path / "nothing.png").exists()
+    table = found.table()
+    for part in ("on cpu", "batch size 1", "LLM alone", "CITER, share 1", "floor, threshold 0.5", "Break-even"):
+        assert part in table
+    assert "peak" not in table
 
 
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke("bench", "demo", *QUICK_BENCH, "--plot", tmp_path / "speed.png")
     assert result.exit_code == 1 and "citer-hf[plot]" in result.stderr and not result.stdout
-
-
-# --- Interruptions and failures -------------------------------------------------------------------------------------
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int, error: BaseException) -> None:
@@ -167,20 +140,16 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     report = json.loads(result.stdout)
     assert report["interrupted"] and not report["complete"] and report["error"] is None
     *timed, floor = report["rows"]
-    assert [row["name"] for row in timed] == ["LLM alone", "SLM alone", "assisted generation", "CITER, share 0.5"]
-    assert all(len(row["seconds"]) == 1 for row in timed) and timed[3]["relative_to_floor"] is None
+    assert [len(row["seconds"]) for row in timed] == [1] * 4 and timed[3]["relative_to_floor"] is None
     assert floor["seconds"] == [] and floor["slm_passes_per_position"] == 1
     assert floor["speedup"] is floor["ms_per_token"] is floor["bandwidth_fraction"] is None
 
 
-@pytest.mark.parametrize("place", ["describe_machine", "cost_of_model", "measure_curve"])
+@pytest.mark.parametrize("place", ["describe_machine", "measure_curve"])
 def test_ctrl_c_keeps_what_there_is_at_any_time(
     pair: CiterForCausalLM, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    def interrupt(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, place, interrupt)
+    monkeypatch.setattr(module, place, Mock(side_effect=KeyboardInterrupt))
     report = bench(pair, "pair", shares=(0.5,), **QUICK)
     assert report.interrupted and not report.as_dict()["complete"]
     assert report.table().startswith("Interrupted: ")
@@ -188,7 +157,7 @@ def test_ctrl_c_keeps_what_there_is_at_any_time(
 
 
 @pytest.mark.parametrize(
-    ("error", "call"), [(torch.OutOfMemoryError("CUDA out of memory"), 1), (MemoryError("no memory"), 3)], ids=repr
+    ("error", "call"), [(torch.OutOfMemoryError("CUDA out of memory"), 1), (MemoryError("no memory"), 2)], ids=repr
 )
 def test_a_contender_that_fails_is_reported_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch, error: Exception, call: int
@@ -196,14 +165,11 @@ def test_a_contender_that_fails_is_reported_and_the_others_are_measured(
     fail_at(monkeypatch, "citer", call, error)
     report = bench_json("--shares", "0.5", "--no-assisted", status=1)
     llm, slm, citer, floor = report["rows"]
-    assert not report["complete"] and report["error"].startswith("CITER, share 0.5: ")
-    assert citer["error"].endswith(str(error)) and llm["error"] is slm["error"] is None
+    assert not report["complete"] and report["error"] == f"CITER, share 0.5: {citer['error']}"
+    assert citer["error"] == f"{type(error).__name__}: {error}" and llm["error"] is slm["error"] is None
     assert len(llm["seconds"]) == len(slm["seconds"]) == 1
     # The floor repeats the decisions of the pair: without any it has none to repeat.
     assert ("which failed" in floor["error"]) if call == 1 else floor["error"] is None
-    fail_at(monkeypatch, "citer", call, error)
-    result = invoke("bench", "demo", *QUICK_BENCH, "--shares", "0.5", "--no-assisted")
-    assert result.exit_code == 1 and f"CITER, share 0.5 failed: {type(error).__name__}: {error}" in result.stdout
 
 
 def test_a_failure_of_assisted_generation_leaves_the_report_complete(
@@ -215,16 +181,12 @@ def test_a_failure_of_assisted_generation_leaves_the_report_complete(
     assert report.error is None and report.as_dict()["complete"] and "assisted generation failed: " in report.table()
 
 
-# --- Options --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shares": (0, 1.5)}, "--shares: .* got 1.5"),
         ({"thresholds": (70,)}, "--thresholds: .* got 70"),
         ({"batch_size": 0}, "--batch-size: .* got 0"),
-        ({"warmup": -1}, "--warmup: .* got -1"),
         ({"cache_implementation": "paged"}, "--cache-implementation: .* got 'paged'"),
     ],
 )
@@ -236,19 +198,17 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_an_unknown_device_is_refused_and_the_default_exists() -> None:
     with pytest.raises(ValueError, match=r"--device: .*cpu.*got 'toaster'"):
         as_device("toaster")
-    assert torch.device(as_device(None)) and as_device("auto") == "auto" and as_device("cpu") == "cpu"
+    assert torch.device(as_device(None)) and as_device("auto") == "auto"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["demo", "--shares", "half"], ("--shares", "half")),
-        (["demo", "--device", "cuda:99"], ("--device", "cuda:99")),
         (["demo", "--prompt-length", "300"], ("--prompt-length", "300", "256")),
         (["demo", "--plot", "speed.bmp"], ("--plot", "speed.bmp", ".png")),
         (["demo", "--plot", "/nowhere/at/all.png"], ("--plot", "/nowhere/at")),
         ([], ("MODEL", "--slm", "--llm")),
-        (["demo", "--slm", "x", "--llm", "y"], ("MODEL",)),
         (["demo", "--gpu", "h100"], ("--gpu", "--simulate")),
         (["demo", "--simulate", "--gpu", "h100", "--thresholds", "0.5"], ("--thresholds", "--simulate")),
     ],

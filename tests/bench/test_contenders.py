@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from citer_hf.bench.contenders import (
     read_prompts,
     settings_of,
 )
+from tests.chat_pairs import character_tokenizer
 from tests.conftest import make_pair, random_prompts
 
 
@@ -37,29 +37,23 @@ def run_all(
     """Tokens, decisions, SLM passes and LLM passes of each contender, by its name."""
     found, settings, decoders = {}, settings_of(shares, thresholds), Decoders(model, new_tokens, cache)
     with greedy_without_end(model):
-        for one in decoders.contenders(settings, batch.sequences > 1, released_loop=True, **options):
+        for one in decoders.contenders(settings, len(batch.input_ids) > 1, released_loop=True, **options):
             with count_passes(model) as passes:
                 found[one.name] = (*one.decode(batch, new_tokens), *passes)
-            first, _ = one.decode(batch, 1)
-            assert torch.equal(first, found[one.name][0][:, :1])
     return found
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99, 1.0])
-@pytest.mark.parametrize("tokens", [1, 7, 64, 1000])
-def test_a_forced_share_is_as_exact_as_the_length_allows(share: float, tokens: int) -> None:
-    (setting,) = settings_of([share], [])
-    for seed in range(3):
+def test_a_forced_share_is_as_exact_as_the_length_allows(share: float) -> None:
+    (setting,) = settings_of([share, share], [])
+    for seed, tokens in enumerate((1, 7, 64, 1000)):
         flagged = forced_scores(tokens, seed)[:tokens] < setting.router_threshold
         assert abs(int(flagged.sum()) - share * tokens) <= 0.5 + 1e-6
 
 
-def test_forced_scores_depend_on_seed_and_batch_and_leave_the_global_generator_alone() -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
+def test_forced_scores_depend_on_seed_and_batch() -> None:
     first = forced_scores(50)
-    assert torch.equal(torch.rand(3), expected) and torch.equal(forced_scores(50), first)
+    assert torch.equal(forced_scores(50), first)
     assert all(not torch.equal(forced_scores(50, *other), first) for other in ((0, 1), (1, 0), (1, 1)))
 
 
@@ -70,17 +64,10 @@ def test_a_forced_router_gives_its_scores_in_order_and_begins_again() -> None:
     assert router(hidden, hidden).shape == (3, 1)
 
 
-def test_each_setting_comes_once() -> None:
-    assert [one.label for one in settings_of([0.2, 0.2, 1], [0.5])] == ["share 0.2", "share 1", "threshold 0.5"]
-
-
-# --- The loops ------------------------------------------------------------------------------------------------------
-
-
 def test_all_loops_give_the_output_of_the_pair(pair: CiterForCausalLM) -> None:
     batch = random_batch(pair.vocab_size, 12, 1, seed=4)
-    found = run_all(pair, batch, 10, (0, 0.3, 1), (0.5,), assisted=True)
-    assert all(tokens.shape == (1, 10) for tokens, *_ in found.values())
+    found = run_all(pair, batch, 6, (0, 0.3, 1), (0.5,), assisted=True)
+    assert all(tokens.shape == (1, 6) for tokens, *_ in found.values())
     assert torch.equal(found["CITER, share 0"][0], found["SLM alone"][0])
     for name in ("assisted generation", "CITER, share 1"):
         assert torch.equal(found[name][0], found["LLM alone"][0])
@@ -91,12 +78,12 @@ def test_all_loops_give_the_output_of_the_pair(pair: CiterForCausalLM) -> None:
 
 @pytest.mark.parametrize(
     ("slm", "llm", "cache"),
-    [("llama", "gemma2", None), ("bloom", "llama", None), ("llama", "gemma2", "static"), ("gpt2", "qwen2", "static")],
+    [("bloom", "llama", None), ("llama", "gemma2", "static")],
 )
 def test_all_loops_give_the_output_of_the_pair_in_padded_batches(slm: str, llm: str, cache: str | None) -> None:
     model = make_pair(slm, llm)
     (batch,) = padded_batches(random_prompts(), 3)
-    found = run_all(model, batch, 8, (0.3,), cache=cache)
+    found = run_all(model, batch, 6, (0.3,), cache=cache)
     tokens, to_llm, *_ = found["CITER, share 0.3"]
     for way in ("floor", "released loop", LOCK_STEP):
         assert torch.equal(found[f"{way}, share 0.3"][0], tokens), way
@@ -119,44 +106,27 @@ def test_passes_that_would_be_compiled_are_counted(pair: CiterForCausalLM) -> No
     assert not pair.generation_config.disable_compile and [tokens for _, tokens, _ in slm] == [5, 1, 1, 1]
 
 
-# --- Prompts --------------------------------------------------------------------------------------------------------
-
-PROMPTS = ["Tom has 3 apples.", "Then he has 2 times as many.", "How many?"]
-OBJECTS = [{"prompt": text} for text in PROMPTS]
-
-
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("name", "text"),
     [
-        ("\n\n".join(PROMPTS) + "\n", PROMPTS),
-        ("\n\n".join(map(json.dumps, OBJECTS)) + "\n", PROMPTS),
-        (json.dumps(PROMPTS), PROMPTS),
-        (json.dumps(OBJECTS, indent=2), PROMPTS),
-        # These only look like JSON.
-        *((text, [text]) for text in ("[1, 2, 3]", "[Tom] has 3 apples.", "[]", '"quoted"')),
+        ("prompts", "\ufeffTom has 3.\n\n[How many?]\n"),
+        ("a.json", '[{"prompt": "Tom has 3."}, {"prompt": "[How many?]"}]'),
     ],
 )
-def test_prompts_come_as_lines_json_lines_or_a_list(tmp_path: Path, text: str, expected: list[str]) -> None:
-    file = tmp_path / "prompts"
-    file.write_text(text)
-    assert read_prompts(file) == expected
+def test_prompts_come_as_lines_or_as_examples(tmp_path: Path, name: str, text: str) -> None:
+    tokenizer = character_tokenizer()
+    (tmp_path / name).write_text(text)
+    found = read_prompts(tmp_path / name, tokenizer)
+    assert found == tokenizer(["Tom has 3.", "[How many?]"]).input_ids
+    (tmp_path / name).write_text("\n \n")
+    with pytest.raises(ValueError, match=r"empty file|no rows"):
+        read_prompts(tmp_path / name, tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\n \n", "an empty file"),
-        (b'{"prompt": "a"}\n\n{"text": "b"}\n', "entry 2.*text"),
-        (b'{"prompt": 3}\n', "entry 1"),
-        (b'["a", ""]', "entry 2"),
-        (b"\xff\xfe\x00", "expected a text file"),
-    ],
-)
-def test_prompts_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "prompts"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"--prompts: .*{message}"):
-        read_prompts(file)
+def test_prompts_that_are_no_text_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="--prompts: expected a text with one prompt a line"):
+        read_prompts(tmp_path / "prompts", character_tokenizer())
 
 
 def test_batches_are_padded_on_the_left_and_filled_up() -> None:

@@ -11,19 +11,15 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
-SMALL = "--slm tiny --llm tiny --device cpu --dtype float32 --shares 0.5 --prompt-length 4 --max-new-tokens 4"
+SMALL = "--slm tiny --llm tiny --device cpu --dtype float32 --shares 0.5 --prompt-length 4 --max-new-tokens 2"
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr("citer_hf.bench.bench.BUFFER", 1 << 20)
-    return importlib.import_module("gpu")
-
-
+@pytest.mark.usefixtures("small_machine")
 def test_every_batch_size_is_measured_with_both_caches_and_once(
-    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark: Any = importlib.import_module("gpu")
     file = tmp_path / "gpu.json"
     arguments = [*shlex.split(SMALL), "--repeats", "1", "--output", str(file)]
     benchmark.main([*arguments, "--rows", "4"])

@@ -14,7 +14,7 @@ from tests.chat_pairs import invoke
 from tests.families import tiny_config
 
 SLM = tiny_config("llama")
-LLM = tiny_config("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+LLM = tiny_config("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=3)
 # A machine so slow that everything else than memory takes no time.
 SLOW: dict[str, Any] = {"bandwidth": 0.01, "prompt_length": 60, "max_new_tokens": 40}
 
@@ -28,16 +28,13 @@ def test_a_step_takes_the_time_to_move_weights_and_cache() -> None:
     assert two["speedup"] < 1 < one["speedup"] and one["break_even_share"] > 0.9
 
 
-def test_fewer_bits_and_more_devices_divide_and_copies_multiply() -> None:
+def test_fewer_bits_and_more_devices_divide() -> None:
     (whole,) = simulate(SLM, LLM, **SLOW, shares=(0.2,))
     (small,) = simulate(SLM, LLM, **SLOW, shares=(0.2,), llm_bits=4)
     (shared,) = simulate(SLM, LLM, **SLOW, shares=(0.2,), tensor_parallel=2)
-    (copied,) = simulate(SLM, LLM, **SLOW, shares=(0.2,), replicas=3)
     assert small["llm_step_s"] == pytest.approx(whole["llm_step_s"] / 4, rel=0.1)
     assert shared["llm_step_s"] - OVERHEAD == pytest.approx((whole["llm_step_s"] - OVERHEAD) / 2)
     assert shared["bytes_per_gpu"] == pytest.approx(whole["bytes_per_gpu"] / 2, rel=0.1)
-    assert copied["tokens_per_s"] == pytest.approx(3 * whole["tokens_per_s"])
-    assert copied["tokens_per_s_per_gpu"] == whole["tokens_per_s_per_gpu"]
 
 
 def test_a_batch_calls_the_llm_when_any_sequence_needs_it() -> None:
@@ -51,7 +48,6 @@ def test_a_batch_calls_the_llm_when_any_sequence_needs_it() -> None:
     ("options", "message"),
     [
         ({}, "--gpu: .* h100, .*--bandwidth, got None"),
-        ({"gpu": "abacus"}, "--gpu: .* got 'abacus'"),
         ({"gpu": "h100", "slm_bits": 0}, "--slm-bits: .* got 0"),
         ({"gpu": "h100", "tensor_parallel": 0}, "--tensor-parallel: .* got 0"),
         ({"gpu": "h100", "shares": (1.2,)}, "--shares: .* got 1.2"),

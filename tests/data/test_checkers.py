@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import random
 import sys
-import threading
 from collections.abc import Iterator
-from fractions import Fraction
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,29 +62,15 @@ def test_math_compares_numbers_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     right += [(r"\frac{3}{4}", "0.75"), ("7", r"\boxed{7}"), ("so 7", "3 + 4 = 7 #### 7")]
     wrong = [("-7", "7"), ("0.1", "0.1000000000000000001"), ("12345678901234567890", "12345678901234567891")]
     assert [math(*one).correct for one in right + wrong] == [True] * len(right) + [False] * len(wrong)
-    draw = random.Random(0)
-    for _ in range(200):
-        given, answer = (f"{draw.choice(['', '-'])}{draw.randrange(30)}{draw.choice(['', '.0', '.5'])}" for _ in "ab")
-        assert math(f"It is {given}.", answer).correct is (Fraction(given) == Fraction(answer))
 
 
 @needs_math_verify
 def test_math_leaves_anything_else_to_math_verify() -> None:
-    right = [
-        (r"\boxed{x+1}", "1 + x"),
-        ("thus $x+1$", "1 + x"),
-        (r"\boxed{\frac12}", "0.5"),
-        (r"\boxed{(1, 2)}", "(1,2)"),
-    ]
+    right = [(r"\boxed{x+1}", "1 + x"), ("thus $x+1$", "1 + x"), (r"\boxed{\frac12}", "0.5")]
     right += [(r"\boxed{12 \text{ cm}}", "12"), (r"\boxed{\sqrt{8}}", r"2\sqrt{2}")]
     wrong = [(r"\boxed{x+1}", "x + 2"), (r"\boxed{1/0}", "1")]
     assert [math(*one).correct for one in right + wrong] == [True] * len(right) + [False] * len(wrong)
-
-
-@needs_math_verify
-def test_an_answer_that_cannot_be_extracted_is_wrong() -> None:
-    assert math("no idea", "x + 1") == Verdict(False, None)
-    assert math("", "None") == Verdict(False, None)
+    assert math("no idea", "x + 1") == math("", "None") == Verdict(False, None)
 
 
 @needs_math_verify
@@ -98,17 +82,9 @@ def test_what_sympy_never_finishes_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_math_verify
 def test_math_works_in_threads() -> None:
-    check, found = get_checker("math"), []
-
-    def work(number: int) -> None:
-        found.append(check(rf"\boxed{{{number} + x}}", example(f"x + {number % 2}")).correct is (number < 2))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 8
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda number: math(rf"\boxed{{{number} + x}}", "x + 1").correct, range(4))
+        assert list(found) == [False, True, False, False]
 
 
 def test_math_without_its_library_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +114,6 @@ def test_choice_knows_the_examples_labels() -> None:
     numbered = example("10", choices=(("1", "x"), ("10", "y")))
     assert get_checker("choice")("The answer is 10.", numbered) == Verdict(True, "10")
     assert get_checker("choice")("so 1", numbered) == Verdict(False, "1")
-
-
-def test_choice_needs_choices() -> None:
     with pytest.raises(ValueError, match="checker choice: row 1 has no choices"):
         get_checker("choice")("B", example("B"))
 
@@ -163,10 +136,9 @@ def test_a_prompt_satisfies_no_checker(name: str, prompt: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["math", "choice", "exact"])
-@pytest.mark.parametrize("answer", [None, ""])
-def test_an_example_without_an_answer_is_refused(name: str, answer: str | None) -> None:
+def test_an_example_without_an_answer_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"row 1: it has no answer for the checker {name} .*--map answer=COLUMN"):
-        get_checker(name)("None", example(answer, choices=CHOICES))
+        get_checker(name)("None", example("", choices=CHOICES))
 
 
 def test_an_unknown_checker_is_told_the_known_ones() -> None:

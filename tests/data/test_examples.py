@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,6 @@ def lines(path: Path, *rows: Any) -> Path:
     return path
 
 
-# Formats
-
-
 def test_multiple_choice_lists_the_choices_in_the_prompt_and_has_no_reference() -> None:
     example = only({"id": "q7", "question": "What shines?", "choices": CHOICES, "answerKey": "A"}, needs=["answer"])
     prompt = "What shines?\nA. the sun\nB. the moon\nAnswer:"
@@ -45,12 +41,7 @@ def test_math_takes_the_answer_from_the_last_box_with_its_braces() -> None:
 
 
 def test_a_chain_of_thought_follows_its_prompt_with_one_space() -> None:
-    for prompt, cot, response in (
-        ("Why?", "So", " So"),
-        ("Why? ", "So", "So"),
-        ("a\n", "b", "b"),
-        ("a", "\nb", "\nb"),
-    ):
+    for prompt, cot, response in (("Why?", "So", " So"), ("a\n", "b", "b"), ("a", "\nb", "\nb")):
         example = only({"prompt": prompt, "cot": cot, "answerKey": "A", "choices": CHOICES})
         assert (example.response, example.answer, len(example.choices or ())) == (response, "A", 2)
     for column in ("response", "completion"):
@@ -80,11 +71,8 @@ def test_columns_are_mapped() -> None:
 
 
 def test_answers_become_text() -> None:
-    for answer, text in ((4.0, "4"), (4.5, "4.5"), (7, "7"), ("007", "007"), (" 4.0 ", "4.0")):
+    for answer, text in ((4.0, "4"), (4.5, "4.5"), (7, "7"), (" 4.0 ", "4.0")):
         assert only({"prompt": "a", "answer": answer}).answer == text
-
-
-# Errors name the row and the field
 
 
 @pytest.mark.parametrize(
@@ -93,12 +81,7 @@ def test_answers_become_text() -> None:
         ({"q": "a", "r": "b"}, {"prompt": "z"}, "no column 'z' for prompt; its columns: 'q', 'r'"),
         ({"q": "a", "r": "b"}, {"promt": "q"}, "no field 'promt'; the fields are prompt, messages"),
         ({"q": "a", "r": "b"}, {}, r"the columns 'q', 'r' are of no known format.*problem with.*columns=\{'prompt'"),
-        (
-            {"prompt": "a", "cot": "b", "response": "c"},
-            {},
-            "'response', 'cot' could each be the response; name",
-        ),
-        ({"prompt": "a", "messages": []}, {}, "'prompt', 'messages' could each be the messages"),
+        ({"prompt": "a", "cot": "b", "response": "c"}, {}, "'response', 'cot' could each be the response; name"),
         ({"a": "a", "b": "b"}, {"prompt": "a", "messages": "b"}, "'a', 'b' could each be the messages"),
     ],
 )
@@ -115,18 +98,11 @@ CHOICE = {"question": "q", "choices": CHOICES, "answerKey": "A"}
     [
         ({"messages": [USER, ASSISTANT], "response": "Hello"}, "messages .* ends with a reference, .*'response'"),
         ({"messages": [{"role": "user"}]}, "messages .*list of messages"),
-        ({"messages": ["Hi"]}, "messages .*list of messages"),
-        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "messages .*list of messages"),
-        ({"messages": {"role": "x"}}, "messages .*list of messages"),
         ({"messages": []}, r"messages \(column 'messages'\) is missing or empty"),
-        (
-            {"prompt": [USER], "completion": [USER, ASSISTANT]},
-            "response .*'completion'.* of 'user', 'assistant'",
-        ),
+        ({"prompt": [USER], "completion": [USER, ASSISTANT]}, "response .*'completion'.* of 'user', 'assistant'"),
         ({"prompt": "a", "answer": ["4"]}, r"answer \(column 'answer'\) must be text, got list"),
         ({**CHOICE, "choices": ["a", "b"]}, "choices .* as many different labels as texts"),
         ({**CHOICE, "choices": {"text": ["a"], "label": ["A", "B"]}}, "choices .* as many different labels as texts"),
-        ({**CHOICE, "choices": {"text": ["a"], "label": ["A", "A"]}}, "choices .* as many different labels as texts"),
         ({**CHOICE, "choices": {"text": ["a", "b"], "label": "AA"}}, "choices .* as many different labels as texts"),
         ({**CHOICE, "choices": None}, r"choices \(column 'choices'\) is missing or empty"),
         ({**CHOICE, "answerKey": "E"}, "answer .* must be one of the labels 'A', 'B', got 'E'"),
@@ -162,9 +138,6 @@ def test_ids_are_unique() -> None:
         read_examples([{"prompt": "a", "id": 5}, {"prompt": "b", "id": 6}, {"prompt": "c", "id": "5"}])
 
 
-# Files
-
-
 def test_json_keeps_texts_and_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text(
@@ -187,26 +160,21 @@ def test_csv_keeps_texts_as_they_are(tmp_path: Path) -> None:
     assert [example.answer for example in examples] == ["007", "NA", "4", None]
 
 
-def test_csv_holds_choices_and_messages_as_json(tmp_path: Path) -> None:
+def test_csv_holds_choices_as_json(tmp_path: Path) -> None:
     path = tmp_path / "task.csv"
     path.write_text('question,choices,answerKey\nq,"' + json.dumps(CHOICES).replace('"', '""') + '",B\n')
     assert read_examples(path)[0].choices == (("A", "the sun"), ("B", "the moon"))
-    path.write_text('messages\n"' + json.dumps([USER, ASSISTANT]).replace('"', '""') + '"\n')
-    assert read_examples(path)[0].messages == (USER,)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "a.jsonl: there are no rows"),
         ("a.jsonl", b"\n", "a.jsonl: there are no rows"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "a.jsonl, row 2: broken JSON"),
         ("a.jsonl", b"3\n", "row 1: expected an object with named fields, got int"),
         ("a.jsonl", b'{"prompt": "\xe9"}', "a.jsonl: broken JSON: .*codec.* Expected UTF-8"),
         ("a.json", b'[{"prompt": "a"},\n]', "a.json: broken JSON: .*line [12]"),
-        ("a.csv", b"prompt,answer\n", "a.csv: there are no rows"),
         ("a.csv", b"prompt,answer\na,b\nc\n", "a.csv, row 2: broken CSV: expected one value for each column"),
-        ("a.csv", b"prompt,answer\na,b,c\n", "a.csv, row 1: broken CSV"),
         ("a.csv", b'prompt,answer\na,"b\n', "a.csv, row 1: broken CSV"),
         ("a.csv", b"prompt\n\xe9\n", "a.csv, row 1: broken CSV: .*codec"),
         ("a.csv", b"question,choices,answerKey\nq,A or B,B\n", r"a.csv, row 1: choices .* must be JSON"),
@@ -248,13 +216,6 @@ def test_a_limit_leaves_the_rest_unread_and_a_split_needs_splits(tmp_path: Path)
             read_examples(data, split="test")
 
 
-def test_a_missing_library_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    (tmp_path / "a.parquet").write_text("a")
-    with pytest.raises(ImportError, match=r"^datasets is not installed: pip install 'citer-hf\[train\]'$"):
-        read_examples(tmp_path / "a.parquet")
-
-
 class TestDatasets:
     """What goes through the library `datasets`."""
 
@@ -287,18 +248,14 @@ class TestDatasets:
         row = {"messages": [{**USER, "name": "x"}, ASSISTANT], "choices": CHOICES, "answer": "B"}
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / "b.parquet")
         (example,) = read_examples(tmp_path / "b.parquet")
-        assert example.messages == ({**USER, "name": "x"},)
-        assert (example.response, example.choices) == ("Hello", (("A", "the sun"), ("B", "the moon")))
+        assert (example.messages, example.response) == (({**USER, "name": "x"},), "Hello")
 
     def test_a_saved_directory_is_read(self, datasets: Any, tmp_path: Path) -> None:
         data = datasets.Dataset.from_list(self.rows)
-        data.save_to_disk(tmp_path / "one")
-        self.check(read_examples(tmp_path / "one"))
         datasets.DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(tmp_path / "two")
         self.check(read_examples(tmp_path / "two", split="test"))
-        for split in (None, "dev"):
-            with pytest.raises(ValueError, match=f"two has the splits train, test; .* got {split!r}"):
-                read_examples(tmp_path / "two", split=split)
+        with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
+            read_examples(tmp_path / "two")
 
     def test_a_name_like_those_of_the_hub_is_loaded_by_name(
         self, datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -310,8 +267,6 @@ class TestDatasets:
         monkeypatch.chdir(tmp_path)
         self.check(read_examples("user/name", split="test"))
         assert len(read_examples("user/name", split="test[:1]")) == 1
-        with pytest.raises(ValueError, match="user/name has the splits train, test; expected one of them"):
-            read_examples("user/name")
         with pytest.raises(ValueError, match=r"user/name cannot be loaded.*Unknown split"):
             read_examples("user/name", split="dev")
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import encode, encode_prompt
-from citer_hf.demo import PAIR
 from tests.chat_pairs import character_tokenizer
 
 TEXTS = [
@@ -44,15 +43,14 @@ def byte_level(**options: Any) -> PreTrainedTokenizerFast:
     return wrapped(tokenizer, **options)
 
 
-def metaspace(kind: str, prepend: str = "always") -> PreTrainedTokenizerFast:
+def metaspace(kind: str) -> PreTrainedTokenizerFast:
     """As sentencepiece: words carry the space before them, and a text gets one."""
     tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     options = {"vocab_size": 200, "special_tokens": SPECIAL, "show_progress": False}
-    trainer = (
-        trainers.UnigramTrainer(unk_token="<unk>", **options) if kind == "unigram" else trainers.BpeTrainer(**options)
-    )
+    unigram, bpe = trainers.UnigramTrainer(unk_token="<unk>", **options), trainers.BpeTrainer(**options)
+    trainer = unigram if kind == "unigram" else bpe
     tokenizer.train_from_iterator(TEXTS * 20, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
@@ -64,7 +62,6 @@ TOKENIZERS = {
     "byte-level BPE": byte_level,
     "Metaspace Unigram": lambda: metaspace("unigram"),
     "Metaspace BPE": lambda: metaspace("bpe"),
-    "Metaspace BPE, first": lambda: metaspace("bpe", "first"),
 }
 
 
@@ -88,13 +85,11 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 @pytest.mark.parametrize(
     ("prompt", "response"),
     [
-        ("Question: the", " answer"),
         ("Question:", "\nthe answer"),
         ("Answer: ", "B"),  # the space before B would be part of its token
         ("the ans", "wer is 42"),  # one token in a whole text
         ("hello", " world"),
         ("hello", "world"),
-        ("unh", "appiness"),
         ("a ", "  the"),
         ("a\n", "new line"),
     ],
@@ -109,14 +104,6 @@ def test_a_reference_continues_the_tokens_that_generation_is_given(
     assert encoded.response_ids[-1] == tokenizer.eos_token_id
     whole = tokenizer(prompt + response).input_ids
     assert text_of(tokenizer, encoded.prompt_ids + encoded.response_ids[:-1]) == text_of(tokenizer, whole)
-
-
-def test_tokens_of_the_whole_text_are_kept_where_they_start_with_the_prompts(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    encoded = encode(text_example("Question: what", " is the answer"), tokenizer, None)
-    whole = tokenizer("Question: what is the answer").input_ids
-    assert encoded.prompt_ids + encoded.response_ids == [*whole, tokenizer.eos_token_id]
 
 
 def test_eos_comes_once(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -147,10 +134,6 @@ def test_the_generation_configs_eos_ends_a_text() -> None:
     assert encode(text_example("hello", " world"), tokenizer, None, end).response_ids[-1] == end
     # Among several, the tokenizer's own is the one that a text ends with.
     assert encode(text_example("hello", " world"), tokenizer, None, [end, eos]).response_ids[-1] == eos
-
-
-def test_without_any_eos_there_is_an_error() -> None:
-    tokenizer = byte_level()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="eos_token_id: neither the generation config nor the tokenizer has one"):
         encode(text_example("hello", " world"), tokenizer, None)
@@ -167,32 +150,12 @@ def test_a_chats_reference_is_what_the_template_renders_up_to_eos(eos: list[str]
     assert text_of(tokenizer, encoded.response_ids) == " the answer<end>"
 
 
-def test_eos_follows_a_turn_that_the_template_ends_otherwise() -> None:
-    tokenizer = byte_level(chat_template=CHAT)
-    encoded = encode(chat_example("B"), tokenizer, None)
-    assert text_of(tokenizer, encoded.response_ids) == "B<end>\n<eos>"
-
-
 def test_a_template_that_rewrites_past_turns_still_gives_the_reference() -> None:
     tokenizer = byte_level(chat_template=THINKING)
     end = tokenizer.convert_tokens_to_ids("<end>")
     encoded = encode(chat_example("It is.</think>B"), tokenizer, None, end)
     assert text_of(tokenizer, encoded.prompt_ids).endswith("assistant\n<think>\n")
     assert text_of(tokenizer, encoded.response_ids) == "It is.</think>B<end>"
-
-
-def test_bos_of_a_template_comes_once() -> None:
-    tokenizer = metaspace("bpe")
-    tokenizer.chat_template = "{{ bos_token }}" + CHAT
-    encoded = encode(chat_example("the answer", content="what"), tokenizer, None)
-    assert (encoded.prompt_ids + encoded.response_ids).count(tokenizer.bos_token_id) == 1
-
-
-def test_the_shipped_pairs_chat_reads_as_its_problems_do() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(PAIR)
-    chat = encode(chat_example("Anna has 3.", content="Anna has 3."), tokenizer, None)
-    text = encode(text_example("Anna has 3.\n", "Anna has 3."), tokenizer, None)
-    assert (chat.prompt_ids, chat.response_ids) == (text.prompt_ids, text.response_ids)
 
 
 def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
@@ -208,27 +171,27 @@ def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
             encode(example, tokenizer, None)
 
 
-def test_what_is_too_long_is_an_error_with_its_lengths() -> None:
-    tokenizer = character_tokenizer()
-    assert len(encode(text_example("abc", "de"), tokenizer, 6).response_ids) == 3
-    with pytest.raises(
-        ValueError, match="row 7: 3 tokens of prompt and 3 of reference are more than the context of 5"
-    ):
-        encode(text_example("abc", "de", row=7), tokenizer, 5)
-    encode(text_example("abc"), tokenizer, 4)
-    with pytest.raises(ValueError, match="row 7: 3 tokens of prompt and a new one are more than the context of 3"):
-        encode(text_example("abc", row=7), tokenizer, 3)
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        (text_example("abc", "de", row=7), {"max_length": 5}, "row 7: 3 tokens of prompt and 3 of reference .* of 5"),
+        (text_example("abc", row=7), {"max_length": 3}, "row 7: 3 tokens of prompt and a new one are more .* of 3"),
+        (text_example("a", "b"), {"vocab_size": 4}, r"row 1: token 4 \('b'\) is not among the 4 that both"),
+    ],
+)
+def test_tokens_beyond_context_or_vocabulary_are_an_error(
+    example: Example, options: dict[str, int], message: str
+) -> None:
+    limits: dict[str, Any] = {"max_length": None, **options}
+    with pytest.raises(ValueError, match=message):
+        encode(example, character_tokenizer(), **limits)
+    if limits["max_length"]:
+        encode(example, character_tokenizer(), limits["max_length"] + 1)
 
 
 def test_text_that_the_tokenizer_does_not_know_is_an_error() -> None:
     with pytest.raises(ValueError, match="row 1: the tokenizer does not know all of the text"):
         encode(text_example("hello", " w\u00f6rld"), metaspace("bpe"), None)
-
-
-def test_tokens_that_the_pair_does_not_know_are_an_error() -> None:
-    tokenizer = character_tokenizer()
-    with pytest.raises(ValueError, match=r"row 1: token 4 \('b'\) is not among the 4 that both models know"):
-        encode(text_example("a", "b"), tokenizer, None, vocab_size=4)
 
 
 def test_a_boundary_that_no_tokens_have_is_an_error() -> None:

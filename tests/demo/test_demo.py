@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from citer_hf.demo.problems import Problem, Split, Step, _split_of, drill, is_co
 from tests.chat_pairs import invoke, save_demo_pair
 
 SPLITS: list[Split] = ["train", "validation", "test"]
-MANY = list(problems("train", 0, 1000))
+MANY = list(problems("train", 0, 200))
 
 
 def steps_of(problem: Problem) -> list[Step]:
@@ -31,13 +28,8 @@ def steps_of(problem: Problem) -> list[Step]:
     return [Step(int(before), symbol, int(operand), int(after)) for before, symbol, operand, after in equations]
 
 
-# Problems
-
-
 def test_a_problem_depends_on_split_seed_and_index_alone() -> None:
     assert list(problems("test", 5, 20)) == [problem("test", 5, index) for index in range(20)]
-    distinct = {problem(split, seed, index).prompt for split, seed, index in product(SPLITS, range(5), range(20))}
-    assert len(distinct) == 300
     with pytest.raises(ValueError, match=r"'dev'.*train, validation or test"):
         problem("dev", 0, 1)  # type: ignore[arg-type]
     # The shipped pair was trained on these.
@@ -65,21 +57,15 @@ def test_the_answer_follows_from_the_equations_and_the_equations_from_the_prompt
         # Without the distraction the numbers of the story are those of the equations, in their order.
         numbers = iter(re.findall(r"\d+", told.prompt))
         assert all(number in numbers for number in [str(steps[0].before), *(str(step.operand) for step in steps)])
-    lengths = [len(steps_of(told)) for told in MANY]
-    assert all(0.28 < lengths.count(length) / len(lengths) < 0.39 for length in (2, 3, 4))
-    spare = [len(re.findall(r"\d+", told.prompt)) - length - 1 for told, length in zip(MANY, lengths, strict=True)]
-    assert set(spare) == {0, 1} and 0.28 < sum(spare) / len(spare) < 0.39
+    assert {len(steps_of(told)) for told in MANY} == {2, 3, 4}
 
 
 def test_the_answer_is_the_last_number_of_the_response() -> None:
-    for told in MANY[:200]:
+    for told in MANY:
         assert is_correct(told.response, told) and is_correct(told.prompt + told.response, told)
         for wrong in (told.prompt, "", told.response + f" {int(told.answer) + 1}"):
             assert not is_correct(wrong, told)
     assert not is_correct("I do not know.", Problem("What?\n", "", ""))
-
-
-# The command
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +122,9 @@ def test_json_is_all_there_is_and_adds_up(monkeypatch: pytest.MonkeyPatch) -> No
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
     shares = [row["llm_share"] for row in pairs]
     assert shares == sorted(shares) and 0 < shares[0] < shares[2] < 1
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_seed_gives_the_same_counts_again_and_another_seed_others() -> None:
-    first, again, other = (demo(visible=False, problems=1, seed=seed).measurements for seed in (1, 1, 2))
-    counts = [[(one.tokens, one.llm_tokens, one.llm_passes) for one in found] for found in (first, again, other)]
-    assert counts[0] == counts[1] != counts[2]
-    # One sequence at a time: each token from the LLM is one pass.
-    assert 0 < first[3].llm_passes == first[3].llm_tokens < first[3].tokens
+    again = demo(visible=False, problems=3, seed=3, router_threshold=0.5).as_dict()["rows"][2]
+    counts = ("tokens", "llm_tokens", "llm_passes", "correct")
+    assert [again[name] for name in counts] == [pairs[1][name] for name in counts]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -167,7 +147,7 @@ def test_ctrl_c_shows_the_complete_measurements(monkeypatch: pytest.MonkeyPatch)
     assert "Stopped before anything was measured." in invoke("demo", "--problems", 1).stdout
 
 
-def test_export_writes_the_held_out_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_writes_the_held_out_problems(tmp_path: Path) -> None:
     file = tmp_path / "problems.jsonl"
     result = invoke("demo", "--export", file, "--problems", 5, "--seed", 7)
     assert result.exit_code == 0 and not result.stdout
@@ -179,15 +159,12 @@ def test_export_writes_the_held_out_problems(tmp_path: Path, monkeypatch: pytest
         export(file)
     with pytest.raises(FileNotFoundError, match="is no directory"):
         export(tmp_path / "nowhere" / "file")
-    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        export(tmp_path / "other")
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--nonsense"], ["--router-threshold", "nan"], ["--export", "x", "--json"], ["--export", "/nowhere/at/all"]],
+    [["--router-threshold", "nan"], ["--export", "x", "--json"], ["--export", "/nowhere/at/all"]],
     ids=str,
 )
 def test_options_without_a_meaning_are_errors(arguments: list[str]) -> None:
@@ -205,15 +182,14 @@ def test_real_tokens_end_with_eos() -> None:
 
 
 def test_thresholds_lie_around_the_shipped_one() -> None:
-    for shipped in (0.0, 0.05, 0.5, 0.9, 0.99, 1.0, 1.5):
+    for shipped in (0.0, 0.5, 0.99, 1.0, 1.5):
         low, middle, high = spread_thresholds(shipped)
         assert 0 <= low <= middle == shipped and high <= 1
 
 
-def test_the_shipped_pair() -> None:
-    command = [sys.executable, "-m", "citer_hf.cli", "demo", "--problems", "6", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    slm, llm, _, pair, _ = json.loads(done.stdout)["rows"]
-    assert not done.stderr
+def test_the_shipped_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_NEW_TOKENS", 100)
+    rows = demo(visible=False, problems=6, router_threshold=0.867).as_dict()["rows"]
+    slm, llm, pair = rows
     assert llm["correct"] >= 5 and slm["correct"] <= 4
-    assert slm["correct"] <= pair["correct"] and pair["llm_share"] < 0.6
+    assert slm["correct"] <= pair["correct"] and 0 < pair["llm_share"] < 0.6

