@@ -50,6 +50,8 @@ class Turn:
 class Conversation:
     """The messages so far, and a cache that holds as much of their text as is still true."""
 
+    _cached: list[int]
+
     def __init__(
         self,
         model: CiterForCausalLM,
@@ -160,7 +162,7 @@ class Conversation:
 
     def _drop_cache(self) -> None:
         self.cache = CiterCache(self.model.config)
-        self._cached: list[int] = []
+        self._cached = []
 
 
 def plain_text(messages: list[dict[str, str]]) -> str:

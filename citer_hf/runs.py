@@ -201,9 +201,9 @@ class Progress:
         if self._shown and self._bar.disable:
             print(description if total is None else f"{description}: {total}", file=sys.stderr)
 
-    def advance(self) -> None:
-        """Note that a unit of the work is done."""
-        self._bar.advance(self._task)
+    def advance(self, done: int = 1) -> None:
+        """Note that some of the work is done."""
+        self._bar.advance(self._task, done)
         if not self._by_thread:
             self._bar.refresh()
 

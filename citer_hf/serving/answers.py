@@ -167,7 +167,8 @@ class Reply:
 
     def add(self, index: int, piece: Any) -> dict[str, Any]:
         """Add a piece to an answer, and return the event that tells it in a stream."""
-        message, delta = self.messages[index], {}
+        message = self.messages[index]
+        delta: dict[str, Any] = {}
         if not message:
             message.update(role="assistant", content="")
             delta["role"] = "assistant"

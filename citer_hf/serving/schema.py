@@ -36,7 +36,7 @@ def answer_errors(app: FastAPI) -> None:
     """Make an app answer every error in OpenAI's form."""
 
     async def refused(request: fastapi.Request, error: Any) -> JSONResponse:
-        return error.response()  # type: ignore[no-any-return]
+        return error.response()
 
     async def malformed(request: fastapi.Request, error: Any) -> JSONResponse:
         # Where a field may be of several types, the error about the right type says most.

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent import futures
 from contextlib import aclosing, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,10 @@ class Server:
         """Generate an answer on this thread; whatever happens, the one who awaits it is told."""
         if answer.cancelled.is_set():
             return
-        tell = partial(loop.call_soon_threadsafe, queue.put_nowait)
+
+        def tell(item: Any) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
         tell(BEGUN)
         try:
             finished = write(self.model, self.tokenizer, answer, loop, queue)
