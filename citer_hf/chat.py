@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -52,6 +50,8 @@ class Turn:
 class Conversation:
     """The messages so far, and a cache that holds as much of their text as is still true."""
 
+    _cached: list[int]
+
     def __init__(
         self,
         model: CiterForCausalLM,
@@ -64,7 +64,6 @@ class Conversation:
         self.max_new_tokens, self.system = max_new_tokens, system
         self.router_threshold = model.config.router_threshold if router_threshold is None else router_threshold
         self.context = model.config.max_position_embeddings
-        self._cached: list[int] = []
         self.reset()
 
     def reset(self) -> None:
@@ -93,11 +92,27 @@ class Conversation:
         kept = self.cache.get_seq_length()
         streamer = WriterStreamer(self.tokenizer, self.cache, paint)
         began = time.perf_counter()
+        input_ids = torch.tensor([ids], device=self.model.device)
         try:
-            self._generate(ids, min(room, self.max_new_tokens), streamer, stop)
+            self.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=self.cache,
+                router_threshold=self.router_threshold,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
+                max_new_tokens=min(room, self.max_new_tokens),
+                # A published generation config may ask for another cache, for none, or for several sequences.
+                cache_implementation=None,
+                use_cache=True,
+                num_beams=1,
+                num_return_sequences=1,
+                # Published stop strings need it.
+                **({"tokenizer": self.tokenizer} if self.model.generation_config.stop_strings else {}),
+            )
             self._cached = (ids + streamer.tokens)[: self.cache.get_seq_length()]
         except BaseException:
-            # A step that was left half-way has left the cache half-way.
+            # An interrupted step has left the cache half-way.
             self._drop_cache()
             raise
         finally:
@@ -117,26 +132,6 @@ class Conversation:
         self.total.add(self.last)
         return self.last
 
-    def _generate(self, ids: list[int], max_new_tokens: int, streamer: WriterStreamer, stop: Any) -> None:
-        input_ids = torch.tensor([ids], device=self.model.device)
-        pair: Any = self.model
-        pair.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            past_key_values=self.cache,
-            router_threshold=self.router_threshold,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
-            # Published stop strings need it.
-            **({"tokenizer": self.tokenizer} if pair.generation_config.stop_strings else {}),
-            max_new_tokens=max_new_tokens,
-            # A published generation config may ask for another cache, for none, or for several sequences.
-            cache_implementation=None,
-            use_cache=True,
-            num_beams=1,
-            num_return_sequences=1,
-        )
-
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of the whole chat, up to where the answer begins."""
         if self.tokenizer.chat_template is None:
@@ -150,21 +145,20 @@ class Conversation:
         return list(rendered["input_ids"])
 
     def _keep_prefix_of(self, ids: list[int]) -> None:
-        """Take back from the cache what the text does not begin with, or drop the cache where that cannot be done."""
+        """Crop the cache to what the text begins with, or drop the cache where that cannot be done."""
         # The last token is always read anew: the answer begins with what the models say about it.
-        common = common_prefix(self._cached, ids[:-1])
+        pairs = zip(self._cached, ids[:-1], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         surplus = len(self._cached) - common
         if surplus == 0:
             return
-        if common == 0 or not self.cache.is_croppable:
-            self._drop_cache()
-            return
-        try:
-            self.cache.crop(-surplus)
-            self._cached = self._cached[:common]
-        except RuntimeError:
-            # Sliding windows have forgotten what would come back into view.
-            self._drop_cache()
+        if common and self.cache.is_croppable:
+            # Sliding windows may have forgotten what would come back into view.
+            with suppress(RuntimeError):
+                self.cache.crop(-surplus)
+                self._cached = self._cached[:common]
+                return
+        self._drop_cache()
 
     def _drop_cache(self) -> None:
         self.cache = CiterCache(self.model.config)
@@ -172,20 +166,9 @@ class Conversation:
 
 
 def plain_text(messages: list[dict[str, str]]) -> str:
-    """Write a chat as one text for models without a chat template: answers continue what the user wrote."""
-    text = ""
-    for message in messages:
-        line_break = "\n" if text and message["role"] == "user" else ""
-        text += line_break + message["content"]
-    return text
-
-
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """Return how many tokens two texts have in common at the beginning."""
-    for index, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return index
-    return min(len(one), len(other))
+    """Return a chat as one text for models without a chat template: answers continue what the user wrote."""
+    texts = (("\n" if one["role"] == "user" else "") + one["content"] for one in messages)
+    return "".join(texts).removeprefix("\n")
 
 
 HELP = """\
@@ -269,66 +252,43 @@ def answer(conversation: Conversation, text: str) -> None:
 
 def obey(conversation: Conversation, line: str) -> None:
     """Carry out a command."""
-    name, _, argument = line[1:].partition(" ")
-    if name in COMMANDS:
-        COMMANDS[name](conversation, argument.strip())
-    else:
-        print(f"Error: there is no command /{name}; /help lists them.", file=sys.stderr)
-
-
-def set_threshold(conversation: Conversation, argument: str) -> None:
-    """Change the threshold, or say what it is."""
-    if argument:
+    name, _, argument = line.partition(" ")
+    if name == "/threshold":
         try:
-            conversation.router_threshold = as_threshold(float(argument))
+            if argument.strip():
+                conversation.router_threshold = as_threshold(float(argument))
+            print(f"threshold {conversation.router_threshold:g}")
         except ValueError:
-            print(f"Error: {argument} is no threshold: give a number from 0 up, such as 0.7.", file=sys.stderr)
-            return
-    print(f"threshold {conversation.router_threshold:g}")
-
-
-def print_stats(conversation: Conversation, argument: str) -> None:
-    """Say what the last answer and the whole chat took."""
-    print(f"last answer  {conversation.last}\nwhole chat   {conversation.total}")
-
-
-def reset(conversation: Conversation, argument: str) -> None:
-    """Start a new chat."""
-    conversation.reset()
-    print("new chat")
-
-
-COMMANDS: dict[str, Callable[[Conversation, str], None]] = {
-    "threshold": set_threshold,
-    "stats": print_stats,
-    "reset": reset,
-    "help": lambda conversation, argument: print(HELP),
-}
+            print(
+                f"Error: {argument.strip()} is no threshold: give a number from 0 to 2, such as 0.7.", file=sys.stderr
+            )
+    elif name == "/stats":
+        print(f"last answer  {conversation.last}\nwhole chat   {conversation.total}")
+    elif name == "/reset":
+        conversation.reset()
+        print("new chat")
+    elif name == "/help":
+        print(HELP)
+    else:
+        print(f"Error: there is no command {name}; /help lists them.", file=sys.stderr)
 
 
 class StopOnInterrupt(StoppingCriteria):
     """Ends an answer after the token during which the user pressed Ctrl-C; a second Ctrl-C does not wait for it."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+    requested = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
 
     def __enter__(self) -> StopOnInterrupt:
-        # Python lets only the main thread listen to signals.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._note)
+        self._previous = signal.signal(signal.SIGINT, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, *event: object) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True

@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 def option(default: Any, help: str, metavar: str | None = None, flag: str | None = None, **limits: Any) -> Any:
     """Return a field of a command's options dataclass, which the Python function and the command line share."""
     metadata = {"help": help, "metavar": metavar, "flag": flag, **limits}
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -39,17 +37,13 @@ def option(default: Any, help: str, metavar: str | None = None, flag: str | None
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path`, and move it there when it is complete; on an error nothing is left behind."""
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(descriptor, "wb") as file:
+        with beside.open("wb") as file:
             yield file
-        # mkstemp makes files for the owner alone; this one is as public as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
-        os.replace(beside, path)
+        beside.replace(path)
     except BaseException:
-        os.unlink(beside)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -63,25 +57,20 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; a `ValueError` names the file when it holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+        found = type(values).__name__
     except ValueError as error:
-        raise ValueError(
-            f"{path}: expected a JSON object, but it cannot be read ({error}). Write it again."
-        ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}. Write the file again.")
-    return values
+        found = f"something else ({error})"
+    raise ValueError(f"{path}: expected a JSON object, got {found}. Write the file again.")
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
     """Return an empty matplotlib figure that needs no display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("A plot needs matplotlib: pip install 'citer-hf[plot]'") from None
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    import_extra("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=inches, layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -113,36 +102,37 @@ class Work:
     """
 
     def __init__(self, out: Path | None, arguments: Mapping[str, Any]):
-        self.out = out
-        self._temporary = tempfile.TemporaryDirectory() if out is None else None
-        self.folder = Path(self._temporary.name) if self._temporary else Path(out) / WORK  # type: ignore[arg-type]
-        state = None if out is None else process_state()
-        self.process: int = 0 if state is None else state.process_index
-        self.processes: int = 1 if state is None else state.num_processes
-        if out is not None:
-            self._resume(out, json.loads(json.dumps(dict(arguments), default=str)))
-
-    def _resume(self, out: Path, arguments: dict[str, Any]) -> None:
-        begun = self.folder / ARGUMENTS
+        self.process, self.processes = 0, 1
+        if out is None:
+            self._temporary = tempfile.TemporaryDirectory()
+            self.folder = Path(self._temporary.name)
+            return
+        state = process_state()
+        self.process, self.processes = state.process_index, state.num_processes
+        self.folder = Path(out) / WORK
+        begun, wanted = self.folder / ARGUMENTS, json.loads(json.dumps(dict(arguments), default=str))
         if self.process == 0 and not begun.exists():
             if out.exists() and (not out.is_dir() or any(path.name != WORK for path in out.iterdir())):
                 raise FileExistsError(f"out: {out} exists already. Choose another directory, or remove it.")
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(begun, arguments)
+            write_json(begun, wanted)
         self.wait()
-        check_arguments(out, read_json(begun), arguments)
+        check_arguments(out, read_json(begun), wanted)
 
     def run(
         self, name: str, units: Sequence[Any], compute: Callable[[Any], Any], progress: Progress | None = None
     ) -> list[Any]:
         """Compute the units that nobody has computed yet, and return the results of all, in order."""
         (self.folder / name).mkdir(exist_ok=True)
-        mine = range(self.process, len(units), self.processes)
-        for number in mine:
+        for number in range(self.process, len(units), self.processes):
             if self._find(name, number) is None:
-                self._keep(self.folder / name / f"{number:06d}", compute(units[number]))
+                value, path = compute(units[number]), self.folder / name / f"{number:06d}.json"
+                if type(value).__module__.startswith("pyarrow"):
+                    write_table(value, path.with_suffix(".parquet"))
+                else:
+                    write_json(path, {"value": value})
             if progress is not None:
-                progress.advance(1)
+                progress.advance()
         self.wait()
         return [self._read(name, number) for number in range(len(units))]
 
@@ -151,9 +141,10 @@ class Work:
         return self.run(name, [None], lambda _: compute())[0]
 
     def wait(self) -> None:
-        """Wait for the other processes."""
+        """Wait for the other processes; `ConnectionError` when one has ended."""
         if self.processes > 1:
-            wait_for_all()
+            with explained():
+                process_state().wait_for_everyone()
 
     def finish(self) -> None:
         """Remove the kept results: the run is complete."""
@@ -164,13 +155,6 @@ class Work:
     def _find(self, name: str, number: int) -> Path | None:
         paths = (self.folder / name / f"{number:06d}{suffix}" for suffix in (".json", ".parquet"))
         return next((path for path in paths if path.exists()), None)
-
-    def _keep(self, stem: Path, value: Any) -> None:
-        if type(value).__module__.startswith("pyarrow"):
-            write_table(value, stem.with_suffix(".parquet"))
-        else:
-            with atomic_write(stem.with_suffix(".json")) as file:
-                file.write(json.dumps({"value": value}).encode())
 
     def _read(self, name: str, number: int) -> Any:
         path = self._find(name, number)
@@ -200,8 +184,6 @@ def write_table(table: Any, path: Path) -> None:
 
     with atomic_write(path) as file:
         pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # --- Progress -------------------------------------------------------------------------------------------------------
@@ -210,7 +192,7 @@ def write_table(table: Any, path: Path) -> None:
 class Progress:
     """A bar on stderr; where that is no terminal, one line for every kind of work."""
 
-    def __init__(self, bar: Any, shown: bool, by_thread: bool = True):
+    def __init__(self, bar: Any, shown: bool, by_thread: bool):
         self._bar, self._task, self._shown, self._by_thread = bar, bar.add_task("", total=None), shown, by_thread
 
     def begin(self, description: str, total: int | None) -> None:
@@ -230,21 +212,14 @@ class Progress:
 def progress_bar(shown: bool = True, by_thread: bool = True) -> Iterator[Progress]:
     """Show how far a run is, with an estimate of the time left; a thread that draws slows down what is timed."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("passed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    options: dict[str, Any] = {"disable": not (shown and console.is_terminal), "auto_refresh": by_thread}
-    with Bar(*columns, console=console, transient=True, **options) as bar:
+    counts, passed, left = MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = ("{task.description:24}", BarColumn(), counts, passed, "passed,", left, "left")
+    disable = not (shown and console.is_terminal)
+    with Bar(*columns, console=console, transient=True, auto_refresh=by_thread, disable=disable) as bar:
         yield Progress(bar, shown, by_thread)
 
 
@@ -264,21 +239,15 @@ def process_state() -> Any:
 
     if PartialState._shared_state:
         return PartialState()
+    # accelerate takes a machine without accelerator for a single process, unless it is told.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     launched = any(name in os.environ for name in LAUNCHED)
     if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and not launched:
         logger.warning(
             "accelerate has started one process: with --cpu it starts several through MPI alone. Start them with "
             "`accelerate launch --multi_gpu --num_processes N` (on a CPU too) or `torchrun --nproc-per-node N`."
         )
-    # accelerate takes a machine without accelerator for a single process, unless it is told.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=LONGEST_WAIT) if launched else PartialState(cpu=on_cpu)
-
-
-def wait_for_all() -> None:
-    """Wait until every process is here; `ConnectionError` when another one has ended."""
-    with _explained():
-        process_state().wait_for_everyone()
+    return PartialState(cpu=on_cpu, **({"timeout": LONGEST_WAIT} if launched else {}))
 
 
 def from_main_process(value: Any) -> Any:
@@ -286,12 +255,13 @@ def from_main_process(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     process_state()
-    with _explained():
+    with explained():
         return broadcast_object_list([value])[0]
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Raise `ConnectionError` where torch says that another process is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -307,9 +277,6 @@ def alone() -> Iterator[None]:
     from accelerate.state import AcceleratorState
 
     hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
-    if not hidden:
-        yield
-        return
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         yield
@@ -357,17 +324,17 @@ def base_models(model: Any) -> dict[str, dict[str, Any]]:
     """Return what identifies both base models: name, commit, size, and a sha256 of a sample of their weights."""
     return {
         role: {
-            "name": anonymous(getattr(model, role).name_or_path),
+            "name": anonymous(base.name_or_path),
             "commit": model._commits.get(role),
-            "parameters": getattr(model, role).num_parameters(),
-            "sample_sha256": sample_sha256(getattr(model, role)),
+            "parameters": base.num_parameters(),
+            "sample_sha256": sample_sha256(base),
         }
-        for role in ("slm", "llm")
+        for role, base in (("slm", model.slm), ("llm", model.llm))
     }
 
 
-def sample_sha256(model: Any, numbers: int = 32) -> str:
-    """Return the sha256 of some numbers of each weight of a model, in whatever precision and place it is loaded."""
+def sample_sha256(model: Any) -> str:
+    """Return the sha256 of about 32 numbers of each weight, in whatever precision and place a model is loaded."""
     import torch
 
     digest = hashlib.sha256(str(model.config.model_type).encode())
@@ -375,7 +342,7 @@ def sample_sha256(model: Any, numbers: int = 32) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta":
             flat = tensor.detach().reshape(-1)
-            digest.update(str(flat[:: max(flat.numel() // numbers, 1)].to(torch.bfloat16).cpu().tolist()).encode())
+            digest.update(str(flat[:: max(flat.numel() // 32, 1)].to(torch.bfloat16).cpu().tolist()).encode())
     return digest.hexdigest()
 
 
@@ -386,31 +353,25 @@ def sha256_of(value: Any) -> str:
 
 def router_sha256(router: Any) -> str | None:
     """Return the sha256 of the `model.safetensors` that a router is saved as, or `None` for one without weights."""
-    return weights_sha256(router.state_dict(prefix="router."))
+    from safetensors.torch import save
+
+    tensors = router if isinstance(router, Mapping) else router.state_dict(prefix="router.")
+    own = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if key.startswith("router.")}
+    return hashlib.sha256(save(own, metadata={"format": "pt"})).hexdigest() if own else None
 
 
 def file_sha256(path: Path) -> str | None:
     """Return the sha256 of the router in a `model.safetensors`, which may hold base models too."""
     from safetensors.torch import load_file
 
-    return weights_sha256(load_file(path)) if path.is_file() else None
-
-
-def weights_sha256(tensors: Mapping[str, Any]) -> str | None:
-    """Return the sha256 of a router's tensors as safetensors writes them."""
-    from safetensors.torch import save
-
-    router = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if key.startswith("router.")}
-    return hashlib.sha256(save(router, metadata={"format": "pt"})).hexdigest() if router else None
+    return router_sha256(load_file(path)) if path.is_file() else None
 
 
 def processor_name() -> str:
     """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
 
 
 def anonymous(value: Any) -> Any:

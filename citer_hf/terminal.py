@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["Paint", "WriterStreamer", "legend", "wants_colour"]
-
 LLM_COLOUR, DIM, PLAIN = "\033[1;33m", "\033[2m", "\033[0m"
 OPEN, CLOSE = "[[", "]]"
 
-# What a model writes must not steer the terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Output of a model must not steer the terminal.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # The decoder's sign for bytes that are no character, or not yet.
-_INCOMPLETE = "\ufffd"
-_LONGEST_CHARACTER = 4
+INCOMPLETE = "\ufffd"
+LONGEST_CHARACTER = 4
 
 
 def wants_colour(out: TextIO) -> bool:
-    """Say whether a stream is a terminal that shows colours, and the user has not asked for none (no-color.org)."""
+    """Return True for a terminal that shows colours, unless the user has asked for none (no-color.org)."""
     return out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def legend(out: TextIO) -> str:
-    """Say how the LLM's text can be told from the SLM's on a stream."""
+    """Return how the LLM's text can be told from the SLM's on a stream."""
     if wants_colour(out):
         return f"{LLM_COLOUR}Text in this colour{PLAIN} was written by the LLM, the rest by the SLM."
     return f"Text in {OPEN} {CLOSE} was written by the LLM, the rest by the SLM."
@@ -37,65 +35,49 @@ class Paint:
     """Writes text piece by piece: the LLM's in colour, or between markers where there are no colours."""
 
     def __init__(self, out: TextIO):
-        self.out = out
-        self.colour = wants_colour(out)
-        self._open = False
+        self.out, self.colour, self._is_open = out, wants_colour(out), False
 
     def write(self, text: str, by_llm: bool) -> None:
         """Write a piece."""
-        text = _CONTROL.sub("", text)
-        if not text:
-            return
-        if self.colour:
-            # Every piece is closed at once, so that whatever interrupts the text leaves the terminal plain.
-            self.out.write(f"{LLM_COLOUR}{text}{PLAIN}" if by_llm else text)
-        else:
-            self._mark(by_llm)
-            self.out.write(text)
-        self.out.flush()
+        text = CONTROL.sub("", text)
+        if text:
+            # A coloured piece is closed at once, so that whatever interrupts the text leaves the terminal plain.
+            self._print(f"{LLM_COLOUR}{text}{PLAIN}" if self.colour and by_llm else text, by_llm)
 
     def dim(self, text: str) -> None:
         """Write a line about the text, in grey where there are colours."""
-        self.out.write(f"{DIM}{text}{PLAIN}\n" if self.colour else f"{text}\n")
-        self.out.flush()
+        self._print(f"{DIM}{text}{PLAIN}\n" if self.colour else f"{text}\n", False)
 
     def end(self) -> None:
         """End the text, and its line."""
-        self._mark(False)
-        self.out.write("\n")
+        self._print("\n", False)
+
+    def _print(self, text: str, is_open: bool) -> None:
+        if is_open != self._is_open and not self.colour:
+            text = (OPEN if is_open else CLOSE) + text
+        self._is_open = is_open
+        self.out.write(text)
         self.out.flush()
-
-    def _mark(self, by_llm: bool) -> None:
-        if by_llm != self._open and not self.colour:
-            self.out.write(OPEN if by_llm else CLOSE)
-            self._open = by_llm
-
-
-class HasRouting(Protocol):
-    """A cache that records who writes: `CiterCache`."""
-
-    routing: Any
 
 
 class WriterStreamer(BaseStreamer):
-    """A streamer for `generate` that paints each token by its writer, which it looks up in the cache's record."""
+    """A streamer for `generate` that paints each token by its writer, which it looks up in the cache's `routing`."""
 
-    def __init__(self, tokenizer: Any, cache: HasRouting, paint: Paint):
+    def __init__(self, tokenizer: Any, cache: Any, paint: Paint):
         self.tokens: list[int] = []
         self._tokenizer, self._cache, self._paint = tokenizer, cache, paint
         self._prompt_is_next = True
-        # Tokens before `_shown` have been painted; those from `_context` on are decoded again, because how a token
-        # reads can depend on the one before it.
+        # Tokens before `_shown` have been painted; those from `_context` on are decoded again, because the text of a
+        # token can depend on the token before it.
         self._context = self._shown = 0
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, at first, and then each new token."""
-        if self._prompt_is_next:
-            self._prompt_is_next = False
-            return
-        for token in value.reshape(-1).tolist():
-            self.tokens.append(token)
-            self._paint_new(hold_back=True)
+        if not self._prompt_is_next:
+            for token in value.reshape(-1).tolist():
+                self.tokens.append(token)
+                self._paint_new(hold_back=True)
+        self._prompt_is_next = False
 
     def end(self) -> None:
         """Paint what was held back, and end the text."""
@@ -104,15 +86,12 @@ class WriterStreamer(BaseStreamer):
         self._paint.end()
 
     def _paint_new(self, hold_back: bool) -> None:
-        """Paint what the newest token adds, unless it ends in the middle of a character."""
-        before = self._decode(self._context, self._shown)
-        text = self._decode(self._context, len(self.tokens))
-        waiting = len(self.tokens) - self._shown
-        if hold_back and text.endswith(_INCOMPLETE) and waiting < _LONGEST_CHARACTER:
+        """Paint the text of the newest token, unless it ends in the middle of a character."""
+        before, text = (
+            self._tokenizer.decode(self.tokens[self._context : last], skip_special_tokens=True)
+            for last in (self._shown, len(self.tokens))
+        )
+        if hold_back and text.endswith(INCOMPLETE) and len(self.tokens) - self._shown < LONGEST_CHARACTER:
             return
-        by_llm = self._cache.routing.by_llm(len(self.tokens) - 1)
-        self._paint.write(text[len(before) :], by_llm)
+        self._paint.write(text[len(before) :], self._cache.routing.by_llm(len(self.tokens) - 1))
         self._context, self._shown = self._shown, len(self.tokens)
-
-    def _decode(self, first: int, last: int) -> str:
-        return str(self._tokenizer.decode(self.tokens[first:last], skip_special_tokens=True))

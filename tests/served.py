@@ -16,8 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
 from citer_hf.serving import ServeOptions
-from citer_hf.serving.metrics import Metrics
-from citer_hf.serving.server import Engine, build_app
+from citer_hf.serving.server import Server, build_app
 from tests.chat_pairs import character_tokenizer
 
 NAME = "tiny"
@@ -26,8 +25,8 @@ NAME = "tiny"
 class Served:
     """A running server."""
 
-    def __init__(self, engine: Engine, port: int):
-        self.engine, self.port = engine, port
+    def __init__(self, server: Server, port: int):
+        self.metrics, self.port = server.metrics, port
         self.url = f"http://127.0.0.1:{port}"
 
     def client(self, **options: Any) -> openai.OpenAI:
@@ -36,7 +35,7 @@ class Served:
 
     def metric(self, name: str, **labels: str) -> float:
         """What a counter says."""
-        for family in text_string_to_metric_families(self.engine.metrics.text().decode()):
+        for family in text_string_to_metric_families(self.metrics.text().decode()):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     return sample.value
@@ -63,19 +62,18 @@ class Served:
 @contextmanager
 def serving(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Served]:
     """Serve a pair on a free port."""
-    engine = Engine(model, tokenizer or character_tokenizer(), ServeOptions(**options), Metrics())
-    app = build_app(engine, (NAME,), model.config.router_threshold)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    server = Server(model, tokenizer or character_tokenizer(), NAME, ServeOptions(**options))
+    runner = uvicorn.Server(uvicorn.Config(build_app(server), log_level="error", timeout_graceful_shutdown=1))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        wait_until(lambda: server.started)
+        wait_until(lambda: runner.started)
         try:
-            yield Served(engine, listener.getsockname()[1])
+            yield Served(server, listener.getsockname()[1])
         finally:
-            server.should_exit = True
+            runner.should_exit = True
             thread.join(timeout=30)
-            engine.close()
+            server.close()
 
 
 def wait_until(condition: Any, seconds: float = 60) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from citer_hf import CiterCache, CiterForCausalLM
-from citer_hf.chat import Conversation, StopOnInterrupt, Turn, answer, common_prefix, obey, plain_text
+from citer_hf.chat import Conversation, StopOnInterrupt, Turn, answer, obey, plain_text
 from citer_hf.terminal import Paint
 from tests.chat_pairs import TEMPLATE, chat_pair
 
@@ -237,12 +237,6 @@ def test_commands_that_mean_nothing(line: str, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1 and not captured.out
     assert conversation.router_threshold == 0.5
-
-
-def test_common_prefix() -> None:
-    assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
-    assert common_prefix([1, 2], [1, 2, 4]) == common_prefix([1, 2, 4], [1, 2]) == 2
-    assert common_prefix([], [1]) == 0
 
 
 def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:

@@ -1,8 +1,9 @@
-"""What is counted, for Prometheus."""
+"""Counters for Prometheus."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,41 +12,32 @@ from .answers import Finished
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 SHARES = tuple(step / 10 for step in range(11))
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+# nginx' status of a request whose client has gone.
+CLIENT_LEFT = 499
 
 
 class Metrics:
     """The counters of one server."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "citer_requests", "Requests, by endpoint and HTTP status.", ["endpoint", "status"], registry=registry
-        )
+        self.registry = CollectorRegistry()
+        counter, histogram = partial(Counter, registry=self.registry), partial(Histogram, registry=self.registry)
+        seconds = partial(histogram, buckets=SECONDS)
+        self.requests = counter("citer_requests", "Requests, by endpoint and HTTP status.", ["endpoint", "status"])
         self.requests_here = Gauge(
-            "citer_requests_in_progress", "Requests that wait or are answered.", registry=registry
+            "citer_requests_in_progress", "Requests that wait or are answered.", registry=self.registry
         )
-        self.tokens = Counter("citer_tokens", "Tokens written, by model.", ["model"], registry=registry)
-        self.prompt_tokens = Counter("citer_prompt_tokens", "Tokens of prompts.", registry=registry)
-        self.llm_calls = Counter("citer_llm_calls", "Forward passes of the LLM.", registry=registry)
-        self.llm_share = Histogram(
-            "citer_llm_share", "Share of an answer's tokens that the LLM wrote.", buckets=SHARES, registry=registry
+        self.tokens = counter("citer_tokens", "Tokens written, by model.", ["model"])
+        self.prompt_tokens = counter("citer_prompt_tokens", "Tokens of prompts.")
+        self.llm_calls = counter("citer_llm_calls", "Forward passes of the LLM.")
+        self.llm_share = histogram(
+            "citer_llm_share", "Share of an answer's tokens that the LLM wrote.", buckets=SHARES
         )
-        self.request_seconds = Histogram(
-            "citer_request_seconds",
-            "From a request's arrival to the end of its answer.",
-            ["endpoint"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.first_token_seconds = Histogram(
-            "citer_first_token_seconds",
-            "From a request's arrival to its first token.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.answer_seconds = Histogram(
-            "citer_answer_seconds", "Time that writing an answer took.", buckets=SECONDS, registry=registry
-        )
+        arrival = "From a request's arrival to"
+        self.request_seconds = seconds("citer_request_seconds", f"{arrival} the end of its answer.", ["endpoint"])
+        self.first_token_seconds = seconds("citer_first_token_seconds", f"{arrival} its first token.")
+        self.answer_seconds = seconds("citer_answer_seconds", "Time that writing an answer took.")
         for model in ("slm", "llm"):
             self.tokens.labels(model)
 
@@ -64,11 +56,6 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
-# What nginx calls a request whose client has gone.
-CLIENT_LEFT = 499
-
-
 class Measured:
     """ASGI middleware that counts requests for answers."""
 
@@ -79,8 +66,7 @@ class Measured:
         if scope["type"] != "http" or scope["path"] not in ENDPOINTS:
             await self.app(scope, receive, send)
             return
-        began = time.monotonic()
-        status, ended = 500, False
+        began, status, ended = time.monotonic(), 500, False
 
         async def noted(message: Any) -> None:
             nonlocal status, ended

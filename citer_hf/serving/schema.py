@@ -1,63 +1,55 @@
-"""What a request may hold, and what a client is told when there is no answer: OpenAI's fields and errors."""
+"""Fields of a request, and the errors that a client is told: both as OpenAI has them."""
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated, Any, Literal
 
 import fastapi
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-logger = logging.getLogger(__name__)
 INTERNAL = "The server failed at this request; its log says why."
+RETRY_AFTER = "5"
 
 
 class RequestError(Exception):
     """A request that gets no answer."""
 
-    def __init__(
-        self,
-        message: str,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ):
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.status, self.param, self.code = status, param, code
 
+    def body(self) -> dict[str, Any]:
+        # The message may quote what a client has sent, which may be no unicode text.
+        message = str(self).encode(errors="backslashreplace").decode()
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
-def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return the JSON of an error."""
-    # What a client has sent may be quoted in it, and may be no text.
-    message = message.encode(errors="backslashreplace").decode()
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    def response(self, headers: Any = None) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, {"Retry-After": RETRY_AFTER} if self.status == 503 else headers)
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Let an app answer every error in this form."""
+    """Make an app answer every error in OpenAI's form."""
 
     async def refused(request: fastapi.Request, error: Any) -> JSONResponse:
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
-        return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, headers)
+        return error.response()
 
     async def malformed(request: fastapi.Request, error: Any) -> JSONResponse:
-        # Where a field may be of several types, what is wrong with the right one says most.
+        # Where a field may be of several types, the error about the right type says most.
         found = sorted(error.errors(), key=lambda one: one["type"].endswith("_type"))
         text = "; ".join(f"{field_of(one)}: {wording(one)}" for one in found[:3])
-        return JSONResponse(error_body(text, 400, field_of(found[0]).partition(".")[0]), 400)
+        return RequestError(text, param=field_of(found[0]).partition(".")[0]).response()
 
     async def http(request: fastapi.Request, error: Any) -> JSONResponse:
-        return JSONResponse(error_body(str(error.detail), error.status_code), error.status_code, error.headers)
+        return RequestError(str(error.detail), error.status_code).response(error.headers)
 
     async def failed(request: fastapi.Request, error: Any) -> JSONResponse:
         # uvicorn logs the error itself.
-        return JSONResponse(error_body(INTERNAL, 500), 500)
+        return RequestError(INTERNAL, 500).response()
 
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
@@ -66,18 +58,14 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def field_of(error: dict[str, Any]) -> str:
-    """Name the field that a validation error is about."""
-    names = [str(name) for name in error["loc"] if name != "body"]
-    return ".".join(names) or "body"
+    return ".".join(str(name) for name in error["loc"] if name != "body") or "body"
 
 
 def wording(error: dict[str, Any]) -> str:
-    """Say what is wrong with a field. What was sent is not repeated: it may be long, or no text at all."""
-    if error["type"] in ("extra_forbidden", "none_required"):
+    """Return what is wrong with a field. The value is not repeated: it may be long, or no text at all."""
+    if error["type"] in ("extra_forbidden", "none_required") or error.get("ctx", {}).get("expected") == "False":
         return "this server does not offer that, and will not pretend to. Leave it out."
-    if error["type"] == "json_invalid":
-        return "the body is no JSON."
-    return f"{error['msg']}."
+    return "the body is no JSON." if error["type"] == "json_invalid" else f"{error['msg']}."
 
 
 MOST_CHOICES = 16
@@ -89,24 +77,14 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
 
 
-def refuse(wanted: bool) -> bool:
-    """Refuse what this server does not offer."""
-    if wanted:
-        raise ValueError("this server does not offer that")
-    return wanted
-
-
-NotOffered = Annotated[bool, AfterValidator(refuse)]
-
-
 class Strict(BaseModel):
-    """Something whose fields are what they say: "5" is no number."""
+    """Fields of exactly the given types: "5" is no number."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class Part(Strict):
-    """A part of a message; a pair reads text only."""
+    """A part of a message; a pair takes text only."""
 
     type: Literal["text"]
     text: str
@@ -128,7 +106,7 @@ class CalledTool(Strict):
 
 
 class Message(Strict):
-    """One message of a chat. Fields that clients copy from an answer and that a prompt has no use for are dropped."""
+    """A message of a chat. Fields that clients copy from an answer and that a prompt has no use for are dropped."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
@@ -137,7 +115,7 @@ class Message(Strict):
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside the text."""
+    """Events of a stream beside the text."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -146,7 +124,7 @@ class StreamOptions(Strict):
 class Request(Strict):
     """The fields that both endpoints have."""
 
-    # An answer that leaves a field out of account is a wrong answer.
+    # An answer that ignores a field is a wrong answer.
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
@@ -164,8 +142,8 @@ class Request(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    router_threshold: float | None = Field(None, ge=0, le=2, strict=True)
-    # Who asks does not change the answer.
+    router_threshold: float | None = Field(None, ge=0, le=2)
+    # The following do not change the answer.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -189,7 +167,7 @@ class ChatRequest(Request):
     tool_choice: Literal["none", "auto"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    logprobs: NotOffered | None = None
+    logprobs: Literal[False] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
@@ -199,6 +177,6 @@ class CompletionRequest(Request):
 
     prompt: str | Texts | Tokens | TokenLists
     best_of: int | None = Field(None, ge=1, le=1)
-    echo: NotOffered | None = None
+    echo: Literal[False] | None = None
     logprobs: None = None
     suffix: None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from tests.chat_pairs import character_tokenizer, chat_pair, invoke
 from tests.served import NAME, HeldRouter, Served, serving, wait_until
 from tests.serving.test_serve import CHAT, held
 
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 ASK = {"model": NAME, "prompt": "abc", "max_tokens": 2}
 SAY = {"model": NAME, "messages": CHAT, "max_tokens": 2}
 
@@ -49,31 +49,22 @@ def refusal(server: Served, body: Any, path: str = "/v1/completions") -> tuple[i
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": "5"}, "max_tokens", "valid integer"),
         ({"max_tokens": 51}, "max_tokens", "writes at most 50"),
-        ({"max_tokens": 1e400}, "max_tokens", "valid integer"),
-        ({"temperature": 2.5}, "temperature", "less than or equal to 2"),
         ({"temperature": float("nan")}, "temperature", "finite"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
         ({"router_threshold": -0.1}, "router_threshold", "greater than or equal to 0"),
-        ({"router_threshold": float("inf")}, "router_threshold", "finite|less than"),
+        ({"router_threshold": 2.1}, "router_threshold", "less than or equal to 2"),
         ({"router_threshold": True}, "router_threshold", "valid number"),
-        ({"seed": 2**63}, "seed", "less than"),
-        ({"stop": ""}, "stop", "at least 1 character"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
-        ({"n": 17}, "n", "less than or equal to 16"),
         ({"logit_bias": {"61": 1}}, "logit_bias", "from 0 to 60"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias", "from 0 to 60"),
         ({"logit_bias": {"٣": 1}}, "logit_bias", "from 0 to 60"),
         ({"logprobs": 3}, "logprobs", "does not offer"),
         ({"echo": True}, "echo", "does not offer"),
         ({"beams": 4}, "beams", "does not offer"),
-        ({"prompt": []}, "prompt", "at least 1 item"),
         ({"prompt": [[]]}, "prompt", "at least 1 item"),
         ({"prompt": [3, 61]}, "prompt", "below 61"),
         ({"prompt": "a" * 256}, "prompt", "read at most 256 tokens"),
         ({"prompt": "a" * 230, "max_tokens": 40}, "prompt", "lower max_tokens"),
         ({"prompt": "a\ud800b"}, "prompt", "unicode"),
         ({"model": "gpt-5"}, "model", "has 'tiny' only"),
-        ({"stream": "yes"}, "stream", "valid boolean"),
     ],
 )
 def test_a_completion_request_that_cannot_be_met_is_refused(
@@ -82,26 +73,21 @@ def test_a_completion_request_that_cannot_be_met_is_refused(
     status, error = refusal(served, ASK | changes)
     assert status == (404 if param == "model" else 400) and error["param"] == param
     assert error["type"] == "invalid_request_error"
-    assert any(part in error["message"] for part in message.split("|")), error["message"]
+    assert message in error["message"], error
 
 
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
-        ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages", "Input should be 'system'"),
         ({"messages": [{"role": "system", "content": "refuse"}]}, "messages", "no system messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'text'"),
         ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages", "read at most 256"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
         ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"logprobs": True}, "logprobs", "does not offer"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}, "chat_template_kwargs", "cannot be set"),
         ({"max_completion_tokens": 51}, "max_tokens", "writes at most 50"),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "no"}}]}]},
-            "messages",
-            "JSONDecodeError",
-        ),
     ],
 )
 def test_a_chat_request_that_cannot_be_met_is_refused(
@@ -117,27 +103,15 @@ def test_a_model_without_chat_template_says_what_to_use_instead() -> None:
     assert status == 400 and "Use /v1/completions" in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("body", "kind"),
-    [
-        (b"", "application/json"),
-        (b"{", "application/json"),
-        (b"[1]", "application/json"),
-        (b"\xff\xfe", "application/json"),
-        (b"[" * 4000, "application/json"),
-        (b'{"prompt": ' + b"9" * 4900 + b"}", "application/json"),
-        (json.dumps(ASK).encode(), "text/plain"),
-        (json.dumps(ASK).encode(), "nonsense"),
-    ],
-)
-def test_a_body_that_is_no_request_is_refused(served: Served, body: bytes, kind: str) -> None:
-    status, answer = served.post(body, kind=kind)
-    assert status == 400 and set(json.loads(answer)["error"]) == {"message", "type", "param", "code"}
+@pytest.mark.parametrize("body", [b"", b"[1]", b"\xff\xfe", b"[" * 4000, b'{"prompt": ' + b"9" * 4900 + b"}"])
+def test_a_body_that_is_no_request_is_refused(served: Served, body: bytes) -> None:
+    status, error = refusal(served, body)
+    assert status == 400 and set(error) == {"message", "type", "param", "code"}
 
 
-def test_other_paths_and_methods_are_refused_in_the_same_form(served: Served) -> None:
+def test_other_types_paths_and_methods_are_refused_in_the_same_form(served: Served) -> None:
+    assert served.post(json.dumps(ASK).encode(), kind="text/plain")[0] == 400
     assert refusal(served, ASK, "/v1/embeddings")[0] == 404
-    assert refusal(served, ASK, "/load_model")[0] == 404
     assert refusal(served, ASK, "/health")[0] == 405
 
 
@@ -147,9 +121,8 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(served: Served, ch
     if not chunked:
         status, error = refusal(served, body)
     else:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         parts = [b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:3000], body[3000:], b"")]
-        answer = served.raw(head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(parts))
+        answer = served.raw(HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(parts))
         status, error = int(answer.split()[1]), json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     assert status == 413 and "more than 5000 bytes" in error["message"]
 
@@ -157,14 +130,12 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(served: Served, ch
 def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits.BodyLimit.__init__, "__defaults__", (0.2,))
     with serving(chat_pair()) as server:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        answer = server.raw(head + b"Connection: close\r\nContent-Length: 100\r\n\r\n{")
+        answer = server.raw(HEAD + b"Connection: close\r\nContent-Length: 100\r\n\r\n{")
     assert b" 408 " in answer and b"longer than 0.2 s" in answer
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(served: Served) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    served.raw(head + b"Content-Length: 100\r\n\r\n{", end=True)
+    served.raw(HEAD + b"Content-Length: 100\r\n\r\n{", end=True)
     assert served.client().completions.create(**ASK).choices
 
 
@@ -288,29 +259,32 @@ def test_a_server_that_others_can_reach_says_so() -> None:
     assert "proxy" not in welcome("x", 0.5, "127.0.0.1", 80) + welcome("x", 0.5, "::1", 80)
 
 
-def test_without_the_extra_the_command_says_what_to_install() -> None:
-    code = "import sys; sys.modules['fastapi'] = None; from citer_hf.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "serve", "demo"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "Error: fastapi is not installed: pip install 'citer-hf[serve]'\n"
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    result = invoke("serve", "demo")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: fastapi is not installed: pip install 'citer-hf[serve]'\n"
 
 
 # ---- fuzzing ------------------------------------------------------------------------------------------------------
 
-FUZZING = hypothesis.settings(
-    max_examples=60, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
-)
+
+@pytest.fixture(params=[15, pytest.param(300, marks=pytest.mark.slow)], ids=["few", "many"])
+def fuzzing(request: pytest.FixtureRequest) -> hypothesis.settings:
+    unhurried: dict[str, Any] = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+    return hypothesis.settings(max_examples=request.param, database=None, **unhurried)
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_requests_made_from_the_schema_are_answered_or_refused_as_it_says(
-    path: str, mode: schemathesis.GenerationMode
+    path: str, mode: schemathesis.GenerationMode, fuzzing: hypothesis.settings
 ) -> None:
-    with serving(chat_pair(), max_new_tokens=4) as server:
+    with serving(chat_pair(), max_new_tokens=1) as server:
         operation = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path]["POST"]
 
         @hypothesis.given(case=operation.as_strategy(mode))
-        @FUZZING
+        @fuzzing
         def check(case: Any) -> None:
             # A schema cannot say how long a prompt may be in tokens, nor what the model is called.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
@@ -326,29 +300,28 @@ JSON = st.recursive(
 FIELDS = sorted({"model", "prompt", "messages", "stop", "seed", "n", "tools", "stream", "logit_bias", "metadata"})
 
 
-@hypothesis.given(
-    changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
-    path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]),
-)
-@FUZZING
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_valid_request_with_any_fields_changed_is_answered_or_refused(
-    served: Served, changes: dict[str, Any], path: str
+    served: Served, path: str, fuzzing: hypothesis.settings
 ) -> None:
-    body = (ASK if path == "/v1/completions" else SAY) | changes
-    status, answer = served.post(json.dumps(body).encode(), path)
-    assert status in (200, 400, 404, 413)
-    assert status == 200 or "message" in json.loads(answer)["error"]
+    @hypothesis.given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
+    @fuzzing
+    def check(changes: dict[str, Any]) -> None:
+        body = (ASK if path == "/v1/completions" else SAY) | changes
+        status, answer = served.post(json.dumps(body).encode(), path)
+        assert status in (200, 400, 404, 413)
+        assert status == 200 or "message" in json.loads(answer)["error"]
+
+    check()
 
 
-@hypothesis.given(data=st.binary(max_size=300))
-@FUZZING
-def test_any_bytes_as_a_body_are_refused(served: Served, data: bytes) -> None:
-    status, answer = served.post(data)
-    assert status == 400 and b"Traceback" not in answer
+def test_any_bytes_are_refused_as_a_body_and_as_http(served: Served, fuzzing: hypothesis.settings) -> None:
+    @hypothesis.given(data=st.binary(min_size=1, max_size=200))
+    @fuzzing
+    def check(data: bytes) -> None:
+        status, answer = served.post(data)
+        assert status == 400 and b"Traceback" not in answer
+        answer = served.raw(data + b"\r\n\r\n", end=True)
+        assert not answer or int(answer.split(b" ", 2)[1]) < 500
 
-
-@hypothesis.given(data=st.binary(min_size=1, max_size=200))
-@FUZZING
-def test_what_is_no_http_is_refused(served: Served, data: bytes) -> None:
-    answer = served.raw(data + b"\r\n\r\n", end=True)
-    assert not answer or int(answer.split(b" ", 2)[1]) < 500
+    check()
