@@ -32,16 +32,11 @@ def padded_batch(slm: str, llm: str) -> bool:
 
 def catch_up(slm: str, llm: str) -> bool:
     router = ScriptedRouter(torch.tensor([[0, 0, 0, 0, 1]]))
-    model, prompt = make_pair(slm, llm, router=router), random_prompts((9,))[0]
-    output = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)[
-        0
-    ].tolist()
+    model, prompt = make_pair(slm, llm, router=router), torch.tensor(random_prompts((9,)))
+    output = model.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)
     with torch.no_grad():
-        return all(
-            int((model.llm if step % 5 == 4 else model.slm)(torch.tensor([output[: 9 + step]])).logits[0, -1].argmax())
-            == output[9 + step]
-            for step in range(20)
-        )
+        logits = [part(output[:, : 9 + step]).logits for step, part in enumerate(4 * ([model.slm] * 4 + [model.llm]))]
+    return torch.equal(output[0, 9:], torch.stack([one[0, -1].argmax() for one in logits]))
 
 
 def beams(slm: str, llm: str) -> bool:

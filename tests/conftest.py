@@ -69,12 +69,8 @@ def make_pair(
     small = tiny_model(slm, seed=1)
     large = tiny_model(llm, seed=2, **llm_options)
     module = router if isinstance(router, nn.Module) else None
-    config = CiterConfig(
-        slm_config=small.config,
-        llm_config=large.config,
-        router="custom" if module is not None else router,
-        router_threshold=threshold,
-    )
+    kind = "custom" if module is not None else router
+    config = CiterConfig(small.config, large.config, kind, router_threshold=threshold)
     return CiterForCausalLM(config, slm=small, llm=large, router=module).eval()
 
 
@@ -86,17 +82,13 @@ def loop_taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     taken: list[str] = []
 
     def noting(name: str, original: Any) -> Any:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            taken.append(name)
-            return original(*args, **kwargs)
-
-        return noted
+        return lambda *args, **kwargs: taken.append(name) or original(*args, **kwargs)
 
     for name in ("rows", "static"):
         monkeypatch.setattr(module, f"decode_{name}", noting(name, getattr(module, f"decode_{name}")))
 
     def last() -> str:
-        result = taken[-1] if taken else ""
+        result = "".join(taken[-1:])
         taken.clear()
         return result
 

@@ -47,11 +47,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 4,
             "head_dim": 8,
             "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
             **EXPERTS,
         },
     ),
@@ -60,20 +59,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 # More architectures, which the table of `compatibility.py` leaves out.
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            **LOW_RANK,
-            **MOE,
-            "head_dim": 4,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "deepseek_v3": ("DeepseekV3Config", {**LOW_RANK, **MOE, **GROUPS, "head_dim": 4, "num_key_value_heads": 4}),
     "gemma": ("GemmaConfig", {"head_dim": 8}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "gpt_oss": (

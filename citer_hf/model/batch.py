@@ -19,12 +19,10 @@ from .schedule import Pace, WaitingPolicy, pressure, rows_to_wait_for
 
 
 def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
-    """Write the texts of a batch, each row at its own pace."""
     return write_rows(Rows(model, decoding), logits, policy)
 
 
 def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
-    """Write the texts of all rows."""
     rows.write(range(rows.batch), logits[:, -1])
     while rows.unfinished:
         writing: list[int] = []
@@ -76,7 +74,6 @@ class Rows:
 
     @property
     def moving(self) -> bool:
-        """Whether any row can go on without the LLM."""
         return len(self.waiting) < len(self.unfinished)
 
     @property
@@ -96,7 +93,6 @@ class Rows:
         return [self.written[row] for row in rows]
 
     def mark(self, rows: list[int]) -> torch.Tensor:
-        """Return a mask of rows, bool `[batch, 1]`."""
         return torch.tensor([[row in rows] for row in range(self.batch)]).to(self.device, non_blocking=True)
 
     # ---- reading ------------------------------------------------------------------------------------------------
@@ -216,7 +212,6 @@ class Rows:
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def write(self, writing: Any, logits: torch.Tensor) -> None:
-        """Choose the next token of some rows, and see which texts end."""
         if not writing:
             return
         began = time.perf_counter()
@@ -252,11 +247,8 @@ class Rows:
     def _has_ended(self, row: int, token: int) -> bool:
         stops = self.decoding.stops
         return stops.reached(self.width + self.written[row], token) or (
-            bool(stops.others) and stops.met(self._text_for_criteria(row))
+            bool(stops.others) and stops.met(self._text_of(row))
         )
-
-    def _text_for_criteria(self, row: int) -> torch.Tensor:
-        return self._text_of(row)
 
     def _text_of(self, row: int) -> torch.Tensor:
         return self.text[row : row + 1, : self.width + self.written[row]]
@@ -294,7 +286,6 @@ class Rows:
         return torch.tensor(rows).to(self.device, non_blocking=True)
 
     def _keep(self, rows: list[int], raw: torch.Tensor, processed: torch.Tensor) -> None:
-        """Keep logits and scores, token by token, where they are to be returned."""
         decoding = self.decoding
         for kept, values, wanted in (
             (decoding.logits, raw, decoding.keeps_logits),
@@ -309,7 +300,6 @@ class Rows:
 
     @property
     def cache_is_wanted(self) -> bool:
-        """Whether anybody gets the cache afterwards."""
         return bool(self.decoding.settings.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False))
 
     def finish(self) -> Any:

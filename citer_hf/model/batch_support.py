@@ -78,12 +78,10 @@ def why_not_placed(model: PreTrainedModel) -> str:
 
 
 def processors_part_rows(decoding: Decoding) -> bool:
-    """Say whether no logits processor looks across rows."""
     return all(map(is_known, decoding.processors))
 
 
 def criteria_part_rows(decoding: Decoding) -> bool:
-    """Say whether no stopping criterion looks across rows."""
     stops = decoding.stops
     # Without end tokens, transformers does not pad rows that have stopped: they go on until all have.
     return criteria_are_known(decoding) and (bool(stops.end_tokens) or not stops.others)
@@ -107,12 +105,10 @@ def is_known(processor: Any) -> bool:
 
 
 def reads_no_text(processor: Any) -> bool:
-    """Say whether a processor looks at nothing but the logits."""
     return type(processor).__name__ in READ_NO_TEXT
 
 
 def processor_of_row(processor: Any, row: int) -> Any:
-    """Return a processor as it acts on one row of its batch."""
     if type(processor) is RepetitionPenaltyLogitsProcessor:
         ignored = processor.prompt_ignore_length
         if isinstance(ignored, torch.Tensor):

@@ -14,11 +14,8 @@ from .kv_layers import growing_cache
 class CiterCache(Cache):
     """The state of one generation: the SLM's cache, the LLM's cache, and what the LLM still has to read.
 
-    The SLM reads every token at once. The LLM reads only when it has to write, and then everything it has not seen,
-    in one forward pass. It only ever sees tokens that are final, unless the caller takes some back with `crop`.
-
-    Use it as `DynamicCache(config=...)`: as `past_key_values` of `forward` and `generate`, copied with
-    `copy.deepcopy`, cropped, reordered.
+    The LLM runs only when it has to write, over all that it has not seen, in one forward pass. Use it as
+    `DynamicCache(config=...)`: in `forward` and `generate`, copied with `copy.deepcopy`, cropped, reordered.
 
     Args:
         config: The `CiterConfig` of the model.
@@ -30,8 +27,6 @@ class CiterCache(Cache):
     Attributes:
         routing: Who wrote each token since the last call of `generate` (or since the cache was made).
     """
-
-    max_cache_len: int | None = None
 
     def __init__(
         self,
@@ -45,41 +40,36 @@ class CiterCache(Cache):
         self.llm_length = 0
         self.max_cache_len = max_cache_len
         self.routing = Routing()
-        self.layer_class_to_replicate = None
-        self.offloading = False
         self._length = 0
-        self._batch_size: int | None = None
+        self._batch_size = -1
         self._unseen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def add_tokens(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
-        """Note tokens that the SLM has read and the LLM has not."""
+        """Note tokens that the SLM has processed and the LLM has not."""
         self._batch_size = input_ids.shape[0]
         self._length += input_ids.shape[1]
         self._unseen.append((input_ids, position_ids))
 
     def unseen_tokens(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what the LLM has not seen: token ids `[batch, tokens]` and their positions `[batch or 1, tokens]`."""
+        """Return what the LLM has not seen: token ids `[batch, tokens]` and their positions `[batch, tokens]`."""
         input_ids = torch.cat([ids for ids, _ in self._unseen], dim=1)
         if all(positions is None for _, positions in self._unseen):
             return input_ids, None
-        return input_ids, torch.cat(self._explicit_positions(), dim=1)
-
-    def _explicit_positions(self) -> list[torch.Tensor]:
         explicit, first = [], self.llm_length
         for ids, positions in self._unseen:
             if positions is None:
                 positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
             explicit.append(positions.expand(ids.shape[0], -1))
             first += ids.shape[1]
-        return explicit
+        return input_ids, torch.cat(explicit, dim=1)
 
     def mark_seen(self) -> None:
-        """Note that the LLM has read everything."""
+        """Note that the LLM has processed everything."""
         self.llm_length = self._length
         self._unseen = []
 
     def resume(self, length: int, llm_length: int, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
-        """Go on after rows have moved at their own pace, and all have read the same number of tokens again."""
+        """Set the lengths after sequences have moved at their own pace; the LLM has not seen these tokens of some."""
         self._length, self.llm_length = length, llm_length
         if input_ids.shape[1]:
             self._unseen.append((input_ids, position_ids))
@@ -91,27 +81,19 @@ class CiterCache(Cache):
         """The layers of the SLM's cache, which always holds the whole text."""
         return self.slm.layers
 
-    def __len__(self) -> int:
-        return len(self.slm)
-
     def __repr__(self) -> str:
         unseen = self._length - self.llm_length
         return f"CiterCache(tokens={self._length}, unseen_by_llm={unseen}, routing={self.routing!r})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens read so far."""
         return self._length
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return length and offset of the keys that a query of this length sees in a layer of the SLM."""
-        return self.slm.get_mask_sizes(query_length, layer_idx)
-
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return the number of tokens that it has room for, or -1 where it grows."""
+        """Return the number of tokens that it has memory for, or -1 where it grows."""
         return -1 if self.max_cache_len is None else self.max_cache_len
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the two models write into their own caches."""
+        """Raise: the two models write into their own caches."""
         raise TypeError(
             "CiterCache belongs to a CiterForCausalLM. For a model of its own, use `past_key_values.slm` or "
             "`past_key_values.llm`, or a DynamicCache."
@@ -122,12 +104,12 @@ class CiterCache(Cache):
         reset_cache(self.slm)
         reset_cache(self.llm)
         self._length = self.llm_length = 0
-        self._batch_size = None
+        self._batch_size = -1
         self._unseen = []
         self.routing = Routing()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens."""
+        """Take back the last tokens: a negative number."""
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
@@ -136,72 +118,56 @@ class CiterCache(Cache):
         self.slm.crop(tokens_to_remove)
         self._length += tokens_to_remove
         from_llm = max(self.llm_length - self._length, 0)
-        # A layer of the LLM that has not read anything is not even made yet.
         if self.llm_length > 0:
             self.llm.crop(-from_llm)
         self.llm_length -= from_llm
-        self._crop_unseen(self._length - self.llm_length)
-        self.routing.crop(self._length)
-
-    def _crop_unseen(self, keep: int) -> None:
-        kept = []
+        kept, keep = [], self._length - self.llm_length
         for ids, positions in self._unseen:
-            if keep <= 0:
-                break
-            kept.append((ids[:, :keep], None if positions is None else positions[:, :keep]))
+            if keep > 0:
+                kept.append((ids[:, :keep], None if positions is None else positions[:, :keep]))
             keep -= ids.shape[1]
         self._unseen = kept
+        self.routing.crop(self._length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Keep these rows, in this order, and what was decided about them."""
-        self.slm.reorder_cache(beam_idx)
-        if self.llm_length > 0:
-            self.llm.reorder_cache(beam_idx)
-        self._select_unseen(beam_idx)
-        self.routing.select(beam_idx)
+        for cache in self._filled():
+            cache.reorder_cache(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, in this order, and what was decided about them."""
-        self.slm.batch_select_indices(indices)
-        if self.llm_length > 0:
-            self.llm.batch_select_indices(indices)
-        self._select_unseen(indices)
-        self.routing.select(indices)
+        for cache in self._filled():
+            cache.batch_select_indices(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, and what was decided about it."""
-        self.slm.batch_repeat_interleave(repeats)
-        if self.llm_length > 0:
-            self.llm.batch_repeat_interleave(repeats)
-        if self._batch_size is not None:
-            rows = torch.arange(self._batch_size).repeat_interleave(repeats)
-            self._select_unseen(rows)
-            self.routing.select(rows)
+        for cache in self._filled():
+            cache.batch_repeat_interleave(repeats)
+        if self._batch_size > 0:
+            self._select(torch.arange(self._batch_size).repeat_interleave(repeats))
 
-    def _select_unseen(self, rows: torch.Tensor) -> None:
-        self._batch_size = rows.shape[0]
-        self._unseen = [
-            (
-                ids.index_select(0, rows.to(ids.device)),
-                positions if positions is None or positions.shape[0] == 1 else positions[rows.to(positions.device)],
-            )
-            for ids, positions in self._unseen
-        ]
+    def _filled(self) -> list[Cache]:
+        # A layer of the LLM that has not processed anything is not even made yet.
+        return [self.slm, self.llm] if self.llm_length > 0 else [self.slm]
+
+    def _select(self, sequences: torch.Tensor) -> None:
+        """Keep these sequences of the unseen tokens and of the record, in this order."""
+        self._batch_size = sequences.shape[0]
+        unseen, self._unseen = self._unseen, []
+        for ids, positions in unseen:
+            index = sequences.to(ids.device)
+            if positions is not None and positions.shape[0] > 1:
+                positions = positions[index]
+            self._unseen.append((ids[index], positions))
+        self.routing.select(sequences)
 
     def activate_past_recording(self) -> None:
-        """Let layers that forget (sliding windows, linear attention) keep enough to be cropped."""
         self.slm.activate_past_recording()
         self.llm.activate_past_recording()
 
     @property
     def batch_size(self) -> int:
-        """Number of rows, -1 before the first token."""
-        return -1 if self._batch_size is None else self._batch_size
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether anything has been read."""
-        return self._length > 0
+        """Number of sequences, -1 before the first token."""
+        return self._batch_size
 
     @property
     def is_compileable(self) -> bool:
@@ -210,13 +176,7 @@ class CiterCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` leaves no trace in either cache."""
-        return self.slm.is_croppable and (self.llm_length == 0 or self.llm.is_croppable)
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """Whether each layer of the SLM's cache slides."""
-        return self.slm.is_sliding
+        return all(cache.is_croppable for cache in self._filled())
 
 
 def check_cache(cache: Any, batch_size: int | None = None) -> None:
@@ -224,7 +184,7 @@ def check_cache(cache: Any, batch_size: int | None = None) -> None:
     # By name: a repository's own copy of this file has a class of its own.
     if type(cache).__name__ != CiterCache.__name__:
         raise TypeError(
-            f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no room for the LLM's "
+            f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no place for the LLM's "
             "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
         )
     if batch_size is not None and cache.batch_size not in (-1, batch_size):
@@ -235,7 +195,7 @@ def check_cache(cache: Any, batch_size: int | None = None) -> None:
         )
 
 
-SCORES, TO_LLM, UNFINISHED = range(3)
+SCORES, TO_LLM, UNFINISHED = range(3)  # columns of a step's record
 
 
 class Routing:
@@ -245,7 +205,7 @@ class Routing:
 
     Args:
         start: Index in the text of the first token to decide; earlier tokens need no decision and get no record.
-        follows_beams: Whether rows are running beams, whose order is put right at the end by `follow_beams`.
+        follows_beams: Whether sequences are running beams, whose order is put right at the end by `follow_beams`.
     """
 
     def __init__(self, start: int = 0, follows_beams: bool = False):
@@ -265,7 +225,7 @@ class Routing:
 
     @property
     def to_llm(self) -> torch.Tensor:
-        """Whether the LLM wrote each token, bool `[batch, generated]`; False after the end of a row."""
+        """Whether the LLM wrote each token, bool `[batch, generated]`; False after the end of a sequence."""
         return self._joined(TO_LLM) & self._joined(UNFINISHED)
 
     @property
@@ -275,7 +235,7 @@ class Routing:
 
     @property
     def unfinished(self) -> torch.Tensor:
-        """Whether each token is a real one and not padding after the end of its row, bool `[batch, generated]`."""
+        """Whether each token is a real one and not padding after the end, bool `[batch, generated]`."""
         return self._joined(UNFINISHED)
 
     @property
@@ -284,12 +244,12 @@ class Routing:
         real = int(self.unfinished.sum())
         return int(self.to_llm.sum()) / real if real else 0.0
 
-    def by_llm(self, index: int, row: int = 0) -> bool:
-        """Say whether the LLM wrote one token, without joining the record: for streams, which ask for the newest."""
+    def by_llm(self, index: int) -> bool:
+        """Return whether the LLM wrote a token of a single sequence, without joining the record: for streams."""
         place = self.start + index
         for first, records in reversed(self._steps):
             if first <= place < first + records[TO_LLM].shape[1]:
-                return bool(records[TO_LLM][row, place - first])
+                return bool(records[TO_LLM][0, place - first])
         raise IndexError(f"index: no token number {index} has been decided yet.")
 
     def __len__(self) -> int:
@@ -300,23 +260,21 @@ class Routing:
 
     def crop(self, length: int) -> None:
         """Forget the decisions about tokens that were taken back."""
-        while self._steps and self._steps[-1][0] > length:
-            self._steps.pop()
-        if self._steps:
-            first, records = self._steps[-1]
-            self._steps[-1] = (first, tuple(record[:, : length + 1 - first] for record in records))
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order."""
-        if self.follows_beams:
-            return
         self._steps = [
-            (first, tuple(record.index_select(0, rows.to(record.device)) for record in records))
+            (first, tuple(record[:, : length + 1 - first] for record in records))
             for first, records in self._steps
+            if first <= length
         ]
 
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these sequences, in this order."""
+        if not self.follows_beams:
+            self._steps = [
+                (first, tuple(record[rows.to(record.device)] for record in records)) for first, records in self._steps
+            ]
+
     def follow_beams(self, beam_indices: torch.Tensor) -> None:
-        """Turn the record of running beams, row by row and step by step, into that of the returned sequences."""
+        """Turn the record of running beams, step by step, into that of the returned sequences."""
         if not self._steps:
             return
         first, records = self._steps[0]

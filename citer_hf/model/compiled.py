@@ -40,7 +40,8 @@ class Step:
             own = own_code(function)
             self._compiled = torch.compile(own, **options)
             # The compiler keeps what it has made as long as there is the code.
-            weakref.finalize(self, reset_code, own.__code__).atexit = False
+            reset: Any = torch._dynamo.eval_frame.reset_code  # type: ignore[attr-defined]
+            weakref.finalize(self, reset, own.__code__).atexit = False
 
     @property
     def settled(self) -> bool:
@@ -58,9 +59,10 @@ class Step:
                 result = self._compiled(*args)
             except not_compiled() as error:
                 self._compiled = None
+                reason = str(error).strip().partition("\n")[0]
                 logger.warning_once(
                     "cache_implementation='static': a pass of this pair cannot be compiled and runs as it is, which "
-                    f"gives the same text, but not the speed. {type(error).__name__}: {first_line(error)}"
+                    f"gives the same text, but not the speed. {type(error).__name__}: {reason}"
                 )
             else:
                 self._calls += 1
@@ -79,7 +81,6 @@ class CompiledSteps:
 
     @contextmanager
     def workspace(self, model: Any, settings: GenerationConfig, rows: int, length: int) -> Iterator[Workspace]:
-        """Lend a workspace for one generation."""
         slm_options, llm_options = (compile_options(model, part, settings) for part in (model.slm, model.llm))
         if (slm_options is None and llm_options is None) or not _recording.acquire(blocking=False):
             yield new_workspace(model, rows, length, None, None)
@@ -102,7 +103,6 @@ class CompiledSteps:
 def new_workspace(
     model: Any, rows: int, length: int, slm_options: dict[str, Any] | None, llm_options: dict[str, Any] | None
 ) -> Workspace:
-    """Make a workspace and its passes, none of which has been compiled yet."""
     compiled = slm_options is not None or llm_options is not None
     capacity = max(1 << (length - 1).bit_length(), 256) + 64 if compiled else -(-(length + 1) // 64) * 64
     # It outlives the generation that it is made for, which may run in inference mode.
@@ -117,7 +117,6 @@ def new_workspace(
 
 
 def read_and_decide(model: Any, work: Workspace) -> tuple[tuple[torch.Tensor, ...], bool]:
-    """Run one SLM step, the router included."""
     ours = type(model.router) in ROUTERS.values()
     step = work.steps["slm_step" if ours else "slm_pass"]
     settled = step.settled
@@ -158,7 +157,6 @@ def compile_options(model: Any, part: Any, settings: GenerationConfig) -> dict[s
 
 
 def why_not_compiled(model: Any, part: Any) -> str:
-    """Say why a model of a pair cannot be compiled; nothing where it can."""
     quantizer = getattr(part, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return "its kind of quantization does not support it"
@@ -183,11 +181,6 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code.replace(), function.__globals__, function.__name__)
 
 
-def reset_code(code: types.CodeType) -> None:
-    """Let the compiler forget what it has made of some code."""
-    torch._dynamo.eval_frame.reset_code(code)  # type: ignore[attr-defined]
-
-
 def prepare_thread(device: torch.device) -> None:
     """Let this thread record graphs: torch prepares only the thread that imports its graph trees."""
     if device.type != "cuda":
@@ -196,8 +189,3 @@ def prepare_thread(device: torch.device) -> None:
 
     if not hasattr(cudagraph_trees.local, "tree_manager_containers"):
         cudagraph_trees._initialize_tls(cudagraph_trees.local)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [""])[0]

@@ -33,7 +33,6 @@ class Stops:
                 self.others.append(one)
 
     def reached(self, length: int, token: int) -> bool:
-        """Say whether a text ends here for one of the two usual reasons."""
         return length >= self.max_length or token in self.end_tokens
 
     def met(self, text: torch.Tensor, scores: Any = None) -> bool:
@@ -60,13 +59,15 @@ class Decoding:
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether the logits of every token are to be returned."""
         return bool(self.settings.return_dict_in_generate and self.settings.output_logits)
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether the processed logits of every token are to be returned."""
         return bool(self.settings.return_dict_in_generate and self.settings.output_scores)
+
+    def meets_criteria(self, text: torch.Tensor) -> bool:
+        """Return True if a criterion other than length and end tokens ends a single sequence."""
+        return self.stops.met(text, tuple(self.scores) if self.keeps_scores else None)
 
     def reading(self) -> Any:
         """Return the context in which the models read a token."""
@@ -81,7 +82,6 @@ class Decoding:
         return torch.tensor([[self.cache.get_seq_length()]], device=self.input_ids.device)
 
     def result(self, text: torch.Tensor) -> CiterGenerateOutput | torch.Tensor:
-        """Return what `generate` returns."""
         if not self.settings.return_dict_in_generate:
             return text
         return CiterGenerateOutput(

@@ -23,7 +23,6 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new keys and values, and return all."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)
         length = self.get_seq_length()
@@ -61,7 +60,6 @@ def has_more_bits(states: torch.Tensor, room: torch.Tensor) -> bool:
 
 
 def show(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Let a layer hold these tensors, and nothing else."""
     if isinstance(layer, GrowingLayer):
         layer.show(keys, values)
     else:
@@ -124,11 +122,9 @@ class RowsLayer(DynamicLayer):
         return larger
 
     def get_seq_length(self) -> int:
-        """Return the number of places that the longest row fills."""
         return self._rows.visible
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the keys that a query sees."""
         return self._rows.visible, 0
 
     def hand_back(self, length: int) -> None:
@@ -151,17 +147,14 @@ class RowsCache(Cache):
 
     @property
     def nowhere(self) -> int:
-        """The place for tokens that only fill up a rectangle."""
         return self.capacity - 1
 
     def make_room(self, visible: int) -> None:
-        """See to it that this many places can be read and written."""
         self.visible = visible
         if visible >= self.capacity:
             self.capacity = visible + visible // 8 + 64
 
     def hand_back(self, length: int) -> None:
-        """Leave the first tokens of all rows in the model's own cache."""
         for layer in self.layers:
             layer.hand_back(length)
 

@@ -16,7 +16,6 @@ class MaskKinds(NamedTuple):
 
 
 def mask_kinds(model: Any, windows: Any) -> MaskKinds:
-    """Say which masks a model wants."""
     different = tuple(sorted(set(windows), key=lambda window: window or 0))
     by_kind = len(different) > 1 or (
         None not in different and getattr(model.config.get_text_config(), "layer_types", None)

@@ -18,20 +18,13 @@ def decode_one_row(model: Any, decoding: Decoding, logits: torch.Tensor) -> Any:
         new = text.append(token)
         if decoding.streamer is not None:
             decoding.streamer.put(token.cpu())
-        if decoding.stops.reached(text.length, int(token)) or has_met_another_criterion(decoding, text.so_far):
+        if decoding.stops.reached(text.length, int(token)) or decoding.meets_criteria(text.so_far):
             break
         logits = read_token(model, decoding, new, text.next_position(), text.mask)
     if decoding.streamer is not None:
         decoding.streamer.end()
     # The cache may hold views of the last tokens: the caller gets a text of his own.
     return decoding.result(text.so_far.clone())
-
-
-def has_met_another_criterion(decoding: Decoding, text: torch.Tensor) -> bool:
-    """Say whether a criterion other than length and end tokens ends the text."""
-    return bool(decoding.stops.others) and decoding.stops.met(
-        text, tuple(decoding.scores) if decoding.keeps_scores else None
-    )
 
 
 class TextOfOneRow:
@@ -74,7 +67,6 @@ class TextOfOneRow:
 
 
 def choose(decoding: Decoding, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Choose the next token, as transformers does."""
     # A copy where others see it: they may change it.
     seen = bool(decoding.processors) or decoding.keeps_logits or decoding.keeps_scores
     raw = logits[:, -1].to(dtype=torch.float32, device=text.device, copy=seen)

@@ -32,7 +32,6 @@ SHORTEST_CALL, CHEAPER = 3e-3, 0.9
 
 
 def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | None:
-    """Return the policy that a user means."""
     if waiting_rows is None:
         return None
     if callable(waiting_rows):
@@ -47,7 +46,6 @@ def waiting_policy(waiting_rows: int | WaitingPolicy | None) -> WaitingPolicy | 
 
 
 def answer_of(policy: WaitingPolicy, unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Ask a user's policy."""
     enough: Any = policy(unfinished, llm_share, step_ratio)
     if not isinstance(enough, Real):
         raise ValueError(
@@ -88,7 +86,6 @@ class Pace:
         self._slm, self._llm = Durations(), Durations()
 
     def note(self, model: str, seconds: float, tokens: int = 1) -> None:
-        """Add a measurement."""
         (self._slm if model == "slm" else self._llm).add(seconds, tokens)
 
     def note_writing(self, seconds: float) -> None:
@@ -123,7 +120,6 @@ class Durations:
         self._seconds = self._tokens = self._squares = self._products = 0.0
 
     def add(self, seconds: float, tokens: int) -> None:
-        """Add a pass."""
         self.count += 1
         self._seconds += seconds
         self._tokens += tokens
@@ -143,7 +139,6 @@ class Durations:
         return min(max(slope, 0.0), seconds / tokens)
 
     def of_one_token(self) -> float:
-        """Return the seconds of a pass over one token."""
         seconds, tokens = self._seconds / self.count, self._tokens / self.count
         return seconds - self.of_another_token() * (tokens - 1)
 

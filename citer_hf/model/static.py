@@ -21,7 +21,7 @@ from .batch_support import (
 from .compiled import catch_up, read_and_decide
 from .decoding import Decoding
 from .kv_layers import layers_can_part
-from .schedule import WaitingPolicy
+from .schedule import WaitingPolicy, waiting_policy
 from .static_memory import Room, Workspace, read_with_slm
 
 logger = logging.get_logger(__name__)
@@ -34,15 +34,10 @@ def decode_static(model: Any, decoding: Decoding, logits: torch.Tensor, policy: 
     # The last token of the longest text is read by nobody.
     cache.max_cache_len = max(cache.max_cache_len or 0, longest - 1)
     if not ever_mixed(decoding.threshold):
-        policy = lock_step
+        policy = waiting_policy(1)
     rows = decoding.input_ids.shape[0]
     with model.compiled_steps.workspace(model, decoding.settings, rows, max(cache.max_cache_len, longest)) as work:
         return write_rows(StaticRows(model, decoding, work), logits, policy)
-
-
-def lock_step(unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Call the LLM as soon as one row waits; a policy."""
-    return 1
 
 
 class StaticRows(Rows):
@@ -91,7 +86,6 @@ class StaticRows(Rows):
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def read_with_slm(self) -> tuple[torch.Tensor, list[int]]:
-        """Let the SLM read the last token of every row, and decide about the next of those that move."""
         began = time.perf_counter()
         self._tell()
         with self._reading():
@@ -120,7 +114,6 @@ class StaticRows(Rows):
             return logits, self.model.router(hidden, logits)
 
     def read_with_llm(self) -> torch.Tensor:
-        """Let the LLM read what it has not seen of every unfinished row."""
         self._guess = None
         if self.cache.llm_length < self.start and not self._read_prompts_alone():
             self._flush()
@@ -153,7 +146,6 @@ class StaticRows(Rows):
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def write(self, writing: Any, logits: torch.Tensor) -> None:
-        """Choose the next token of some rows, and see which texts end."""
         if writing and self._guess is not None:
             self._append(list(writing), *self._guess)
         else:
@@ -183,17 +175,11 @@ class StaticRows(Rows):
             self.decoding.streamer.put(torch.tensor(ids))
 
     def _has_ended(self, row: int, token: int) -> bool:
-        others = self.decoding.stops.others
-        if self.batch > 1 or not others or self.decoding.stops.reached(self.width + self.written[row], token):
-            return super()._has_ended(row, token)
-        return self.decoding.stops.met(
-            self._text_for_criteria(row), tuple(self.decoding.scores) if self.decoding.keeps_scores else None
-        )
-
-    def _text_for_criteria(self, row: int) -> torch.Tensor:
-        if self._text_of_host is None:
-            return super()._text_for_criteria(row)
-        return self._text_of_host[row : row + 1, : self.width + self.written[row]]
+        stops, length = self.decoding.stops, self.width + self.written[row]
+        if stops.reached(length, token) or not stops.others:
+            return stops.reached(length, token)
+        text = self._text_of(row) if self._text_of_host is None else self._text_of_host[row : row + 1, :length]
+        return self.decoding.meets_criteria(text) if self.batch == 1 else stops.met(text)
 
     def _flush(self) -> None:
         """Write to the device's text what the host alone knows."""
@@ -203,7 +189,6 @@ class StaticRows(Rows):
             self.text[row, self.width : self.width + len(new)] = torch.tensor(new, device=self.device)
 
     def finish(self) -> Any:
-        """Hand back texts, cache and record."""
         self._flush()
         if self.decoding.streamer is not None:
             self.decoding.streamer.end()
@@ -214,7 +199,6 @@ class StaticRows(Rows):
 
 
 def asks_for_static(cache: Any) -> bool:
-    """Say whether a cache is one for which `generate` takes its static path."""
     return getattr(cache, "max_cache_len", None) is not None
 
 
@@ -235,7 +219,6 @@ def warn_of_dynamic_cache(reason: str) -> None:
 
 
 def why_not_static(model: Any, decoding: Decoding | None) -> str:
-    """Say why a text cannot be written with static caches; nothing where it can."""
     if decoding is None:
         return (
             "hidden states or attentions are to be returned, `forward` is observed or changed, or a keyword is given "
@@ -255,7 +238,6 @@ def why_not_static(model: Any, decoding: Decoding | None) -> str:
 
 
 def why_no_static_cache(model: Any) -> str:
-    """Say why a pair cannot have static caches; nothing where it can."""
     for part in (model.slm, model.llm):
         if reason := why_not_placed(part):
             return reason

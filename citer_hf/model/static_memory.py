@@ -31,7 +31,6 @@ class PlacedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new keys and values to their places, and return the whole room."""
         places = self.places[:, None, :, None].to(key_states.device)
         self.keys.scatter_(-2, places.expand_as(key_states), key_states)
         self.values.scatter_(-2, places.expand_as(value_states), value_states)
@@ -51,7 +50,6 @@ class Room:
         self._layers: list[Any] = []
 
     def at(self, places: torch.Tensor) -> Cache:
-        """Return a cache for one forward pass."""
         return Cache(layers=[PlacedLayer(keys, values, places) for keys, values in self.states])
 
     def take(self, cache: Cache) -> None:
@@ -109,7 +107,6 @@ class Workspace:
         self.control.copy_(self._from_host, non_blocking=True)
 
     def take(self, name: str, model: Any, cache: Cache) -> Room:
-        """Copy the prompts of one model, and return its room."""
         if name not in self.rooms:
             self.rooms[name] = Room(model, cache, self.capacity, self.compiled)
         self.rooms[name].take(cache)
@@ -138,7 +135,6 @@ def slm_pass(model: Any, work: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
 def read_with_slm(
     model: Any, work: Workspace, ids: torch.Tensor, places: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let the SLM read tokens at their places."""
     room = work.rooms["slm"]
     mask, positions = attention_masks(room.kinds, work.readable, places), places + work.offset
     slm = model.run_slm(ids, room.at(places), ids.shape[1], attention_mask=mask, position_ids=positions)
@@ -148,7 +144,6 @@ def read_with_slm(
 def decide(
     model: Any, work: Workspace, logits: torch.Tensor, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Let the router decide who writes each row's next token."""
     scores = model.router(hidden, logits)
     return scores, defer(scores, work.threshold), logits.argmax(-1)
 

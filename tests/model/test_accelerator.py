@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from citer_hf.bench.bench import as_device, bench
 from tests.conftest import left_padded, make_pair, random_prompts
-from tests.reference import assert_sequences, naive_generate, naive_texts
+from tests.reference import assert_sequences, naive_texts
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 
@@ -33,38 +33,20 @@ def placed() -> Any:
     return make_pair("llama", "qwen2", threshold=0.4).to(DEVICE)
 
 
+def assert_naive(model: Any, rows: list[list[int]], **options: Any) -> None:
+    wanted = {**GREEDY, "eos_token_id": [2, 9], "return_dict_in_generate": True, **options}
+    assert_sequences(model.generate(**on_device(rows), **wanted), rows, naive_texts(model, rows, 20, (2, 9)))
+
+
 def on_device(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in left_padded(rows).items()}
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_one_row_is_that_of_the_naive_loop(placed, cache):
-    row = random_prompts((9,))[0]
-    output = placed.generate(
-        torch.tensor([row], device=DEVICE),
-        **GREEDY,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        cache_implementation=cache,
-    )
-    text, to_llm, _, _ = naive_generate(placed, row, 20, 0.4, eos=())
-    assert output.sequences[0, len(row) :].tolist() == text
-    assert output.past_key_values.routing.to_llm[0].tolist() == to_llm
-
-
 @pytest.mark.parametrize("waiting_rows", [None, 1])
 @pytest.mark.parametrize("cache", CACHES)
-def test_rows_are_those_of_the_naive_loop(placed, cache, waiting_rows):
-    rows = random_prompts(ROWS)
-    output = placed.generate(
-        **on_device(rows),
-        **GREEDY,
-        eos_token_id=[2, 9],
-        return_dict_in_generate=True,
-        cache_implementation=cache,
-        waiting_rows=waiting_rows,
-    )
-    assert_sequences(output, rows, naive_texts(placed, rows, 20, (2, 9)))
+@pytest.mark.parametrize("lengths", [(9,), ROWS])
+def test_sequences_are_those_of_the_naive_loop(placed, lengths, cache, waiting_rows):
+    assert_naive(placed, random_prompts(lengths), cache_implementation=cache, waiting_rows=waiting_rows)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -80,15 +62,7 @@ def test_sampled_text_comes_back_with_its_seed(placed, cache):
 def test_passes_that_were_recorded_serve_other_texts(placed):
     """A graph reads and writes the same addresses again: what an earlier text has left there must not be seen."""
     for seed, lengths in enumerate((ROWS, (4, 4, 2, 3), (30, 2, 1, 9), ROWS)):
-        rows = random_prompts(lengths, seed)
-        output = placed.generate(
-            **on_device(rows),
-            **GREEDY,
-            eos_token_id=[2, 9],
-            return_dict_in_generate=True,
-            cache_implementation="static",
-        )
-        assert_sequences(output, rows, naive_texts(placed, rows, 20, (2, 9)))
+        assert_naive(placed, random_prompts(lengths, seed), cache_implementation="static")
 
 
 def test_two_threads_write_with_one_model(placed):

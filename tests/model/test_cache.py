@@ -24,9 +24,9 @@ def read(model, cache, text, **options):
         return model(input_ids=text, past_key_values=cache, **options)
 
 
-def filled(model, text, seen_by_llm: int) -> CiterCache:
+def filled(model, text, seen_by_llm: int, cache: CiterCache | None = None) -> CiterCache:
     """A cache of the whole text of which the LLM has seen the first part."""
-    cache = CiterCache(model.config)
+    cache = CiterCache(model.config) if cache is None else cache
     if seen_by_llm:
         read(model, cache, text[:, :seen_by_llm], router_threshold=2.0)
     if seen_by_llm < text.shape[1]:
@@ -47,7 +47,7 @@ def assert_continues(model, cache, text):
         torch.testing.assert_close(ours, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("seen", [0, 4, 9, 12])
+@pytest.mark.parametrize("seen", [0, 4, 12])
 @pytest.mark.parametrize("remove", [0, 3, 12])
 @pytest.mark.parametrize("llm", ["llama", "mistral_sliding"])
 def test_a_cropped_cache_is_that_of_the_shorter_text(seen, remove, llm):
@@ -55,10 +55,7 @@ def test_a_cropped_cache_is_that_of_the_shorter_text(seen, remove, llm):
     text = torch.tensor(random_prompts((12,)))
     cache = CiterCache(model.config)
     cache.activate_past_recording()
-    if seen:
-        read(model, cache, text[:, :seen], router_threshold=2.0)
-    if seen < 12:
-        read(model, cache, text[:, seen:], router_threshold=0.0)
+    filled(model, text, seen, cache)
     cache.crop(-remove)
     assert cache.get_seq_length() == 12 - remove
     assert cache.llm_length == min(seen, 12 - remove)
@@ -67,41 +64,27 @@ def test_a_cropped_cache_is_that_of_the_shorter_text(seen, remove, llm):
 
 
 @pytest.mark.parametrize("seen", [0, 4, 9])
-def test_a_reordered_cache_is_that_of_the_reordered_rows(pair, seen):
-    text = torch.tensor(random_prompts((9, 9, 9)))
+def test_reordered_repeated_and_selected_sequences_go_on(pair, seen):
+    text, order = torch.tensor(random_prompts((9, 9, 9))), torch.tensor([2, 0, 0])
     cache = filled(pair, text, seen)
     before = cache.routing.to_llm
-    rows = torch.tensor([2, 0, 0])
-    cache.reorder_cache(rows)
-    assert torch.equal(cache.routing.to_llm, before[rows])
-    assert_continues(pair, cache, text[rows])
-
-
-@pytest.mark.parametrize("seen", [0, 4, 9])
-def test_repeated_and_selected_rows_go_on(pair, seen):
-    text = torch.tensor(random_prompts((9, 9)))
-    cache = filled(pair, text, seen)
+    cache.reorder_cache(order)
+    assert torch.equal(cache.routing.to_llm, before[order])
+    assert_continues(pair, cache, text[order])
     cache.batch_repeat_interleave(2)
-    assert cache.batch_size == 4
-    assert_continues(pair, cache, text.repeat_interleave(2, 0))
+    assert cache.batch_size == 6
+    assert_continues(pair, cache, text[order].repeat_interleave(2, 0))
     cache.batch_select_indices(torch.tensor([3]))
     assert cache.batch_size == 1
-    assert_continues(pair, cache, text[1:])
+    assert_continues(pair, cache, text[:1])
 
 
-def test_a_copy_goes_its_own_way(pair):
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_copy_goes_its_own_way(pair, with_config):
     text = torch.tensor(random_prompts((9,)))
-    cache = filled(pair, text, 4)
+    cache = filled(pair, text, 4, None if with_config else CiterCache())
     read(pair, copy.deepcopy(cache), torch.tensor([[5, 6]]), router_threshold=2.0)
     assert (cache.get_seq_length(), cache.llm_length, len(cache.routing)) == (9, 4, 9)
-    assert_continues(pair, cache, text)
-
-
-def test_a_cache_without_a_configuration_serves_plain_attention(pair):
-    text = torch.tensor(random_prompts((9,)))
-    cache = CiterCache()
-    read(pair, cache, text[:, :4], router_threshold=2.0)
-    read(pair, cache, text[:, 4:], router_threshold=0.0)
     assert_continues(pair, cache, text)
 
 
@@ -133,8 +116,7 @@ def test_the_record_holds_tensors_of_the_step_and_nothing_is_read_until_asked(pa
     assert len(reads) == 1, "the decision itself, and nothing else, waits for the device"
 
 
-@pytest.mark.parametrize("start", [0, 3])
-def test_crop_of_the_record_keeps_the_decision_that_follows_the_text(start):
+def test_crop_of_the_record_keeps_the_decision_that_follows_the_text():
     model = make_pair(router=ScriptedRouter(torch.tensor([[0, 1, 1, 0, 1]])))
     cache = CiterCache(model.config)
     text = torch.tensor(random_prompts((5,)))
@@ -143,28 +125,18 @@ def test_crop_of_the_record_keeps_the_decision_that_follows_the_text(start):
     assert cache.routing.to_llm.tolist() == [[False, True, True]]
 
 
-def test_a_positive_crop_is_refused(pair):
+def test_what_a_cache_cannot_do_is_refused(pair):
+    text = torch.tensor(random_prompts((5, 5)))
+    cache = filled(pair, text, 5)
     with pytest.raises(ValueError, match="crop: expected a negative number"):
-        filled(pair, torch.tensor(random_prompts((5,))), 5).crop(2)
-
-
-def test_another_batch_size_is_refused(pair):
-    cache = filled(pair, torch.tensor(random_prompts((5, 5))), 5)
+        cache.crop(2)
     with pytest.raises(ValueError, match=r"past_key_values: this cache holds 2 sequences, but input_ids has 3"):
         read(pair, cache, torch.ones(3, 1, dtype=torch.long))
-
-
-def test_another_kind_of_cache_is_refused(pair):
-    text = torch.tensor(random_prompts((5,)))
-    with pytest.raises(TypeError, match=r"expected a CiterCache, got DynamicCache"):
-        read(pair, DynamicCache(config=pair.slm.config), text)
-    with pytest.raises(TypeError, match=r"expected a CiterCache, got DynamicCache"):
-        pair.generate(input_ids=text, past_key_values=DynamicCache(config=pair.slm.config), max_new_tokens=2)
-
-
-def test_it_refuses_to_be_the_cache_of_one_model(pair):
     with pytest.raises(TypeError, match="CiterCache belongs to a CiterForCausalLM"):
-        pair.slm(torch.tensor([[5, 6]]), **cache_argument(pair.slm, CiterCache(pair.config)))
+        pair.slm(text, **cache_argument(pair.slm, CiterCache(pair.config)))
+    for function in (pair, pair.generate):
+        with pytest.raises(TypeError, match=r"expected a CiterCache, got DynamicCache"):
+            function(input_ids=text, past_key_values=DynamicCache(config=pair.slm.config))
 
 
 # ---- layers ----
@@ -174,7 +146,7 @@ def states(tokens: int, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, 3, tokens, 4), torch.randn(rows, 3, tokens, 4)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     steps=st.lists(
         st.one_of(
@@ -206,38 +178,25 @@ def test_whatever_is_done_to_it_it_holds_what_a_dynamic_layer_holds(steps):
         assert ours.get_seq_length() == theirs.get_seq_length()
 
 
-def test_a_step_copies_nothing_that_is_there_already():
-    layer = GrowingLayer()
-    layer.update(*states(4000))
-    places = set()
+def test_a_step_copies_nothing_that_is_there_already_and_memory_to_spare_is_bounded():
+    layer, places = GrowingLayer(), set()
+    keys, _ = layer.update(*states(4000))
+    assert keys.untyped_storage().nbytes() == keys.numel() * keys.element_size()
     for _ in range(400):
         keys, _ = layer.update(*states(1))
         places.add(keys.data_ptr())
-    assert len(places) <= 2, "the room for the prompt, and one with room to spare"
+    assert len(places) <= 2, "that of the prompt, and one with memory to spare"
+    room = keys.untyped_storage().nbytes() / keys.element_size() / (2 * 3 * 4)
+    assert 4400 <= room <= 4400 * 9 / 8 + 64
 
 
-def test_a_prompt_gets_no_room_to_spare():
-    layer = GrowingLayer()
-    keys, _ = layer.update(*states(4000))
-    assert keys.untyped_storage().nbytes() == keys.numel() * keys.element_size()
-
-
-def test_room_to_spare_is_bounded():
-    layer = GrowingLayer()
-    for _ in range(1000):
-        keys, _ = layer.update(*states(1))
-    spare = keys.untyped_storage().nbytes() / keys.element_size() / (2 * 3 * 4) - 1000
-    assert 0 <= spare <= 1000 / 8 + 64
-
-
-@pytest.mark.parametrize("crop", [1, 3])
-def test_a_copy_taken_before_a_crop_keeps_what_it_had(crop):
+def test_a_copy_taken_before_a_crop_keeps_what_it_had():
     layer = GrowingLayer()
     layer.update(*states(6))
     layer.update(*states(2))
     before = layer.keys
     kept = before.clone()
-    layer.crop(-crop)
+    layer.crop(-1)
     layer.update(*states(2))
     assert torch.equal(before, kept)
 

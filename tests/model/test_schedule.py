@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-import statistics
 
 import pytest
 
@@ -22,9 +22,7 @@ def play(rows: int, waiting: int, share: float, steps: int = 5_000) -> tuple[flo
     return calls * rows / moved, steps * rows / moved
 
 
-@pytest.mark.parametrize(
-    ("rows", "waiting", "share"), [(1, 1, 0.3), (2, 2, 0.2), (8, 5, 0.2), (8, 1, 0.1), (16, 10, 0.2)]
-)
+@pytest.mark.parametrize(("rows", "waiting", "share"), [(1, 1, 0.3), (8, 5, 0.2), (8, 1, 0.1), (16, 10, 0.2)])
 def test_the_prediction_is_what_dice_give(rows, waiting, share):
     assert passes_per_position(rows, waiting, share) == pytest.approx(play(rows, waiting, share), rel=0.06)
 
@@ -35,55 +33,23 @@ def test_a_fifth_of_the_tokens_waits_for_five_rows_of_eight_and_ten_of_sixteen(s
     assert rows_to_wait_for(16, 0.2, step_ratio) == 10
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 40])
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
-@pytest.mark.parametrize("step_ratio", [0.0, 0.1, 1.0, 10.0])
-def test_the_policy_stays_among_the_rows(rows, share, step_ratio):
-    assert 1 <= rows_to_wait_for(rows, share, step_ratio) <= rows
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_policy_stays_among_the_rows(rows):
+    for share, step_ratio in itertools.product((0.0, 0.05, 0.5, 1.0), (0.0, 0.1, 1.0, 10.0)):
+        assert 1 <= rows_to_wait_for(rows, share, step_ratio) <= rows
 
 
-@pytest.mark.parametrize("rows", [2, 4, 8])
-def test_nothing_waits_where_an_slm_step_costs_more_than_the_calls_saved(rows):
-    assert rows_to_wait_for(rows, 0.2, 5.0) == 1
+def test_nothing_waits_where_it_costs_more_than_the_calls_saved():
+    assert rows_to_wait_for(8, 0.2, 5.0) == 1
+    # Texts that end soon take SLM steps for few of them, and what another token costs the LLM is paid all the same.
+    assert rows_to_wait_for(8, 0.2, 0.9, length=512) > 1 == rows_to_wait_for(8, 0.2, 0.9, length=32)
+    assert rows_to_wait_for(16, 0.5, 0.3) > 1 == rows_to_wait_for(16, 0.5, 0.3, 0.3)
 
 
 def test_rows_that_lag_behind_press_more_than_rows_that_are_ahead():
     unfinished = [10, 10, 50, 50]
     assert pressure([10], unfinished) > 1 > pressure([50], unfinished)
     assert pressure([30, 30], [30, 30, 30]) == 2
-
-
-def play_rows(rows: int, share: float, length: int, seed: int) -> tuple[float, float]:
-    """LLM calls and SLM steps per position of texts that end, by the policy, with dice."""
-    dice = random.Random(seed)
-    written, waits, unfinished = [1] * rows, [], list(range(rows))
-    calls, steps, decided, deferred = 1, 1, 0, 0
-    while unfinished:
-        writing = []
-        if len(waits) < len(unfinished):
-            steps += 1
-            moving = [row for row in unfinished if row not in waits]
-            joining = [row for row in moving if dice.random() < share]
-            decided, deferred = decided + len(moving), deferred + len(joining)
-            writing, waits = [row for row in moving if row not in joining], waits + joining
-        enough = rows_to_wait_for(len(unfinished), (deferred + 1) / (decided + 5), 0.1, length=length)
-        counted = pressure([written[row] for row in waits], [written[row] for row in unfinished])
-        if waits and (len(waits) == len(unfinished) or counted >= enough):
-            calls, writing, waits = calls + 1, writing + waits, []
-        for row in writing:
-            written[row] += 1
-        unfinished = [row for row in unfinished if written[row] < length]
-    return calls / length, steps / length
-
-
-@pytest.mark.parametrize(("rows", "most_calls"), [(8, 0.32), (16, 0.34)])
-def test_a_fifth_of_512_tokens_takes_few_calls_and_steps(rows, most_calls):
-    """How many tokens chance defers decides as much as the policy: nine texts of ten keep to both bounds."""
-    played = [play_rows(rows, 0.2, 512, seed) for seed in range(40)]
-    kept = sum(calls <= most_calls and steps <= 1.45 for calls, steps in played)
-    assert kept >= 32
-    assert statistics.mean(calls for calls, _ in played) < most_calls - 0.01
-    assert statistics.mean(steps for _, steps in played) < 1.44
 
 
 def timed(steps: list[float], calls: list[tuple[float, int]]) -> Pace:
@@ -115,11 +81,3 @@ def test_calls_of_one_length_tell_nothing_of_longer_ones():
 def test_times_too_short_to_tell_take_the_slm_for_the_cheaper_model():
     pace = timed([2], [(2, 1), (2.5, 3)])
     assert pace.ratio == 0.9 and pace.growth == 0
-
-
-def test_ends_of_short_texts_speak_against_waiting():
-    assert rows_to_wait_for(8, 0.2, 0.9, length=512) > 1 == rows_to_wait_for(8, 0.2, 0.9, length=32)
-
-
-def test_what_another_token_costs_speaks_against_waiting():
-    assert rows_to_wait_for(16, 0.5, 0.3) > 1 == rows_to_wait_for(16, 0.5, 0.3, 0.3)
