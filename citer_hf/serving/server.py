@@ -364,7 +364,7 @@ def serve(load: Callable[[], CiterForCausalLM], name: str, **options: Any) -> No
             found = "no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__}, which cannot stream"
             raise ValueError(f"{name} has {found}: a tokenizer.json is needed. Save one there.")
         threshold = as_threshold(
-            model.config.router_threshold if chosen.router_threshold is None else chosen.router_threshold
+            model.default_threshold if chosen.router_threshold is None else chosen.router_threshold
         )
         if chosen.cache_implementation is not None:
             model.generation_config.cache_implementation = chosen.cache_implementation
