@@ -62,7 +62,7 @@ class Conversation:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.system = max_new_tokens, system
-        self.router_threshold = model.config.router_threshold if router_threshold is None else router_threshold
+        self.router_threshold = model.default_threshold if router_threshold is None else router_threshold
         self.context = model.config.max_position_embeddings
         self.reset()
 

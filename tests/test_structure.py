@@ -1,8 +1,10 @@
-"""Which part of the package may import which: arrows go down only."""
+"""Imports: what the package brings along and registers, and which part may import which (arrows go down only)."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,31 @@ def test_every_public_name_is_there():
         assert getattr(citer_hf, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         citer_hf.nothing  # noqa: B018
+
+
+def test_importing_loads_nothing_beyond_torch_and_transformers_and_registers_the_auto_classes():
+    code = """
+import sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+before = {name.split('.')[0] for name in sys.modules}
+import citer_hf
+print(*sorted({name.split('.')[0] for name in sys.modules} - before))
+config = AutoConfig.for_model("citer")
+print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["citer_hf", "CiterConfig", "CiterForCausalLM"]
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("model/*.py")), ids=lambda file: file.stem)
+def test_the_core_imports_only_torch_transformers_and_itself(file):
+    allowed = {"torch", "transformers", "accelerate", *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                assert node.level == 1 and (PACKAGE / "model" / f"{node.module}.py").is_file()
+            else:
+                assert node.module.split(".")[0] in allowed

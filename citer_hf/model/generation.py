@@ -1,21 +1,15 @@
-"""How `generate` drives two models: which cache it makes, which rows are finished, where the record starts."""
+"""How `generate` drives two models: which cache it makes, which sequences are finished, where the record starts."""
 
 from __future__ import annotations
 
 import copy
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    QuantizedCache,
-)
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel, QuantizedCache
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
@@ -36,18 +30,8 @@ logger = logging.get_logger(__name__)
 # Keywords of `forward` that an assistant model does not know.
 OWN_KEYWORDS = ("router_threshold", "finished_rows")
 # Keywords of `_sample` and of `forward` that our own loops understand.
-KNOWN_KEYWORDS = frozenset(
-    {
-        "attention_mask",
-        "logits_to_keep",
-        CACHE,
-        "position_ids",
-        "router_threshold",
-        "streamer",
-        "synced_gpus",
-        "use_cache",
-    }
-)
+KNOWN_KEYWORDS = {"attention_mask", "logits_to_keep", "position_ids", "use_cache", CACHE}
+KNOWN_KEYWORDS |= {"router_threshold", "streamer", "synced_gpus"}
 CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized", "static")
 
 
@@ -62,12 +46,12 @@ class FinishedRows(StoppingCriteriaList):
         return done
 
 
+@dataclass
 class FinishedBeams:
-    """The rows of a beam search whose result can no longer change."""
+    """The sequences of a beam search whose result can no longer change."""
 
-    def __init__(self, num_beams: int):
-        self.num_beams = num_beams
-        self.mask: torch.Tensor | None = None
+    num_beams: int
+    mask: torch.Tensor | None = None
 
 
 _finished_beams: ContextVar[FinishedBeams | None] = ContextVar("finished_beams", default=None)
@@ -114,7 +98,12 @@ class CiterGenerationMixin(GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
-        check_cache_implementation(kwargs.get("cache_implementation"))
+        kind = kwargs.get("cache_implementation")
+        if kind is not None and kind not in ALL_CACHE_IMPLEMENTATIONS:
+            raise ValueError(
+                f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {kind!r}, which a pair of "
+                "models does not support. Leave it out for a dynamic cache."
+            )
         own = {"router_threshold": router_threshold, "waiting_rows": waiting_rows}
         kwargs |= {key: value for key, value in own.items() if value is not None}
         if kwargs.get("input_ids") is not None:
@@ -169,9 +158,8 @@ class CiterGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get(CACHE)
-        if given is not None:
-            check_cache(given)
+        if model_kwargs.get(CACHE) is not None:
+            check_cache(model_kwargs[CACHE])
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
@@ -185,7 +173,7 @@ class CiterGenerationMixin(GenerationMixin):
         )
 
     def _make_cache(self, generation_config: GenerationConfig) -> CiterCache:
-        def one(config: PreTrainedConfig) -> Any:
+        def one(config: Any) -> Any:
             if kind == "quantized":
                 options = copy.deepcopy(generation_config.cache_config) or {}
                 return QuantizedCache(**{"backend": "quanto", **options, "config": config})
@@ -223,17 +211,14 @@ class CiterGenerationMixin(GenerationMixin):
         inputs = {key: value for key, value in kwargs.items() if key not in ("streamer", "synced_gpus")}
         begin_record(input_ids, generation_config, kwargs)
         decoding = self._plan(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
-        together = input_ids.shape[0] > 1 and (
-            waiting_rows == 1 or decoding is None or not rows_can_part(self, decoding)
-        )
-        if asks_for_static(kwargs.get(CACHE)) and decodes_statically(decoding, self):
+        static = asks_for_static(kwargs.get(CACHE)) and decodes_statically(decoding, self)
+        one = input_ids.shape[0] == 1
+        if decoding is not None and (static or one or (waiting_rows != 1 and rows_can_part(self, decoding))):
             logits = self._prefill(input_ids, generation_config, inputs).logits
             with self._optimize_model_for_decode():
-                return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
-        if decoding is not None and not together:
-            logits = self._prefill(input_ids, generation_config, inputs).logits
-            with self._optimize_model_for_decode():
-                if input_ids.shape[0] == 1:
+                if static:
+                    return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
+                if one:
                     return decode_one_row(self, decoding, logits)
                 return decode_rows(self, decoding, logits, waiting_policy(waiting_rows))
         finished = FinishedRows(stopping_criteria)
@@ -287,25 +272,13 @@ class CiterGenerationMixin(GenerationMixin):
         return bool(hooks) or changed or overridden
 
     def _assisted_decoding(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
         kwargs.pop("waiting_rows", None)
         begin_record(input_ids, generation_config, kwargs)
-        return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
 
-    def _beam_search(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **kwargs: Any,
-    ) -> Any:
+    def _beam_search(self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any) -> Any:
         kwargs.pop("waiting_rows", None)
         if asks_for_static(kwargs.get(CACHE)):
             warn_of_dynamic_cache("beams reorder their rows at every token")
@@ -314,7 +287,7 @@ class CiterGenerationMixin(GenerationMixin):
         token = _finished_beams.set(finished)
         try:
             output = super()._beam_search(
-                input_ids, logits_processor, stopping_criteria, generation_config, finished_rows=finished, **kwargs
+                input_ids, generation_config=generation_config, finished_rows=finished, **kwargs
             )
         finally:
             _finished_beams.reset(token)
@@ -371,23 +344,19 @@ INPUTS_EMBEDS_ERROR = (
 
 
 def begin_record(
-    input_ids: torch.Tensor,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    follows_beams: bool = False,
+    input_ids: torch.Tensor, generation_config: GenerationConfig, kwargs: dict[str, Any], follows_beams: bool = False
 ) -> None:
     """Begin a new record of routing in the cache, at the first token that this call generates."""
-    cache = model_kwargs.get(CACHE)
+    cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
     if cache is None:
         return
-    mask = model_kwargs.get("attention_mask")
     # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
     length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
     cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
 
 
 def is_plain(model: PreTrainedModel) -> bool:
-    """Say whether a forward pass only computes: no weights are moved in, unpacked or gathered on the way."""
+    """Return True if a forward pass involves no offloading, dequantization or gathering."""
     moved = any(hasattr(module, "_hf_hook") for module in (model, *model.children()))
     return not (moved or getattr(model, "is_quantized", False) or getattr(model, "_tp_size", None))
 
@@ -395,15 +364,6 @@ def is_plain(model: PreTrainedModel) -> bool:
 def as_long(token_ids: torch.Tensor | None) -> torch.Tensor | None:
     """Return token ids of type int64, which is what embeddings and new tokens are combined as."""
     return token_ids.long() if isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int32 else token_ids
-
-
-def check_cache_implementation(name: str | None) -> None:
-    """Raise for a kind of cache that was asked for by name and that transformers does not know, or that is paged."""
-    if name is not None and name not in ALL_CACHE_IMPLEMENTATIONS:
-        raise ValueError(
-            f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {name!r}, which a pair of "
-            "models does not support. Leave it out for a dynamic cache."
-        )
 
 
 def check_max_cache_len(length: int | None) -> int:

@@ -118,6 +118,12 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         install_hook(slm)
         self.post_init()
 
+    @property
+    def default_threshold(self) -> float:
+        """Return the threshold without a keyword: that of the generation settings, or else the configuration's."""
+        threshold = getattr(self.generation_config, "router_threshold", None)
+        return self.config.router_threshold if threshold is None else threshold
+
     def _init_weights(self, module: nn.Module) -> None:
         # The base models initialise themselves; what is left is the router. The 0.02 of a language model would make
         # every fresh score 0.5 up to rounding.

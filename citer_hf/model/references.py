@@ -17,9 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash, has_file
 
-from .compat import cache_name, is_broken_transfer
+from .compat import cache_name, is_broken_transfer, is_out_of_memory, out_of_memory
 from .configuration import table_size
-from .memory import is_out_of_memory, not_loaded, weight_bytes_of
 
 logger = logging.get_logger(__name__)
 
@@ -153,8 +152,7 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
                 "trust_remote_code is for the router alone."
             ) from error
         if isinstance(error, Exception) and role in ROLES and is_out_of_memory(error):
-            config = AutoConfig.from_pretrained(source, **hub_keywords(self.keywords))
-            raise not_loaded(error, role, source, weight_bytes_of(config, self.keywords)) from error
+            raise out_of_memory(error, role) from error
         if error is not None and (
             isinstance(error, OSError) or is_broken_transfer(error) or type(error).__name__ == "SafetensorError"
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -78,16 +79,10 @@ class Router(nn.Module):
 
     Args:
         hidden_size: Width H of the SLM's last hidden state.
-        options: Everything else that the configuration's `router` dictionary holds.
     """
 
-    def __init__(self, hidden_size: int, **options: Any):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        if options:
-            raise ValueError(
-                f"router: unknown options {sorted(options)} for {type(self).__name__}; remove them from "
-                "the `router` dictionary of the configuration."
-            )
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Score one or many positions.
@@ -110,15 +105,8 @@ def moved(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class MlpRouter(Router):
     """The router of CITER: `H → 2H → H → 1` and a sigmoid (section 3.1)."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        batch_norm: bool = False,
-        dropout: float = 0.1,
-        top_logprobs: int = 0,
-        **options: Any,
-    ):
-        super().__init__(hidden_size, **options)
+    def __init__(self, hidden_size: int, batch_norm: bool = False, dropout: float = 0.1, top_logprobs: int = 0):
+        super().__init__(hidden_size)
         fp32 = torch.float32
         self.top_logprobs = top_logprobs
         self.expand = nn.Linear(hidden_size + top_logprobs, 2 * hidden_size, dtype=fp32)
@@ -145,8 +133,8 @@ class MlpRouter(Router):
 class LinearRouter(Router):
     """One linear layer and a sigmoid, the router of Co-LLM."""
 
-    def __init__(self, hidden_size: int, **options: Any):
-        super().__init__(hidden_size, **options)
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size)
         self.score = nn.Linear(hidden_size, 1, dtype=torch.float32)
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -190,8 +178,8 @@ class EntropyRouter(Router):
 class RandomRouter(Router):
     """A score that says nothing, spread evenly over [0, 1]: threshold τ sends about the share τ to the LLM."""
 
-    def __init__(self, hidden_size: int, seed: int = 0, **options: Any):
-        super().__init__(hidden_size, **options)
+    def __init__(self, hidden_size: int, seed: int = 0):
+        super().__init__(hidden_size)
         self.seed = seed
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -228,9 +216,8 @@ class R2RRouter(Router):
         embedding_size: int | None = None,
         top_logits: int = 100,
         blocks: Sequence[Sequence[int]] | None = None,
-        **options: Any,
     ):
-        super().__init__(hidden_size, **options)
+        super().__init__(hidden_size)
         self.embedding_size = hidden_size if embedding_size is None else embedding_size
         self.top_logits = top_logits
         blocks = blocks or [(hidden_size, 4 * hidden_size, hidden_size)]
@@ -255,18 +242,14 @@ class R2RRouter(Router):
         self._bound = (slm,)
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        # R2R compares the probability itself: the complement of its sigmoid, not the sigmoid of the negative.
-        return 1 - torch.sigmoid(self.divergence(hidden, logits))
-
-    def divergence(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logit of the probability that the SLM's token leads astray."""
         like = self.combined_projection.weight
         largest = logits.topk(min(self.top_logits, logits.shape[-1]), dim=-1).values
         largest = nn.functional.pad(largest, (0, self.top_logits - largest.shape[-1]))
         token = moved(self._embedded(logits.argmax(-1)), like)
         inputs = torch.cat([moved(hidden, like), token, self.logits_projection(moved(largest, like))], dim=-1)
         values = self.blocks(self.input_projection(self.combined_projection(inputs)))
-        return self.score(self.norm(values)).squeeze(-1)
+        # R2R compares the probability itself: the complement of its sigmoid, not the sigmoid of the negative.
+        return 1 - torch.sigmoid(self.score(self.norm(values)).squeeze(-1))
 
     def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         if not self._bound:
@@ -318,4 +301,8 @@ def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
             f"router: unknown kind {spec['type']!r}; expected one of {sorted(ROUTERS)}, the path or repository id "
             "of a saved router, or a torch.nn.Module."
         )
-    return ROUTERS[spec["type"]](hidden_size, **options)
+    kind = ROUTERS[spec["type"]]
+    unknown = sorted(options.keys() - inspect.signature(kind).parameters.keys())
+    if unknown:
+        raise ValueError(f"router: unknown options {unknown} for {kind.__name__}; remove them from its dictionary.")
+    return kind(hidden_size, **options)

@@ -73,7 +73,7 @@ class Server:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.names = (name, Path(name).name)
         threshold = options.router_threshold
-        self.threshold = as_threshold(model.config.router_threshold if threshold is None else threshold)
+        self.threshold = as_threshold(model.default_threshold if threshold is None else threshold)
         self.metrics = Metrics()
         self._thread = InferenceThread()
         self._requests = 0

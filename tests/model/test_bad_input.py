@@ -8,10 +8,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from citer_hf import CiterConfig, CiterForCausalLM
 from citer_hf.model.routers import as_threshold
 from tests.conftest import left_padded, random_prompts
+from tests.families import tiny_model
 
 TEXT = torch.tensor(random_prompts((6, 6)))
 BAD_NUMBERS = [-0.5, 2.01, 70, float("nan"), float("inf"), "0.7", True, [0.5, 0.5], None]
@@ -22,14 +24,16 @@ BAD_TENSORS = [
 
 
 @pytest.mark.parametrize("threshold", BAD_NUMBERS + BAD_TENSORS, ids=str)
-def test_what_is_no_threshold_is_an_error_that_names_the_range_and_the_value(pair, threshold):
+def test_what_is_no_threshold_is_an_error_that_names_the_range_and_the_value(pair, count_calls, threshold):
     message = r"router_threshold: expected a number from 0 .* to 2 .*; got " + re.escape(repr(threshold))
     with pytest.raises(ValueError, match=message):
         as_threshold(threshold, 2)
     if threshold is None:
         return
+    calls = count_calls(pair.slm)
     with pytest.raises(ValueError, match=message.replace(" .*; got", ".*; got")):
         pair.generate(input_ids=TEXT, max_new_tokens=2, router_threshold=threshold)
+    assert calls == []
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         pair(input_ids=TEXT, router_threshold=threshold)
     for make in (CiterConfig, partial(CiterForCausalLM.from_pair, pair.slm, pair.llm)):
@@ -43,21 +47,11 @@ def test_a_threshold_is_any_number_from_0_to_2(value):
     assert as_threshold(torch.tensor([value, value]), 2).shape == (2, 1)
 
 
-def test_a_wrong_threshold_is_refused_before_the_prompt_is_read(pair, count_calls):
-    calls = count_calls(pair.slm)
-    with pytest.raises(ValueError, match="router_threshold"):
-        pair.generate(input_ids=TEXT, max_new_tokens=2, router_threshold=-1.0)
-    assert calls == []
-
-
-def test_embeddings_and_no_input_are_refused_by_forward(pair):
+def test_embeddings_no_input_and_misspelt_keywords_are_errors(pair):
     with pytest.raises(ValueError, match="inputs_embeds: the two models have an embedding space each"):
         pair(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="input_ids: expected token ids"):
         pair()
-
-
-def test_a_misspelt_keyword_of_generate_is_refused(pair):
     with pytest.raises(ValueError, match="router_treshold"):
         pair.generate(input_ids=TEXT, max_new_tokens=2, router_treshold=0.5)
 
@@ -66,3 +60,12 @@ def test_a_cache_of_another_batch_is_refused_by_generate(pair):
     output = pair.generate(input_ids=TEXT, max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="this cache holds 2 sequences, but input_ids has 1"):
         pair.generate(**left_padded(random_prompts((12,))), past_key_values=output.past_key_values, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["MambaConfig", "RwkvConfig"])
+def test_a_model_that_keeps_its_state_elsewhere_is_an_error_when_the_pair_is_made(name):
+    other = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, name)(vocab_size=61, hidden_size=32, num_hidden_layers=2)
+    )
+    with pytest.raises(ValueError, match="keeps no keys and values in a `cache`"):
+        CiterForCausalLM.from_pair(tiny_model("llama"), other)

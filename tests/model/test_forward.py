@@ -46,31 +46,17 @@ def test_chunks_with_a_cache_give_the_logits_of_the_whole(pair, text, sizes, thr
     assert torch.equal(cache.routing.to_llm, whole.routed_to_llm)
 
 
-def test_padding_on_the_left_changes_nothing(pair):
+def test_padding_on_the_left_changes_nothing_and_is_not_counted(pair):
     rows = random_prompts()
+    batch = left_padded(rows)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
-        output = pair(**left_padded(rows), use_cache=False, position_ids=positions(left_padded(rows)))
+        output = pair(**batch, use_cache=False, position_ids=positions)
+        counted = pair(**batch, router_threshold=2.0).past_key_values.routing
     for index, row in enumerate(rows):
         logits, _, _ = naive_logits(pair, row, threshold=0.5)
         torch.testing.assert_close(output.logits[index, -1], logits, **CLOSE)
-
-
-def positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-
-
-def test_padding_is_not_counted(pair):
-    batch = left_padded(random_prompts())
-    with torch.no_grad():
-        output = pair(**batch, router_threshold=2.0)
-    assert torch.equal(output.past_key_values.routing.unfinished, batch["attention_mask"].bool())
-    assert output.past_key_values.routing.llm_share == 1.0
-
-
-def test_a_wrapped_model_keeps_its_attention_implementation_and_so_its_masks():
-    model = make_pair("qwen2", "llama")
-    assert model.slm.config._attn_implementation == model.config._attn_implementation == "sdpa"
-    assert model.llm.config._attn_implementation == "sdpa"
+    assert torch.equal(counted.unfinished, batch["attention_mask"].bool()) and counted.llm_share == 1.0
 
 
 def test_labels_give_the_loss_of_the_routed_logits(pair, text):
@@ -82,6 +68,7 @@ def test_labels_give_the_loss_of_the_routed_logits(pair, text):
 
 def test_training_loss_is_the_marginal_likelihood_and_reaches_the_router_alone(text):
     model = make_pair(router={"type": "linear"}, hidden_size=48).train()
+    assert model.router.training and not model.slm.training and not model.llm.training
     output = model(input_ids=text, labels=text)
     output.loss.backward()
     p_slm = output.router_scores[0, :-1, None]
@@ -94,12 +81,6 @@ def test_training_loss_is_the_marginal_likelihood_and_reaches_the_router_alone(t
         "router.score.weight",
         "router.score.bias",
     }
-
-
-def test_training_mode_is_the_routers_alone():
-    model = make_pair(router={"type": "mlp"}).train()
-    assert model.router.training and not model.slm.training and not model.llm.training
-    assert all(parameter.requires_grad == name.startswith("router.") for name, parameter in model.named_parameters())
 
 
 def test_without_a_dictionary_it_is_the_tuple_of_any_causal_model(pair, text):
@@ -119,10 +100,6 @@ def test_hidden_states_and_attentions_are_the_slms(text):
         alone = model.slm(input_ids=text, output_hidden_states=True, output_attentions=True)
     assert all(torch.equal(a, b) for a, b in zip(ours.hidden_states, alone.hidden_states, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(ours.attentions, alone.attentions, strict=True))
-
-
-def test_hidden_states_can_be_asked_for_by_the_configuration(text):
-    model = make_pair(hidden_size=48)
     model.config.output_hidden_states = True
     with torch.no_grad():
         assert len(model(input_ids=text).hidden_states) == 3
@@ -137,39 +114,23 @@ def test_hidden_states_that_are_asked_for_have_gradients(text):
     assert model.slm.get_input_embeddings().weight.grad is None
 
 
-def test_the_llm_does_not_run_when_no_token_needs_it(pair, text, count_calls):
-    calls = count_calls(pair.llm)
-    with torch.no_grad():
-        pair(input_ids=text, router_threshold=0.0)
-    assert calls == []
-
-
 def test_the_llm_first_reads_the_prompt_at_its_first_token(count_calls, text):
     model = make_pair(router=ScriptedRouter(torch.tensor([[0, 0, 0, 1, 0, 1]])))
     calls = count_calls(model.llm)
+    with torch.no_grad():
+        model(input_ids=text, router_threshold=0.0)
+    assert calls == []
+    model.router.calls = 0
     model.generate(input_ids=text, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert calls == [12 + 3, 2]
 
 
-def test_the_states_of_a_long_prompt_are_not_kept(pair):
-    seen = []
-    hook = pair.slm.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    with torch.no_grad():
-        pair(input_ids=torch.tensor(random_prompts((200,))), logits_to_keep=1)
-    hook.remove()
-    assert seen == [1]
-
-
-def test_a_threshold_per_row_routes_each_row_by_its_own(pair, text):
+def test_a_threshold_per_sequence_routes_it_and_an_equal_score_is_the_slms(pair, text):
     batch = text.expand(3, -1)
     with torch.no_grad():
         output = pair(input_ids=batch, router_threshold=torch.tensor([0.0, 0.5, 2.0]))
-    assert not output.routed_to_llm[0].any() and output.routed_to_llm[2].all()
-    assert torch.equal(output.routed_to_llm[1], output.router_scores[1] < 0.5)
-
-
-def test_a_score_equal_to_the_threshold_is_the_slms(pair, text):
-    with torch.no_grad():
+        assert not output.routed_to_llm[0].any() and output.routed_to_llm[2].all()
+        assert torch.equal(output.routed_to_llm[1], output.router_scores[1] < 0.5)
         score = pair(input_ids=text, logits_to_keep=1).router_scores[0, 0]
         output = pair(input_ids=text, logits_to_keep=1, router_threshold=float(score))
     assert not output.routed_to_llm.any()
@@ -195,12 +156,6 @@ def test_the_router_stays_fp32_until_the_whole_model_is_cast(dtype, text):
     assert output.router_scores.dtype == output.logits.dtype == dtype
 
 
-def test_half_casts_the_whole_model(text):
-    model = make_pair(router={"type": "linear"}).half()
-    with torch.no_grad():
-        assert model(input_ids=text).logits.dtype == torch.float16
-
-
 def test_resizing_the_vocabulary_resizes_both(text):
     model = make_pair(hidden_size=48)
     model.resize_token_embeddings(70)
@@ -209,25 +164,22 @@ def test_resizing_the_vocabulary_resizes_both(text):
     assert output.logits.shape[-1] == model.config.vocab_size == 70
 
 
+@pytest.mark.parametrize("lengths", [(200,), (5, 9, 12)])
 @pytest.mark.parametrize("role", ["slm", "llm"])
-def test_the_head_multiplies_the_last_positions_of_a_batch_in_one_piece(pair, role):
+def test_the_head_multiplies_the_last_positions_in_one_piece(pair, role, lengths):
     heads = []
     hook = getattr(pair, role).lm_head.register_forward_pre_hook(
         lambda module, inputs: heads.append((tuple(inputs[0].shape[:2]), inputs[0].is_contiguous()))
     )
-    try:
-        pair(**left_padded(random_prompts((5, 9, 12))), logits_to_keep=1, router_threshold=2.0)
-    finally:
-        hook.remove()
-    assert heads == [((3, 1), True)]
+    pair(**left_padded(random_prompts(lengths)), logits_to_keep=1, router_threshold=2.0)
+    hook.remove()
+    assert heads == [((len(lengths), 1), True)]
 
 
 def test_another_head_may_be_put_on_the_slm(text):
     model = make_pair(router="confidence")
     model.slm.lm_head = torch.nn.Linear(model.slm.lm_head.in_features, model.slm.lm_head.out_features, bias=False)
-    ids = text["input_ids"] if isinstance(text, dict) else text
-    output = model(ids, router_threshold=0.0)
-    torch.testing.assert_close(output.logits, model.slm(ids).logits)
+    torch.testing.assert_close(model(text, router_threshold=0.0).logits, model.slm(text).logits)
 
 
 class OwnCode(LlamaForCausalLM):

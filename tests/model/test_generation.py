@@ -104,7 +104,7 @@ def test_a_threshold_among_the_settings_acts_and_a_keyword_wins(model):
     assert llm_share(model, GenerationConfig(router_threshold=2.0)) == 1.0
     assert llm_share(model, GenerationConfig(router_threshold=2.0), router_threshold=0.0) == 0.0
     model.config.router_threshold = 0.0
-    assert llm_share(model) == 0.0
+    assert llm_share(model) == model.default_threshold == 0.0
     model.generation_config.router_threshold = 2.0
     assert llm_share(model) == llm_share(model, GenerationConfig()) == 1.0
     assert llm_share(model, GenerationConfig(router_threshold=0.0)) == llm_share(model, router_threshold=0.0) == 0.0
@@ -118,7 +118,7 @@ def test_a_threshold_among_the_settings_is_saved_and_acts_in_a_pipeline(model, t
     model.generation_config.router_threshold = 2.0
     model.save_pretrained(tmp_path)
     loaded = CiterForCausalLM.from_pretrained(tmp_path)
-    assert loaded.generation_config.router_threshold == 2.0 and llm_share(loaded) == 1.0
+    assert loaded.default_threshold == 2.0 and llm_share(loaded) == 1.0
     text = pipeline("text-generation", model=loaded, tokenizer=byte_tokenizer())
     calls = loaded.generate
     shares: list[float] = []

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from citer_hf import CiterForCausalLM
 from tests.conftest import left_padded, make_pair, random_prompts
+from tests.repositories import save_base_models
 
 ERRORS = {
     "accelerator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-    "cpu": RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"
-    ),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
     "cpu on Windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."),
     "python": MemoryError(),
     "system": OSError(12, "Cannot allocate memory"),
@@ -46,6 +47,20 @@ def test_out_of_memory_keeps_its_type_and_names_the_model_and_two_settings(error
     assert type(caught.value) is type(error) and caught.value.__cause__ is error
     assert message.startswith(f"{role.upper()}: out of memory") and str(error) in message
     assert f"{role}_quantization_config" in message and "prefill_chunk_size" in message
+
+
+def test_out_of_memory_while_a_model_is_loaded_names_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_base_models(tmp_path)
+    error = ERRORS["accelerator"]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("citer_hf.model.references.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^SLM: out of memory.*slm_quantization_config"):
+        CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm", router="random")
 
 
 def test_another_error_is_left_as_it_is() -> None:

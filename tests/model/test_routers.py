@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from citer_hf.model.cache import Routing
 from citer_hf.model.routers import ROUTERS, MlpRouter, build_router
 from tests.families import tiny_model
 
@@ -40,12 +39,8 @@ def test_impossible_tokens_do_not_spoil_a_score(kind):
     logits[:, 5:] = -torch.inf
     scores = build_router({"type": kind}, HIDDEN)(hidden, logits)
     assert torch.isfinite(scores).all()
-
-
-def test_confidence_is_the_top_probability():
-    hidden, logits = states(4)
-    scores = build_router({"type": "confidence"}, HIDDEN)(hidden, logits)
-    torch.testing.assert_close(scores, logits.softmax(-1).amax(-1))
+    if kind == "confidence":
+        torch.testing.assert_close(scores, logits.softmax(-1).amax(-1))
 
 
 def test_entropy_runs_from_a_uniform_to_a_certain_distribution():
@@ -85,13 +80,14 @@ def mlp(request) -> MlpRouter:
 
 def test_an_mlp_router_scores_as_citers_released_code(mlp):
     hidden, logits = states(2, 5)
-    with torch.no_grad():
-        torch.testing.assert_close(mlp(hidden, logits), citers_own(mlp, hidden), atol=1e-6, rtol=1e-5)
+    scores = mlp(hidden, logits)
+    torch.testing.assert_close(scores, citers_own(mlp, hidden), atol=1e-6, rtol=1e-5)
+    scores.sum().backward()
+    assert all(parameter.grad is not None for parameter in mlp.parameters())
 
 
 def to_average(router: MlpRouter) -> None:
     average = torch.optim.swa_utils.AveragedModel(router, use_buffers=True)
-    average.update_parameters(MlpRouter(HIDDEN, batch_norm=router.norm is not None))
     average.update_parameters(MlpRouter(HIDDEN, batch_norm=router.norm is not None))
     for own, averaged in zip(router.parameters(), average.module.parameters(), strict=True):
         own.data = averaged.data
@@ -121,12 +117,6 @@ def test_scores_follow_the_weights_however_they_are_changed(mlp, change):
         assert torch.equal(mlp(hidden, logits), before)
 
 
-def test_training_and_evaluation_agree_on_the_gradient(mlp):
-    hidden, logits = states(4)
-    mlp(hidden, logits).sum().backward()
-    assert all(parameter.grad is not None for parameter in mlp.parameters())
-
-
 def test_a_random_router_spreads_evenly_and_draws_nothing():
     hidden, logits = states(20000)
     router = build_router({"type": "random"}, HIDDEN)
@@ -151,8 +141,3 @@ def test_a_random_router_spreads_evenly_and_draws_nothing():
 def test_a_router_that_cannot_be_built_says_why(spec, message):
     with pytest.raises(ValueError, match=message):
         build_router(spec, HIDDEN)
-
-
-def test_an_empty_record_has_no_share():
-    routing = Routing()
-    assert (routing.llm_share, len(routing), routing.to_llm.numel()) == (0.0, 0, 0)
