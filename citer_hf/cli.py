@@ -202,9 +202,9 @@ def as_quantization(role: str, name: str) -> Any:
 
 def place_of(model: str) -> str:
     """Return the directory or repository id that a user means."""
-    from .demo import PAIR
+    from .demo import DEMO_PAIR
 
-    return str(PAIR) if model == "demo" else model
+    return str(DEMO_PAIR) if model == "demo" else model
 
 
 def load_pair(options: Options) -> CiterForCausalLM:

@@ -131,7 +131,7 @@ def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import citer_hf.demo
     from citer_hf.bench import bench
 
-    monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", saved)
     monkeypatch.setattr(bench, "BUFFER", 1 << 20)
 
 

@@ -234,10 +234,10 @@ def test_a_pair_of_two_models_chats_and_a_moved_model_is_found(demo_pair: Path, 
 def test_demo_is_the_name_of_the_shipped_pair(
     demo_pair: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(citer_hf.demo, "PAIR", demo_pair)
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", demo_pair)
     result = invoke("chat", "demo", "--max-new-tokens", 4, text="Eva has 2 apples.\n/stats\n")
     assert result.exit_code == 0 and "4 tokens" in result.stdout
-    monkeypatch.setattr(citer_hf.demo, "PAIR", tmp_path / "gone")
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", tmp_path / "gone")
     result = invoke("demo")
     assert result.exit_code == 1 and "gone" in result.stderr and result.stderr.count("\n") == 1
 

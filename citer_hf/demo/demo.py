@@ -144,7 +144,7 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
     wanted = DemoOptions(**options)
     # Models this small gain nothing from a second thread, and lose everything when another program holds that core.
     torch.set_num_threads(1)
-    model = CiterForCausalLM.from_pretrained(citer_hf.demo.PAIR)
+    model = CiterForCausalLM.from_pretrained(citer_hf.demo.DEMO_PAIR)
     tokenizer = model.load_tokenizer()
     chosen = list(problems("test", wanted.seed, wanted.problems))
     shipped, threshold = model.config.router_threshold, wanted.router_threshold

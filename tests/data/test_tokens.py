@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import encode, encode_prompt
-from citer_hf.demo import PAIR
+from citer_hf.demo import DEMO_PAIR
 from tests.chat_pairs import character_tokenizer
 
 TEXTS = [
@@ -189,7 +189,7 @@ def test_bos_of_a_template_comes_once() -> None:
 
 
 def test_the_shipped_pairs_chat_reads_as_its_problems_do() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(PAIR)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_PAIR)
     chat = encode(chat_example("Anna has 3.", content="Anna has 3."), tokenizer, None)
     text = encode(text_example("Anna has 3.\n", "Anna has 3."), tokenizer, None)
     assert (chat.prompt_ids, chat.response_ids) == (text.prompt_ids, text.response_ids)
