@@ -251,19 +251,19 @@ def demo(
     split: Annotated[str, typer.Option(help="With --export: train, validation or test.")] = "test",
 ) -> None:
     """Watch the pair that ships solve word problems, and see what it saves."""
-    from .demo import demo as demos
+    from .demo import demo as shipped
 
-    if export is not None:
-        if json or "router_threshold" in options:
-            raise ValueError("--export only writes the problems; leave out --json and --router-threshold.")
-        demos.export(export, options["seed"], options["problems"], split)
-        typer.echo(f"Wrote {options['problems']} problems to {export}.", err=True)
-        return
-    if split != "test":
-        raise ValueError("--split is for --export; the demo itself is about test problems.")
-    report = demos.demo(visible=not json, **options)
-    typer.echo(json_format.dumps(report.as_dict(), indent=2) if json else report.table())
-    raise typer.Exit(INTERRUPTED if report.interrupted else 0)
+    if export is None:
+        if split != "test":
+            raise ValueError("--split is for --export; the demo itself is about test problems.")
+        report = shipped.demo(visible=not json, **options)
+        typer.echo(json_format.dumps(report.as_dict(), indent=2) if json else report.table())
+        raise typer.Exit(INTERRUPTED if report.interrupted else 0)
+    if json or "router_threshold" in options:
+        raise ValueError("--export only writes the problems; leave out --json and --router-threshold.")
+    wanted = shipped.DemoOptions(**options)
+    shipped.export(export, wanted.seed, wanted.problems, split)
+    typer.echo(f"Wrote {wanted.problems} problems to {export}.", err=True)
 
 
 @command

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from citer_hf.bench.options import available_devices
 from transformers import set_seed
 
+from citer_hf.bench.bench import as_device, bench
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.reference import assert_sequences, naive_generate, naive_texts
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 
-DEVICE = os.environ.get("CITER_TEST_DEVICE", available_devices()[-1])
+DEVICE = os.environ.get("CITER_TEST_DEVICE", as_device(None))
 ROWS = (3, 11, 7, 9)
 CACHES = [None, "static"]
 
@@ -101,10 +101,8 @@ def test_two_threads_write_with_one_model(placed):
 
 @pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="events and peaks of memory are CUDA's")
 def test_the_bench_measures_time_and_memory_of_the_device(tmp_path):
-    from citer_hf.bench.options import BenchOptions
-    from citer_hf.bench.run import Bench
-
-    options = BenchOptions(shares=(0.5,), prompt_length=8, max_new_tokens=8, repeats=2, cache_implementation="static")
-    report = Bench(make_pair("llama", "qwen2", router="confidence").to(DEVICE), options, "pair").run()
-    assert report.complete and report.machine is not None and report.machine.device.startswith("cuda")
-    assert all(row.peak_memory_bytes > 0 and min(row.seconds) > 0 for row in report.rows)
+    model = make_pair("llama", "qwen2", router="confidence").to(DEVICE)
+    sizes = {"prompt_length": 8, "max_new_tokens": 8, "repeats": 2}
+    report = bench(model, "pair", shares=(0.5,), cache_implementation="static", **sizes).as_dict()
+    assert report["complete"] and report["machine"]["device"].startswith("cuda")
+    assert all(row["peak_memory_bytes"] > 0 and min(row["seconds"]) > 0 for row in report["rows"])

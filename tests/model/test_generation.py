@@ -130,8 +130,7 @@ def test_a_threshold_among_the_settings_is_saved_and_acts_in_a_pipeline(model, t
 
     loaded.generate = recorded  # type: ignore[method-assign]
     text("abc", **SHORT)
-    text.generation_config.router_threshold = 0.0
-    text("abc", **SHORT)
+    text("abc", generation_config=GenerationConfig(**SHORT, router_threshold=0.0))
     text("abc", **SHORT, router_threshold=2.0)
     assert shares == [1.0, 0.0, 1.0]
 

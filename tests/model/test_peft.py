@@ -280,9 +280,9 @@ def test_models_and_adapters_that_have_moved_are_found_by_their_new_names(home):
 
 def test_a_router_is_trained_on_an_adapted_model(home):
     pytest.importorskip("pyarrow")
-    from citer_hf.training.router_trainer import TrainingSettings
 
-    from citer_hf.training import label_preferences, train
+    from citer_hf.training.label import label_preferences
+    from citer_hf.training.train import train
     from tests.chat_pairs import character_tokenizer
     from tests.training_data import has_letter, task
 
@@ -290,9 +290,9 @@ def test_a_router_is_trained_on_an_adapted_model(home):
         character_tokenizer().save_pretrained(home / role)
     model = pair_with(home)
     label_preferences(model, task(), has_letter, home / "labels")
-    settings = TrainingSettings(learning_rates=(1e-2,), epochs=2, batch_size=64, patience=1)
+    settings = {"learning_rates": (1e-2,), "epochs": 2, "batch_size": 64, "patience": 1}
     before = {key: value.clone() for key, value in model.slm.state_dict().items()}
-    train(model, home / "labels", out=home / "trained", settings=settings)
+    train(model, home / "labels", out=home / "trained", **settings)
     assert all(torch.equal(before[key], value) for key, value in model.slm.state_dict().items())
     assert references(home / "trained")["slm"]["adapter"] == {"name_or_path": str(home / "slm-lora")}
     trained = load(home / "trained")
