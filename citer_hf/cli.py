@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import inspect
 import json as json_format
 import re
@@ -11,17 +9,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 import typer.core
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
+from transformers.utils import logging
 
+from . import __version__
+from .model.compat import is_out_of_memory
+from .model.modeling import CiterForCausalLM
+from .model.references import ROLES, base_config, split_keywords
 from .options import Of, Options, expanded
-from .runs import WORK, import_extra, option
-
-if TYPE_CHECKING:
-    from .model.modeling import CiterForCausalLM
+from .runs import WORK, import_extra, option, process_state
 
 INTERRUPTED = 130
 # The extra that brings the libraries which a command needs beyond the package's own.
@@ -45,8 +48,9 @@ class Commands(typer.core.TyperGroup):
         name, found, rest = super().resolve_command(*arguments)
         if name in COMMANDS:
             one = typer.Typer(**PLAIN)
-            with plain_errors(extra=EXTRAS.get(name)):
-                one.command(name, help=inspect.getdoc(COMMANDS[name]))(expanded(COMMANDS[name], plain_errors))
+            around = partial(plain_errors, extra=EXTRAS.get(name))
+            with around():
+                one.command(name, help=inspect.getdoc(COMMANDS[name]))(expanded(COMMANDS[name], around))
             found = typer.main.get_command(one)
         return name, found, rest
 
@@ -67,19 +71,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def show_version(value: bool) -> None:
-    if value:
-        typer.echo(importlib.import_module(f"{__package__}").__version__)
-        raise typer.Exit
+def flag(metavar: str | None, help: str, *names: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help)
 
 
-@app.callback()
-def citer(
-    version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+@app.callback(invoke_without_command=True)
+def citer(version: Annotated[bool, flag(None, "Print the version.", "--version")] = False) -> None:
     """Run one of the commands below."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 def main() -> None:
@@ -94,8 +95,6 @@ def main() -> None:
 @contextmanager
 def plain_errors(out: Path | None = None, extra: str | None = None) -> Iterator[None]:
     """Turn errors that a user can do something about into one line on stderr and exit status 1."""
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -105,10 +104,10 @@ def plain_errors(out: Path | None = None, extra: str | None = None) -> Iterator[
         raise
     except KeyboardInterrupt:
         kept = f" The work so far is kept in {out}: run the same command to resume."
-        typer.echo(f"Interrupted.{kept if out is not None and (Path(out) / WORK).is_dir() else ''}", err=True)
+        typer.echo(f"Interrupted.{kept if out is not None and (out / WORK).is_dir() else ''}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+    except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ModuleNotFoundError) and extra and not str(error.name).startswith("citer_hf"):
@@ -118,8 +117,6 @@ def plain_errors(out: Path | None = None, extra: str | None = None) -> Iterator[
 
 
 def say(text: str) -> None:
-    from .runs import process_state
-
     # Once, when there are several processes.
     if process_state().is_main_process:
         typer.echo(text)
@@ -128,6 +125,12 @@ def say(text: str) -> None:
 # --- Pairs ----------------------------------------------------------------------------------------------------------
 
 KEYWORD = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
+QUANTIZATIONS: dict[str, Any] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
+# What accelerate plans by itself.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,32 @@ class PairOptions:
         """Return the keywords of loading."""
         found: Options = {"dtype": self.dtype, "device_map": self.device_map}
         found |= {"trust_remote_code": True} if self.trust_remote_code else {}
-        for role, given in (("slm", self.slm), ("llm", self.llm)):
-            quantization = getattr(self, f"{role}_quantization")
-            if quantization is not None:
-                found[f"{role}_quantization_config"] = as_quantization(role, quantization)
-            found |= {f"{role}_{pair[1]}": json_or_text(pair[2]) for pair in map(KEYWORD.fullmatch, given) if pair}
-        return {key: as_dtype(value) if key.endswith("dtype") else value for key, value in found.items()}
+        found |= {"revision": self.revision} if self.revision is not None else {}
+        for role in ROLES:
+            if (name := getattr(self, f"{role}_quantization")) is not None:
+                if name not in QUANTIZATIONS:
+                    raise ValueError(f"--{role}-quantization: expected {' or '.join(QUANTIZATIONS)}, got {name!r}.")
+                import_extra("bitsandbytes", "bnb")
+                found[f"{role}_quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[name])
+            given = filter(None, map(KEYWORD.fullmatch, getattr(self, role)))
+            found |= {f"{role}_{key}": json_or_text(value) for key, value in (pair.groups() for pair in given)}
+        for key in ("device_map", "slm_device_map", "llm_device_map"):
+            check_device(found.get(key))
+        return found
+
+    def configs(self) -> list[PreTrainedConfig]:
+        """Return the configurations of both models, without loading the models."""
+        keywords, pair, found = self.keywords(), None, []
+        if self.model is not None:
+            where = {key: keywords.pop(key) for key in ("revision", "trust_remote_code") if key in keywords}
+            pair = AutoConfig.from_pretrained(place_of(self.model), **where)
+        of_both = split_keywords(keywords)
+        for role, name in zip(ROLES, self.names, strict=True):
+            own, reference = of_both[role], getattr(pair, f"{role}_reference", None) or {}
+            own = own if "name_or_path" in own else {"name_or_path": name, **reference, **own}
+            is_saved = pair is not None and (own["name_or_path"] is None or not getattr(self, role))
+            found.append(getattr(pair, f"{role}_config") if is_saved else base_config(role, own["name_or_path"], own))
+        return found
 
 
 def json_or_text(value: str) -> Any:
@@ -181,62 +204,47 @@ def json_or_text(value: str) -> Any:
         return value
 
 
-def as_dtype(name: Any) -> Any:
-    """Return the name of a precision that models can be loaded in."""
-    import torch
-
-    if name != "auto" and getattr(torch, str(name), None) not in {torch.float32, torch.bfloat16, torch.float16}:
-        raise ValueError(f"--dtype: expected auto, float32, bfloat16 or float16, got {name!r}.")
-    return name
-
-
-def as_quantization(role: str, name: str) -> Any:
-    """Return a configuration of bitsandbytes."""
-    if name not in ("nf4", "int4", "int8"):
-        raise ValueError(f"--{role}-quantization: expected nf4 or int8, got {name!r}.")
-    import_extra("bitsandbytes", "bnb")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(load_in_8bit=name == "int8", load_in_4bit=name != "int8", bnb_4bit_quant_type="nf4")
+def check_device(name: Any) -> None:
+    """Raise an error when torch cannot use a device."""
+    if not isinstance(name, str) or name in DEVICE_MAPS:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device-map: expected auto or a device, got {name!r}. {error}") from error
 
 
 def place_of(model: str) -> str:
     """Return the directory or repository id that a user means."""
-    from .demo import PAIR
+    from .demo import DEMO_PAIR
 
-    return str(PAIR) if model == "demo" else model
+    return str(DEMO_PAIR) if model == "demo" else model
 
 
 def load_pair(options: Options) -> CiterForCausalLM:
     """Load a pair; under `accelerate launch`, each process on a device of its own."""
-    from .model.modeling import CiterForCausalLM
-    from .runs import process_state
-
     wanted, state = PairOptions(**options), process_state()
     keywords = wanted.keywords()
     if state.num_processes > 1 and wanted.device_map == "auto":
         keywords["device_map"] = {"": state.device} if state.device.type != "cpu" else "cpu"
     try:
         if wanted.model is not None:
-            keywords |= {} if wanted.revision is None else {"revision": wanted.revision}
             return CiterForCausalLM.from_pretrained(place_of(wanted.model), **keywords)
         slm, llm = map(str, wanted.names)
         return CiterForCausalLM.from_pair(slm, llm, router=wanted.router or "confidence", **keywords)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        # A device that there is not, or a keyword that a model does not know.
-        raise ValueError(f"The pair cannot be loaded: {error}") from error
+    except TypeError as error:
+        if not any(map(KEYWORD.fullmatch, (*wanted.slm, *wanted.llm))):
+            raise
+        # A keyword that a model does not know.
+        raise ValueError(str(error)) from error
 
 
 Pair = Annotated[Options, Of("cli.PairOptions")]
-Data = Annotated[
-    str, typer.Option(metavar="FILE", help="JSON lines, JSON, CSV or Parquet, or the id of a dataset on the Hub.")
-]
+Data = Annotated[str, flag("FILE", "JSON lines, JSON, CSV or Parquet, or the id of a dataset on the Hub.")]
 Reading = Annotated[Options, Of("data.examples.DataOptions")]
-Checker = Annotated[
-    str, typer.Option(metavar="NAME", help="Which answer is right: math, choice, exact, or package.module:function.")
-]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="A directory that does not exist yet, or was interrupted.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the measurements as JSON and nothing else.")]
+Checker = Annotated[str, flag("NAME", "Which answer is right: math, choice, exact, or package.module:function.")]
+Out = Annotated[Path, flag("DIR", "A directory that does not exist yet, or was interrupted.")]
+Json = Annotated[bool, flag(None, "Print the measurements as JSON and nothing else.", "--json")]
 
 # --- The commands ---------------------------------------------------------------------------------------------------
 
@@ -245,10 +253,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the measurements as JS
 def demo(
     options: Annotated[Options, Of("demo.demo.DemoOptions")],
     json: Json = False,
-    export: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the problems to FILE as JSON lines instead.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="With --export: train, validation or test.")] = "test",
+    export: Annotated[Path | None, flag("FILE", "Write the problems to FILE as JSON lines instead.")] = None,
+    split: Annotated[str, flag(None, "With --export: train, validation or test.")] = "test",
 ) -> None:
     """Watch the pair that ships solve word problems, and see what it saves."""
     from .demo import demo as shipped
@@ -287,7 +293,7 @@ def label(
 @command
 def train(
     pair: Pair,
-    labels: Annotated[Path, typer.Option(metavar="DIR", help="Made by `citer label` with the same pair.")],
+    labels: Annotated[Path, flag("DIR", "Made by `citer label` with the same pair.")],
     out: Out,
     options: Annotated[Options, Of("training.train.TrainOptions")],
 ) -> None:
@@ -305,15 +311,9 @@ def evaluate(
     out: Out,
     reading: Reading,
     options: Annotated[Options, Of("evaluation.evaluate.EvaluateOptions")],
-    baselines: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Labels: also train and measure every other method on them.")
-    ] = None,
-    compare: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Another router of `citer train`. May be repeated.")
-    ] = None,
-    methods: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="With --baselines: these alone. [default: all]")
-    ] = None,
+    baselines: Annotated[Path | None, flag("DIR", "Labels, to train and measure every other method on.")] = None,
+    compare: Annotated[list[Path] | None, flag("DIR", "Another router of `citer train`. May be repeated.")] = None,
+    methods: Annotated[str | None, flag("NAME,...", "With --baselines: these alone. [default: all]")] = None,
 ) -> None:
     """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot."""
     from .data.examples import read_examples
@@ -336,9 +336,7 @@ def calibrate(
     data: Data,
     reading: Reading,
     options: Annotated[Options, Of("evaluation.calibrate.CalibrateOptions")],
-    checker: Annotated[
-        str | None, typer.Option(metavar="NAME", help="As for `citer label`; --accuracy needs it.")
-    ] = None,
+    checker: Annotated[str | None, flag("NAME", "As for `citer label`; --accuracy needs it.")] = None,
 ) -> None:
     """Find the threshold for a budget: an LLM share, or a fraction of the LLM's accuracy."""
     from .data.examples import read_examples
@@ -357,40 +355,25 @@ class BenchPairOptions(PairOptions):
 
 @command
 def bench(
-    context: typer.Context,
     pair: Annotated[Options, Of("cli.BenchPairOptions")],
     options: Annotated[Options, Of("bench.bench.BenchOptions")],
-    simulation: Annotated[Options, Of("bench.simulate.SimulateOptions", checked=False)],
+    simulation: Annotated[Options, Of("bench.simulate.SimulateOptions")],
     json: Json = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the speed-up against the LLM share: .png, .svg or .pdf.")
-    ] = None,
-    simulate: Annotated[
-        bool, typer.Option("--simulate", help="Run nothing: project the pair on a machine, from configurations alone.")
-    ] = False,
+    plot: Annotated[Path | None, flag("FILE", "Draw the speed-up against the LLM share: .png, .svg or .pdf.")] = None,
+    simulate: Annotated[bool, flag(None, "Run nothing: project the speed on a machine.", "--simulate")] = False,
 ) -> None:
     """Measure how fast a pair decodes, beside each model alone and the least that its decisions can cost."""
     from .bench import bench as benches
     from .bench import plot as plots
     from .bench import simulate as projections
 
-    own = {field.name for field in dataclasses.fields(projections.SimulateOptions)}
-    measured = {field.name for field in dataclasses.fields(benches.BenchOptions)}
-    for name in sorted({"dtype", "device_map", "plot", *measured} - own if simulate else own - measured):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            flag, way = name.replace("_map", "").replace("_", "-"), "with" if simulate else "without"
-            raise ValueError(f"--{flag}: it has no effect {way} --simulate. Leave it out.")
     wanted = PairOptions(**pair)
     if simulate:
-        from transformers import AutoConfig
-
-        names = wanted.names if wanted.model is None else [place_of(wanted.model)]
-        configs = [AutoConfig.from_pretrained(name) for name in names]
-        configs = configs if wanted.model is None else [configs[0].slm_config, configs[0].llm_config]
-        found = projections.simulate(*configs, **simulation)
+        found = projections.simulate(*wanted.configs(), **simulation)
         typer.echo(json_format.dumps(found, indent=2) if json else projections.table(found))
         return
+    if simulation.keys() & {"gpu", "bandwidth"}:
+        raise ValueError("--gpu, --bandwidth: they have no effect without --simulate. Add it, or leave them out.")
     if plot is not None:
         plots.check_plot(plot)
     pair["device_map"] = benches.as_device(pair.get("device_map"))
@@ -406,8 +389,6 @@ def bench(
 @command
 def serve(pair: Pair, options: Annotated[Options, Of("serving.ServeOptions")]) -> None:
     """Serve a pair to OpenAI clients: chat completions and completions, with `router_threshold` in each request."""
-    for library in ("fastapi", "uvicorn", "pydantic", "prometheus_client"):
-        import_extra(library, "serve")
     from .serving.server import serve
 
     wanted = PairOptions(**pair)
@@ -417,18 +398,17 @@ def serve(pair: Pair, options: Annotated[Options, Of("serving.ServeOptions")]) -
 @command
 def convert(
     file: Annotated[Path, typer.Argument(help="A router of CITER's (.pth) or R2R's (.pt) released code.")],
-    slm: Annotated[str, typer.Option(metavar="X", help="The SLM that it was trained with, a path or an id.")],
-    llm: Annotated[str, typer.Option(metavar="Y", help="The LLM, a path or an id.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A directory that does not exist yet, or is empty.")],
+    slm: Annotated[str, flag("X", "The SLM that it was trained with, a path or an id.")],
+    llm: Annotated[str, flag("Y", "The LLM, a path or an id.")],
+    out: Annotated[Path, flag("DIR", "A directory that does not exist yet, or is empty.")],
     options: Annotated[Options, Of("importers.ConvertOptions")],
 ) -> None:
     """Turn a router of CITER's or R2R's released code into a router repository."""
     from .importers import convert
 
-    config = convert(file, slm, llm, out, **options).config
+    threshold = convert(file, slm, llm, out, **options).config.router_threshold
     typer.echo(
-        f"Router saved in {out}: kind {config.router['type']}, for a hidden size of {config.router['hidden_size']}. "
-        f"It starts with the threshold {config.router_threshold:.6g}; `citer calibrate` finds the one for your budget."
+        f"Router saved in {out}, with the threshold {threshold:.6g}. `citer calibrate` finds one for your budget."
     )
 
 

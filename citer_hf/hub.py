@@ -75,19 +75,19 @@ def push_model(
     """Upload a pair that was just saved, with what tells of its router where the pair was loaded from."""
     folder, card = Path(directory), None
     if model._repository is not None:
-        source, keywords = model._repository[0], {**model._repository[1], **({"token": token} if token else {})}
+        source, keywords = model._repository[0], {**model._repository[1], "token": token}
         for name, file in facts_of(folder, lambda name: fetch(source, name, keywords), source).items():
             shutil.copyfile(file, folder / name)
         card = fetch(source, CARD, keywords)
-    given = {key: value for key, value in options.items() if value is not None}
-    return _push(folder, repo_id, token, PushOptions(**given), card)
+    wanted = PushOptions(**{key: value for key, value in options.items() if value is not None})
+    return _push(folder, repo_id, token, wanted, card)
 
 
 def _push(
     folder: Path, repo_id: str, token: str | bool | None, options: PushOptions, earlier_card: Path | None = None
 ) -> str:
     check(folder)
-    here = facts_of(folder, lambda name: folder / name if (folder / name).is_file() else None, str(folder))
+    here = facts_of(folder, folder.joinpath, str(folder))
     api = HfApi(token=token)
 
     def on_hub(name: str) -> Path | None:
@@ -151,18 +151,11 @@ def check_inside(file: Path, folder: Path) -> None:
 
 def fetch(source: str, name: str, keywords: Mapping[str, Any]) -> Path | None:
     """Return a file of the repository that a pair was loaded from, or `None` where it is not there."""
-    file = cached_file(
-        source,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        **file_keywords({**keywords, "force_download": None}),
-    )
+    where = file_keywords({**keywords, "force_download": None})
+    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
     if file is not None and os.path.isdir(source):
         check_inside(Path(file), Path(source))
     return None if file is None else Path(file)
-
-
-# --- What tells of a router ------------------------------------------------------------------------------------------
 
 
 def facts_of(folder: Path, find: Callable[[str], Path | None], place: str | None = None) -> dict[str, Path]:
@@ -171,11 +164,11 @@ def facts_of(folder: Path, find: Callable[[str], Path | None], place: str | None
     found: dict[str, Path] = {}
     foreign: list[str] = []
     for json, others in FACTS.items():
-        file = find(json)
-        if file is not None and method_of(read_json(file), router, kind) is None:
+        files = {name: file for name in (json, *others) if (file := find(name)) is not None and file.is_file()}
+        if json in files and method_of(read_json(files[json]), router, kind) is not None:
+            found |= files
+        elif json in files:
             foreign += [json, *others]
-        elif file is not None:
-            found |= {json: file} | {name: other for name in others if (other := find(name)) is not None}
     if foreign and place is not None:
         logger.warning(
             "Left out: %s of %s. They do not name the router here (sha256 %s).", ", ".join(foreign), place, router
@@ -197,9 +190,6 @@ def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | N
     return None
 
 
-# --- The model card --------------------------------------------------------------------------------------------------
-
-
 def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[str, Path]) -> None:
     """Write a directory's card from the files that tell of its router, unless a person has written one."""
     path, metadata = folder / CARD, {}
@@ -208,66 +198,54 @@ def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[s
         if GENERATED not in present:
             return
         metadata = ModelCard(present, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
-    config, name = read_json(folder / CONFIG), repo_id.split("/")[-1]
+    config = read_json(folder / CONFIG)
     provenance, results = (read_json(facts[json]) if json in facts else {} for json in FACTS)
-    threshold = float(config.get("router_threshold", 0.5))
-    references = {role: config.get(f"{role}_reference") or {} for role in ("slm", "llm")}
+    references: dict[str, Any] = {role: config.get(f"{role}_reference") or {} for role in ("slm", "llm")}
     parts = [part for at in references.values() for part in (at, at.get("adapter") or {})]
+    names = (part.get("name_or_path") or part.get("origin") for part in parts)
+    bases = list(dict.fromkeys(filter(None, names)))
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "model-index": None}
     metadata["tags"] = list(dict.fromkeys([*TAGS, *metadata.get("tags", ()), *tags]))
     # The Hub's relation for a small set of weights that works on top of models as they are.
-    bases = list(dict.fromkeys(filter(None, (part.get("name_or_path") or part.get("origin") for part in parts))))
     metadata |= {"base_model": bases or None, "base_model_relation": "adapter" if bases else None}
-    rows: list[tuple[str, dict[str, Any]]] = []
-    dataset = ""
+    shown: dict[str, Any] = {"name": repo_id.split("/")[-1], "threshold": config["router_threshold"]}
+    shown |= {"points": [], "dataset": ""}
     if results:
-        about, ends = results["provenance"], results["ends"]
-        given = (about.get("options") or about.get("arguments") or {}).get("data")
-        dataset = str(given or f"sha256:{str(about.get('data_sha256', 'unknown'))[:12]}")
         method = method_of(results, file_sha256(folder / WEIGHTS), config["router"]["type"])
-        points = results["methods"].get(method, [])
-        rows = [("–" if one["threshold"] is None else f"{one['threshold']:.4g}", one) for one in points]
-        rows = [("SLM alone", ends["slm"]), *rows, ("LLM alone", ends["llm"])]
-        metadata |= measured(points, threshold, name, dataset)
-    tokenizer = folder / "tokenizer_config.json"
+        shown["dataset"] = f"sha256:{results['provenance']['data_sha256'][:12]}"
+        shown["points"] = results["methods"].get(method, [])
+        metadata |= measured(**shown)
     card = ModelCard.from_template(
         ModelCardData(**{key: value for key, value in metadata.items() if value is not None}),
         template_path=str(TEMPLATE),
         generated=GENERATED,
-        name=name,
         repo_id=repo_id,
         router=config["router"],
-        threshold=f"{threshold:.4g}",
-        slm=references["slm"],
-        llm=references["llm"],
+        **references,
+        **shown,
         results=results,
-        rows=rows,
-        dataset=dataset,
         has_curve="curve.png" in facts,
         training={**(provenance.get("options") or {}), **provenance},
-        has_chat=(folder / "chat_template.jinja").is_file()
-        or (tokenizer.is_file() and "chat_template" in read_json(tokenizer)),
+        has_chat=(folder / "chat_template.jinja").is_file(),
     )
     with atomic_write(path) as file:
         file.write(str(card).encode())
 
 
-def measured(points: Sequence[Mapping[str, Any]], threshold: float, name: str, dataset: str) -> dict[str, Any]:
+def measured(name: str, threshold: float, points: Sequence[Mapping[str, Any]], dataset: str) -> dict[str, Any]:
     """Return the metadata of the measured point that is nearest to the saved threshold."""
     with_threshold = [point for point in points if point["threshold"] is not None]
     if not with_threshold:
         return {}
     point = min(with_threshold, key=lambda one: abs(one["threshold"] - threshold))
-    titles = {"accuracy": "Accuracy", "llm_share": "Share of tokens written by the LLM"}
+    about: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
     found = [
         EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name=dataset,
             metric_type=kind,
             metric_name=f"{title} at threshold {point['threshold']:.4g}",
             metric_value=point[kind],
+            **about,
         )
-        for kind, title in titles.items()
+        for kind, title in (("accuracy", "Accuracy"), ("llm_share", "Share of tokens written by the LLM"))
     ]
     return {"model_name": name, "eval_results": found}

@@ -12,24 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from .model.loading import end_at_union
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, reference_to
-from .model.routers import as_threshold, build_router, hidden_size_of
-from .runs import option, router_sha256, write_json
+from .model.routers import build_router, hidden_size_of
+from .runs import option, provenance, write_json
 
-# What the modules of a router are called in the files.
-CITER_NAMES = {"expand": "mlp.0", "norm": "mlp.1", "contract": "mlp.4", "score": "linear"}
+# Parts of the tensors' names in the files and here, to be replaced in this order.
+CITER_NAMES = {"mlp.0.": "expand.", "mlp.1.": "norm.", "mlp.4.": "contract.", "linear.": "score."}
 R2R_NAMES = {
-    "input_projection": "backbone.input_projection",
-    "norm": "backbone.output_layer.0",
-    "score": "backbone.output_layer.1",
+    "backbone.output_layer.0.": "norm.",
+    "backbone.output_layer.1.": "score.",
+    "backbone.": "",
+    ".layer_norm.": ".norm.",
+    ".mlp.0.": ".expand.",
+    ".mlp.3.": ".contract.",
+    ".dim_change.": ".skip.",
 }
-R2R_BLOCK_NAMES = {"norm": "layer_norm", "expand": "mlp.0", "contract": "mlp.3", "skip": "dim_change"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,6 @@ class ConvertOptions:
         None, "The threshold to start with. [default: R2R's own, 0.5 for CITER's]", metavar="X"
     )
     trust_remote_code: bool = option(False, "Run code that the models' repositories bring.")
-
-    def __post_init__(self) -> None:
-        if self.router_threshold is not None:
-            as_threshold(self.router_threshold)
 
 
 def convert(
@@ -71,24 +68,25 @@ def convert(
         ValueError: when the file is no such router, or does not fit the SLM, or the models are no pair.
         OSError: when the file or a model cannot be read, or the directory cannot be written.
     """
-    from . import __version__
-
-    wanted, out = ConvertOptions(**options), Path(out)
+    wanted, file, out = ConvertOptions(**options), Path(file), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: {out} exists already; choose another directory or remove it first.")
-    router = read_router(file)
+    spec, weights, threshold = read_router(file)
+    threshold = threshold if wanted.router_threshold is None else wanted.router_threshold
+    if threshold is None:
+        raise ValueError(f"router: {file} holds no threshold. Pass router_threshold=..., which is one minus R2R's.")
     sources = {"slm": slm, "llm": llm}
     keywords: dict[str, Any] = {"trust_remote_code": True} if wanted.trust_remote_code else {}
     configs = {role: base_config(role, sources[role], keywords) for role in ROLES}
     with torch.device("meta"):
         models = {role: AutoModelForCausalLM.from_config(configs[role], **keywords) for role in ROLES}
-    threshold = router.threshold if wanted.router_threshold is None else wanted.router_threshold
-    if threshold is None:
-        raise ValueError(f"router: {file} holds no threshold. Pass router_threshold=..., which is one minus R2R's.")
-    model = CiterForCausalLM.from_pair(models["slm"], models["llm"], router_threshold=threshold, **keywords)
-    model.config.router, model.router = router.spec, router.build(hidden_size_of(models["slm"]))
-    if hasattr(model.router, "bind"):
-        model.router.bind(models["slm"])
+    router = build_router(spec, hidden_size_of(models["slm"]))
+    try:
+        router.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"router: the tensors in {file} are not those of a released router. {error}") from error
+    model = CiterForCausalLM.from_pair(**models, router=router, router_threshold=threshold, **keywords)
+    model.config.router = spec
     for role in ROLES:
         setattr(model.config, f"{role}_reference", reference_to(sources[role], keywords))
     # An LLM without generation settings leaves the pair the default ones.
@@ -96,71 +94,17 @@ def convert(
         model.generation_config = GenerationConfig.from_pretrained(os.fspath(llm))
     end_at_union(model)
     model.save_pretrained(out)
-    write_json(
-        out / "provenance.json",
-        {
-            "router_sha256": router_sha256(model.router),
-            "converted_from": {
-                "file": Path(file).name,
-                "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
-            },
-            "router": router.spec,
-            "router_threshold": threshold,
-            "versions": {
-                "citer_hf": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        },
-    )
+    origin = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    write_json(out / "provenance.json", {**provenance(model, wanted), "converted_from": origin})
     return model
 
 
-@dataclass(frozen=True)
-class ReleasedRouter:
-    """A router of released code: its configuration here, its weights (fp32), and its threshold in our terms."""
-
-    spec: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    threshold: float | None
-
-    def build(self, hidden_size: int) -> nn.Module:
-        """Return the router for an SLM of this hidden size."""
-        router = build_router(self.spec, hidden_size)
-        router.load_state_dict(self.weights)
-        return router.eval()
-
-
-def read_router(file: str | os.PathLike[str]) -> ReleasedRouter:
-    """Read a router file of the released code of CITER or R2R; nothing in the file is executed."""
-    content = load_tensors(Path(file))
-    found = content if isinstance(content, dict) else {}
-    if isinstance(found.get("state_dict"), dict):
-        tensors, names = found["state_dict"], name_in_r2r
-        spec, threshold = r2r_spec(tensors, file), r2r_threshold(found.get("common_args"))
-    elif any(str(key).startswith(tuple(f"{name}." for name in CITER_NAMES.values())) for key in found):
-        tensors, names, threshold = found, name_in_citer, 0.5
-        hidden = matrix(tensors, "linear.weight", file)[1]
-        spec = {"type": "mlp", "hidden_size": hidden, "batch_norm": True}
-    else:
-        held = ", ".join(map(str, list(found)[:8])) or type(content).__name__
-        raise ValueError(
-            f"router: {file} is neither a router of CITER's released code (a state_dict with mlp.0.weight, ..., "
-            "linear.weight) nor one of R2R's (a dictionary with model_type, common_args and state_dict). The file "
-            f"holds: {held}."
-        )
-    with torch.device("meta"):
-        expected = build_router(spec, spec["hidden_size"]).state_dict()
-    check_shapes({names(key): tensor for key, tensor in expected.items()}, tensors, file)
-    return ReleasedRouter(spec, {key: plain(tensors[names(key)]) for key in expected}, threshold)
-
-
-def load_tensors(file: Path) -> Any:
-    """Load what `torch.save` wrote, without executing anything."""
+def read_router(file: Path) -> tuple[dict[str, Any], dict[str, Any], float | None]:
+    """Return a released router's configuration, weights and threshold in our terms; no code in the file is run."""
     if not file.is_file():
         raise FileNotFoundError(f"router: there is no file {file}.")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it refers to code ({code[1]})" if code else "it is damaged, or was not written by torch.save"
@@ -168,78 +112,50 @@ def load_tensors(file: Path) -> Any:
             f"router: {file} cannot be loaded with weights_only=True: {reason}. Save the router's state_dict alone, "
             "or download the file anew."
         ) from error
+    found = content if isinstance(content, dict) else {}
+    if isinstance(found.get("state_dict"), dict):
+        weights = renamed(found["state_dict"], R2R_NAMES)
+        given = (found.get("common_args") or {}).get("threshold")
+        return r2r_spec(weights), weights, threshold_from_divergence(given) if isinstance(given, float | int) else None
+    if any(str(key).startswith(tuple(CITER_NAMES)) for key in found):
+        weights = renamed(found, CITER_NAMES)
+        return {"type": "mlp", "hidden_size": size_of(weights, "score.weight")[1], "batch_norm": True}, weights, 0.5
+    held = ", ".join(map(str, list(found)[:8])) or type(content).__name__
+    raise ValueError(
+        f"router: {file} is neither a router of CITER's released code (a state_dict with mlp.0.weight, ..., "
+        "linear.weight) nor one of R2R's (a dictionary with model_type, common_args and state_dict). The file "
+        f"holds: {held}."
+    )
 
 
-def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, Any], file: Any) -> None:
-    """Raise an error that names the tensors which are missing, unknown, or of another shape."""
-    wrong = [
-        f"{key} is {shown(found.get(key))}, expected {shown(expected.get(key))}"
-        for key in sorted(expected.keys() | found.keys(), key=str)
-        if shown(found.get(key)) != shown(expected.get(key))
-    ]
-    if wrong:
-        raise ValueError(f"router: {file}: its tensors are not those of a released router: {'; '.join(wrong)}.")
+def renamed(tensors: dict[Any, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Return the tensors of a file by their names here."""
+    found = {}
+    for key, tensor in tensors.items():
+        for there, here in names.items():
+            key = str(key).replace(there, here)
+        found[key] = tensor
+    return found
 
 
-def shown(value: Any) -> str:
-    """Return the shape of a tensor, in words."""
-    if isinstance(value, torch.Tensor):
-        return f"{'' if value.is_floating_point() else 'integer '}{list(value.shape)}"
-    return "missing" if value is None else type(value).__name__
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as a router holds it: fp32, contiguous, without gradients."""
-    return (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
-
-
-def matrix(tensors: dict[str, Any], key: str, file: Any) -> tuple[int, int]:
-    """Return the rows and columns of a matrix."""
-    tensor = tensors.get(key)
+def size_of(weights: dict[str, Any], key: str) -> tuple[int, int]:
+    """Return the output and input size of a linear layer."""
+    tensor = weights.get(key)
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
-        raise ValueError(f"router: {file}: {key} is {shown(tensor)}, expected a matrix.")
+        raise ValueError(f"router: {key} is no matrix, or missing in the file. Download the file anew.")
     return tensor.shape[0], tensor.shape[1]
 
 
-def name_in_citer(key: str) -> str:
-    """Return what a tensor is called in CITER's file."""
-    module, _, name = key.rpartition(".")
-    return f"{CITER_NAMES[module]}.{name}"
-
-
-def name_in_r2r(key: str) -> str:
-    """Return what a tensor is called in R2R's file."""
-    module, _, name = key.rpartition(".")
-    if module.startswith("blocks."):
-        _, index, layer = module.split(".")
-        return f"backbone.blocks.{index}.{R2R_BLOCK_NAMES[layer]}.{name}"
-    return f"{R2R_NAMES.get(module, module)}.{name}"
-
-
-def r2r_spec(tensors: dict[str, Any], file: Any) -> dict[str, Any]:
+def r2r_spec(weights: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of a router of R2R. All sizes come from the tensors."""
-    hidden, top_logits = matrix(tensors, "logits_projection.weight", file)
-    _, combined = matrix(tensors, "combined_projection.weight", file)
-    if combined <= 2 * hidden:
-        raise ValueError(
-            f"router: {file}: combined_projection.weight has {combined} columns, but with a hidden size of {hidden} "
-            f"it needs more than {2 * hidden}: for the hidden state, the embedding of the SLM's token and the "
-            "projected logits. R2R's other classes of routers are not known here."
-        )
+    hidden, top_logits = size_of(weights, "logits_projection.weight")
+    combined = size_of(weights, "combined_projection.weight")[1]
     blocks = []
-    for index in range(max(1, len({key.split(".")[2] for key in tensors if key.startswith("backbone.blocks.")}))):
-        inner, size = matrix(tensors, f"backbone.blocks.{index}.mlp.0.weight", file)
-        blocks.append([size, inner, matrix(tensors, f"backbone.blocks.{index}.mlp.3.weight", file)[0]])
-    sizes = {"hidden_size": hidden, "embedding_size": combined - 2 * hidden}
-    return {"type": "r2r", **sizes, "top_logits": top_logits, "blocks": blocks}
-
-
-def r2r_threshold(common_args: Any) -> float | None:
-    """Return the threshold of an R2R file in our terms, or `None` where the file has none."""
-    given = common_args.get("threshold") if isinstance(common_args, dict) else None
-    if isinstance(given, bool) or not isinstance(given, int | float) or given != given:
-        return None
-    return threshold_from_divergence(given)
+    for index in range(max(1, len({key.split(".")[1] for key in weights if key.startswith("blocks.")}))):
+        inner, size = size_of(weights, f"blocks.{index}.expand.weight")
+        blocks.append([size, inner, size_of(weights, f"blocks.{index}.contract.weight")[0]])
+    sizes = {"hidden_size": hidden, "embedding_size": combined - 2 * hidden, "top_logits": top_logits}
+    return {"type": "r2r", **sizes, "blocks": blocks}
 
 
 def threshold_from_divergence(threshold: float) -> float:
@@ -247,4 +163,4 @@ def threshold_from_divergence(threshold: float) -> float:
     one, given = torch.tensor(1.0), torch.tensor(threshold)
     boundary = torch.nextafter(one - given, 2 * one)
     # What is next to 0 may count as 0 on some devices.
-    return float(boundary.clamp_min(torch.finfo(torch.float32).tiny)) if given <= 1 else 0.0
+    return 0.0 if given > 1 else float(boundary.clamp_min(torch.finfo(torch.float32).tiny))

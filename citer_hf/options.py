@@ -9,7 +9,6 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -22,8 +21,6 @@ class Of:
     """Marks a parameter of a command that stands for all fields of a dataclass, named `module.Class`."""
 
     path: str
-    # Whether the values are checked before the command runs.
-    checked: bool = True
 
     def load(self) -> type[Any]:
         module, _, name = self.path.rpartition(".")
@@ -33,13 +30,10 @@ class Of:
 def expanded(
     function: Callable[..., None], around: Callable[[Any], AbstractContextManager[None]]
 ) -> Callable[..., None]:
-    """Return a command as typer understands it: every field of an options dataclass is a parameter of its own.
-
-    The command runs within `around(out)`.
-    """
+    """Return a command, run within `around(out)`, in which every field of an options dataclass is a parameter."""
     given, hints = inspect.signature(function).parameters, get_type_hints(function, include_extras=True)
-    marks = {name: one for name in given for one in getattr(hints[name], "__metadata__", ()) if isinstance(one, Of)}
-    classes = {name: mark.load() for name, mark in marks.items()}
+    marks = [(name, one) for name in given for one in getattr(hints[name], "__metadata__", ())]
+    classes = {name: mark.load() for name, mark in marks if isinstance(mark, Of)}
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in given.items():
         own = [parameter.replace(annotation=hints[name])] if name not in classes else parameters_of(classes[name])
@@ -53,9 +47,9 @@ def expanded(
                 own = {field.name: values[field.name] for field in dataclasses.fields(options)}
                 # Pairs come as a list; what was not given is left to the default of the dataclass.
                 own = {key: dict(value) if is_pairs(value) else value for key, value in own.items()}
-                keywords[name] = {key: value for key, value in own.items() if value not in (None, [])}
-                if marks[name].checked:
-                    options(**keywords[name])
+                keywords[name] = {key: value for key, value in own.items() if value not in (None, [], {})}
+                # Wrong values are found before the command has done anything.
+                options(**keywords[name])
             function(**keywords)
 
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
@@ -63,44 +57,40 @@ def expanded(
     return run
 
 
-def is_pairs(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, tuple) for one in value)
-
-
 def parameters_of(options: type[Any]) -> list[inspect.Parameter]:
     """Return the parameters of typer for the fields of an options dataclass."""
     found, hints = [], get_type_hints(options)
     for field in dataclasses.fields(options):
         kind, about = hints[field.name], dict(field.metadata)
+        default: Any = field.default
+        flag = about.pop("flag") or "--" + field.name.replace("_", "-")
         if get_origin(kind) in (Union, types.UnionType):
             kind = next(one for one in get_args(kind) if one is not type(None))
-        flag = about.pop("flag") or "--" + field.name.replace("_", "-")
-        default = None if field.default is dataclasses.MISSING else field.default
-        if get_origin(kind) in (tuple, list, Sequence, dict, Mapping):
-            if default and "[default" not in about["help"]:
+        if get_origin(kind) in (tuple, Sequence, Mapping):
+            if default:
                 about["help"] += f" [default: {','.join(map(str, default))}]"
-            if get_origin(kind) in (dict, Mapping):
+            if get_origin(kind) is Mapping:
                 kind, about["parser"] = list[Any], as_pair
             elif str(about["metavar"]).endswith(",..."):
-                kind, about["parser"] = Any, separated_by_commas(get_args(kind)[0])
+                kind, about["callback"] = str, separated_by_commas(get_args(kind)[0])
             else:
                 kind = list[get_args(kind)[0]]  # type: ignore[misc]
             default = None
         elif kind is bool and default:
             flag += f"/--no-{flag[2:]}"
-        elif kind not in (bool, int, float, str, Path):
+        elif kind is Any:
             kind = str
         is_argument = about.pop("argument", False)
         info = typer.Argument(**about, show_default=False) if is_argument else typer.Option(flag, **about)
+        annotation: Any = Annotated[kind if default is not None else kind | None, info]
         found.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                annotation=Annotated[kind if default is not None else kind | None, info],
-                default=default,
-            )
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
         )
     return found
+
+
+def is_pairs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, tuple) for one in value)
 
 
 def as_pair(text: str) -> tuple[str, str]:
@@ -110,11 +100,11 @@ def as_pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def separated_by_commas(kind: type[Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
+def separated_by_commas(kind: type[Any]) -> Callable[[str | None], Any]:
+    def split(text: str | None) -> Any:
         try:
-            return tuple(kind(part.strip()) for part in text.split(",") if part.strip()) or None
+            return tuple(kind(part.strip()) for part in (text or "").split(",") if part.strip()) or None
         except ValueError:
             raise typer.BadParameter(f"expected numbers separated by commas, such as 0.2,0.5, got {text!r}.") from None
 
-    return read
+    return split

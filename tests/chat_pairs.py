@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from citer_hf import CiterForCausalLM
 from citer_hf.cli import app
-from citer_hf.demo import PAIR
+from citer_hf.demo import DEMO_PAIR
 from tests.conftest import make_pair
 from tests.families import EOS, PAD, VOCAB, tiny_model
 
@@ -65,7 +65,7 @@ class Screen(io.StringIO):
 
 def save_demo_pair(folder: Path) -> Path:
     """Save a tiny random pair with the demo's tokenizer, half of whose tokens are the LLM's."""
-    tokenizer = AutoTokenizer.from_pretrained(PAIR)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_PAIR)
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for seed, role in enumerate(("slm", "llm")):
         base = tiny_model("llama", seed, vocab_size=len(tokenizer), num_hidden_layers=1, hidden_size=16, **special)

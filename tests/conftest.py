@@ -123,7 +123,7 @@ def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import citer_hf.demo
     from citer_hf.bench import bench, cost_curve
 
-    monkeypatch.setattr(citer_hf.demo, "PAIR", saved)
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", saved)
     monkeypatch.setattr(bench, "BUFFER", 1 << 20)
     monkeypatch.setattr(cost_curve, "TRIALS", 1)
 

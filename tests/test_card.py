@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 
 from citer_hf import CiterForCausalLM
-from citer_hf.demo import PAIR
+from citer_hf.demo import DEMO_PAIR
 from citer_hf.hub import ALL_FACTS, GENERATED, facts_of, push, push_model, write_card
 from citer_hf.runs import file_sha256, provenance, router_sha256
 from tests.chat_pairs import invoke
@@ -51,7 +51,7 @@ def put(directory: Path, **files: Any) -> None:
 
 
 def card_of(directory: Path, tags: tuple[str, ...] = ()) -> ModelCard:
-    facts = facts_of(directory, lambda name: file if (file := directory / name).is_file() else None, str(directory))
+    facts = facts_of(directory, directory.joinpath, str(directory))
     write_card(directory, "me/my-router", tags, facts)
     return ModelCard.load(directory / "README.md")
 
@@ -195,7 +195,7 @@ def test_a_saved_router_has_the_sha256_that_runs_name(root, tmp_path, router, op
 
 
 def test_the_provenance_of_the_shipped_pair_is_of_its_router():
-    found = facts_of(PAIR, lambda name: file if (file := PAIR / name).is_file() else None, "here")
+    found = facts_of(DEMO_PAIR, DEMO_PAIR.joinpath, "here")
     assert set(found) == {"provenance.json", "training.png"}
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
-from citer_hf.cli import COMMANDS, plain_errors
+from citer_hf.cli import COMMANDS, load_pair, plain_errors
 from citer_hf.options import Of, Options, expanded
 from citer_hf.runs import option
 from tests.chat_pairs import chat_pair, invoke, save_demo_pair
@@ -203,7 +203,7 @@ def test_every_keyword_of_loading_can_be_given(
     assert loading == [(tuple(names), DEFAULT | keywords)]
 
 
-@pytest.mark.parametrize(("name", "bits"), [("nf4", 4), ("int4", 4), ("int8", 8)])
+@pytest.mark.parametrize(("name", "bits"), [("nf4", 4), ("int8", 8)])
 def test_either_model_can_be_quantized(loading: list[tuple[Any, ...]], name: str, bits: int) -> None:
     for role in ("slm", "llm"):
         invoke("chat", "me/router", f"--{role}-quantization", name)
@@ -234,10 +234,10 @@ def test_a_pair_of_two_models_chats_and_a_moved_model_is_found(demo_pair: Path, 
 def test_demo_is_the_name_of_the_shipped_pair(
     demo_pair: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(citer_hf.demo, "PAIR", demo_pair)
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", demo_pair)
     result = invoke("chat", "demo", "--max-new-tokens", 4, text="Eva has 2 apples.\n/stats\n")
     assert result.exit_code == 0 and "4 tokens" in result.stdout
-    monkeypatch.setattr(citer_hf.demo, "PAIR", tmp_path / "gone")
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", tmp_path / "gone")
     result = invoke("demo")
     assert result.exit_code == 1 and "gone" in result.stderr and result.stderr.count("\n") == 1
 
@@ -253,9 +253,11 @@ def test_demo_is_the_name_of_the_shipped_pair(
         ("chat me/router --slm a --llm b", 1, "MODEL, --slm, --llm: expected MODEL"),
         ("chat me/router --router mlp", 1, "MODEL, --slm, --llm: expected MODEL"),
         ("chat --slm a --llm b --revision v2", 1, "MODEL, --slm, --llm: expected MODEL"),
-        ("chat {pair} --dtype fp16", 1, "--dtype: expected auto, float32, bfloat16 or float16, got 'fp16'"),
-        ("chat {pair} --llm dtype=Tensor", 1, "expected auto, float32, bfloat16 or float16, got 'Tensor'"),
-        ("chat {pair} --device-map abacus", 1, "abacus"),
+        ("chat {pair} --dtype fp16", 1, "dtype: expected 'auto', or a dtype of torch such as 'bfloat16', got 'fp16'"),
+        ("chat {pair} --dtype int8", 1, "got 'int8'"),
+        ("chat {pair} --llm dtype=Tensor", 1, "llm_dtype: expected 'auto', or a dtype of torch"),
+        ("chat {pair} --device-map abacus", 1, "--device-map: expected auto or a device, got 'abacus'"),
+        ("chat {pair} --llm device_map=cuda:99", 1, "got 'cuda:99'"),
         ("chat {pair} --slm-quantization q4", 1, "--slm-quantization: expected nf4 or int8, got 'q4'"),
         ("chat {pair} --router-threshold 70", 1, "70"),
         ("chat {pair} --router-threshold -0.1", 1, "-0.1"),
@@ -266,10 +268,10 @@ def test_demo_is_the_name_of_the_shipped_pair(
         ("chat ./nothing", 1, "nothing"),
         ("chat {pair}/slm", 1, "{pair}/slm"),
         ("serve {pair} --router-threshold 70", 1, "70"),
-        ("convert a.pt --slm a --llm b --out c --router-threshold nan", 1, "nan"),
-        ("bench {pair} --gpu h100", 1, "--gpu: it has no effect without --simulate"),
-        ("bench {pair} --simulate --gpu h100 --repeats 2", 1, "--repeats: it has no effect with --simulate"),
-        ("bench {pair} --simulate --gpu h100 --device cpu", 1, "--device: it has no effect with --simulate"),
+        ("convert a.pt --slm a --llm b --out c", 1, "router: there is no file a.pt"),
+        ("bench {pair} --gpu h100", 1, "--gpu, --bandwidth: they have no effect without --simulate"),
+        ("bench {pair} --simulate --gpu h100 --llm name_or_path={tmp}", 1, "{tmp}"),
+        ("bench {tmp} --simulate --gpu h100 --revision v2", 1, "{tmp}"),
         ("demo --export x --json", 1, "--export only writes the problems"),
         ("demo --split train", 1, "--split is for --export"),
         ("chatt", 2, "No such command"),
@@ -309,6 +311,17 @@ def test_faults_of_the_program_are_no_errors_of_the_user() -> None:
     for error in (RuntimeError("a fault"), BrokenPipeError(), TypeError("a fault")):
         with pytest.raises(type(error)), plain_errors():
             raise error
+
+
+def test_errors_of_loading_are_told_from_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **keywords: Any) -> None:
+        raise TypeError("a fault")
+
+    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", fails)
+    with pytest.raises(TypeError, match="a fault"):
+        load_pair({"model": "me/router"})
+    with pytest.raises(ValueError, match="a fault"):
+        load_pair({"model": "me/router", "llm": ["abacus=3"]})
 
 
 def test_interrupted_work_says_how_to_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

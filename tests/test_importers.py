@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from citer_hf import CiterForCausalLM
 from citer_hf.importers import convert, read_router, threshold_from_divergence
+from citer_hf.model.routers import build_router
 from citer_hf.runs import file_sha256
 from tests.chat_pairs import character_tokenizer, invoke
 from tests.conftest import left_padded, make_pair, random_prompts
@@ -28,53 +29,37 @@ WIDTHS = (16, 16, 40, 40)
 THRESHOLD = 0.375
 
 
-def citer_state_dict(hidden: int = HIDDEN, seed: int = 0) -> dict[str, torch.Tensor]:
+def citer_state_dict(hidden: int = HIDDEN) -> dict[str, torch.Tensor]:
     """The layout of CITER's released code, random."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1)
-
-    return {
-        "mlp.0.weight": random(2 * hidden, hidden),
-        "mlp.0.bias": random(2 * hidden),
-        "mlp.1.weight": random(2 * hidden),
-        "mlp.1.bias": random(2 * hidden),
-        "mlp.1.running_mean": random(2 * hidden),
-        "mlp.1.running_var": random(2 * hidden).exp(),
-        "mlp.1.num_batches_tracked": torch.tensor(7),
-        "mlp.4.weight": random(hidden, 2 * hidden),
-        "mlp.4.bias": random(hidden),
-        "linear.weight": random(1, hidden),
-        "linear.bias": random(1),
-    }
+    generator = torch.Generator().manual_seed(0)
+    wide = 2 * hidden
+    shapes = {"mlp.0.weight": (wide, hidden), "mlp.4.weight": (hidden, wide), "linear.weight": (1, hidden)}
+    shapes |= {"mlp.0.bias": (wide,), "mlp.4.bias": (hidden,), "linear.bias": (1,)}
+    shapes |= {f"mlp.1.{name}": (wide,) for name in ("weight", "bias", "running_mean", "running_var")}
+    tensors = {key: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for key, shape in shapes.items()}
+    tensors["mlp.1.running_var"].exp_()
+    return tensors | {"mlp.1.num_batches_tracked": torch.tensor(7)}
 
 
-def r2r_state_dict(hidden: int = HIDDEN, embedding: int = HIDDEN, seed: int = 0) -> dict[str, torch.Tensor]:
+def r2r_state_dict(hidden: int = HIDDEN, embedding: int = HIDDEN) -> dict[str, torch.Tensor]:
     """The layout of R2R's released code, random."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-
-    def linear(name: str, size: int, out_size: int) -> None:
-        tensors[f"{name}.weight"] = torch.randn(out_size, size, generator=generator) / size**0.5
-        tensors[f"{name}.bias"] = torch.randn(out_size, generator=generator)
-
-    def norm(name: str, size: int) -> None:
-        tensors[f"{name}.weight"] = torch.randn(size, generator=generator)
-        tensors[f"{name}.bias"] = torch.randn(size, generator=generator)
-
-    linear("logits_projection", TOP, hidden)
-    linear("combined_projection", 2 * hidden + embedding, WIDTHS[0])
-    linear("backbone.input_projection", WIDTHS[0], WIDTHS[0])
+    generator = torch.Generator().manual_seed(0)
+    layers: dict[str, tuple[int, ...]] = {
+        "logits_projection": (hidden, TOP),
+        "combined_projection": (WIDTHS[0], 2 * hidden + embedding),
+        "backbone.input_projection": (WIDTHS[0], WIDTHS[0]),
+        "backbone.output_layer.0": (WIDTHS[-1],),
+        "backbone.output_layer.1": (1, WIDTHS[-1]),
+    }
     for index, (size, out_size) in enumerate(pairwise(WIDTHS)):
         block = f"backbone.blocks.{index}"
-        norm(f"{block}.layer_norm", size)
-        linear(f"{block}.mlp.0", size, 3 * size)
-        linear(f"{block}.mlp.3", 3 * size, out_size)
-        if size != out_size:
-            linear(f"{block}.dim_change", size, out_size)
-    norm("backbone.output_layer.0", WIDTHS[-1])
-    linear("backbone.output_layer.1", WIDTHS[-1], 1)
+        layers |= {f"{block}.layer_norm": (size,), f"{block}.mlp.0": (3 * size, size)}
+        layers |= {f"{block}.mlp.3": (out_size, 3 * size)}
+        layers |= {f"{block}.dim_change": (out_size, size)} if size != out_size else {}
+    tensors = {}
+    for name, shape in layers.items():
+        tensors[f"{name}.weight"] = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        tensors[f"{name}.bias"] = torch.randn(shape[0], generator=generator)
     return tensors
 
 
@@ -144,6 +129,14 @@ def saved(content: Any, path: Path) -> Path:
     return path
 
 
+def build(content: Any, folder: Path) -> torch.nn.Module:
+    """The router of a file, for the SLM that the file is for."""
+    spec, weights, _ = read_router(saved(content, folder / "router.pt"))
+    router = build_router(spec, spec["hidden_size"])
+    router.load_state_dict(weights)
+    return router.eval()
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("bases")
@@ -174,36 +167,30 @@ def converted(bases: Path, file: Path) -> Path:
 # --- What the router says -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("shape", [(), (2, 3)])
 @pytest.mark.parametrize("half", [False, True])
 def test_citers_router_scores_as_in_the_released_code(tmp_path, shape, half):
     tensors = {key: value.half() if half and value.dim() else value for key, value in citer_state_dict().items()}
     hidden, logits = inputs(*shape)
-    router = read_router(saved(tensors, tmp_path / "router.pth")).build(HIDDEN)
     expected = citer_reference({key: value.float() for key, value in tensors.items()}, hidden)
-    with torch.no_grad():
-        without_gradients = router(hidden, logits)
-    for score in (without_gradients, router(hidden, logits)):
-        torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(build(tensors, tmp_path)(hidden, logits), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(), (2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_r2rs_router_scores_as_in_the_released_code(tmp_path, shape, dtype):
+def test_r2rs_router_scores_as_in_the_released_code(tmp_path, dtype):
     tensors, slm = r2r_state_dict(embedding=EMBEDDING), Embeddings()
     slm.table.to(dtype)
-    hidden, logits = (value.to(dtype) for value in inputs(*shape))
-    router = read_router(saved(r2r_file(tensors), tmp_path / "router.pt")).build(HIDDEN)
+    hidden, logits = (value.to(dtype) for value in inputs(2, 3))
+    router = build(r2r_file(tensors), tmp_path)
     with pytest.raises(RuntimeError, match=r"call router.bind\(slm\)"):
         router(hidden, logits)
     router.bind(slm)
     divergent = r2r_reference(tensors, hidden.float(), logits.float(), slm.table.weight.float())
-    with torch.no_grad():
-        torch.testing.assert_close(router(hidden, logits), 1 - divergent, atol=1e-6, rtol=0)
+    torch.testing.assert_close(router(hidden, logits), 1 - divergent, atol=1e-6, rtol=0)
 
 
 def test_embeddings_that_a_model_scales_are_read_as_they_are_stored(tmp_path):
-    pair = make_pair("gemma3", router=read_router(saved(r2r_file(R2R), tmp_path / "router.pt")).spec)
+    pair = make_pair("gemma3", router=read_router(saved(r2r_file(R2R), tmp_path / "router.pt"))[0])
     tokens = torch.tensor([[3, 7]])
     stored = pair.slm.get_input_embeddings().weight[tokens]
     torch.testing.assert_close(pair.router._embedded(tokens), stored, atol=1e-6, rtol=1e-6)
@@ -214,14 +201,14 @@ def divergence_of(threshold: torch.Tensor, ulps: Any) -> torch.Tensor:
     return (threshold.view(torch.int32) + ulps).view(torch.float32)
 
 
-@pytest.mark.parametrize("threshold", [0.5001, 0.513, 0.6, 0.75, 0.9, 0.99999])
+@pytest.mark.parametrize("threshold", [0.5001, 0.75, 0.99999])
 def test_above_one_half_every_decision_is_r2rs(threshold):
     divergent = divergence_of(torch.tensor(threshold), torch.arange(-100, 100, dtype=torch.int32)).clamp_max(1)
     assert (divergent == threshold).any()
     assert torch.equal(1 - divergent < threshold_from_divergence(threshold), divergent >= threshold)
 
 
-@pytest.mark.parametrize("threshold", [0.01, 0.1, 0.25, 0.3, 0.4999, 0.5])
+@pytest.mark.parametrize("threshold", [0.01, 0.3, 0.5])
 def test_up_to_one_half_only_the_last_digit_can_defer_more_than_r2r(threshold):
     divergent = divergence_of(torch.tensor(threshold), torch.arange(-1000, 1000, dtype=torch.int32))
     ours, theirs = 1 - divergent < threshold_from_divergence(threshold), divergent >= threshold
@@ -239,19 +226,18 @@ def test_the_ends_of_r2rs_thresholds(threshold, deferred):
 
 
 def test_a_converted_router_says_where_it_came_from_and_is_not_untrained(converted, file):
-    provenance = json.loads((converted / "provenance.json").read_text())
+    provenance, config = (json.loads((converted / f"{name}.json").read_text()) for name in ("provenance", "config"))
     origin = provenance["converted_from"]
     assert origin["file"] == file.name and len(origin["sha256"]) == 64
     assert provenance["router_sha256"] == file_sha256(converted / "model.safetensors")
-    config = json.loads((converted / "config.json").read_text())
-    assert config["router"] == provenance["router"] == read_router(file).spec
+    assert config["router"] == read_router(file)[0]
     assert config["router_threshold"] == (0.5 if file.suffix == ".pth" else threshold_from_divergence(THRESHOLD))
     assert not (converted / "slm").exists() and (converted / "tokenizer.json").is_file()
 
 
 def test_a_pair_with_such_a_router_generates_as_the_method_says(converted, file):
     model = CiterForCausalLM.from_pretrained(converted)
-    expected = read_router(file).weights
+    _, expected, _ = read_router(file)
     assert model.router.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.router.state_dict().items())
     prompts = random_prompts()
@@ -262,9 +248,8 @@ def test_a_pair_with_such_a_router_generates_as_the_method_says(converted, file)
     assert 0 < out.past_key_values.routing.llm_share < 1
     width = max(map(len, prompts))
     for index, row in enumerate(prompts):
-        tokens, to_llm, *_ = naive_generate(model, row, 8, threshold)
+        tokens, *_ = naive_generate(model, row, 8, threshold)
         assert out.sequences[index, width : width + len(tokens)].tolist() == tokens
-        assert out.past_key_values.routing.to_llm[index, : len(to_llm)].tolist() == to_llm
 
 
 def test_an_r2r_router_follows_a_resized_vocabulary_and_is_no_owner_of_the_table(converted, file):
@@ -297,73 +282,45 @@ def test_a_threshold_can_be_given_and_nothing_is_overwritten(bases, file, tmp_pa
 
 
 def test_a_file_without_a_threshold_needs_one(bases, tmp_path):
-    for threshold in (None, math.nan, True, "0.5"):
-        path = saved(r2r_file(R2R, threshold), tmp_path / "router.pt")
-        with pytest.raises(ValueError, match=r"holds no threshold. Pass router_threshold=..."):
-            convert(path, bases / "slm", bases / "llm", tmp_path / "router")
     path = saved({key: value for key, value in r2r_file(R2R).items() if key != "common_args"}, tmp_path / "router.pt")
+    with pytest.raises(ValueError, match=r"holds no threshold. Pass router_threshold=..."):
+        convert(path, bases / "slm", bases / "llm", tmp_path / "router")
     model = convert(path, bases / "slm", bases / "llm", tmp_path / "router", router_threshold=0.7)
     assert model.config.router_threshold == 0.7
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------
 
-
-def test_a_router_for_another_slm_is_refused_with_both_sizes(bases, tmp_path):
-    for content, message in (
-        (citer_state_dict(hidden=40), "hidden size of 40, but this SLM's is 32"),
-        (r2r_file(r2r_state_dict(hidden=40)), "hidden size of 40, but this SLM's is 32"),
-        (r2r_file(r2r_state_dict(embedding=EMBEDDING)), "embeddings of 24, but this SLM's have 32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            convert(saved(content, tmp_path / "r.pt"), bases / "slm", bases / "llm", tmp_path / "router")
-        assert not (tmp_path / "router").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        ({"weight": torch.zeros(3, 4), "epoch": 3}, "holds: weight, epoch"),
-        ([1, 2], "holds: list"),
-        (torch.zeros(2, 5), "holds: Tensor"),
-        ({"model_type": "x", "state_dict": torch.zeros(2)}, "holds: model_type, state_dict"),
-        ({3: torch.zeros(2)}, "holds: 3"),
-    ],
-)
-def test_a_file_that_is_neither_is_refused_with_what_was_found(tmp_path, content, found):
-    with pytest.raises(ValueError, match=f"neither a router of CITER's.*{found}"):
-        read_router(saved(content, tmp_path / "file.pt"))
+CITER, R2R = citer_state_dict(), r2r_state_dict()
 
 
 def without(tensors: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name != key}
 
 
-CITER, R2R = citer_state_dict(), r2r_state_dict()
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (without(CITER, "linear.weight"), "linear.weight is missing, expected a matrix"),
-        (without(CITER, "mlp.1.running_var"), r"mlp.1.running_var is missing, expected \[64\]"),
-        (CITER | {"mlp.7.weight": torch.zeros(3)}, r"mlp.7.weight is \[3\], expected missing"),
-        (CITER | {"mlp.0.weight": torch.zeros(3, 4)}, r"mlp.0.weight is \[3, 4\], expected \[64, 32\]"),
-        (CITER | {"mlp.0.bias": 3}, r"mlp.0.bias is int, expected \[64\]"),
-        (CITER | {"linear.weight": torch.zeros(4)}, r"linear.weight is \[4\], expected a matrix"),
-        (CITER | {"linear.bias": torch.zeros(1, dtype=torch.int64)}, r"linear.bias is integer \[1\]"),
-        (r2r_file(without(R2R, "logits_projection.weight")), "logits_projection.weight is missing"),
-        (r2r_file(without(R2R, "backbone.blocks.1.mlp.3.weight")), "backbone.blocks.1.mlp.3.weight is missing"),
-        (r2r_file(without(R2R, "backbone.blocks.1.dim_change.bias")), "backbone.blocks.1.dim_change.bias is missing"),
-        (r2r_file({k: v for k, v in R2R.items() if "blocks" not in k}), "blocks.0.mlp.0.weight is missing"),
-        (r2r_file(R2R | {"token_embeddings.weight": torch.zeros(9, 9)}), "token_embeddings.weight is"),
-        (r2r_file(R2R | {"combined_projection.weight": torch.zeros(16, 64)}), "has 64 columns.*more than 64"),
-        (r2r_file(R2R | {"backbone.output_layer.1.weight": torch.zeros(3, 40)}), r"is \[3, 40\], expected \[1, 40\]"),
+        (citer_state_dict(hidden=40), "hidden size of 40, but this SLM's is 32"),
+        (r2r_file(r2r_state_dict(embedding=EMBEDDING)), "embeddings of 24, but this SLM's have 32"),
+        ({"weight": torch.zeros(3, 4), "epoch": 3}, "neither a router of CITER's.*holds: weight, epoch"),
+        ([1, 2], "neither a router of CITER's.*holds: list"),
+        (without(CITER, "linear.weight"), "score.weight is no matrix, or missing"),
+        (without(CITER, "mlp.1.running_var"), "not those of a released router.*Missing .*norm.running_var"),
+        (CITER | {"mlp.7.weight": torch.zeros(3)}, "Unexpected .*mlp.7.weight"),
+        (CITER | {"mlp.0.weight": torch.zeros(3, 4)}, "size mismatch for expand.weight"),
+        (
+            r2r_file(without(R2R, "backbone.blocks.1.mlp.3.weight")),
+            "blocks.1.contract.weight is no matrix, or missing",
+        ),
+        (r2r_file(R2R | {"token_embeddings.weight": torch.zeros(9, 9)}), "Unexpected .*token_embeddings.weight"),
     ],
 )
-def test_a_damaged_router_is_refused_by_the_names_in_its_file(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
-        read_router(saved(content, tmp_path / "file.pt"))
+def test_a_router_that_does_not_fit_is_refused_with_the_reason(bases, tmp_path, content, message):
+    path = saved(content, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=f"(?s)^router: .*{message}"):
+        convert(path, bases / "slm", bases / "llm", tmp_path / "router")
+    assert not (tmp_path / "router").exists()
 
 
 class Malicious:
@@ -382,15 +339,10 @@ def test_code_in_a_file_is_refused_and_not_run(bases, tmp_path):
     assert not (tmp_path / "ran").exists() and not (tmp_path / "router").exists()
 
 
-@pytest.mark.parametrize("kind", ["cut", "empty", "text", "pickle", "legacy cut", "missing"])
+@pytest.mark.parametrize("kind", ["cut", "empty", "pickle"])
 def test_a_damaged_file_is_said_to_be_damaged(tmp_path, kind):
-    path = tmp_path / "file.pth"
-    torch.save(CITER, path, _use_new_zipfile_serialization=kind != "legacy cut")
-    half = path.read_bytes()[: path.stat().st_size // 2]
-    other = {"empty": b"", "text": b"not a router\n", "pickle": pickle.dumps({"a": 1}, protocol=2)}
-    path.write_bytes(other.get(kind, half))
-    if kind == "missing":
-        path.unlink()
-    message = "there is no file" if kind == "missing" else "it is damaged, or was not written by torch.save"
-    with pytest.raises(FileNotFoundError if kind == "missing" else ValueError, match=message):
+    path = saved(CITER, tmp_path / "file.pth")
+    other = {"empty": b"", "pickle": pickle.dumps({"a": 1}, protocol=2)}
+    path.write_bytes(other.get(kind, path.read_bytes()[:1000]))
+    with pytest.raises(ValueError, match=r"it is damaged, or was not written by torch\.save"):
         read_router(path)

@@ -44,8 +44,6 @@ class SimulateOptions:
     max_new_tokens: int = option(64, "New tokens of each sequence.", "N")
 
     def __post_init__(self) -> None:
-        if self.bandwidth is None and self.gpu not in DEVICES:
-            raise ValueError(f"--gpu: expected one of {', '.join(DEVICES)}, or --bandwidth, got {self.gpu!r}.")
         limits = {"bandwidth": (1e-9, math.inf), "slm_bits": (1, 64), "llm_bits": (1, 64)}
         for name in (*limits, "tensor_parallel", "batch_size", "prompt_length", "max_new_tokens"):
             (least, most), value = limits.get(name, (1, math.inf)), getattr(self, name)
@@ -72,6 +70,8 @@ def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **optio
         ValueError: for options out of range, and more tokens than the pair's context.
     """
     wanted = SimulateOptions(**options)
+    if wanted.bandwidth is None and wanted.gpu not in DEVICES:
+        raise ValueError(f"--gpu: expected one of {', '.join(DEVICES)}, or --bandwidth, got {wanted.gpu!r}.")
     context = wanted.prompt_length + wanted.max_new_tokens
     limits = [limit for limit in map(context_length, (slm_config, llm_config)) if limit is not None]
     if context > min(limits, default=context):

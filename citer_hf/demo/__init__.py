@@ -3,4 +3,3 @@
 from pathlib import Path
 
 DEMO_PAIR: Path = Path(__file__).parent / "pair"
-PAIR = DEMO_PAIR

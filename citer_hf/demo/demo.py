@@ -93,7 +93,7 @@ class Report:
         size = min(BATCH_SIZE, self.problems)
         title = f"{self.problems} held-out problems (seed {self.seed}), solved in batches of {size}"
         headers = ("accuracy", "tokens from\nthe LLM", "LLM forward\npasses / token", "tokens / s")
-        columns = ("", *(Column(header, justify="right") for header in headers))
+        columns: list[Column | str] = ["", *(Column(header, justify="right") for header in headers)]
         table = Table(*columns, title=title, box=SIMPLE, title_justify="left")
         for one in self.measurements:
             cells = (f"{one.accuracy:.1%}", f"{one.llm_share:.1%}", f"{one.llm_passes_per_token:.2f}")
@@ -134,7 +134,7 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
     wanted = DemoOptions(**options)
     # Models this small gain nothing from a second thread, and lose everything when another program holds that core.
     torch.set_num_threads(1)
-    model = CiterForCausalLM.from_pretrained(citer_hf.demo.PAIR)
+    model = CiterForCausalLM.from_pretrained(citer_hf.demo.DEMO_PAIR)
     tokenizer = model.load_tokenizer()
     chosen = list(problems("test", wanted.seed, wanted.problems))
     shipped, threshold = model.default_threshold, wanted.router_threshold

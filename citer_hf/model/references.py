@@ -38,7 +38,7 @@ def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     prefixes = tuple(f"{role}_" for role in ROLES)
     for key in ("dtype", "torch_dtype", *(f"{prefix}dtype" for prefix in prefixes)):
         dtype = kwargs.get(key)
-        if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if isinstance(dtype, str) and dtype != "auto" and getattr(torch, dtype, None) not in PLAIN.values():
             raise ValueError(f"{key}: expected 'auto', or a dtype of torch such as 'bfloat16', got {dtype!r}.")
     shared = {key: value for key, value in kwargs.items() if not key.startswith(prefixes)}
     quantization = {key: shared.pop(key) for key in ("quantization_config",) if key in shared}

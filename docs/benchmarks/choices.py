@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from citer_hf import CiterForCausalLM
+from citer_hf import DEMO_PAIR, CiterForCausalLM
 from citer_hf.data.examples import read_examples
-from citer_hf.demo import PAIR
 from citer_hf.evaluation.evaluate import evaluate
 from citer_hf.evaluation.results import cost_at
 from citer_hf.training.labels import SLM_RIGHT, Labels
@@ -74,7 +73,7 @@ def main() -> None:
     parser.add_argument("others", nargs="*", help="NAME=LABELS")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = CiterForCausalLM.from_pretrained(PAIR)
+    model = CiterForCausalLM.from_pretrained(DEMO_PAIR)
     problems = read_examples(options.validation, needs=("answer",))
     others = {name: Labels.load(path) for name, _, path in (one.partition("=") for one in options.others)}
     routers = {}

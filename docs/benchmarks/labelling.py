@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from citer_hf import CiterForCausalLM
+from citer_hf import DEMO_PAIR, CiterForCausalLM
 from citer_hf.data.checkers import get_checker
 from citer_hf.data.tokens import Encoded
-from citer_hf.demo import PAIR
 from citer_hf.demo.problems import problems
 from citer_hf.training.label import label_preferences
 
@@ -67,7 +66,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = CiterForCausalLM.from_pretrained(PAIR)
+    model = CiterForCausalLM.from_pretrained(DEMO_PAIR)
     tokenizer = model.load_tokenizer()
     examples = [asdict(problem) for problem in problems("train", 0, options.questions)]
     for threshold in (0.0, model.config.router_threshold, 2.0):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from citer_hf.bench.simulate import OVERHEAD, SimulateOptions, simulate, table
+from citer_hf.bench.simulate import OVERHEAD, simulate, table
 from citer_hf.costs import cost_of_config
 from tests.chat_pairs import invoke
 from tests.families import tiny_config
@@ -55,7 +55,7 @@ def test_a_batch_calls_the_llm_when_any_sequence_needs_it() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        SimulateOptions(**options)
+        simulate(SLM, LLM, **options)
 
 
 def test_more_tokens_than_the_context_are_refused() -> None:
@@ -72,3 +72,16 @@ def test_the_command_projects_a_router_and_two_models(saved: Path) -> None:
     lines = invoke("bench", "--simulate", saved, *arguments).stdout.splitlines()
     assert "not measured" in lines[-1] and all(len(line) <= 119 for line in lines)
     assert len(table(simulate(SLM, LLM, gpu="h100")).splitlines()) == 7
+
+
+def test_the_command_follows_names_and_revisions(saved: Path, tmp_path: Path) -> None:
+    tiny_config("llama", num_hidden_layers=7).save_pretrained(tmp_path / "deep")
+
+    def llm_step(*source: Any) -> float:
+        result = invoke("bench", "--simulate", *source, "--bandwidth", 0.01, "--shares", 1, "--json")
+        return json.loads(result.stdout)[0]["llm_step_s"]
+
+    plain = llm_step(saved)
+    deep = llm_step(saved, "--llm", f"name_or_path={tmp_path / 'deep'}")
+    assert deep > plain == llm_step("--slm", saved.parent / "slm", "--llm", saved, "--llm", "subfolder=llm")
+    assert deep == llm_step("--slm", saved.parent / "slm", "--llm", tmp_path / "deep")

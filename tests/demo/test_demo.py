@@ -75,7 +75,7 @@ def demo_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(demo_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(citer_hf.demo, "PAIR", demo_pair)
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", demo_pair)
     monkeypatch.setattr(module, "MAX_NEW_TOKENS", 24)
 
 

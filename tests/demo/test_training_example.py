@@ -31,7 +31,7 @@ def script() -> Any:
 
 
 def test_the_tokenizer_is_that_of_the_shipped_pair_and_lossless(script: Any) -> None:
-    built, shipped = script.build_tokenizer(), AutoTokenizer.from_pretrained(citer_hf.demo.PAIR)
+    built, shipped = script.build_tokenizer(), AutoTokenizer.from_pretrained(citer_hf.demo.DEMO_PAIR)
     assert built.get_vocab() == shipped.get_vocab()
     assert built.chat_template == shipped.chat_template
     assert (built.padding_side, built.model_max_length) == (shipped.padding_side, shipped.model_max_length)
@@ -84,7 +84,7 @@ def test_the_script_trains_a_pair_that_decodes_with_a_cache(
 
 
 def test_each_model_of_the_shipped_pair_decodes_with_a_cache(count_calls: Any) -> None:
-    check_cache(citer_hf.demo.PAIR, count_calls)
+    check_cache(citer_hf.demo.DEMO_PAIR, count_calls)
 
 
 def check_cache(pair: Path, count_calls: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Verdict
 from citer_hf.data.tokens import encode_prompt
-from citer_hf.demo import PAIR
+from citer_hf.demo import DEMO_PAIR
 from citer_hf.evaluation import calibrate as module
 from citer_hf.evaluation.calibrate import Calibration, calibrate
 from citer_hf.evaluation.results import bootstrap_interval
@@ -152,16 +152,19 @@ def test_a_copy_that_fails_leaves_nothing(repository: Path, tmp_path: Path):
 
 
 def test_the_installed_package_and_the_hubs_cache_are_never_written_into(repository: Path, monkeypatch: Any):
-    before = contents(PAIR)
+    before = contents(DEMO_PAIR)
     with pytest.raises(ValueError, match=r"is part of the installed package\. Pass out=DIR \(--out DIR\)"):
-        FOUND.write(PAIR)
+        FOUND.write(DEMO_PAIR)
     monkeypatch.setattr(module, "decode", None)
-    shipped = CiterForCausalLM.from_pretrained(PAIR)
-    for options, message in (({"write": True}, "^write: "), ({"out": PAIR / "copy"}, "^out: .* installed package")):
+    shipped = CiterForCausalLM.from_pretrained(DEMO_PAIR)
+    for options, message in (
+        ({"write": True}, "^write: "),
+        ({"out": DEMO_PAIR / "copy"}, "^out: .* installed package"),
+    ):
         # The error comes before hours of decoding.
         with pytest.raises(ValueError, match=message):
             run(shipped, llm_share=0.4, **options)
-    assert contents(PAIR) == before
+    assert contents(DEMO_PAIR) == before
     snapshot = repository.parent / "models--user--router" / "snapshots" / "abc"
     snapshot.parent.mkdir(parents=True)
     repository.rename(snapshot)

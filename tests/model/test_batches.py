@@ -21,7 +21,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from citer_hf import CiterForCausalLM
-from citer_hf.demo import PAIR
+from citer_hf.demo import DEMO_PAIR
 from citer_hf.demo.problems import problems
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "router_threshold": 0.9}
@@ -29,8 +29,8 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "router_thr
 
 @pytest.fixture(scope="module")
 def pipe() -> TextGenerationPipeline:
-    model = CiterForCausalLM.from_pretrained(PAIR, dtype=torch.float32)
-    return pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(PAIR))
+    model = CiterForCausalLM.from_pretrained(DEMO_PAIR, dtype=torch.float32)
+    return pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(DEMO_PAIR))
 
 
 @pytest.fixture(scope="module")
