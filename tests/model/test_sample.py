@@ -97,9 +97,5 @@ def test_a_repository_of_a_newer_version_loads_with_one_warning(tmp_path):
     assert torch.equal(newer(input_ids=TEXT).logits, ours(input_ids=TEXT).logits)
 
 
-def test_it_is_small():
-    assert sum(file.stat().st_size for file in SAMPLE.rglob("*") if file.is_file()) < 200_000
-
-
 if __name__ == "__main__":
     write_sample()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,14 +102,6 @@ def test_a_model_from_a_gguf_file_is_never_referred_to_without_it(bases):
     assert torch.equal(llm_logits(load(bases / "router")), llm_logits(pair))
 
 
-def test_a_moved_model_is_referred_to_where_it_was_found(bases):
-    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
-    pair.save_pretrained(bases / "router")
-    shutil.move(bases / "llm", bases / "moved")
-    load(bases / "router", llm_name_or_path=bases / "moved").save_pretrained(bases / "again")
-    assert torch.equal(llm_logits(load(bases / "again")), llm_logits(pair))
-
-
 # ---- generation settings and end tokens ----
 
 
@@ -168,11 +159,6 @@ def test_a_router_that_nobody_has_trained_says_so_until_it_is_trained(bases, kin
     assert not loaded.router_is_untrained
     loaded.save_pretrained(bases / "trained")
     assert "untrained" not in load(bases / "trained").config.router
-
-
-@pytest.mark.parametrize("router", ["confidence", torch.nn.Identity()], ids=["confidence", "a module"])
-def test_a_router_that_needs_no_training_is_not_called_untrained(bases, router):
-    assert not CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=router).router_is_untrained
 
 
 def test_swapped_models_bring_a_warning(bases, caplog):
@@ -268,12 +254,6 @@ def test_a_router_file_of_released_code_is_converted_first(bases):
 def test_a_misspelled_keyword_names_the_model(bases):
     with pytest.raises(TypeError, match=r"llm: .*unexpected keyword argument 'divice_map'"):
         CiterForCausalLM.from_pair(bases / "slm", bases / "llm", llm_divice_map="auto")
-
-
-@pytest.mark.parametrize("slm_dtype", [None, "bfloat16"])
-def test_keywords_of_one_model_may_be_none(bases, slm_dtype):
-    options = {"slm_quantization_config": None, "llm_quantization_config": None, "slm_dtype": slm_dtype}
-    assert CiterForCausalLM.from_pair(bases / "slm", bases / "llm", **options).llm.dtype == torch.float32
 
 
 # ---- tokenizers ----

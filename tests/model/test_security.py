@@ -1,4 +1,4 @@
-"""What a router's files cannot do: lead elsewhere, run code of base models, take memory that they only claim."""
+"""What a router's files cannot do: lead elsewhere, run code of base models; and a token is written nowhere."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 from citer_hf import CiterForCausalLM
+from citer_hf.runs import anonymous
 from tests.chat_pairs import invoke
 from tests.repositories import save_base_models
+from tests.test_hub import OTHERS_TOKEN, TOKEN, WRONG_TOKEN, client  # noqa: F401 - `client` is a fixture
 
 load = CiterForCausalLM.from_pretrained
 
@@ -46,13 +48,10 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "reference",
     [
-        {"subfolder": "../slm"},
         {"subfolder": "slm/../../slm"},
         {"subfolder": "/etc"},
-        {"subfolder": "..\\slm"},
         {"subfolder": "C:\\slm"},
         {"name_or_path": "../slm"},
-        {"name_or_path": "team/slm", "subfolder": "../x"},
         {"name_or_path": "team/slm", "gguf_file": "/etc/passwd"},
         {"name_or_path": "team/slm", "revision": "../../refs"},
         {"subfolder": ["slm"]},
@@ -60,9 +59,10 @@ def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_a_reference_that_leads_out_of_the_repository_is_not_followed(router, nothing_is_read, reference):
-    change(router, slm_reference=reference)
-    with pytest.raises(ValueError, match=r"slm_reference: .*expected"):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_reference_that_leads_out_of_the_repository_is_not_followed(router, nothing_is_read, reference, adapter):
+    change(router, slm_reference={"subfolder": "slm", "adapter": reference} if adapter else reference)
+    with pytest.raises(ValueError, match=r"slm(_adapter)?_reference: .*expected"):
         load(router)
 
 
@@ -103,67 +103,14 @@ def test_a_snapshot_of_the_hubs_cache_is_a_directory_like_any_other(cached, rout
     assert torch.equal(load("me/router", cache_dir=cached, local_files_only=True)(text).logits, expected)
 
 
-def test_saving_writes_nothing_through_a_link(router, tmp_path):
-    (tmp_path / "mine").write_text("mine")
-    (router / "config.json").unlink()
-    (router / "config.json").symlink_to(tmp_path / "mine")
-    CiterForCausalLM.from_pair(tmp_path / "slm", tmp_path / "llm").save_pretrained(router)
-    assert (tmp_path / "mine").read_text() == "mine" and not (router / "config.json").is_symlink()
-
-
-# ---- files that claim more than they hold ----
-
-
-def header(length: int, content: bytes = b"") -> bytes:
-    return struct.pack("<Q", length) + content
-
-
-def claiming(shape: list[int], size: int) -> bytes:
-    tensors = {"router.score.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
-    content = json.dumps(tensors).encode()
-    return header(len(content), content) + bytes(128)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        header(1 << 62),
-        header(200 << 20, b"{" + b" " * 1000),
-        claiming([1 << 40, 1 << 20], 1 << 62),
-        claiming([1 << 40], 128),
-        b"",
-    ],
-    ids=["header of 4 EiB", "cut header", "huge shape", "shape and size differ", "empty"],
-)
-def test_a_file_that_claims_more_than_it_holds_is_refused(router, nothing_is_read, content):
-    (router / "model.safetensors").write_bytes(content)
-    with pytest.raises(OSError, match=r"router: the router could not be loaded from"):
-        load(router)
-
-
-@pytest.mark.parametrize("content", [header(1 << 62), claiming([1 << 40], 128)])
-@pytest.mark.parametrize("role", ["slm", "llm"])
-def test_weights_of_a_base_model_that_claim_more_than_they_hold_are_refused(router, role, content):
-    (router / role / "model.safetensors").write_bytes(content)
-    with pytest.raises(OSError, match=rf"{role}: the {role.upper()} could not be loaded from"):
-        load(router)
-
-
-@pytest.mark.parametrize("name", ["hidden_size", "vocab_size"])
-def test_a_base_model_that_claims_to_be_huge_takes_no_memory(router, name):
-    # Both say it, so that they agree; the weights do not.
-    config = json.loads((router / "config.json").read_text())
-    change(router, llm_config=config["llm_config"] | {name: 1 << 44})
-    change(router / "llm", **{name: 1 << 44})
-    with pytest.raises((ValueError, RuntimeError, OSError), match=r"size|shape"):
-        load(router)
-
-
-@pytest.mark.parametrize("name", ["top_logprobs", "hidden_size"])
-def test_a_router_that_claims_to_be_huge_takes_no_memory(router, nothing_is_read, name):
-    change(router, router={"type": "mlp", name: 1 << 44})
-    with pytest.raises(ValueError, match=r"do not fit its router|hidden size"):
-        load(router)
+@pytest.mark.parametrize("part", ["router", "slm", "llm"])
+def test_a_file_that_is_cut_short_or_claims_more_than_it_holds_is_refused(router, part):
+    file = router / ("" if part == "router" else part) / "model.safetensors"
+    content = file.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], struct.pack("<Q", 1 << 62) + content[8:]):
+        file.write_bytes(damaged)
+        with pytest.raises(OSError, match=rf"(?is){part}: the {part} could not be loaded from .*cut short"):
+            load(router)
 
 
 def test_weights_are_read_from_safetensors_only(router):
@@ -246,21 +193,20 @@ def test_code_of_a_base_model_runs_when_it_is_trusted_by_name(own_code, untruste
     assert loaded(text, router_threshold=2.0).logits.isfinite().all()
 
 
-def test_trust_in_a_router_loads_no_code_of_its_models_for_configuration_or_tokenizer(own_code, untrusted):
-    assert AutoConfig.from_pretrained(untrusted, trust_remote_code=True).model_type == "citer"
-    assert len(AutoTokenizer.from_pretrained(untrusted, trust_remote_code=True)) > 0
-    assert not own_code.exists()
-
-
+DATA = ("--data", "{data}", "--checker", "exact", "--out", "{out}")
 COMMANDS = [
     ("chat", "{router}"),
     ("bench", "{router}"),
+    ("label", "{router}", *DATA),
+    ("evaluate", "{router}", *DATA),
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_trust_in_a_router_on_the_command_line_is_none_in_its_models(own_code, untrusted, tmp_path, command):
-    arguments = [one.format(router=untrusted, out=tmp_path / "out") for one in command]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "w5", "answer": "w6", "response": "w6"}))
+    arguments = [one.format(router=untrusted, out=tmp_path / "out", data=data) for one in command]
     result = invoke(*arguments, "--trust-remote-code")
     assert result.exit_code == 1 and re.search(REFUSED, result.stderr), result.output
     assert not own_code.exists() and not (tmp_path / "out").exists()
@@ -278,3 +224,112 @@ def test_code_of_a_base_models_tokenizer_does_not_run(own_code, tmp_path, role):
         load(tmp_path / "router", **options)
         pipeline("text-generation", model=str(tmp_path / "router"), **options)
     assert not own_code.exists()
+
+
+# ---- tokens ----
+
+SECRETS = (TOKEN, OTHERS_TOKEN, WRONG_TOKEN)
+
+# A router's whole life, with everything said that can be said.
+LIFE = """
+    import pickle, traceback
+    from huggingface_hub import HfApi
+    from transformers import AutoTokenizer
+    from typer.testing import CliRunner
+    from citer_hf.cli import app
+    from citer_hf.evaluation.evaluate import evaluate
+    from citer_hf.data.examples import read_examples
+
+    logging.basicConfig(level=logging.DEBUG)
+    for name in ("citer_hf", "transformers", "huggingface_hub", "httpx", "urllib3"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+    api = HfApi(token=TOKEN)
+    for role in ("slm", "llm"):
+        api.create_repo(f"me/{role}", private=True)
+        api.upload_folder(repo_id=f"me/{role}", folder_path=role)
+    pair = CiterForCausalLM.from_pair("me/slm", "me/llm", router="mlp", token=TOKEN)
+    pair.save_pretrained("router", push_to_hub=True, repo_id="me/router", private=True, token=TOKEN)
+    pair = CiterForCausalLM.from_pretrained("me/router", token=TOKEN)
+    pipeline("text-generation", model="me/router", token=TOKEN)("w5 w6", max_new_tokens=3)
+    rows = [{"prompt": f"w{n} w6", "answer": "w"} for n in (5, 7)]
+    evaluate(pair, read_examples(rows), "exact", shares=(0.5,), max_new_tokens=3, out=Path("out"))
+    for name in ("results.json", "curve.png"):
+        Path("router", name).write_bytes(Path("out", name).read_bytes())
+    pair.save_pretrained("again", save_base_models=True)
+    pickle.dump(pair, open("pair.pickle", "wb"))
+    said["kept"] = [one._repository[1] for one in (pair, pickle.load(open("pair.pickle", "rb")))]
+    said["tokenizer"] = pair.load_tokenizer() is not None
+    print(vars(pair), pair, pair.config, vars(pair.config), pair.generation_config)
+
+    run = lambda *arguments: CliRunner().invoke(app, [str(one) for one in arguments])
+    data = Path("data.jsonl")
+    data.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    measure = ("--data", data, "--checker", "exact", "--max-new-tokens", 3, "--shares", "0.5")
+    commands = [
+        ("push", "router", "me/router"),
+        ("evaluate", "me/router", *measure, "--out", "out2"),
+        ("push", "router", "you/router"),
+        ("evaluate", "me/nothing", *measure, "--out", "out3"),
+        ("chat", "you/nothing"),
+    ]
+    said["exits"] = {}
+    for who, token in (("good", TOKEN), ("wrong", WRONG)):
+        os.environ["HF_TOKEN"] = token
+        results = [run(*command) for command in commands]
+        said["exits"][who] = [result.exit_code for result in results]
+        print([result.output for result in results])
+    del os.environ["HF_TOKEN"]
+
+    load = CiterForCausalLM.from_pretrained
+    calls = [
+        lambda: load("me/router", token=WRONG, force_download=True),
+        lambda: load("me/nothing", token=TOKEN),
+        lambda: load("me/router", token=TOKEN, revision="no-such"),
+        lambda: load("me/router", token=TOKEN, llm_name_or_path="me/nothing"),
+        lambda: load("me/router", token=TOKEN, llm_token=WRONG, force_download=True),
+        lambda: load("me/router", token=TOKEN, no_such_keyword=1),
+        lambda: load("me/router", token=TOKEN, router_threshold=-1),
+        lambda: CiterForCausalLM.from_pair("me/slm", "me/nothing", token=TOKEN),
+        lambda: CiterForCausalLM.from_pair("me/slm", "me/llm", router="me/nothing", token=TOKEN),
+        lambda: pair.push_to_hub("you/router", token=TOKEN),
+        lambda: pair.push_to_hub("me/router", token=WRONG),
+        lambda: pair.push_to_hub("me/router", token=TOKEN, no_such_keyword=1),
+        lambda: AutoModelForCausalLM.from_pretrained("me/nothing", token=WRONG),
+        lambda: AutoTokenizer.from_pretrained("me/router", token=WRONG, force_download=True),
+    ]
+    said["raised"] = 0
+    for call in calls:
+        try:
+            call()
+        except Exception as caught:
+            said["raised"] += 1
+            traceback.print_exc()
+            print(repr(caught), caught.args)
+    said["calls"] = len(calls)
+"""
+
+
+def test_a_token_is_nowhere(client):  # noqa: F811
+    said = client.run(LIFE)
+    assert said["exits"] == {"good": [0, 0, 1, 1, 1], "wrong": [1, 1, 1, 1, 1]}
+    assert said["raised"] == said["calls"] and said["tokenizer"]
+    assert not any("token" in kept for kept in said["kept"])
+    assert "DEBUG:" in client.output and not [secret for secret in SECRETS if secret in client.output]
+    holding = [
+        str(file.relative_to(client.folder))
+        for file in client.folder.rglob("*")
+        if file.is_file() and any(secret.encode() in file.read_bytes() for secret in SECRETS)
+    ]
+    assert not holding
+    for name, repository in client.hub.repositories.items():
+        for commit in repository.commits.values():
+            for path, blob in commit.items():
+                assert not any(secret.encode() in blob.content for secret in SECRETS), (name, path)
+
+
+def test_a_token_within_a_text_is_not_published():
+    text = "hf_ is how they start; citer_hf_settings is none, hf_0123456789abcdef is"
+    assert anonymous([text]) == [text.replace("hf_0123456789abcdef", "hf_...")]
+    nested = {"token": TOKEN, "data": f"http://me:{TOKEN}@hub/data", "list": [f"--token={TOKEN}"]}
+    assert anonymous(nested) == {"token": "hf_...", "data": "http://me:hf_...@hub/data", "list": ["--token=hf_..."]}

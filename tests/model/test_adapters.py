@@ -1,8 +1,7 @@
-"""Adapters of PEFT on a base model: every way to give one, saving by reference and inside."""
+"""Adapters of PEFT on a base model: every way to give one, saving them, and those that cannot work."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from tests.adapters import (
     TEXT,
     TRANSFORMERS_LOADS,
     bare_logits,
+    change,
     logits,
     pair_with,
     peft,
@@ -99,15 +99,6 @@ def test_an_adapter_given_in_any_way_writes_as_merged_weights_do(home, way):
         assert row[: len(text)] == text and not any(row[len(text) :])
 
 
-def test_threshold_zero_is_the_adapted_model_itself(home):
-    adapted, bare = with_adapter(home / "slm"), AutoModelForCausalLM.from_pretrained(home / "slm")
-    model = pair_with(home)
-    expected = adapted.generate(input_ids=TEXT, max_new_tokens=8)
-    assert torch.equal(model.generate(TEXT, router_threshold=0, max_new_tokens=8), expected)
-    assert not torch.equal(bare.generate(TEXT, max_new_tokens=8), expected)
-    assert torch.equal(logits(model, 0), bare_logits(adapted))
-
-
 def test_an_adapter_on_the_llm_works_alike(home):
     model = CiterForCausalLM.from_pair(home / "slm", home / "llm-lora", router="confidence")
     model.save_pretrained(home / "router")
@@ -118,11 +109,9 @@ def test_an_adapter_on_the_llm_works_alike(home):
 
 
 @pytest.mark.parametrize("options", ON_THE_HEAD)
-@pytest.mark.parametrize("afterwards", [False, True])
-def test_an_adapter_on_the_head_does_not_hide_the_state_that_the_router_reads(home, options, afterwards):
-    model = pair_with(home, slm=home / "slm" if afterwards else with_adapter(home / "slm", **options))
-    if afterwards:
-        with_adapter(model.slm, **options)
+def test_an_adapter_on_the_head_does_not_hide_the_state_that_the_router_reads(home, options):
+    model = pair_with(home, slm=home / "slm")
+    with_adapter(model.slm, **options)
     with torch.no_grad():
         for name, parameter in model.slm.named_parameters():
             if "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name:
@@ -132,12 +121,6 @@ def test_an_adapter_on_the_head_does_not_hide_the_state_that_the_router_reads(ho
     out = model.generate(TEXT, router_threshold=0.5, max_new_tokens=6, return_dict_in_generate=True)
     assert out.sequences[0, len(ids) :].tolist() == text
     assert out.past_key_values.routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
-    for holds in (False, True):
-        model.save_pretrained(home / "router", save_base_models=holds)
-        assert torch.equal(logits(load(home / "router"), 0), logits(model, 0))
-    bare = AutoModelForCausalLM.from_pretrained(home / "slm").state_dict()
-    kept = AutoModelForCausalLM.from_pretrained(home / "router" / "slm").state_dict()
-    assert all(torch.equal(bare[key], kept[key]) for key in bare)
 
 
 @pytest.mark.parametrize("options", ON_THE_HEAD)
@@ -246,27 +229,6 @@ def test_a_quantized_model_keeps_its_adapter_beside_it(tmp_path):
         model.save_pretrained(tmp_path / "held", save_base_models=True)
 
 
-def test_models_that_have_no_name_are_saved_with_their_adapters(home):
-    slm, llm = (
-        AutoModelForCausalLM.from_config(copy.deepcopy(AutoModelForCausalLM.from_pretrained(home / role).config))
-        for role in ROLES
-    )
-    for model in (slm, llm):
-        model.config._name_or_path = model.name_or_path = ""
-    pair = CiterForCausalLM.from_pair(with_adapter(slm), with_adapter(llm, 1), router="linear")
-    pair.save_pretrained(home / "router")
-    assert references(home / "router") == {
-        role: {"subfolder": role, "adapter": {"subfolder": f"{role}_adapter"}} for role in ROLES
-    }
-    again = load(home / "router")
-    assert all(torch.equal(logits(again, threshold), logits(pair, threshold)) for threshold in (0, 0.5, 2))
-    # PEFT itself reads what was saved.
-    own = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(home / "router/slm"), home / "router/slm_adapter"
-    )
-    assert torch.equal(bare_logits(own), logits(pair, 0))
-
-
 def test_models_and_adapters_that_have_moved_are_found_by_their_new_names(home):
     model = pair_with(home)
     model.save_pretrained(home / "router")
@@ -276,28 +238,6 @@ def test_models_and_adapters_that_have_moved_are_found_by_their_new_names(home):
         load(home / "router", slm_name_or_path=home / "slm-new")
     new = {"slm_name_or_path": home / "slm-new", "slm_adapter_name_or_path": home / "slm-lora-new"}
     assert torch.equal(logits(load(home / "router", **new), 0), logits(model, 0))
-
-
-def test_a_router_is_trained_on_an_adapted_model(home):
-    pytest.importorskip("pyarrow")
-
-    from citer_hf.training.label import label_preferences
-    from citer_hf.training.train import train
-    from tests.chat_pairs import character_tokenizer
-    from tests.training_data import has_letter, task
-
-    for role in ROLES:
-        character_tokenizer().save_pretrained(home / role)
-    model = pair_with(home)
-    label_preferences(model, task(), has_letter, home / "labels")
-    settings = {"learning_rates": (1e-2,), "epochs": 2, "batch_size": 64, "patience": 1}
-    before = {key: value.clone() for key, value in model.slm.state_dict().items()}
-    train(model, home / "labels", out=home / "trained", **settings)
-    assert all(torch.equal(before[key], value) for key, value in model.slm.state_dict().items())
-    assert references(home / "trained")["slm"]["adapter"] == {"name_or_path": str(home / "slm-lora")}
-    trained = load(home / "trained")
-    assert trained.config.router["type"] == "mlp"
-    assert torch.equal(logits(trained, 0), bare_logits(with_adapter(home / "slm")))
 
 
 # ---- on the pair as a whole ----
@@ -320,13 +260,81 @@ def test_an_adapter_on_the_pair_as_a_whole_is_pefts_to_save_and_load(home):
     with pytest.raises(ValueError, match=r"slm: an adapter was attached to the pair as a whole.*pair\.slm"):
         pair.save_pretrained(home / "lost")
     assert not (home / "lost").exists()
+    over_one = pair_with(home)
+    with_adapter(over_one, target_modules=r"slm\..*\.(q_proj|v_proj)")
+    with pytest.raises(ValueError, match=r"slm: an adapter was attached to the pair as a whole"):
+        over_one.save_pretrained(home / "lost")
     with pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(pair, adapter\)"):
         AutoModelForCausalLM.from_pretrained(home / "whole")
 
 
-def test_an_adapter_on_the_pair_over_one_of_the_slm_is_not_taken_for_the_slms(home):
-    pair = pair_with(home)
-    with_adapter(pair, target_modules=r"slm\..*\.(q_proj|v_proj)")
-    with pytest.raises(ValueError, match=r"slm: an adapter was attached to the pair as a whole"):
-        pair.save_pretrained(home / "router")
-    assert not (home / "router").exists()
+# ---- what cannot work ----
+
+
+def test_what_cannot_work_is_refused_with_the_reason(home):
+    model = pair_with(home)
+    with pytest.raises(ValueError, match=r"load_adapter: a pair has two models.*model\.slm\.load_adapter"):
+        model.load_adapter(str(home / "slm-lora"))
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=r"slm: PROMPT_TUNING puts its adapter before the prompt"):
+        pair_with(home, slm=peft.get_peft_model(AutoModelForCausalLM.from_pretrained(home / "slm"), prompt))
+    with pytest.raises(ValueError, match=r"slm_adapter_name_or_path: this model is loaded already"):
+        pair_with(home, slm=model.slm, slm_adapter_name_or_path=home / "slm-lora")
+    with pytest.raises(ValueError, match=r"slm, slm_adapter_name_or_path: both name an adapter"):
+        pair_with(home, slm_adapter_name_or_path=home / "slm-lora")
+    with pytest.raises(ValueError, match=r"slm: the adapter .*llm-lora does not fit LlamaForCausalLM"):
+        pair_with(home, slm=home / "slm", slm_adapter_name_or_path=home / "llm-lora")
+    with_adapter(home / "slm", 3).save_pretrained(home / "other")
+    both = peft.PeftModel.from_pretrained(model.slm, home / "other", adapter_name="other")
+    both.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"slm: it runs with several adapters, \['default', 'other'\]"):
+        model.save_pretrained(home / "router")
+    both.base_model.set_adapter("default")
+    for module in model.slm.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    with pytest.raises(ValueError, match=r"merged into its weights. Call unmerge_adapter"):
+        model.save_pretrained(home / "router", save_base_models=True)
+
+
+def test_without_peft_it_says_what_to_install(home, monkeypatch):
+    pair_with(home).save_pretrained(home / "router")
+    monkeypatch.setattr("citer_hf.model.adapters.is_peft_available", lambda: False)
+    for make in (lambda: load(home / "router"), lambda: pair_with(home)):
+        with pytest.raises(ImportError, match=r"slm: the adapter .*slm-lora needs PEFT.*pip install peft"):
+            make()
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
+
+
+@pytest.fixture
+def router(home: Path) -> Path:
+    """A router that holds its models and its adapter."""
+    pair_with(home).save_pretrained(home / "router", save_base_models=True)
+    return home / "router"
+
+
+def test_an_adapter_beside_a_base_model_that_the_router_does_not_name_is_not_loaded(router, nothing_is_read, home):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (router / "llm" / name).write_bytes((home / "llm-lora" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"llm: .*holds an adapter that this router was not saved with"):
+        load(router)
+
+
+def test_weights_of_an_adapter_are_read_from_safetensors_only(router, nothing_is_read):
+    file = router / "slm_adapter" / "adapter_model.safetensors"
+    torch.save(load_file(file), router / "slm_adapter" / "adapter_model.bin")
+    file.unlink()
+    with pytest.raises(OSError, match=r"no adapter_model.safetensors; adapters are loaded from safetensors only"):
+        load(router)
+
+
+def test_the_base_model_that_a_saved_adapter_names_is_not_followed(router, home):
+    expected = logits(load(router), 0)
+    change(
+        router / "slm_adapter", "adapter_config.json", base_model_name_or_path=str(home / "llm"), revision="no-such"
+    )
+    assert torch.equal(logits(load(router), 0), expected)
