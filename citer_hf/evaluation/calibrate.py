@@ -18,11 +18,11 @@ from citer_hf.data.checkers import Checker
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 
-from .decode import DecodeOptions, Output, decode, encode_prompts, score_outputs, scores_of, threshold_for_share
-from .evaluate import Grader
+from .decode import DecodeOptions, encode_prompts, score_outputs, threshold_for_share
+from .evaluate import Evaluation, Grader
 from .results import bootstrap_interval
 
-# Decodes of all problems, at most, and the difference at which a share is near enough.
+# The most thresholds that are tried for a share, and the difference at which it is near enough.
 MOST_TRIALS = 8
 NEAR = 0.003
 # Shares that are tried in turn until one is accurate enough; then the gap below it is halved.
@@ -30,8 +30,6 @@ STAIRS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.95)
 HALVINGS = 4
 PACKAGE = Path(__file__).resolve().parents[1]
 GENERATION = "generation_config.json"
-OWN = "of the pair"
-FILES = ("provenance.json", "config.json", GENERATION)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class CalibrateOptions(DecodeOptions):
     out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if len(self.wanted) != 1:
             raise ValueError(f"llm_share, accuracy: expected exactly one, got {sorted(self.wanted) or 'neither'}.")
         for name, value in self.wanted.items():
@@ -85,9 +82,8 @@ class Calibration:
     def summary(self) -> str:
         """Return the threshold, LLM share and accuracy as text."""
         low, high = self.llm_share_ci
-        text = (
-            f"router_threshold {self.threshold:.6g}: the LLM share is {self.llm_share:.1%} ({low:.1%} to {high:.1%})"
-        )
+        text = f"router_threshold {self.threshold:.6g}: the LLM share is {self.llm_share:.1%}"
+        text += f" ({low:.1%} to {high:.1%})"
         if self.accuracy is not None and self.accuracy_ci is not None:
             low, high = self.accuracy_ci
             text += f"\naccuracy {self.accuracy:.1%} ({low:.1%} to {high:.1%}) of {self.problems} problems"
@@ -108,13 +104,13 @@ class Calibration:
         _check_directory(directory)
         record = asdict(self) | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         threshold: dict[str, Any] = {"router_threshold": self.threshold}
-        changes = {"provenance.json": {"calibration": record}, "config.json": threshold}
-        found = {name: runs.read_json(directory / name) for name in FILES if (directory / name).exists()}
+        changes = {"provenance.json": {"calibration": record}, "config.json": threshold, GENERATION: threshold}
+        found = {name: runs.read_json(directory / name) if (directory / name).exists() else {} for name in changes}
         # A threshold in the generation settings would win over the one in the configuration.
-        if "router_threshold" in found.get(GENERATION, {}):
-            changes[GENERATION] = threshold
+        if "router_threshold" not in found[GENERATION]:
+            del changes[GENERATION]
         for name, change in changes.items():
-            runs.write_json(directory / name, found.get(name, {}) | change)
+            runs.write_json(directory / name, found[name] | change)
 
 
 def _check_directory(directory: Path) -> None:
@@ -159,15 +155,14 @@ def calibrate(
     settings = CalibrateOptions(**options)
     if settings.accuracy is not None and checker is None:
         raise ValueError("accuracy: it needs a checker, which judges whether an output answers a problem.")
-    if not examples:
-        raise ValueError("examples: expected at least one, got none. Is the file empty?")
     directory = _directory_of(model, settings)
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = None if checker is None else Grader(checker, examples, tokenizer)
     prompts = encode_prompts(model, examples, tokenizer)
     with runs.progress_bar() as progress:
-        trials = _Trials(model, prompts, grader, settings, progress)
-        found = trials.for_share(settings.llm_share) if settings.llm_share is not None else trials.for_accuracy()
+        trials = _Trials(Evaluation(model, prompts, grader, settings, runs.Work(None, {}), progress))
+        (budget, value), *_ = settings.wanted.items()
+        found = trials.for_share(value) if budget == "llm_share" else trials.for_accuracy(value)
     data = [[asdict(example), prompt] for example, prompt in zip(examples, prompts, strict=True)]
     found = replace(found, wanted=settings.wanted, data_sha256=runs.sha256_of(data))
     if directory is not None and settings.write:
@@ -181,7 +176,7 @@ def _directory_of(model: CiterForCausalLM, settings: CalibrateOptions) -> Path |
     """Return the directory whose threshold is to be written or copied, or raise why not before hours of work."""
     if not settings.write and settings.out is None:
         return None
-    directory, out = Path(model.name_or_path), settings.out
+    directory = Path(model.name_or_path)
     if not model.name_or_path or not directory.is_dir():
         raise ValueError(
             f"write, out: expected a pair that was loaded from a directory, got {model.name_or_path!r}, which is no "
@@ -189,10 +184,10 @@ def _directory_of(model: CiterForCausalLM, settings: CalibrateOptions) -> Path |
         )
     if settings.write:
         _check_directory(directory)
-    if out is not None and Path(out).exists():
-        raise FileExistsError(f"out: {out} exists already. Choose another directory, or remove it.")
-    if out is not None and PACKAGE in Path(out).resolve().parents:
-        raise ValueError(f"out: {out} is part of the installed package. Choose another directory.")
+    if settings.out is not None:
+        out = Path(settings.out)
+        if out.exists() or directory.resolve() in out.resolve().parents:
+            raise FileExistsError(f"out: {out} exists already, or lies in {directory}. Choose another directory.")
     return directory
 
 
@@ -205,95 +200,67 @@ def _write_copy(found: Calibration, directory: Path, out: Path) -> None:
         copy.rename(out)
 
 
-@dataclass
 class _Trials:
     """Decodes all problems with one threshold after the other."""
 
-    model: CiterForCausalLM
-    prompts: list[list[int]]
-    grader: Grader | None
-    settings: CalibrateOptions
-    progress: runs.Progress
+    def __init__(self, run: Evaluation):
+        self.run = run
+        self.tried: dict[float, Calibration] = {}
+        (self.llm,) = run.decode("LLM alone", [(run.model, None, "llm")])
+        tokens, routers = [one.tokens for one in self.llm], {"of the pair": run.model.router}
+        (scores,) = score_outputs(run.model, routers, run.prompts, tokens, run.options.batch_tokens).values()
+        self.scores = np.sort(np.concatenate(scores))
 
-    def __post_init__(self) -> None:
-        self.tried: dict[float, list[Output]] = {}
-        self.llm = self._decode("LLM alone", alone="llm")
-        routers, tokens = {OWN: self.model.router}, [one.tokens for one in self.llm]
-        self.scores = np.sort(
-            score_outputs(self.model, routers, self.prompts, tokens, self.settings.batch_tokens)[OWN]
-        )
-
-    def _decode(self, name: str, **options: Any) -> list[Output]:
-        self.progress.begin(name, len(self.prompts))
-        options |= {"max_new_tokens": self.settings.max_new_tokens, "batch_tokens": self.settings.batch_tokens}
-        return decode(self.model, self.prompts, progress=self.progress.advance, **options)
-
-    def at(self, threshold: float) -> list[Output]:
-        """Decode with a threshold, once."""
+    def at(self, share: float) -> Calibration:
+        """Decode with the threshold under which a share of the scores along the LLM's outputs lies."""
+        threshold = threshold_for_share(self.scores, share) if share > 0 else 0.0
         if threshold not in self.tried:
-            outputs = self.tried[threshold] = self._decode(f"threshold {threshold:.5g}", router_threshold=threshold)
-            scores_of(OWN, outputs)  # raises an error for NaN
+            (outputs,) = self.run.decode(f"threshold {threshold:.9g}", [(self.run.model, threshold, None)])
+            by_llm, lengths = [sum(one.to_llm) for one in outputs], [len(one.to_llm) for one in outputs]
+            correct, seed = [float(one.correct) for one in outputs], self.run.options.seed
+            self.tried[threshold] = Calibration(
+                threshold=threshold,
+                llm_share=sum(by_llm) / sum(lengths),
+                llm_share_ci=bootstrap_interval(by_llm, lengths, seed=seed),
+                problems=len(outputs),
+                accuracy=None if self.run.grader is None else fmean(correct),
+                accuracy_ci=None if self.run.grader is None else bootstrap_interval(correct, seed=seed),
+            )
         return self.tried[threshold]
 
     def for_share(self, wanted: float) -> Calibration:
-        """Close in on a share; the scores of the last outputs say best which threshold comes next."""
-        low, high = 0.0, float(np.nextafter(np.float32(self.scores[-1]), np.float32(2)))
-        threshold = threshold_for_share(self.scores, wanted)
-        while len(self.tried) < MOST_TRIALS and threshold not in self.tried:
-            outputs = self.at(threshold)
-            share = _share(outputs)
+        """Close in on a share by false position."""
+        # Shares of the scores along the LLM's outputs, with the LLM shares of decoding.
+        guess, low, high = wanted, (0.0, 0.0), (1.0, 1.0)
+        for _ in range(MOST_TRIALS):
+            share = self.at(guess).llm_share
             if abs(share - wanted) <= NEAR:
                 break
-            low, high = (threshold, high) if share < wanted else (low, threshold)
-            threshold = threshold_for_share(np.sort(scores_of(OWN, outputs)), wanted)
-            if not low < threshold < high:
-                threshold = float(np.float32((low + high) / 2))
-        return self._calibration(min(self.tried, key=lambda one: abs(_share(self.tried[one]) - wanted)))
+            low, high = ((guess, share), high) if share < wanted else (low, (guess, share))
+            guess = float(np.interp(wanted, (low[1], high[1]), (low[0], high[0])))
+        return min(self.tried.values(), key=lambda one: abs(one.llm_share - wanted))
 
-    def for_accuracy(self) -> Calibration:
+    def for_accuracy(self, fraction: float) -> Calibration:
         """Climb shares until one is accurate enough, then look for a cheaper one below."""
-        of_llm = fmean(self._correct(self.llm))
-        wanted = float(self.settings.accuracy or 0) * of_llm
+        of_llm = fmean(one.correct for one in self.llm)
         failed = 0.0
-        for reached in STAIRS:
-            if self._accuracy(reached) >= wanted:
+        for share in STAIRS:
+            found = self.at(share)
+            if (found.accuracy or 0) >= fraction * of_llm:
                 break
-            failed = reached
+            failed = share
         else:
-            best = max(self.tried, key=lambda one: (fmean(self._correct(self.tried[one])), -one))
+            best = max(self.tried.values(), key=lambda one: (one.accuracy or 0, -one.threshold))
             raise ValueError(
-                f"accuracy: no threshold reaches {self.settings.accuracy:.1%} of the LLM's accuracy ({of_llm:.1%}). "
-                f"The best is {best:.6g}, with an accuracy of {fmean(self._correct(self.tried[best])):.1%} and "
-                f"{_share(self.tried[best]):.1%} LLM tokens. Ask for less, use the LLM alone, or train the router."
+                f"accuracy: no threshold reaches {fraction:.1%} of the LLM's accuracy ({of_llm:.1%}). The best is "
+                f"{best.threshold:.6g}, with an accuracy of {best.accuracy:.1%} and {best.llm_share:.1%} LLM tokens. "
+                "Ask for less, use the LLM alone, or train the router."
             )
-        for _ in range(HALVINGS if reached > 0 else 0):
-            middle = (failed + reached) / 2
-            failed, reached = (failed, middle) if self._accuracy(middle) >= wanted else (middle, reached)
-        return replace(self._calibration(self._threshold(reached)), llm_accuracy=of_llm)
-
-    def _threshold(self, share: float) -> float:
-        return threshold_for_share(self.scores, share) if share > 0 else 0.0
-
-    def _accuracy(self, share: float) -> float:
-        return fmean(self._correct(self.at(self._threshold(share))))
-
-    def _correct(self, outputs: Sequence[Output]) -> list[float]:
-        assert self.grader is not None
-        return [float(verdict.correct) for verdict in self.grader.grade([one.tokens for one in outputs])]
-
-    def _calibration(self, threshold: float) -> Calibration:
-        outputs, seed = self.tried[threshold], self.settings.seed
-        by_llm, lengths = [sum(one.to_llm) for one in outputs], [len(one.to_llm) for one in outputs]
-        correct = None if self.grader is None else self._correct(outputs)
-        return Calibration(
-            threshold=threshold,
-            llm_share=_share(outputs),
-            llm_share_ci=bootstrap_interval(by_llm, lengths, seed=seed),
-            problems=len(self.prompts),
-            accuracy=None if correct is None else fmean(correct),
-            accuracy_ci=None if correct is None else bootstrap_interval(correct, seed=seed),
-        )
-
-
-def _share(outputs: Sequence[Output]) -> float:
-    return sum(sum(one.to_llm) for one in outputs) / sum(len(one.to_llm) for one in outputs)
+        for _ in range(HALVINGS if share > 0 else 0):
+            middle = (failed + share) / 2
+            cheaper = self.at(middle)
+            if (cheaper.accuracy or 0) >= fraction * of_llm:
+                found, share = cheaper, middle
+            else:
+                failed = middle
+        return replace(found, llm_accuracy=of_llm)

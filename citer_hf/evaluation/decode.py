@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -39,18 +38,17 @@ class DecodeOptions:
     batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
     seed: int = option(0, "Seed of the bootstrap.", "N")
 
-    def __post_init__(self) -> None:
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("batch_tokens", self.batch_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a number of tokens from 1 up, got {value}.")
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The keywords of `decode`."""
+        return {"max_new_tokens": self.max_new_tokens, "batch_tokens": self.batch_tokens}
 
 
 class Output(NamedTuple):
-    """The output for one prompt; `seconds` are its share of its batch, by tokens. One model alone has no scores."""
+    """The output for one prompt; `seconds` are its share of its batch, by tokens."""
 
     tokens: list[int]
     to_llm: list[bool]
-    scores: list[float]
     seconds: float
 
 
@@ -62,17 +60,15 @@ def decode(
     max_new_tokens: int,
     alone: Alone | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int], None] = lambda outputs: None,
 ) -> list[Output]:
     """Decode every prompt greedily, with the pair or with one of its models alone, and none of their own settings."""
+    model.eval()
     outputs: dict[int, Output] = {}
     limit = model.config.max_position_embeddings
-    with evaluating(model.router):
-        for places, new_tokens in batches([len(prompt) for prompt in prompts], max_new_tokens, limit, batch_tokens):
-            batch = [prompts[place] for place in places]
-            done = _decode_batch(model, batch, new_tokens, alone, router_threshold)
-            outputs.update(zip(places, done, strict=True))
-            progress(len(places))
+    for places, new_tokens in batches([len(prompt) for prompt in prompts], max_new_tokens, limit, batch_tokens):
+        batch = [prompts[place] for place in places]
+        done = _decode_batch(model, batch, new_tokens, alone, router_threshold)
+        outputs.update(zip(places, done, strict=True))
     return [outputs[place] for place in range(len(prompts))]
 
 
@@ -92,12 +88,12 @@ def _decode_batch(
     # Reading the lengths waits for the device.
     lengths = text_lengths(new, end_tokens)
     per_token = (time.perf_counter() - began) / sum(lengths)
+    to_llm = [[alone == "llm"] * length for length in lengths]
     if alone is None:
         routing = output.past_key_values.routing
-        to_llm, scores = cut(routing.to_llm, lengths), cut(routing.scores, lengths)
-    else:
-        to_llm, scores = [[alone == "llm"] * length for length in lengths], [[] for _ in lengths]
-    return map(Output, cut(new, lengths), to_llm, scores, [per_token * length for length in lengths])
+        check_scores(type(model.router).__name__, routing.scores)
+        to_llm = cut(routing.to_llm, lengths)
+    return map(Output, cut(new, lengths), to_llm, [per_token * length for length in lengths])
 
 
 def batches(
@@ -120,6 +116,8 @@ def batches(
 
 def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
     """Return the tokens of the prompts, each of which leaves at least one place in the context."""
+    if not examples:
+        raise ValueError("examples: expected at least one, got none. Is the file empty?")
     limit = model.config.max_position_embeddings
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
@@ -173,19 +171,6 @@ def cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:
     return [sequence[:length] for sequence, length in zip(values.tolist(), lengths, strict=True)]
 
 
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into evaluation for a while: no dropout, and batch norm as it was learnt."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.train()
-
-
 # --- Scores along given outputs, and the thresholds that follow from them -------------------------------------------
 
 
@@ -196,8 +181,8 @@ def score_outputs(
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
     batch_tokens: int = BATCH_TOKENS,
-) -> dict[str, np.ndarray]:
-    """Return every router's scores of all new tokens of given outputs; the SLM runs once over each."""
+) -> dict[str, list[np.ndarray]]:
+    """Return every router's scores of the new tokens of each given output; the SLM runs once over each."""
     scores: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(outputs) for name in routers}
     sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
     most = min(batch_tokens, MOST_LOGITS // model.vocab_size)
@@ -208,50 +193,23 @@ def score_outputs(
         width = max(map(len, batch))
         ids = torch.tensor([[*one, *[0] * (width - len(one))] for one in batch], device=device)
         mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in batch], device=device)
-        positions = torch.arange(width, device=device)[None]
-        slm = model.run_slm(ids, attention_mask=mask, position_ids=positions)
+        slm = model.run_slm(ids, attention_mask=mask, position_ids=torch.arange(width, device=device)[None])
         for name, router in routers.items():
-            with evaluating(router):
-                values = router(slm.hidden, slm.logits).float().cpu().numpy()  # [batch, width]
-            for place, value, sequence in zip(places, values, batch, strict=True):
+            values = router.eval()(slm.hidden, slm.logits).float()  # [batch, width]
+            check_scores(name, values)
+            for place, value, sequence in zip(places, values.cpu().numpy(), batch, strict=True):
                 scores[name][place] = value[len(sequence) - len(outputs[place]) : len(sequence)]
-    joined = {name: np.concatenate(of_router) for name, of_router in scores.items()}
-    for name, of_router in joined.items():
-        check_scores(name, of_router)
-    return joined
-
-
-def scores_of(name: str, outputs: Sequence[Output]) -> np.ndarray:
-    """Return the scores of all tokens of outputs of the pair; `name` is that of the router, for the error."""
-    scores = np.concatenate([np.asarray(output.scores, dtype=np.float32) for output in outputs])
-    check_scores(name, scores)
     return scores
 
 
-def check_scores(name: str, scores: np.ndarray) -> None:
+def check_scores(name: str, scores: torch.Tensor) -> None:
     """Raise `ValueError` for scores that no threshold can be compared with."""
-    bad = int(np.isnan(scores).sum())
+    bad = int(scores.isnan().sum())
     if bad:
         raise ValueError(
-            f"router {name!r}: {bad} of {scores.size} scores are NaN. Its weights or the SLM's hidden states are not "
-            "finite; check how it was trained, and whether the SLM overflows in this dtype."
+            f"router {name!r}: {bad} of {scores.numel()} scores are NaN. Its weights or the SLM's hidden states are "
+            "not finite; check how it was trained, and whether the SLM overflows in this dtype."
         )
-
-
-def threshold_for_share(scores: np.ndarray, share: float) -> float:
-    """Return the threshold under which a share of the scores, in ascending order, lies; as nearly as ties allow."""
-    place = min(round(share * len(scores)), len(scores) - 1)
-    tied = scores[place]
-    below, up_to = (int(np.searchsorted(scores, tied, side)) for side in ("left", "right"))
-    first = below if up_to - share * len(scores) >= share * len(scores) - below else up_to
-    if first == len(scores):
-        return float(np.nextafter(np.float32(tied), np.float32(np.inf)))
-    if first == 0:
-        return float(scores[0])
-    # Between two scores, so that rounding errors of a score do not change its side.
-    low, high = np.float32(scores[first - 1]), np.float32(scores[first])
-    middle = low + (high - low) / np.float32(2)
-    return float(middle if middle > low else high)
 
 
 def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float]:
@@ -259,3 +217,17 @@ def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float
     ordered = np.sort(scores)
     thresholds = {threshold_for_share(ordered, share) for share in shares}
     return sorted(threshold for threshold in thresholds if threshold > ordered[0])
+
+
+def threshold_for_share(scores: np.ndarray, share: float) -> float:
+    """Return the threshold under which a share of the scores, in ascending order, lies; as nearly as ties allow."""
+    place = min(round(share * len(scores)), len(scores) - 1)
+    below, up_to = (int(np.searchsorted(scores, scores[place], side)) for side in ("left", "right"))
+    first = below if up_to - share * len(scores) >= share * len(scores) - below else up_to
+    if first == 0:
+        return float(scores[0])
+    low = np.float32(scores[first - 1])
+    high = np.float32(scores[first]) if first < len(scores) else np.nextafter(low, np.float32(np.inf))
+    # Between two scores, so that rounding errors of a score do not change its side.
+    middle = low + (high - low) / np.float32(2)
+    return float(middle if middle > low else high)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from citer_hf.runs import new_figure, save_figure
 
-from .results import Point, Results
+from .results import Results
 
-# Okabe and Ito's colours, which people who are colour-blind tell apart; marks and dashes carry the same information.
-STYLES: dict[str, tuple[str, str, str, Any]] = {
-    "citer-plus": ("CITER-plus", "#0072B2", "o", "-"),
-    "citer": ("CITER", "#E69F00", "s", "-"),
-    "citer-s": ("CITER-S (no long-term effect)", "#56B4E9", "^", (0, (5, 2))),
-    "co-llm": ("Co-LLM", "#D55E00", "D", (0, (5, 2))),
-    "query": ("one decision per prompt (RouteLLM's setting)", "#009E73", "v", "-."),
-    "entropy": ("SLM entropy", "#CC79A7", "P", ":"),
-    "confidence": ("SLM confidence", "#000000", "X", ":"),
-    "random": ("random tokens", "#888888", "*", (0, (1, 3))),
-}
-# For methods of other names.
-MORE = (("#8C6D00", "<", "--"), ("#4B0082", ">", "--"))
+# Okabe and Ito's colours, which people who are colour-blind tell apart; marks carry the same information.
+COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#000000", "#888888")
+MARKS = "os^DvPX*"
 INCHES = (11.5, 6.0)
 LEVEL = 0.95
 
@@ -49,29 +38,24 @@ def draw(results: Results, path: Path) -> None:
 
 def _draw_curves(axes: Any, results: Results, cost: str, scale: float) -> None:
     slm, llm = results.ends["slm"], results.ends["llm"]
-    for index, (name, points) in enumerate(results.methods.items()):
-        label, color, marker, dashes = STYLES.get(name, (name, *MORE[index % len(MORE)]))
-        style = {"label": label, "color": color, "marker": marker, "linestyle": dashes}
-        _draw_curve(axes, [slm, *points, llm], cost, scale, style)
+    for index, (name, of_method) in enumerate(results.methods.items()):
+        # A line from end to end with the interval shaded; marks are where something was measured.
+        points, colour, mark = [slm, *of_method, llm], COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
+        costs = [getattr(point, cost) / scale for point in points]
+        low, high = ([point.accuracy_ci[side] * 100 for point in points] for side in (0, 1))
+        axes.fill_between(costs, low, high, color=colour, alpha=0.13, linewidth=0)
+        accuracies, measured = [point.accuracy * 100 for point in points], [*range(1, len(points) - 1)]
+        axes.plot(costs, accuracies, color=colour, marker=mark, markersize=5.5, markevery=measured, label=name)
     for end, name, place in ((slm, "SLM alone", (9, -14)), (llm, "LLM alone", (-9, 9))):
         x, y = getattr(end, cost) / scale, end.accuracy * 100
         errors = [[y - end.accuracy_ci[0] * 100], [end.accuracy_ci[1] * 100 - y]]
         axes.errorbar([x], [y], yerr=errors, color="black", capsize=3, marker="h", markersize=9, zorder=5, ls="")
         side = "left" if end is slm else "right"
         axes.annotate(name, (x, y), xytext=place, textcoords="offset points", ha=side, weight="bold")
-    level, label = LEVEL * llm.accuracy * 100, f"{LEVEL * 100:.0f} % of the LLM's accuracy"
-    axes.axhline(level, color="#555555", linewidth=1, linestyle=(0, (6, 4)), label=label)
+    label = f"{LEVEL * 100:.0f} % of the LLM's accuracy"
+    axes.axhline(LEVEL * llm.accuracy * 100, color="#555555", linewidth=1, linestyle=(0, (6, 4)), label=label)
     bottom = min(point.accuracy_ci[0] for point in (slm, llm)) * 100
     axes.set_ylim(max(bottom - 8, 0), min(llm.accuracy_ci[1] * 100 + 6, 106))
     axes.set_xlim(left=-0.02 * getattr(llm, cost) / scale)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_curve(axes: Any, points: Sequence[Point], cost: str, scale: float, style: dict[str, Any]) -> None:
-    """Draw a line from end to end with the interval shaded; marks are where something was measured."""
-    costs = [getattr(point, cost) / scale for point in points]
-    low, high = ([point.accuracy_ci[side] * 100 for point in points] for side in (0, 1))
-    axes.fill_between(costs, low, high, color=style["color"], alpha=0.13, linewidth=0)
-    accuracies = [point.accuracy * 100 for point in points]
-    axes.plot(costs, accuracies, linewidth=1.7, markersize=5.5, markevery=[*range(1, len(points) - 1)], **style)

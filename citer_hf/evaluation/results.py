@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -12,65 +11,56 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from citer_hf.costs import cost_of_model, flops
-from citer_hf.model.modeling import CiterForCausalLM
+from citer_hf.costs import ModelCost, flops
 from citer_hf.runs import read_json, write_json
 
 Cost = Literal["llm_share", "bytes"]
 
-RESAMPLES = 2000
-# Numbers that the bootstrap draws at a time: bounds the memory.
-CHUNK = 1 << 22
-# Fractions of the LLM's accuracy, and LLM shares, at which methods are compared.
-LEVELS = (0.90, 0.92, 0.95, 0.98)
+# LLM shares at which accuracies are compared.
 MATCHED_SHARES = (0.05, 0.1, 0.2, 0.3)
-GRID = tuple(step / 100 for step in range(1, 100))
-WIDE = 140
-ENDS = {"slm": "SLM alone", "llm": "LLM alone"}
 
-# --- Costs of outputs (CITER, section 4.1: bytes moved), as each is decoded alone with a cache for each model --------
+# --- Costs of outputs, each an array [bytes moved, operations] -------------------------------------------------------
+#
+# Every output is decoded alone, with a cache for each model (CITER, section 4.1).
 
 
-class PairCosts:
-    """Costs of outputs, each an array `[bytes moved, operations, LLM passes]`."""
+@cache
+def pass_cost(model: ModelCost, tokens: int, context: int) -> np.ndarray:
+    """Return the cost of a pass over tokens behind others in the cache; logits of the last one are computed."""
+    return np.array([model.bytes_moved(1, tokens, context), flops(model, tokens, context)])
 
-    def __init__(self, model: CiterForCausalLM):
-        self._models = {False: cost_of_model(model.slm), True: cost_of_model(model.llm)}
-        self._steps = {by_llm: [np.zeros(3)] for by_llm in self._models}
-        self.one_pass = cache(self._one_pass)
 
-    def _one_pass(self, by_llm: bool, tokens: int, context: int) -> np.ndarray:
-        """Cost of a pass over some tokens behind others in the cache; logits of the last one are computed."""
-        cost = self._models[by_llm]
-        return np.array([cost.bytes_moved(1, tokens, context), flops(cost, tokens, context), by_llm])
+@cache
+def alone_cost(model: ModelCost, prompt: int, tokens: int) -> np.ndarray:
+    """Return the cost of an output of one model: a pass over the prompt, and over each new token but the last."""
+    steps = [pass_cost(model, 1, context) for context in range(prompt, prompt + tokens - 1)]
+    return np.sum([pass_cost(model, prompt, 0), *steps], axis=0)
 
-    def alone(self, by_llm: bool, prompt: int, tokens: int) -> np.ndarray:
-        """Cost of an output of one model alone: a pass over the prompt, and over each new token but the last."""
-        steps = self._steps[by_llm]  # the sum of all passes over one token behind fewer tokens
-        while len(steps) < prompt + tokens:
-            steps.append(steps[-1] + self.one_pass(by_llm, 1, len(steps) - 1))
-        return self.one_pass(by_llm, prompt, 0) + steps[prompt + tokens - 1] - steps[prompt]
 
-    def routed(self, scoring: np.ndarray, prompt: int, to_llm: Sequence[bool]) -> np.ndarray:
-        """Cost of an output that is routed token by token; the LLM catches up with all tokens since its last pass."""
-        cost = self.alone(False, prompt, len(to_llm)) + scoring * len(to_llm)
-        seen = 0
-        for place, by_llm in enumerate(to_llm, prompt):
-            if by_llm:
-                cost, seen = cost + self.one_pass(True, place - seen, seen), place
-        return cost
+def routed_cost(
+    slm: ModelCost, llm: ModelCost, scoring: np.ndarray, prompt: int, to_llm: Sequence[bool]
+) -> np.ndarray:
+    """Return the cost of an output that is routed token by token."""
+    cost, seen = alone_cost(slm, prompt, len(to_llm)) + scoring * len(to_llm), 0
+    for place, by_llm in enumerate(to_llm, prompt):
+        if by_llm:
+            # The LLM catches up with all tokens since its last pass.
+            cost, seen = cost + pass_cost(llm, place - seen, seen), place
+    return cost
 
-    def routed_by_query(self, scoring: np.ndarray, prompt: int, tokens: int, by_llm: bool) -> np.ndarray:
-        """Cost of an output whose model is chosen once, after the SLM's pass over the prompt."""
-        cost = self.alone(by_llm, prompt, tokens) + scoring
-        return cost + self.one_pass(False, prompt, 0) if by_llm else cost
+
+def query_cost(slm: ModelCost, llm: ModelCost, scoring: np.ndarray, prompt: int, to_llm: Sequence[bool]) -> np.ndarray:
+    """Return the cost of an output of one model, which is chosen after the SLM's pass over the prompt."""
+    if not to_llm[0]:
+        return alone_cost(slm, prompt, len(to_llm)) + scoring
+    return pass_cost(slm, prompt, 0) + scoring + alone_cost(llm, prompt, len(to_llm))
 
 
 def scoring_cost(router: nn.Module) -> np.ndarray:
     """Return the cost of one score: every weight is read, multiplied and added; embeddings are looked up."""
     tables = {id(module.weight) for module in router.modules() if isinstance(module, nn.Embedding)}
     weights = [one for one in router.parameters() if id(one) not in tables]
-    return np.array([sum(one.nbytes for one in weights), 2 * sum(one.numel() for one in weights), 0])
+    return np.array([sum(one.nbytes for one in weights), 2 * sum(one.numel() for one in weights)])
 
 
 # --- Points and curves ----------------------------------------------------------------------------------------------
@@ -92,25 +82,21 @@ class Point:
 
 
 def bootstrap_interval(
-    values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int, resamples: int = RESAMPLES
+    values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int, resamples: int = 2000
 ) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of a mean over problems, or of a ratio of two sums."""
     generator = np.random.default_rng(seed)
     above = np.asarray(values, dtype=np.float64)
     below = np.ones_like(above) if weights is None else np.asarray(weights, dtype=np.float64)
-    ratios: list[float] = []
-    while len(ratios) < resamples:
-        draws = min(max(CHUNK // len(above), 1), resamples - len(ratios))
-        chosen = generator.integers(0, len(above), (draws, len(above)))
-        ratios += (above[chosen].sum(axis=1) / below[chosen].sum(axis=1)).tolist()
+    ratios = []
+    for _ in range(resamples):
+        chosen = generator.integers(0, len(above), len(above))
+        ratios.append(above[chosen].sum() / below[chosen].sum())
     low, high = np.percentile(ratios, [2.5, 97.5])
     return float(low), float(high)
 
 
-Ends = Mapping[str, Point]
-
-
-def _curve(ends: Ends, points: Sequence[Point], cost: Cost) -> tuple[np.ndarray, np.ndarray]:
+def _curve(ends: Mapping[str, Point], points: Sequence[Point], cost: Cost) -> tuple[np.ndarray, np.ndarray]:
     """Return costs in ascending order and accuracies, from the SLM alone to the LLM alone."""
     dearest = getattr(ends["llm"], cost)
     between = [(getattr(one, cost), one.accuracy) for one in points if getattr(one, cost) < dearest]
@@ -119,12 +105,14 @@ def _curve(ends: Ends, points: Sequence[Point], cost: Cost) -> tuple[np.ndarray,
     return np.array(costs, dtype=np.float64), np.array(accuracies, dtype=np.float64)
 
 
-def accuracy_at(ends: Ends, points: Sequence[Point], value: float, cost: Cost = "llm_share") -> float:
+def accuracy_at(ends: Mapping[str, Point], points: Sequence[Point], value: float, cost: Cost = "llm_share") -> float:
     """Return the accuracy at a cost, on straight lines between the points."""
     return float(np.interp(value, *_curve(ends, points, cost)))
 
 
-def cost_at(ends: Ends, points: Sequence[Point], fraction: float, cost: Cost = "llm_share") -> float | None:
+def cost_at(
+    ends: Mapping[str, Point], points: Sequence[Point], fraction: float, cost: Cost = "llm_share"
+) -> float | None:
     """Return the least cost at which a method reaches a fraction of the LLM's accuracy, or `None` if it never does."""
     wanted = fraction * ends["llm"].accuracy
     costs, accuracies = _curve(ends, points, cost)
@@ -132,13 +120,11 @@ def cost_at(ends: Ends, points: Sequence[Point], fraction: float, cost: Cost = "
     if len(reached) == 0:
         return None
     first = int(reached[0])
-    if first == 0:
-        return float(costs[0])
-    before, after = accuracies[first - 1], accuracies[first]
-    return float(costs[first - 1] + (wanted - before) / (after - before) * (costs[first] - costs[first - 1]))
+    crossing = slice(max(first - 1, 0), first + 1)
+    return float(np.interp(wanted, accuracies[crossing], costs[crossing]))
 
 
-def _area(ends: Ends, points: Sequence[Point], cost: Cost) -> float | None:
+def _area(ends: Mapping[str, Point], points: Sequence[Point], cost: Cost) -> float | None:
     """Return the area under accuracy against cost, both 0 for the SLM alone and 1 for the LLM alone."""
     slm, llm = ends["slm"], ends["llm"]
     if llm.accuracy == slm.accuracy or getattr(llm, cost) <= getattr(slm, cost):
@@ -150,7 +136,7 @@ def _area(ends: Ends, points: Sequence[Point], cost: Cost) -> float | None:
     return float((np.diff(costs) * heights)[costs[:-1] >= 0].sum())
 
 
-def summarize(ends: Ends, points: Sequence[Point]) -> dict[str, Any]:
+def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, Any]:
     """Return the figures of one method."""
     return {
         "auc": _area(ends, points, "llm_share"),
@@ -161,39 +147,6 @@ def summarize(ends: Ends, points: Sequence[Point]) -> dict[str, Any]:
         "bytes_at_98": cost_at(ends, points, 0.98, "bytes"),
         "accuracy_at": {str(share): accuracy_at(ends, points, share) for share in MATCHED_SHARES},
     }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One method against another: savings at fractions of the LLM's accuracy, and the largest lead at equal cost."""
-
-    share_saving: dict[float, float | None]
-    bytes_saving: dict[float, float | None]
-    gain: float
-    gain_at_share: float
-    gain_at_bytes: float
-
-
-def compare(ends: Ends, points: Sequence[Point], other: Sequence[Point]) -> Comparison:
-    """Compare two methods at equal accuracy, from 90 to 98 % of the LLM's, and at equal cost."""
-
-    def saving(fraction: float, cost: Cost) -> float | None:
-        own, others = (cost_at(ends, curve, fraction, cost) for curve in (points, other))
-        return None if own is None or not others else 1 - own / others
-
-    def lead(value: float, cost: Cost) -> float:
-        return accuracy_at(ends, points, value, cost) - accuracy_at(ends, other, value, cost)
-
-    least, most = ends["slm"].bytes, ends["llm"].bytes
-    leads = {share: lead(share, "llm_share") for share in GRID}
-    best = max(leads, key=lambda share: leads[share])
-    return Comparison(
-        share_saving={level: saving(level, "llm_share") for level in LEVELS},
-        bytes_saving={level: saving(level, "bytes") for level in LEVELS},
-        gain=leads[best],
-        gain_at_share=best,
-        gain_at_bytes=max(lead(least + step * (most - least), "bytes") for step in GRID),
-    )
 
 
 # --- All methods ----------------------------------------------------------------------------------------------------
@@ -208,33 +161,20 @@ class Results:
         methods: The points of every method, from few to many LLM tokens.
         summary: The figures of every method: areas, costs of an accuracy, accuracies at a cost.
         provenance: The router (`router_sha256`), base models with their commits, versions, machine, options, data.
-        shipped: The method that the others are compared with in the tables, if any.
     """
 
     ends: dict[str, Point]
     methods: dict[str, list[Point]]
     summary: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
-    shipped: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything above, for JSON."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def write(self, path: str | Path) -> None:
-        """Write `results.json`, whole or not at all.
-
-        Args:
-            path: The file.
-        """
-        write_json(Path(path), self.as_dict())
+        """Write `results.json` to `path`, whole or not at all."""
+        write_json(Path(path), asdict(self))
 
     @classmethod
     def read(cls, path: str | Path) -> Results:
-        """Load a `results.json`, also of earlier versions, whose provenance has other keys.
-
-        Args:
-            path: The file.
+        """Load the `results.json` at `path`, also of earlier versions, whose provenance has other keys.
 
         Raises:
             FileNotFoundError: when there is no such file.
@@ -244,51 +184,27 @@ class Results:
         try:
             ends = {name: _point(point) for name, point in values["ends"].items()}
             methods = {name: [_point(one) for one in points] for name, points in values["methods"].items()}
-            return cls(ends, methods, values["summary"], values["provenance"], values.get("shipped"))
+            return cls(ends, methods, values["summary"], values["provenance"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: expected the results of `citer evaluate`, got a file without {error}."
             ) from error
 
-    def compare(self, name: str, other: str) -> Comparison:
-        """Return the comparison of two methods at equal accuracy and at equal cost.
-
-        Args:
-            name: The method that may save something.
-            other: The method that it is compared with.
-        """
-        return compare(self.ends, self.methods[name], self.methods[other])
-
-    def table(self, width: int = WIDE) -> str:
-        """Return the tables as text for a terminal: all points, and the summary last, where it is read first.
-
-        Args:
-            width: Columns of the terminal.
-        """
-        from rich.box import SIMPLE
-        from rich.console import Console
-        from rich.table import Table
-
-        text = io.StringIO()
-        console = Console(file=text, width=width)
-        for title, header, rows in reversed(list(_tables(self))):
-            table = Table(title=title, box=SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
-            for index, name in enumerate(header):
-                table.add_column(name, justify="right" if index else "left", no_wrap=True)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-        return text.getvalue().rstrip("\n")
-
-    def markdown(self) -> str:
-        """Return the tables as Markdown."""
-        parts = []
-        for title, header, rows in _tables(self):
-            ruler = ["---", *["---:"] * (len(header) - 1)]
-            heading = [name.replace("\n", " ") for name in header]
-            lines = ["| " + " | ".join(cells) + " |" for cells in (heading, ruler, *rows)]
-            parts.append("\n".join([f"**{title}**", "", *lines]))
-        return "\n\n".join(parts) + "\n"
+    def table(self) -> str:
+        """Return all points, and the figures of every curve, as Markdown that is aligned for a terminal."""
+        every = [("SLM alone", self.ends["slm"])]
+        every += [(name, point) for name, points in self.methods.items() for point in points]
+        every += [("LLM alone", self.ends["llm"])]
+        problems = self.provenance.get("problems", "several")
+        parts = {
+            f"Points of {problems} problems; MB and MFLOP as each output decodes alone": [
+                _point_row(name, point) for name, point in every
+            ],
+            "LLM tokens and MB for 95 / 98 % of the LLM's accuracy, and accuracy at shares of LLM tokens": [
+                _curve_row(name, figures) for name, figures in self.summary.items()
+            ],
+        }
+        return "\n\n".join(f"**{title}**\n\n{_markdown(rows)}" for title, rows in parts.items() if rows)
 
 
 def _point(values: Mapping[str, Any]) -> Point:
@@ -296,80 +212,47 @@ def _point(values: Mapping[str, Any]) -> Point:
 
 
 def make_results(
-    ends: Ends, methods: Mapping[str, Sequence[Point]], provenance: Mapping[str, Any], shipped: str | None = None
+    ends: Mapping[str, Point], methods: Mapping[str, Sequence[Point]], provenance: Mapping[str, Any]
 ) -> Results:
     """Put points in order and add the summary."""
     ordered = {name: sorted(points, key=lambda point: point.llm_share) for name, points in methods.items()}
     summary = {name: summarize(ends, points) for name, points in ordered.items()}
-    return Results(dict(ends), ordered, summary, dict(provenance), shipped)
+    return Results(dict(ends), ordered, summary, dict(provenance))
 
 
-# --- Tables ---------------------------------------------------------------------------------------------------------
-
-# A title, the cells of the header (their lines are one in Markdown), and the rows.
-Tables = Iterator[tuple[str, list[str], list[list[str]]]]
+# --- Tables: each row is its cells by the names of the columns ------------------------------------------------------
 
 
-def _tables(results: Results) -> Tables:
-    problems = results.provenance.get("problems")
-    of = f" ({problems} problems)" if problems else ""
-    shares = next((list(one["accuracy_at"]) for one in results.summary.values()), [])
-    header = ["method", "area\nunder it", "LLM tokens for\n95 / 98 %", "MB / token for\n95 / 98 %"]
-    yield (
-        f"The curves{of}: cost of 95 and 98 % of the LLM's accuracy, answers right at shares of LLM tokens",
-        [*header, *(f"right\nat {float(share):.0%}" for share in shares)],
-        [_summary_row(name, one) for name, one in results.summary.items()],
-    )
-    others = [name for name in results.methods if name != results.shipped]
-    if results.shipped is not None and others:
-        yield (
-            f"LLM tokens / bytes saved by {results.shipped} at fractions of the LLM's accuracy; lead at equal cost",
-            ["against", *(f"at {level * 100:.0f} %" for level in LEVELS), "largest lead,\npoints"],
-            [_comparison_row(name, results.compare(results.shipped, name)) for name in others],
-        )
-    points = [(name, point) for name, of_method in results.methods.items() for point in of_method]
-    points = [(ENDS["slm"], results.ends["slm"]), *points, (ENDS["llm"], results.ends["llm"])]
-    header = ["method", "threshold", "accuracy, %\n(95 % interval)", "LLM\ntokens", "LLM passes\n/ token"]
-    yield (
-        f"All points{of}; bytes and operations as each text decodes alone",
-        [*header, "MB\n/ token", "MFLOP\n/ token", "ms\n/ token"],
-        [_point_row(name, point) for name, point in points],
-    )
-
-
-def _summary_row(name: str, one: Mapping[str, Any]) -> list[str]:
-    return [
-        name,
-        "" if one["auc"] is None else f"{one['auc']:.3f}",
-        " / ".join(_percent(one[f"share_at_{level}"]) for level in (95, 98)),
-        " / ".join(_mega(one[f"bytes_at_{level}"]) for level in (95, 98)),
-        *(f"{accuracy:.1%}" for accuracy in one["accuracy_at"].values()),
-    ]
-
-
-def _comparison_row(name: str, compared: Comparison) -> list[str]:
-    savings = [(compared.share_saving[level], compared.bytes_saving[level]) for level in LEVELS]
-    gains = f"{compared.gain * 100:+.1f} / {compared.gain_at_bytes * 100:+.1f}"
-    return [name, *(" / ".join(map(_percent, saving)) for saving in savings), gains]
-
-
-def _point_row(name: str, point: Point) -> list[str]:
+def _point_row(name: str, point: Point) -> dict[str, str]:
     low, high = point.accuracy_ci
-    return [
-        name,
-        "" if name in ENDS.values() or point.threshold is None else f"{point.threshold:.5g}",
-        f"{point.accuracy * 100:.1f} ({low * 100:.1f}–{high * 100:.1f})",
-        f"{point.llm_share:.1%}",
-        f"{point.llm_calls:.3f}",
-        _mega(point.bytes),
-        _mega(point.flops),
-        f"{point.seconds * 1000:.3g}",
-    ]
+    return {
+        "method": name,
+        "threshold": "" if point.threshold is None else f"{point.threshold:.5g}",
+        "accuracy": f"{point.accuracy:.1%}",
+        "95 % interval": f"{low:.1%}–{high:.1%}",
+        "LLM tokens": f"{point.llm_share:.1%}",
+        "MB / token": f"{point.bytes / 1e6:.4g}",
+        "MFLOP / token": f"{point.flops / 1e6:.4g}",
+        "ms / token": f"{point.seconds * 1e3:.3g}",
+    }
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+def _curve_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
+    shares, megabytes = ([figures[f"{cost}_at_{level}"] for level in (95, 98)] for cost in ("share", "bytes"))
+    return {
+        "method": name,
+        "area": "–" if figures["auc"] is None else f"{figures['auc']:.3f}",
+        "LLM tokens": " / ".join("–" if one is None else f"{one:.1%}" for one in shares),
+        "MB / token": " / ".join("–" if one is None else f"{one / 1e6:.4g}" for one in megabytes),
+        **{f"at {float(share):.0%}": f"{accuracy:.1%}" for share, accuracy in figures["accuracy_at"].items()},
+    }
 
 
-def _mega(value: float | None) -> str:
-    return "–" if value is None else f"{value / 1e6:,.4g}"
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    columns: list[list[str]] = []
+    for name in rows[0]:
+        cells = [name, "", *(row[name] for row in rows)]
+        width = max(map(len, cells))
+        cells[1] = "-" * (width - 1) + (":" if columns else "-")
+        columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))

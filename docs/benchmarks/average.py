@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from citer_hf.evaluation.evaluate import write_report
-from citer_hf.evaluation.results import Point, Results, make_results
+from citer_hf.evaluation.results import Cost, Point, Results, accuracy_at, cost_at, make_results
+
+LEVELS = (0.90, 0.95, 0.98)
 
 
-def average(runs: Sequence[Results], shares: Sequence[float], shipped: str | None = None) -> Results:
+def average(runs: Sequence[Results], shares: Sequence[float]) -> Results:
     """Return the mean curves of runs on the same problems with routers of several seeds."""
     first = runs[0]
     if any(run.ends[end].accuracy != first.ends[end].accuracy for run in runs for end in first.ends):
@@ -32,7 +34,7 @@ def average(runs: Sequence[Results], shares: Sequence[float], shipped: str | Non
         "runs": [run.provenance for run in runs],
         "summaries": {name: [run.summary[name] for run in some] for name, some in having.items()},
     }
-    return make_results(first.ends, methods, provenance, shipped)
+    return make_results(first.ends, methods, provenance)
 
 
 def average_curves(
@@ -55,6 +57,24 @@ def numbers(point: Point) -> list[float]:
     return [accuracy, *interval, *others]
 
 
+def comparison(results: Results, name: str, other: str) -> str:
+    """Return what a method saves against another at equal accuracy, and its largest lead at equal cost."""
+    ends, own, others = results.ends, results.methods[name], results.methods[other]
+    costs: tuple[Cost, ...] = ("llm_share", "bytes")
+
+    def saving(level: float, cost: Cost) -> str:
+        spent, needed = (cost_at(ends, points, level, cost) for points in (own, others))
+        return "-" if spent is None or not needed else f"{1 - spent / needed:.1%}"
+
+    def lead(cost: Cost) -> float:
+        grid = np.linspace(getattr(ends["slm"], cost), getattr(ends["llm"], cost), 101)
+        return max(accuracy_at(ends, own, value, cost) - accuracy_at(ends, others, value, cost) for value in grid)
+
+    saved = [f"{' / '.join(saving(level, cost) for cost in costs)} at {level:.0%}" for level in LEVELS]
+    leads = " / ".join(f"{100 * lead(cost):+.1f}" for cost in costs)
+    return f"LLM tokens / bytes saved: {', '.join(saved)}; largest lead {leads} points"
+
+
 def main() -> None:
     """Average, write and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -65,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = [Results.read(directory / "results.json") for directory in options.evaluations]
     shares = sorted({round(share, 3) for run in runs for share in run.provenance["options"]["shares"]})
-    results = average(runs, shares, options.shipped)
+    results = average(runs, shares)
     if options.name is not None:
         results.provenance["router"] = {**(results.provenance["router"] or {}), "name": options.name}
     options.out.mkdir(parents=True, exist_ok=True)
@@ -76,8 +96,9 @@ def main() -> None:
         print(f"{options.shipped} against {other}:")
         for number, run in enumerate([results, *runs]):
             if other in run.methods:
-                found = run.compare(options.shipped, other)
-                print(f"  {'mean' if number == 0 else f'seed {number - 1}'}: {found}")
+                print(
+                    f"  {'mean' if number == 0 else f'seed {number - 1}'}: {comparison(run, options.shipped, other)}"
+                )
 
 
 if __name__ == "__main__":

@@ -20,15 +20,14 @@ PROMPTS = random_prompts((5, 9, 12, 3, 7))
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 def test_outputs_are_those_that_each_prompt_gets_alone(pair: Any, batch_tokens: int):
-    done: list[int] = []
-    options: Any = {"max_new_tokens": 8, "batch_tokens": batch_tokens, "progress": done.append}
-    decoded = decode(pair, PROMPTS, router_threshold=0.5, **options)
-    for place, prompt in enumerate(PROMPTS):
-        tokens, to_llm, scores, _ = naive_generate(pair, prompt, 8, 0.5)
-        assert (decoded[place].tokens, decoded[place].to_llm) == (tokens, to_llm)
-        assert decoded[place].scores == pytest.approx(scores, abs=1e-4)
-        assert decoded[place].seconds > 0
-    assert sum(done) == len(PROMPTS) and (len(done) == 1) == (batch_tokens == 10_000)
+    router = ConfidenceRouter(32)
+    other = with_router(pair, router)
+    assert isinstance(pair.router, RandomRouter) and other.router is router and other.slm is pair.slm
+    for model, threshold in ((pair, 0.5), (other, 0.7)):
+        decoded = decode(model, PROMPTS, router_threshold=threshold, max_new_tokens=8, batch_tokens=batch_tokens)
+        expected = [naive_generate(model, prompt, 8, threshold)[:2] for prompt in PROMPTS]
+        assert [(one.tokens, one.to_llm) for one in decoded] == expected
+        assert all(one.seconds > 0 for one in decoded)
 
 
 @pytest.mark.parametrize(("alone", "threshold"), [("slm", 0.0), ("llm", 2.0)])
@@ -67,32 +66,30 @@ def test_a_prompt_that_fills_the_context_is_named_by_its_row():
         encode_prompts(pair, examples(), LetterTokenizer())
 
 
-def test_another_router_leaves_the_pair_as_it_is(pair: Any):
-    own = pair.router
-    router = ConfidenceRouter(32)
-    other = with_router(pair, router)
-    assert pair.router is own and isinstance(own, RandomRouter)
-    assert other.router is router and other.slm is pair.slm
-    decoded = decode(other, PROMPTS, router_threshold=0.7, max_new_tokens=8)
-    for place, prompt in enumerate(PROMPTS):
-        tokens, to_llm, _, _ = naive_generate(other, prompt, 8, 0.7)
-        assert (decoded[place].tokens, decoded[place].to_llm) == (tokens, to_llm)
-
-
-def test_a_router_in_training_decides_as_in_evaluation_and_stays_in_training():
+def test_a_router_in_training_decides_as_in_evaluation():
     torch.manual_seed(0)
     pair = make_pair(router={"type": "mlp", "dropout": 0.5})
     options: Any = {"router_threshold": 0.5, "max_new_tokens": 8}
-    expected = decode(pair, PROMPTS, **options)
-    pair.train()
-    assert [one.scores for one in decode(pair, PROMPTS, **options)] == [one.scores for one in expected]
-    assert pair.training and pair.router.training
+    expected = [one.to_llm for one in decode(pair, PROMPTS, **options)]
+    assert [one.to_llm for one in decode(pair.train(), PROMPTS, **options)] == expected
+
+
+class NanRouter(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return hidden[..., 0] * float("nan")
+
+
+def test_a_router_that_gives_nan_is_named(pair: Any):
+    with pytest.raises(ValueError, match=r"^router 'NanRouter': \d+ of \d+ scores are NaN"):
+        decode(with_router(pair, NanRouter()), PROMPTS, router_threshold=0.5, max_new_tokens=8)
+    with pytest.raises(ValueError, match=r"^router 'mine': \d+ of \d+ scores are NaN"):
+        score_outputs(pair, {"mine": NanRouter()}, PROMPTS, [[5, 6]] * len(PROMPTS))
 
 
 def test_scores_along_outputs_are_those_of_decoding(pair: Any):
     outputs, scores = zip(*[naive_generate(pair, prompt, 8, 0.5)[::2] for prompt in PROMPTS], strict=True)
     found = score_outputs(pair, {"own": pair.router}, PROMPTS, outputs, batch_tokens=40)["own"]
-    assert found.tolist() == pytest.approx(np.concatenate(scores), abs=1e-4)
+    assert np.concatenate(found) == pytest.approx(np.concatenate(scores), abs=1e-4)
 
 
 def test_thresholds_send_the_wanted_shares_of_the_scores():
