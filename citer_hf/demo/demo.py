@@ -93,8 +93,8 @@ class Report:
         size = min(BATCH_SIZE, self.problems)
         title = f"{self.problems} held-out problems (seed {self.seed}), solved in batches of {size}"
         headers = ("accuracy", "tokens from\nthe LLM", "LLM forward\npasses / token", "tokens / s")
-        columns: list[Column | str] = ["", *(Column(header, justify="right") for header in headers)]
-        table = Table(*columns, title=title, box=SIMPLE, title_justify="left")
+        columns = [Column(header, justify="right") for header in headers]
+        table = Table("", *columns, title=title, box=SIMPLE, title_justify="left")
         for one in self.measurements:
             cells = (f"{one.accuracy:.1%}", f"{one.llm_share:.1%}", f"{one.llm_passes_per_token:.2f}")
             table.add_row(label(one.name, one.router_threshold), *cells, f"{one.tokens_per_second:,.0f}")
