@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -33,11 +34,10 @@ def fresh_answer(
 ) -> str:
     """The answer of a plain `generate` that reads the whole chat."""
     tokenizer = model.load_tokenizer()
-    if template is None:
-        ids = torch.tensor([tokenizer(plain_text(messages)).input_ids])
-    else:
+    text = plain_text(messages)
+    if template is not None:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     output = model.generate(ids, max_new_tokens=12, router_threshold=threshold)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -73,25 +73,17 @@ def test_what_the_caches_hold_is_not_read_again(template: str | None, count_call
         assert lengths == [turn.read] + [1] * 11
 
 
-def test_text_that_was_rewritten_is_taken_back_from_the_caches() -> None:
-    model = chat_pair(template=TRIMMING)
-    conversation = converse(model, router_threshold=2.0)
+@pytest.mark.parametrize(("slm", "is_cropped"), [("llama", True), ("mistral_sliding", False)])
+def test_text_that_was_rewritten_is_taken_back_from_the_caches_or_the_caches_are_dropped(
+    slm: str, is_cropped: bool
+) -> None:
+    conversation = converse(chat_pair(slm, "llama"), router_threshold=2.0)
     ask(conversation, MESSAGES[0])
-    cache, rendered = conversation.cache, conversation._cached
+    cache, length = conversation.cache, conversation.cache.get_seq_length()
     conversation.messages[-1]["content"] = "something else"
     turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
-    assert conversation.cache is cache
-    assert 0 < turn.kept < len(rendered)
-
-
-def test_a_cache_that_cannot_forget_is_dropped() -> None:
-    conversation = converse(chat_pair("mistral_sliding", "llama"), router_threshold=2.0)
-    ask(conversation, MESSAGES[0])
-    cache = conversation.cache
-    conversation.messages[-1]["content"] = "something else"
-    turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
-    assert conversation.cache is not cache
-    assert turn.kept == 0
+    assert (conversation.cache is cache) == is_cropped == (turn.kept > 0)
+    assert turn.kept < length
 
 
 def test_the_same_message_cannot_leave_nothing_to_read() -> None:
@@ -114,18 +106,6 @@ def test_the_counts() -> None:
     conversation.reset()
     assert conversation.total == Turn() and conversation.messages == []
     assert conversation.cache.get_seq_length() == 0
-
-
-def test_an_empty_chat_has_counts() -> None:
-    assert str(Turn()).startswith("0 tokens: 0 by the SLM, 0 by the LLM (0.0%)")
-
-
-def test_the_threshold_decides_who_writes() -> None:
-    conversation = converse(chat_pair())
-    for threshold, by_llm in ((0.0, 0), (2.0, 12)):
-        conversation.router_threshold = threshold
-        ask(conversation, MESSAGES[0])
-        assert conversation.last.llm_tokens == by_llm
 
 
 def test_the_system_message_comes_first_and_survives_a_reset() -> None:
@@ -171,29 +151,19 @@ class Press(Paint):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_ctrl_c_ends_an_answer_and_the_caches_stay() -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_an_answer_and_a_second_one_does_not_wait(times: int) -> None:
     model = chat_pair()
-    conversation = converse(model)
-    with StopOnInterrupt() as stop:
-        turn = conversation.ask(MESSAGES[0], Press(1), stop)
+    conversation, handler = converse(model), signal.getsignal(signal.SIGINT)
+    with suppress(KeyboardInterrupt), StopOnInterrupt() as stop:
+        conversation.ask(MESSAGES[0], Press(times), stop)
+    assert stop.requested and signal.getsignal(signal.SIGINT) is handler
     # Some versions of transformers look at the criteria before the token is streamed, some after.
-    assert stop.requested and turn.tokens <= 2
+    assert 1 <= len(conversation.messages[-1]["content"]) <= 2
     before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
     assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.5)
-    assert conversation.last.kept == turn.read + turn.tokens - 1
-
-
-def test_a_second_ctrl_c_does_not_wait() -> None:
-    model = chat_pair()
-    conversation = converse(model)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), StopOnInterrupt() as stop:
-        conversation.ask(MESSAGES[0], Press(2), stop)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert len(conversation.messages[-1]["content"]) == 1
-    before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
-    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.5)
-    assert conversation.last.kept == 0
+    # The first Ctrl-C leaves the caches whole.
+    assert (conversation.last.kept > 0) == (times == 1)
 
 
 def test_running_out_of_memory_is_not_the_end(
@@ -208,8 +178,7 @@ def test_running_out_of_memory_is_not_the_end(
     with monkeypatch.context() as patch:
         patch.setattr(type(conversation.model), "generate", fail)
         answer(conversation, MESSAGES[1])
-    assert "memory" in capsys.readouterr().err
-    assert len(conversation.messages) == 2
+    assert "memory" in capsys.readouterr().err and len(conversation.messages) == 2
     answer(conversation, MESSAGES[1])
     assert len(conversation.messages) == 4
 
@@ -218,9 +187,8 @@ def test_running_out_of_memory_is_not_the_end(
     ("line", "printed"),
     [
         ("/threshold", "threshold 0.5"),
-        ("/threshold 0.25", "threshold 0.25"),
         ("/threshold  2 ", "threshold 2"),
-        ("/stats", "whole chat   0 tokens"),
+        ("/stats", "whole chat   0 tokens: 0 by the SLM, 0 by the LLM (0.0%)"),
         ("/help", "/threshold X"),
         ("/reset", "new chat"),
     ],
@@ -230,7 +198,7 @@ def test_commands(line: str, printed: str, capsys: pytest.CaptureFixture[str]) -
     assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["/threshold x", "/threshold -1", "/threshold nan", "/nothing", "/", "/treshold 2"])
+@pytest.mark.parametrize("line", ["/threshold x", "/threshold -1", "/nothing"])
 def test_commands_that_mean_nothing(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = converse(chat_pair())
     obey(conversation, line)
@@ -256,7 +224,6 @@ def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
         {"stop_strings": ["b"]},
         {"cache_implementation": "static"},
         {"num_beams": 2},
-        {"output_scores": True, "return_dict_in_generate": True},
     ],
     ids=str,
 )

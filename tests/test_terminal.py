@@ -24,7 +24,7 @@ def colourful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Record:
-    """A cache's record of one row, all decided."""
+    """Stands for a cache with the record of one sequence."""
 
     def __init__(self, to_llm: list[bool]):
         self.routing = Routing(start=7)
@@ -74,24 +74,19 @@ def test_bytes_that_are_no_character_do_not_hold_the_text_back_for_ever() -> Non
 
 
 def test_what_is_held_back_at_the_end_is_painted() -> None:
+    tokens = byte_tokenizer()("a é").input_ids[:-1]
+    assert stream(byte_tokenizer(), tokens, [False] * 3, io.StringIO()) == ["a", " ", "", "\ufffd\n"]
+
+
+@pytest.mark.parametrize(
+    ("out", "painted"),
+    [(io.StringIO(), "a[[bc]]d\n"), (Screen(), f"a{LLM_COLOUR}b{PLAIN}{LLM_COLOUR}c{PLAIN}d\n")],
+    ids=["markers", "colours"],
+)
+def test_the_llms_text_is_between_markers_or_in_colour(out: io.StringIO, painted: str) -> None:
     tokenizer = byte_tokenizer()
-    tokens = tokenizer("a é").input_ids[:-1]
-    assert stream(tokenizer, tokens, [False] * 3, io.StringIO()) == ["a", " ", "", "\ufffd\n"]
-
-
-def test_markers_stand_around_what_the_llm_wrote() -> None:
-    tokenizer = byte_tokenizer()
-    out = io.StringIO()
-    stream(tokenizer, tokenizer("abcde").input_ids, [True, True, False, False, True], out)
-    assert out.getvalue() == "[[ab]]cd[[e]]\n"
-
-
-def test_colours_on_a_terminal() -> None:
-    tokenizer = byte_tokenizer()
-    out = Screen()
-    stream(tokenizer, tokenizer("abc").input_ids, [False, True, True], out)
-    assert out.getvalue() == f"a{LLM_COLOUR}b{PLAIN}{LLM_COLOUR}c{PLAIN}\n"
-    assert LLM_COLOUR in legend(out)
+    stream(tokenizer, tokenizer("abcd").input_ids, [False, True, True, False], out)
+    assert out.getvalue() == painted and painted[1:3] in legend(out)
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
@@ -110,12 +105,9 @@ def test_a_model_cannot_steer_the_terminal() -> None:
     assert out.getvalue() == f"a[2Jbc1m\td\n{DIM}aside{PLAIN}\n"
 
 
-def test_the_record_is_asked_for_the_newest_token_only() -> None:
-    routing = Record([True, False, True]).routing
-    assert [routing.by_llm(index) for index in range(3)] == [True, False, True]
-    for index in (-1, 3):
-        with pytest.raises(IndexError):
-            routing.by_llm(index)
+def test_a_record_has_no_token_that_was_not_decided() -> None:
+    with pytest.raises(IndexError):
+        Record([True]).routing.by_llm(1)
 
 
 @pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}], ids=str)

@@ -80,27 +80,20 @@ def test_a_completion_is_what_generate_writes_and_usage_says_who_wrote_it(
     assert used.llm_calls == routing.llm_calls
 
 
-def test_a_request_without_threshold_takes_the_routers_own(served: Served, model: Any) -> None:
+def test_a_chat_is_answered_with_the_routers_own_threshold_whole_or_in_pieces(served: Served, model: Any) -> None:
     text, routing = written(model, chat_ids())
-    answer = served.client().chat.completions.create(model=NAME, messages=CHAT, max_completion_tokens=12)
-    used: Any = answer.usage
-    assert answer.choices[0].message.content == text
-    assert 0 < used.llm_tokens < 12 and used.llm_tokens == int(routing.to_llm.sum())
-
-
-def test_a_stream_gives_the_same_text_in_pieces_and_ends_with_the_usage(served: Served, model: Any) -> None:
-    text, routing = written(model, chat_ids())
-    chunks = list(
-        served.client().chat.completions.create(
-            model=NAME, messages=CHAT, max_tokens=12, stream=True, stream_options={"include_usage": True}
-        )
+    asked: Any = {"model": NAME, "messages": CHAT, "max_completion_tokens": 12}
+    answer: Any = served.client().chat.completions.create(**asked)
+    assert told(answer, False) == (text, "length")
+    assert 0 < answer.usage.llm_tokens < 12 and answer.usage.llm_tokens == int(routing.to_llm.sum())
+    chunks: Any = list(
+        served.client().chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     )
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
     assert len(pieces) > 6 and "".join(pieces) == text
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
-    used: Any = chunks[-1].usage
-    assert chunks[-1].choices == [] and used.llm_tokens == int(routing.to_llm.sum())
+    assert chunks[-2].choices[0].finish_reason == "length" and chunks[-2].usage == answer.usage
+    assert chunks[-1].choices == [] and chunks[-1].usage == answer.usage
 
 
 def test_a_stream_ends_as_openai_clients_expect(served: Served) -> None:
@@ -198,32 +191,26 @@ def test_several_prompts_and_answers_come_in_order(served: Served, model: Any) -
 
 
 def test_a_message_may_come_in_parts_and_from_a_developer(served: Served) -> None:
-    def ask(messages: Any) -> str | None:
-        answer = served.client().chat.completions.create(model=NAME, messages=messages, max_tokens=8)
-        return answer.choices[0].message.content
-
-    parts: list[Any] = [
-        {"role": "developer", "content": "be brief."},
-        {"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+    parts: Any = [{"type": "text", "text": PROMPT}]
+    newer: Any = [{"role": "developer", "content": "be brief."}, {"role": "user", "content": parts}]
+    answers = [
+        served.client().chat.completions.create(model=NAME, messages=messages, max_tokens=8)
+        for messages in (newer, CHAT)
     ]
-    assert ask(parts) == ask(CHAT)
+    assert told(answers[0], False) == told(answers[1], False)
 
 
 def test_eight_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
-    def ask(number: int) -> tuple[str, Any]:
-        client = served.client()
+    def ask(number: int) -> Any:
         options: dict[str, Any] = {"extra_body": {"router_threshold": number / 7}, "max_tokens": 10 + number}
         if number % 2:
             options |= {"temperature": 1.2, "seed": number}
         if number % 4 < 2:
-            answer: Any = client.completions.create(model=NAME, prompt=PROMPT[number:], **options)
+            answer: Any = served.client().completions.create(model=NAME, prompt=PROMPT[number:], **options)
             return answer.choices[0].text, answer.usage
-        last, text = None, ""
         messages: Any = [{"role": "user", "content": PROMPT[number:]}]
-        for chunk in client.chat.completions.create(model=NAME, messages=messages, stream=True, **options):
-            text += chunk.choices[0].delta.content or ""
-            last = chunk.usage
-        return text, last
+        chunks = list(served.client().chat.completions.create(model=NAME, messages=messages, stream=True, **options))
+        return told(chunks, True), chunks[-1].usage
 
     alone = [ask(number) for number in range(8)]
     for _ in range(2):
@@ -278,8 +265,7 @@ def test_models_and_health_answer(served: Served) -> None:
     assert served.client().models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError, match="has 'tiny' only"):
         served.client().models.retrieve("someone/else")
-    with urllib.request.urlopen(f"{served.url}/health") as answer:
-        assert json.load(answer) == {"status": "ok"}
+    assert json.load(urllib.request.urlopen(f"{served.url}/health")) == {"status": "ok"}
 
 
 def test_metrics_count_requests_and_the_tokens_of_each_model(model: Any) -> None:
@@ -352,11 +338,10 @@ def test_reasoning_and_tool_calls_are_told_apart_from_the_answer(stream: bool) -
 
 def test_a_prompt_in_another_markup_is_no_part_of_the_answer() -> None:
     model = Scripted("hello")
+    other: Any = {"extra_body": {"chat_template_kwargs": {"begin": "answer:"}}}
     with serving(model, model.tokenizer) as server:
-        answer = server.client().chat.completions.create(
-            model=NAME, messages=CHAT, extra_body={"chat_template_kwargs": {"begin": "answer:"}}
-        )
-    assert answer.choices[0].message.content == "hello"
+        answer = server.client().chat.completions.create(model=NAME, messages=CHAT, **other)
+    assert told(answer, False)[0] == "hello"
 
 
 def test_the_command_serves_a_directory_at_this_machine_only_and_stops_at_ctrl_c(tmp_path: Path) -> None:
