@@ -1,13 +1,7 @@
 """A small Hub on localhost, for the unmodified `huggingface_hub` client: models, commits, large files, tokens.
 
-What it speaks is what the client asks while it creates repositories, uploads and downloads: see `ROUTES`.
-
-Large files travel as in Git LFS (`transfer: basic`). Xet, the Hub's other way, is a service of its own with chunks,
-shards and a protocol inside the binary `hf_xet`; it is not imitated here. huggingface_hub 1.5 offers Xet and obeys
-when the answer to `objects/batch` chooses `basic`. 2.4 with `hf_xet` installed does not ask: every file that
-`preupload` calls `lfs` goes to `/api/models/NAME/xet-write-token/REVISION`, and a 404 there ends the upload. So from
-2.0 on, the tests switch Xet off in the client's process (`HF_HUB_DISABLE_XET=1`). Downloads are as they are: all
-versions follow the answer to `resolve`, which names no Xet file here.
+Large files travel as in Git LFS (`transfer: basic`). Xet, the Hub's other way, is not imitated: from huggingface_hub 2
+on, the tests switch it off in the client's process (`HF_HUB_DISABLE_XET=1`).
 """
 
 from __future__ import annotations
@@ -79,24 +73,17 @@ class Answer:
 
 
 class Hub:
-    """What a test sees of the server, and may change while it runs.
-
-    Args:
-        tokens: Name of the user of each token.
-    """
+    """The server, with the name of the user of each token; a test sees it and may change it while it runs."""
 
     def __init__(self, tokens: dict[str, str]):
         self.tokens = tokens
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
-        # How many of the next downloads of large files end in the middle.
-        self.cuts = 0
-        # Whether uploads of large files fail.
-        self.refuses_uploads = 0
-        self.endpoint = ""
+        # How many of the next downloads of large files end in the middle, and whether uploads of them fail.
+        self.cuts, self.refuses_uploads = 0, 0
         # Large files are kept by another host, as on the Hub: there the client sends no token.
-        self.large_files = ""
+        self.endpoint, self.large_files = "", ""
         self.lock = threading.Lock()
 
     def user(self, authorization: str | None) -> str | None:
@@ -113,22 +100,23 @@ class Hub:
             raise RefusedError(401 if user is None else 404, "RepoNotFound", "Repository not found")
         return found
 
+    def commit_of(self, name: str, revision: str, user: str | None) -> str:
+        sha = self.repository(name, user).find(revision)
+        if sha is None:
+            raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return sha
+
     def files(self, name: str, revision: str, user: str | None) -> tuple[str, dict[str, Blob]]:
         repository = self.repository(name, user)
         if repository.gated and user != name.split("/")[0]:
             raise RefusedError(403 if user else 401, "GatedRepo", "Access to this model is restricted")
-        sha = repository.find(revision)
-        if sha is None:
-            raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        sha = self.commit_of(name, revision, user)
         return sha, repository.commits[sha]
 
     def writable(self, name: str, user: str | None) -> Repository:
-        found = self.repository(name, user)
-        if user is None:
-            raise RefusedError(401, message="Log in first")
         if user != name.split("/")[0]:
-            raise RefusedError(403, message="You may not write here")
-        return found
+            raise RefusedError(403 if user else 401, message="You may not write here")
+        return self.repository(name, user)
 
     def whoami(self, user: str | None, **_: Any) -> Answer:
         if user is None:
@@ -136,16 +124,13 @@ class Hub:
         return Answer({"type": "user", "name": user, "auth": {"accessToken": {"role": "write"}}})
 
     def create(self, user: str | None, body: Any, **_: Any) -> Answer:
-        if user is None:
-            raise RefusedError(401, message="Log in first")
         owner = body.get("organization") or user
-        if owner != user:
-            raise RefusedError(403, message="You may not create repositories there")
+        if user is None or owner != user:
+            raise RefusedError(403 if user else 401, message="You may not create repositories there")
         name = f"{owner}/{body['name']}"
         exists = name in self.repositories
         if not exists:
-            private = bool(body.get("private")) or body.get("visibility") == "private"
-            self.repositories[name] = Repository(private)
+            self.repositories[name] = Repository(bool(body.get("private")) or body.get("visibility") == "private")
             self.repositories[name].commit("main", {".gitattributes": Blob(b"", large=False)})
         return Answer({"url": f"{self.endpoint}/{name}", "name": name}, 409 if exists else 200)
 
@@ -153,25 +138,10 @@ class Hub:
         return Answer({"errors": [], "warnings": []})
 
     def info(self, user: str | None, name: str, revision: str = "main", **_: Any) -> Answer:
-        repository = self.repository(name, user)
-        sha = repository.find(revision)
-        if sha is None:
-            raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        repository, sha = self.repository(name, user), self.commit_of(name, revision, user)
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
         facts = {"id": name, "modelId": name, "sha": sha, "private": repository.private, "siblings": siblings}
         return Answer({**facts, "gated": "manual" if repository.gated else False, "tags": [], "downloads": 0})
-
-    def refs(self, user: str | None, name: str, **_: Any) -> Answer:
-        branches = self.repository(name, user).branches.items()
-        return Answer(
-            {
-                "branches": [
-                    {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": sha} for branch, sha in branches
-                ],
-                "tags": [],
-                "converts": [],
-            }
-        )
 
     def tree(self, user: str | None, name: str, revision: str, path: str = "", **_: Any) -> Answer:
         files = self.files(name, revision, user)[1]
@@ -184,39 +154,27 @@ class Hub:
         files = self.files(name, revision, user)[1]
         return Answer([entry(path, files[path]) for path in parse_qs(raw.decode())["paths"] if path in files])
 
-    def branch(self, user: str | None, name: str, branch: str, body: Any, **_: Any) -> Answer:
+    def branch(self, user: str | None, name: str, branch: str, **_: Any) -> Answer:
         repository = self.writable(name, user)
         if branch in repository.branches:
             raise RefusedError(409, message="Reference already exists")
-        start = repository.find((body or {}).get("startingPoint", "main"))
-        assert start is not None
-        repository.branches[branch] = start
+        repository.branches[branch] = repository.branches["main"]
         return Answer({})
 
     def preupload(self, user: str | None, name: str, body: Any, query: dict[str, Any], **_: Any) -> Answer:
         if "create_pr" not in query:
             self.writable(name, user)
-        return Answer(
-            {
-                "files": [
-                    {
-                        "path": file["path"],
-                        "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                        "shouldIgnore": False,
-                    }
-                    for file in body["files"]
-                ]
-            }
-        )
+        kinds = {True: "lfs", False: "regular"}
+        paths = [file["path"] for file in body["files"]]
+        files = [{"path": path, "uploadMode": kinds[path.endswith(LARGE)], "shouldIgnore": False} for path in paths]
+        return Answer({"files": files})
 
     def lfs_batch(self, user: str | None, name: str, body: Any, **_: Any) -> Answer:
         self.repository(name, user)
-        objects = [
-            one
-            if one["oid"] in self.large
-            else {**one, "actions": {"upload": {"href": f"{self.large_files}/large/{one['oid']}"}}}
-            for one in body["objects"]
-        ]
+        objects = [dict(one) for one in body["objects"]]
+        for one in objects:
+            if one["oid"] not in self.large:
+                one["actions"] = {"upload": {"href": f"{self.large_files}/large/{one['oid']}"}}
         return Answer({"transfer": "basic", "objects": objects})
 
     def put_large(self, oid: str, raw: bytes, **_: Any) -> Answer:
@@ -238,10 +196,7 @@ class Hub:
     ) -> Answer:
         proposed = "create_pr" in query
         repository = self.repository(name, user) if proposed else self.writable(name, user)
-        parent = repository.find(revision)
-        if parent is None:
-            raise RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        files = dict(repository.commits[parent])
+        files = dict(repository.commits[self.commit_of(name, revision, user)])
         for line in raw.splitlines():
             operation = json.loads(line)
             value = operation["value"]
@@ -286,7 +241,6 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", r"/api/validate-yaml", Hub.validate),
     ("GET", rf"/api/models/{NAME}", Hub.info),
     ("GET", rf"/api/models/{NAME}/revision/{REVISION}", Hub.info),
-    ("GET", rf"/api/models/{NAME}/refs", Hub.refs),
     ("GET", rf"/api/models/{NAME}/tree/{REVISION}(?:/(?P<path>.+))?", Hub.tree),
     ("POST", rf"/api/models/{NAME}/paths-info/{REVISION}", Hub.paths_info),
     ("POST", rf"/api/models/{NAME}/branch/(?P<branch>[^/]+)", Hub.branch),
@@ -343,10 +297,8 @@ class Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if verb == method and match:
                 values = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                is_json = (
-                    "json" in self.headers.get("Content-Type", "") and "ndjson" not in self.headers["Content-Type"]
-                )
-                body = json.loads(raw) if is_json and raw else None
+                is_json = self.headers.get_content_type().endswith(("/json", "+json"))
+                body = json.loads(raw) if raw and is_json else None
                 if path.startswith("/large/") and "Authorization" in self.headers:
                     raise RefusedError(400, message="A token was sent to another host")
                 user = self.hub.user(self.headers.get("Authorization"))
@@ -378,11 +330,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def running_hub(tokens: dict[str, str]) -> Iterator[Hub]:
-    """A Hub that runs until the context ends.
-
-    Args:
-        tokens: Name of the user of each token.
-    """
+    """A Hub that runs until the context ends."""
     hub = Hub(tokens)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +20,12 @@ from typer.testing import CliRunner
 
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
+from citer_hf.chat import StopOnInterrupt, chat
 from citer_hf.cli import COMMANDS, load_pair, plain_errors
 from citer_hf.options import Of, Options, expanded
 from citer_hf.runs import option
-from tests.chat_pairs import chat_pair, invoke, save_demo_pair
+from tests.chat_pairs import Screen, chat_pair, invoke, save_demo_pair
 
-CITER = [sys.executable, "-m", "citer_hf.cli"]
 # The options of each command by their names, which scripts rely on.
 PAIR = "--revision --slm --llm --router --slm-quantization --llm-quantization --dtype --trust-remote-code"
 DATA = "--data --checker --map --split --limit --max-new-tokens --batch-tokens --seed"
@@ -172,23 +170,12 @@ DEFAULT = {"dtype": "auto", "device_map": "auto"}
 @pytest.mark.parametrize(
     ("arguments", "names", "keywords"),
     [
-        ("me/router --revision v2 --dtype bfloat16", ["me/router"], {"revision": "v2", "dtype": "bfloat16"}),
+        ("me/router --revision v2 --device-map cpu", ["me/router"], {"revision": "v2", "device_map": "cpu"}),
         (
-            "me/router --trust-remote-code --device-map cpu",
+            'me/router --trust-remote-code --slm revision=v2 --llm name_or_path=llm --llm max_memory={"0":1}',
             ["me/router"],
-            {"trust_remote_code": True, "device_map": "cpu"},
+            {"trust_remote_code": True, "slm_revision": "v2", "llm_name_or_path": "llm", "llm_max_memory": {"0": 1}},
         ),
-        (
-            'me/router --slm revision=v2 --slm trust_remote_code=true --llm name_or_path=llm --llm max_memory={"0":1}',
-            ["me/router"],
-            {
-                "slm_revision": "v2",
-                "slm_trust_remote_code": True,
-                "llm_name_or_path": "llm",
-                "llm_max_memory": {"0": 1},
-            },
-        ),
-        ("--slm me/slm --llm me/llm", ["me/slm", "me/llm"], {"router": "confidence"}),
         (
             "--slm me/slm --slm subfolder=a=b --llm ./llm --router me/router",
             ["me/slm", "./llm"],
@@ -210,13 +197,6 @@ def test_either_model_can_be_quantized(loading: list[tuple[Any, ...]], name: str
         quantization = loading[-1][1][f"{role}_quantization_config"]
         assert (quantization.load_in_4bit, quantization.load_in_8bit) == (bits == 4, bits == 8)
         assert bits == 8 or quantization.bnb_4bit_quant_type == "nf4"
-
-
-def test_a_quantized_pair_chats(chat_directory: Path) -> None:
-    result = invoke(
-        "chat", chat_directory, "--llm-quantization", "int8", "--max-new-tokens", 2, text="hello\n/stats\n"
-    )
-    assert result.exit_code == 0 and "2 tokens" in result.stdout
 
 
 def test_a_pair_of_two_models_chats_and_a_moved_model_is_found(demo_pair: Path, tmp_path: Path) -> None:
@@ -250,7 +230,6 @@ def test_demo_is_the_name_of_the_shipped_pair(
     [
         ("chat", 1, "MODEL, --slm, --llm: expected MODEL"),
         ("chat --slm a", 1, "MODEL, --slm, --llm: expected MODEL"),
-        ("chat me/router --slm a --llm b", 1, "MODEL, --slm, --llm: expected MODEL"),
         ("chat me/router --router mlp", 1, "MODEL, --slm, --llm: expected MODEL"),
         ("chat --slm a --llm b --revision v2", 1, "MODEL, --slm, --llm: expected MODEL"),
         ("chat {pair} --dtype fp16", 1, "dtype: expected 'auto', or a dtype of torch such as 'bfloat16', got 'fp16'"),
@@ -260,12 +239,10 @@ def test_demo_is_the_name_of_the_shipped_pair(
         ("chat {pair} --llm device_map=cuda:99", 1, "got 'cuda:99'"),
         ("chat {pair} --slm-quantization q4", 1, "--slm-quantization: expected nf4 or int8, got 'q4'"),
         ("chat {pair} --router-threshold 70", 1, "70"),
-        ("chat {pair} --router-threshold -0.1", 1, "-0.1"),
         ("chat {pair} --max-new-tokens 0", 1, "max_new_tokens"),
         ("chat {pair} --max-new-tokens x", 2, "valid integer"),
         ("chat {pair} --slm abacus=3", 1, "abacus"),
         ("chat {tmp}", 1, "{tmp}"),
-        ("chat ./nothing", 1, "nothing"),
         ("chat {pair}/slm", 1, "{pair}/slm"),
         ("serve {pair} --router-threshold 70", 1, "70"),
         ("convert a.pt --slm a --llm b --out c", 1, "router: there is no file a.pt"),
@@ -349,69 +326,30 @@ def test_chat_from_a_pipe(chat_directory: Path) -> None:
     assert result.stderr == "Error: there is no command /nonsense; /help lists them.\n"
 
 
-def test_a_pair_without_a_tokenizer_cannot_chat(tmp_path: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_leaves_the_chat_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["hello", KeyboardInterrupt(), "/threshold 0.25", EOFError()])
+    check = StopOnInterrupt.__call__
+
+    def read(prompt: str) -> str:
+        assert prompt == "> "
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def press(self: StopOnInterrupt, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return check(self, *arguments, **keywords)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", Screen())
+    monkeypatch.setattr(StopOnInterrupt, "__call__", press)
     model = chat_pair()
+    chat(model, max_new_tokens=40)
+    shown = capsys.readouterr().out
+    assert "(stopped)\n" in shown and "/exit or Ctrl-D leaves." in shown and "threshold 0.25" in shown
     model._tokenizer = None
-    model.save_pretrained(tmp_path / "mute", save_base_models=True)
-    result = invoke("chat", tmp_path / "mute")
-    assert result.exit_code == 1 and "has no tokenizer" in result.stderr
-
-
-class Terminal:
-    """A process on a terminal of its own."""
-
-    def __init__(self, *command: str):
-        self.screen, terminal = os.openpty()
-        environment = {**os.environ, "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
-        environment.pop("NO_COLOR", None)
-        self.process = subprocess.Popen(
-            command,
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            env=environment,
-            start_new_session=True,
-            # Tests that run in the background of a script inherit that Ctrl-C is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        os.close(terminal)
-        self.shown = ""
-
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Read until a text is shown, which is then forgotten with all before it."""
-        end = time.monotonic() + seconds
-        while text not in self.shown:
-            assert select.select([self.screen], [], [], max(end - time.monotonic(), 0))[0], self.shown
-            self.shown += os.read(self.screen, 4096).decode(errors="replace")
-        self.shown = self.shown.partition(text)[2]
-
-    def type(self, text: str) -> None:
-        os.write(self.screen, text.encode())
-
-    def press_ctrl_c(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-
-
-def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
-    # An answer long enough for Ctrl-C to come before its end, however busy the machine is.
-    model = chat_pair(max_position_embeddings=50_000)
-    model.slm.config.max_position_embeddings = 50_000
-    model.save_pretrained(tmp_path / "pair", save_base_models=True)
-    terminal = Terminal(*CITER, "chat", str(tmp_path / "pair"), "--max-new-tokens", "40000")
-    terminal.wait_for("/help lists the commands.")
-    terminal.wait_for("> ")
-    terminal.type("hello\n")
-    terminal.wait_for("\x1b[1;33m")
-    terminal.press_ctrl_c()
-    terminal.wait_for("(stopped)")
-    terminal.wait_for("> ")
-    # Between showing the prompt and waiting for keys, readline does not hear Ctrl-C before the next key.
-    time.sleep(1)
-    terminal.press_ctrl_c()
-    terminal.wait_for("/exit or Ctrl-D leaves.")
-    terminal.type("/threshold 0.25\n")
-    terminal.wait_for("threshold 0.25\r\n")
-    terminal.wait_for("> ")
-    terminal.type("\x04")
-    assert terminal.process.wait(30) == 0
-    assert "Traceback" not in terminal.shown
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        chat(model)

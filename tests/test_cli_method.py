@@ -46,17 +46,8 @@ def test_three_commands_give_curves_of_every_method(
     monkeypatch.setattr(baselines, "TrainOptions", partial(TrainOptions, learning_rates=(1e-2,), epochs=1))
     out = tmp_path / "results"
     data = ("--data", work / "test.jsonl", "--checker", f"{__name__}:has_digit", "--max-new-tokens", 20)
-    arguments = (
-        "evaluate",
-        work / "router",
-        *data,
-        "--out",
-        out,
-        "--baselines",
-        work / "labels",
-        "--shares",
-        "0.2,0.5",
-    )
+    measured = ("--baselines", work / "labels", "--shares", "0.2,0.5")
+    arguments = ("evaluate", work / "router", *data, "--out", out, *measured)
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     values = json.loads((out / "results.json").read_text())
@@ -100,17 +91,13 @@ def test_a_threshold_for_a_budget_is_written_into_the_router(work: Path) -> None
     ("arguments", "message"),
     [
         ("label {work}/pair --data {work}/no.jsonl --checker math --out {tmp}/x", "no.jsonl"),
-        ("label {work}/pair --data {work}/test.jsonl --checker maths --out {tmp}/x", "'maths'"),
         ("label {work}/pair --data {work}/test.jsonl --checker math --out {work}", "exists already"),
         ("train {work}/pair --labels {work} --out {tmp}/x", "holds no labels"),
-        ("train {work}/pair --labels {work}/labels --out {tmp}/x --learning-rate 0", "above 0"),
-        ("evaluate {work}/pair --data {work}/test.jsonl --checker math --out {work}", "{work}"),
         (
             "evaluate {work}/pair --data {work}/test.jsonl --checker math --out {tmp}/x --compare {work}/pair",
             "--compare",
         ),
         ("calibrate {work}/pair --data {work}/test.jsonl", "expected exactly one"),
-        ("calibrate {work}/pair --data {work}/test.jsonl --accuracy 0.9", "needs a checker"),
         ("calibrate demo --data {work}/test.jsonl --llm-share 0.2 --write", "out"),
     ],
 )
