@@ -108,13 +108,6 @@ def test_a_router_repository_is_small_and_refers_to_its_base_models(bases, tmp_p
     assert config["llm_reference"] == {"name_or_path": str(bases / "llm")}
 
 
-def test_a_model_with_one_name_saves_the_other(bases, tmp_path):
-    model = CiterForCausalLM.from_pair(bases / "slm", tiny_model("qwen2", 2), router="linear")
-    model.save_pretrained(tmp_path / "router")
-    assert {file.name for file in (tmp_path / "router").iterdir() if file.is_dir()} == {"citer", "llm"}
-    assert torch.equal(logits(CiterForCausalLM.from_pretrained(tmp_path / "router")), logits(model))
-
-
 def test_saving_again_over_a_repository_replaces_it(bases, tmp_path):
     from_pair(bases, router="mlp").save_pretrained(tmp_path / "router")
     from_pair(bases, router="confidence").save_pretrained(tmp_path / "router")
@@ -447,12 +440,6 @@ def test_building_one_leaves_loaded_configurations_as_they_are():
     slm._attn_implementation = llm._attn_implementation = "eager"
     CiterConfig(slm_config=slm, llm_config=llm)
     assert slm._attn_implementation == llm._attn_implementation == "eager"
-
-
-@pytest.mark.parametrize("router", [{"hidden_size": 3}, {"type": 3}])
-def test_a_router_without_a_type_is_refused(router):
-    with pytest.raises(ValueError, match="router: expected a kind"):
-        CiterConfig(router=router)
 
 
 def test_the_configuration_of_another_model_is_refused(tmp_path):
