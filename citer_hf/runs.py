@@ -148,9 +148,10 @@ class Work:
 
     def finish(self) -> None:
         """Remove the kept results: the run is complete."""
+        # Another process may still be at its last results.
+        self.wait()
         if self.process == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self.wait()
 
     def _find(self, name: str, number: int) -> Path | None:
         paths = (self.folder / name / f"{number:06d}{suffix}" for suffix in (".json", ".parquet"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -155,7 +154,9 @@ def calibrate(
     settings = CalibrateOptions(**options)
     if settings.accuracy is not None and checker is None:
         raise ValueError("accuracy: it needs a checker, which judges whether an output answers a problem.")
-    directory = _directory_of(model, settings)
+    directory = Path(model.name_or_path)
+    if settings.write or settings.out is not None:
+        _check_places(model.name_or_path, settings)
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = None if checker is None else Grader(checker, examples, tokenizer)
     prompts = encode_prompts(model, examples, tokenizer)
@@ -165,39 +166,27 @@ def calibrate(
         found = trials.for_share(value) if budget == "llm_share" else trials.for_accuracy(value)
     data = [[asdict(example), prompt] for example, prompt in zip(examples, prompts, strict=True)]
     found = replace(found, wanted=settings.wanted, data_sha256=runs.sha256_of(data))
-    if directory is not None and settings.write:
+    if settings.write:
         found.write(directory)
-    if directory is not None and settings.out is not None:
-        _write_copy(found, directory, Path(settings.out))
+    if settings.out is not None:
+        shutil.copytree(directory, settings.out)
+        found.write(settings.out)
     return found
 
 
-def _directory_of(model: CiterForCausalLM, settings: CalibrateOptions) -> Path | None:
-    """Return the directory whose threshold is to be written or copied, or raise why not before hours of work."""
-    if not settings.write and settings.out is None:
-        return None
-    directory = Path(model.name_or_path)
-    if not model.name_or_path or not directory.is_dir():
+def _check_places(name: str, settings: CalibrateOptions) -> None:
+    """Raise an error for a directory that cannot be written or copied, before hours of work."""
+    directory = Path(name)
+    if not name or not directory.is_dir():
         raise ValueError(
-            f"write, out: expected a pair that was loaded from a directory, got {model.name_or_path!r}, which is no "
-            "directory. Save the pair with model.save_pretrained(DIR) and load it from there."
+            f"write, out: expected a pair that was loaded from a directory, got {name!r}, which is none. "
+            "Save the pair with model.save_pretrained(DIR) and load it from there."
         )
     if settings.write:
         _check_directory(directory)
-    if settings.out is not None:
-        out = Path(settings.out)
-        if out.exists() or directory.resolve() in out.resolve().parents:
-            raise FileExistsError(f"out: {out} exists already, or lies in {directory}. Choose another directory.")
-    return directory
-
-
-def _write_copy(found: Calibration, directory: Path, out: Path) -> None:
-    """Copy a router repository and write a threshold into the copy, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
-        copy = shutil.copytree(directory, Path(beside) / out.name)
-        found.write(copy)
-        copy.rename(out)
+    out = None if settings.out is None else Path(settings.out).resolve()
+    if out is not None and (out.exists() or directory.resolve() in out.parents):
+        raise FileExistsError(f"out: {out} exists already, or lies in {directory}. Choose another directory.")
 
 
 class _Trials:
@@ -209,7 +198,7 @@ class _Trials:
         (self.llm,) = run.decode("LLM alone", [(run.model, None, "llm")])
         tokens, routers = [one.tokens for one in self.llm], {"of the pair": run.model.router}
         (scores,) = score_outputs(run.model, routers, run.prompts, tokens, run.options.batch_tokens).values()
-        self.scores = np.sort(np.concatenate(scores))
+        self.scores = np.concatenate(scores)
 
     def at(self, share: float) -> Calibration:
         """Decode with the threshold under which a share of the scores along the LLM's outputs lies."""

@@ -171,9 +171,6 @@ def cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:
     return [sequence[:length] for sequence, length in zip(values.tolist(), lengths, strict=True)]
 
 
-# --- Scores along given outputs, and the thresholds that follow from them -------------------------------------------
-
-
 @torch.no_grad()
 def score_outputs(
     model: CiterForCausalLM,
@@ -214,20 +211,10 @@ def check_scores(name: str, scores: torch.Tensor) -> None:
 
 def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float]:
     """Return thresholds under which these shares of the scores lie, each once; none that sends no token."""
-    ordered = np.sort(scores)
-    thresholds = {threshold_for_share(ordered, share) for share in shares}
-    return sorted(threshold for threshold in thresholds if threshold > ordered[0])
+    thresholds = {threshold_for_share(scores, share) for share in shares}
+    return sorted(threshold for threshold in thresholds if threshold > scores.min())
 
 
 def threshold_for_share(scores: np.ndarray, share: float) -> float:
-    """Return the threshold under which a share of the scores, in ascending order, lies; as nearly as ties allow."""
-    place = min(round(share * len(scores)), len(scores) - 1)
-    below, up_to = (int(np.searchsorted(scores, scores[place], side)) for side in ("left", "right"))
-    first = below if up_to - share * len(scores) >= share * len(scores) - below else up_to
-    if first == 0:
-        return float(scores[0])
-    low = np.float32(scores[first - 1])
-    high = np.float32(scores[first]) if first < len(scores) else np.nextafter(low, np.float32(np.inf))
-    # Between two scores, so that rounding errors of a score do not change its side.
-    middle = low + (high - low) / np.float32(2)
-    return float(middle if middle > low else high)
+    """Return the threshold under which a share of the scores lies, between two scores unless they are tied."""
+    return float(np.quantile(scores, share, method="midpoint"))

@@ -166,9 +166,6 @@ def _arguments(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {**(provenance.get("options") or {}), **models, **{name: provenance.get(name) for name in names}}
 
 
-# --- Which outputs are right ----------------------------------------------------------------------------------------
-
-
 class Grader:
     """A checker that judges every output of every problem once."""
 
@@ -214,8 +211,6 @@ def name_of(checker: Checker) -> str:
     named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
     return f"{named.__module__}:{named.__qualname__}"
 
-
-# --- One evaluation -------------------------------------------------------------------------------------------------
 
 # A way to decode all problems: a pair, and a threshold or one of its models alone.
 Way = tuple[CiterForCausalLM, float | None, Alone | None]

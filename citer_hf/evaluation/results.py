@@ -63,9 +63,6 @@ def scoring_cost(router: nn.Module) -> np.ndarray:
     return np.array([sum(one.nbytes for one in weights), 2 * sum(one.numel() for one in weights)])
 
 
-# --- Points and curves ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Point:
     """Accuracy and cost of one way to decode; costs are per new token of all outputs together."""
@@ -149,9 +146,6 @@ def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, A
     }
 
 
-# --- All methods ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Results:
     """Accuracy and cost of several methods on the same problems, as `results.json` holds them.
@@ -218,9 +212,6 @@ def make_results(
     ordered = {name: sorted(points, key=lambda point: point.llm_share) for name, points in methods.items()}
     summary = {name: summarize(ends, points) for name, points in ordered.items()}
     return Results(dict(ends), ordered, summary, dict(provenance))
-
-
-# --- Tables: each row is its cells by the names of the columns ------------------------------------------------------
 
 
 def _point_row(name: str, point: Point) -> dict[str, str]:

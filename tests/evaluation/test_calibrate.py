@@ -20,7 +20,7 @@ from tests.evaluation_data import LetterTokenizer, examples, has_letter
 from tests.reference import naive_generate
 
 NEW = 8
-EXAMPLES = examples((5, 9, 12, 7, 3, 9, 4, 6, 8, 11))
+EXAMPLES = examples((5, 9, 12, 7, 3, 9, 4, 6))
 TOKENIZER = LetterTokenizer()
 PROMPTS = [encode_prompt(example, TOKENIZER) for example in EXAMPLES]
 
@@ -29,44 +29,34 @@ def run(pair: Any, checker: Any = None, **options: Any) -> Calibration:
     return calibrate(pair, EXAMPLES, checker, tokenizer=TOKENIZER, max_new_tokens=NEW, **options)
 
 
-@pytest.mark.parametrize("router", ["random", "confidence"])
-def test_the_share_is_what_decoding_with_the_threshold_gives(router: str):
-    pair = make_pair(router=router, hidden_size=48)
+def test_the_share_is_what_decoding_with_the_threshold_gives():
+    pair = make_pair(router="confidence", hidden_size=48)
     found = run(pair, llm_share=0.4)
     to_llm = [naive_generate(pair, prompt, NEW, found.threshold)[1] for prompt in PROMPTS]
-    by_llm, tokens = [sum(row) for row in to_llm], [len(row) for row in to_llm]
+    by_llm, tokens = [sum(sequence) for sequence in to_llm], [len(sequence) for sequence in to_llm]
     assert found.llm_share == sum(by_llm) / sum(tokens) == pytest.approx(0.4, abs=0.05)
     assert found.llm_share_ci == bootstrap_interval(by_llm, tokens, seed=0)
-    assert found.llm_share_ci[0] <= found.llm_share <= found.llm_share_ci[1]
     assert found.accuracy is None
 
 
-def test_an_accuracy_is_reached_at_less_than_the_llm_costs(pair: Any):
-    llm = {prompt: naive_generate(pair, list(prompt), NEW, 2.0)[0] for prompt in map(tuple, PROMPTS)}
+def test_an_accuracy_is_reached_as_cheaply_as_possible_or_an_error_names_the_best(pair: Any, monkeypatch: Any):
+    monkeypatch.setattr(module, "STAIRS", (0.0, 0.3, 0.9))
+    monkeypatch.setattr(module, "HALVINGS", 1)
+    llm = {example.id: naive_generate(pair, one, NEW, 2.0)[0] for example, one in zip(EXAMPLES, PROMPTS, strict=True)}
 
     def like_the_llm(text: str, example: Any) -> Verdict:
-        own = llm[tuple(encode_prompt(example, TOKENIZER))]
-        same = sum(one == two for one, two in zip(text, TOKENIZER.decode(own), strict=False))
+        same = sum(one == two for one, two in zip(text, TOKENIZER.decode(llm[example.id]), strict=False))
         return Verdict(same >= NEW // 2, text)
 
     found = run(pair, like_the_llm, accuracy=0.6)
-    assert found.accuracy is not None and found.llm_accuracy is not None
-    assert found.accuracy >= 0.6 * found.llm_accuracy
-    assert 0 < found.llm_share < 1
+    assert found.accuracy is not None and found.accuracy >= 0.6 and found.llm_accuracy == 1 and 0 < found.llm_share < 1
     outputs = [TOKENIZER.decode(naive_generate(pair, prompt, NEW, found.threshold)[0]) for prompt in PROMPTS]
     right = [like_the_llm(output, example).correct for output, example in zip(outputs, EXAMPLES, strict=True)]
     assert found.accuracy == sum(right) / len(right)
-
-
-def test_an_accuracy_that_the_slm_has_needs_no_llm(pair: Any):
     found = run(pair, lambda text, example: Verdict(True, text), accuracy=0.9)
     assert (found.threshold, found.llm_share, found.accuracy) == (0.0, 0.0, 1.0)
-
-
-def test_an_accuracy_that_no_threshold_reaches_is_an_error_with_the_best_one(pair: Any):
-    llm_outputs = {TOKENIZER.decode(naive_generate(pair, prompt, NEW, 2.0)[0]) for prompt in PROMPTS}
     with pytest.raises(ValueError, match=r"^accuracy: no threshold reaches 99.0% .* The best is .* accuracy of"):
-        run(pair, lambda text, example: Verdict(text in llm_outputs, text), accuracy=0.99)
+        run(pair, lambda text, one: Verdict(text == TOKENIZER.decode(llm[one.id]), text), accuracy=0.99)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +64,13 @@ def test_an_accuracy_that_no_threshold_reaches_is_an_error_with_the_best_one(pai
     [
         ({}, r"^llm_share, accuracy: expected exactly one"),
         ({"llm_share": 0.2, "accuracy": 0.9}, r"^llm_share, accuracy: expected exactly one"),
-        ({"llm_share": 0.0}, r"^llm_share: expected a number above 0 and below 1"),
         ({"llm_share": float("nan")}, r"^llm_share: expected a number above 0 and below 1"),
         ({"accuracy": 1.0, "checker": has_letter}, r"^accuracy: expected a number above 0 and below 1"),
         ({"accuracy": 0.9}, r"^accuracy: it needs a checker"),
-        ({"llm_share": 0.5, "write": True}, r"^write, out: expected a pair that was loaded from a directory, got ''"),
+        (
+            {"llm_share": 0.5, "write": True},
+            r"^write, out: expected a pair that was loaded from a directory, got ''",
+        ),
     ],
 )
 def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):
@@ -135,19 +127,11 @@ def test_calibrate_writes_into_the_directory_of_the_pair_or_into_a_copy(reposito
     assert contents(tmp_path / "new" / "copy").keys() == before.keys()
     assert CiterForCausalLM.from_pretrained(tmp_path / "new" / "copy").config.router_threshold == found.threshold
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
-    assert f"router_threshold {found.threshold:.6g}: the LLM share is 4" in found.summary()
+    assert f"router_threshold {found.threshold:.6g}: the LLM share is {found.llm_share:.1%}" in found.summary()
     assert run(pair, llm_share=0.4, write=True) == found
     assert json.loads((repository / "config.json").read_text())["router_threshold"] == found.threshold
     with pytest.raises(FileExistsError, match=r"^out: .*copy exists already"):
         run(pair, llm_share=0.4, out=tmp_path / "new" / "copy")
-
-
-def test_a_copy_that_fails_leaves_nothing(repository: Path, tmp_path: Path):
-    pair = CiterForCausalLM.from_pretrained(repository)
-    (repository / "provenance.json").write_text("[1")
-    with pytest.raises(ValueError, match=r"provenance\.json"):
-        run(pair, llm_share=0.4, out=tmp_path / "copy")
-    assert [path.name for path in tmp_path.iterdir()] == ["router"]
 
 
 def test_the_installed_package_and_the_hubs_cache_are_never_written_into(repository: Path, monkeypatch: Any):
