@@ -300,7 +300,7 @@ def train(
     """Train a router on labels, and save it as a router repository."""
     from .training.train import summary, train
 
-    say(summary(train(load_pair(pair), labels, out, **options)))
+    say(summary(train(load_pair(pair), labels, out, **options), out))
 
 
 @command

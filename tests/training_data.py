@@ -35,14 +35,10 @@ def task(count: int = 6, seed: int = 0) -> list[dict[str, Any]]:
     def text(length: int) -> str:
         return "".join(CHARACTERS[index] for index in torch.randint(0, 36, (length,), generator=generator).tolist())
 
+    texts = [(text(4 + 2 * index), text(5 + index % 3)) for index in range(count)]
     return [
-        {
-            "id": f"q{index}",
-            "prompt": text(4 + 2 * index),
-            "response": text(5 + index % 3),
-            "answer": "etao"[index % 4],
-        }
-        for index in range(count)
+        {"id": f"q{index}", "prompt": prompt, "response": response, "answer": "etao"[index % 4]}
+        for index, (prompt, response) in enumerate(texts)
     ]
 
 
@@ -69,13 +65,11 @@ def made_up_labels(questions: int = 24, tokens: int = 20, hidden_size: int = 6, 
     case = torch.where(hard, torch.tensor([2, 3, 3])[torch.randint(0, 3, (count,), generator=generator)], SLM_RIGHT)
     case = torch.where((case == SLM_RIGHT) & (torch.rand(count, generator=generator) < 0.2), LLM_RIGHT, case)
     rollout = torch.where(case == SLM_RIGHT, -1, (~hard).long())
-    ids = [
-        Encoded(Example(id=str(index), row=index + 1, prompt="p", answer="a"), [3], [4]) for index in range(questions)
-    ]
+    asked = Encoded(Example(id="q", row=1, prompt="p", answer="a"), [3], [4])
     return Labels(
         directory=Path("made-up"),
-        info={"max_new_tokens": 8, "batch_tokens": 256, "checker": "exact"},
-        questions=ids,
+        info={},
+        questions=[asked] * questions,
         slm_correct=torch.rand(questions, generator=generator) < 0.5,
         llm_correct=torch.ones(questions, dtype=torch.bool),
         question=torch.arange(questions).repeat_interleave(tokens),

@@ -7,13 +7,14 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 from torch import nn
 from transformers.utils.hub import cached_file
 
 from citer_hf import CiterConfig, CiterForCausalLM
-from citer_hf.model.routers import build_router, hidden_size_of
+from citer_hf.model.loading import load_router
+from citer_hf.model.routers import build_router
 from citer_hf.runs import alone, from_main_process, process_state, progress_bar
 
 from .labels import Labels
@@ -49,7 +50,7 @@ def baseline_routers(
                         routers[name] = build_router({"type": name}, labels.hidden.shape[1])
                     else:
                         settings = TrainOptions(seed=seed)
-                        routers[name] = train_router(labels, TRAINED[name], settings, Path(folder, name)).router
+                        routers[name], _ = train_router(labels, TRAINED[name], settings, Path(folder, name))
                 except NothingToLearn as error:
                     # An SLM that is never right alone leaves query-level routing nothing to learn.
                     logger.warning("%s is left out. %s", name, error)
@@ -66,10 +67,7 @@ def router_of(directory: str | Path, model: CiterForCausalLM) -> tuple[str, nn.M
             f"--compare: {directory} has no {PROVENANCE} that names its method: expected a directory that "
             "`citer train` has made."
         )
-    router = build_router(CiterConfig.from_pretrained(directory).router, hidden_size_of(model.slm))
-    tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    weights = {key.removeprefix("router."): value for key, value in tensors.items() if key.startswith("router.")}
-    router.load_state_dict(weights)
+    router: Any = load_router(CiterConfig.from_pretrained(directory).router, model.slm.config, str(directory), {})
     return method, router.eval().to(model.slm.device)
 
 

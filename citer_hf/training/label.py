@@ -13,36 +13,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import DataOptions, read_examples
 from citer_hf.data.tokens import Encoded, encode
-from citer_hf.evaluation.decode import BATCH_TOKENS
+from citer_hf.evaluation.decode import BATCH_TOKENS, MOST_LOGITS, batches
 from citer_hf.evaluation.evaluate import judge, name_of
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, top_logprobs
 from citer_hf.runs import Progress, Work, option, progress_bar, provenance, sha256_of
 
-from .labels import (
-    BOTH_WRONG,
-    CASES,
-    LLM_RIGHT,
-    SLM_RIGHT,
-    TOP_LOGPROBS,
-    Labels,
-    token_table,
-    tokenizer_of,
-    tokenizer_sha256,
-    write_labels,
-)
-from .rollouts import RollOut, cut_into_batches, in_batches, roll_out
+from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, token_table, tokenizer_sha256, write_labels
+from .rollouts import RollOut, roll_out
 
-# Logits of a batch of whole sequences, over all tokens and the vocabulary: 1 GB in half precision.
-MOST_LOGITS = 1 << 29
 # Positions whose log-probabilities over the whole vocabulary are in memory at once.
 SLICE = 2048
 
@@ -92,9 +78,16 @@ def label_preferences(
             a directory that was begun with other arguments.
         FileExistsError: when the directory holds something else, or finished labels.
     """
+    import pyarrow as pa
+
     settings, out = LabelOptions(**options), Path(out)
-    check = checker if callable(checker) else get_checker(checker)
-    questions = read_questions(model, dataset, settings)
+    check, tokenizer = checker if callable(checker) else get_checker(checker), tokenizer_sha256(model)
+    needs, mapping = ("response", "answer"), settings.columns or {}
+    examples = read_examples(dataset, mapping, split=settings.split, needs=needs, limit=settings.limit)
+    longest, end = model.config.max_position_embeddings, model.generation_config.eos_token_id
+    made = [encode(one, model.load_tokenizer(), longest, end, vocab_size=model.vocab_size) for one in examples]
+    # The longest first, which is the order of all work.
+    questions = sorted(made, key=lambda one: (-length(one), one.example.row))
     own = model.config.router_threshold
     threshold = own if settings.router_threshold is None else settings.router_threshold
     max_new_tokens = settings.max_new_tokens or 2 * max(len(one.response_ids) for one in questions)
@@ -105,7 +98,7 @@ def label_preferences(
         "checker": checker if isinstance(checker, str) else name_of(checker).partition(":")[2],
         "examples": len(questions),
         "data_sha256": sha256_of([[vars(one.example), one.prompt_ids, one.response_ids] for one in questions]),
-        "tokenizer_sha256": tokenizer_sha256(model),
+        "tokenizer_sha256": tokenizer,
     }
     shaping = {key: info[key] for key in ("checker", "data_sha256", "tokenizer_sha256", "router_sha256")}
     shaping |= {role: info[role]["sample_sha256"] for role in ("slm", "llm")}
@@ -115,11 +108,10 @@ def label_preferences(
         policy = Policy(model, questions, check, *limits, work=work, progress=progress)
         # 1. Both models along the references: a table per batch, a row per token.
         most = min(settings.batch_tokens, MOST_LOGITS // model.vocab_size)
-        batches = in_batches(range(len(questions)), lambda index: length(questions[index]), most)
-        tables = policy.run("reading", batches, policy.read)
+        groups = [places for places, _ in batches([length(one) for one in questions], 0, None, most)]
+        table = pa.concat_tables(policy.run("reading", groups, policy.read))
         names = ("question", "position", "case", "slm_token", "llm_token", "score")
-        parts = {name: [table[name].to_numpy() for table in tables] for name in names}
-        columns = {name: torch.from_numpy(np.concatenate(values)) for name, values in parts.items()}
+        columns = {name: torch.tensor(table[name].to_numpy()) for name in names}
         # 2. Roll-outs at some tokens, and the answers of each model alone.
         tokens = (columns["case"] != SLM_RIGHT).nonzero()[:, 0]
         unsure = torch.logit(columns["score"], 1e-7) - torch.logit(torch.tensor(own), 1e-7)
@@ -129,22 +121,13 @@ def label_preferences(
     # 3. Labels, -1 where nothing is known.
     case = columns["case"]
     label = torch.where(case == BOTH_WRONG, rollout, (case == SLM_RIGHT).long())
-    made = {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}
+    outcomes = {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}
     info["counts"] = {**count(case, rollout, answers), "unextracted": 1 - sum(extracted) / max(len(extracted), 1)}
     if work.process == 0:
-        write_labels(out, info, tables, made, questions, answers)
-    del tables, parts
+        write_labels(out, info, table, outcomes, questions, answers)
+    del table
     work.finish()
     return Labels.load(out)
-
-
-def read_questions(model: CiterForCausalLM, dataset: Any, settings: LabelOptions) -> list[Encoded]:
-    """Read examples as token ids, the shortest first, which is the order of all work."""
-    tokenizer, needs = tokenizer_of(model), ("response", "answer")
-    examples = read_examples(dataset, settings.columns or {}, split=settings.split, needs=needs, limit=settings.limit)
-    longest, end = model.config.max_position_embeddings, model.generation_config.eos_token_id
-    questions = [encode(one, tokenizer, longest, end, vocab_size=model.vocab_size) for one in examples]
-    return sorted(questions, key=lambda one: (length(one), one.example.row))
 
 
 def length(question: Encoded) -> int:
@@ -160,79 +143,23 @@ def least_sure(tokens: torch.Tensor, unsure: torch.Tensor, budget: int | None, s
 
 def count(case: torch.Tensor, rollout: torch.Tensor, answers: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
     """Count tokens, cases and roll-outs."""
-    made, right = rollout >= 0, rollout == 1
+    cases, made, right = (SLM_RIGHT, LLM_RIGHT, BOTH_WRONG), rollout >= 0, rollout == 1
     return {
         "questions": len(answers["slm"]),
         "tokens": len(case),
-        "cases": {one: int((case == one).sum()) for one in CASES},
-        "rollouts": {one: int(made[case == one].sum()) for one in CASES},
-        "right": {one: int(right[case == one].sum()) for one in CASES},
+        "cases": {one: int((case == one).sum()) for one in cases},
+        "rollouts": {one: int(made[case == one].sum()) for one in cases},
+        "right": {one: int(right[case == one].sum()) for one in cases},
         "positive_rollouts": int(right.sum()) / max(int(made.sum()), 1),
         **{f"{role}_accuracy": sum(correct) / len(correct) for role, correct in answers.items()},
     }
 
 
-# --- Reading -------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def read_references(model: CiterForCausalLM, batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-    """Return what both models say before each token of the reference answers, `[tokens]` of one after the other."""
-    # 1. Prompts and references, padded on the right: ids [batch, width].
-    texts = [one.prompt_ids + one.response_ids for one in batch]
-    width = max(map(len, texts))
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=model.slm.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=ids.device)
-    positions = torch.arange(width, device=ids.device)[None]
-    # 2. The state before a token decides about it. Logits are kept from the shortest prompt's last token on.
-    kept = width - min(len(one.prompt_ids) for one in batch) + 1
-    states = [
-        (index, len(one.prompt_ids) - 1 + place)
-        for index, one in enumerate(batch)
-        for place in range(len(one.response_ids))
-    ]
-    sequence, place = torch.tensor(states, device=ids.device).T
-    reference, at = ids[sequence, place + 1], (sequence, place - width + kept)
-    # 3. One pass of each model.
-    inputs = {"attention_mask": mask, "position_ids": positions}
-    slm = model.run_slm(ids, None, kept, **inputs)
-    hidden, slm_logits = slm.hidden[at], slm.logits[at]
-    slm_token, slm_logprob = follow(slm_logits, reference)
-    largest = top_logprobs(slm_logits, TOP_LOGPROBS)
-    score = model.router(hidden, slm_logits).float()
-    del slm, slm_logits
-    llm_token, llm_logprob = follow(model.run_llm(ids, None, kept, **inputs)[at], reference)
-    case = torch.where(llm_token == reference, LLM_RIGHT, BOTH_WRONG)
-    return {
-        "hidden": hidden.to(torch.float16),
-        "top_logprobs": largest.to(torch.float16),
-        "case": torch.where(slm_token == reference, SLM_RIGHT, case),
-        "reference_token": reference,
-        "slm_token": slm_token,
-        "llm_token": llm_token,
-        "slm_logprob": slm_logprob,
-        "llm_logprob": llm_logprob,
-        "score": score,
-    }
-
-
 def follow(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the likeliest token at each position and the log-probability of the reference token."""
-    tokens, logprobs = [], []
-    for part, wanted in zip(torch.split(logits, SLICE), torch.split(reference[:, None], SLICE), strict=True):
-        tokens.append(part.argmax(-1))
-        logprobs.append(part.float().log_softmax(-1).gather(1, wanted)[:, 0])
-    return torch.cat(tokens), torch.cat(logprobs)
-
-
-# --- Units of work -------------------------------------------------------------------------------------------------
-
-
-class Outcome(NamedTuple):
-    """Whether the answer of a roll-out is right, and whether there is one."""
-
-    correct: bool
-    extracted: bool
+    parts = zip(torch.split(logits, SLICE), torch.split(reference[:, None], SLICE), strict=True)
+    logprobs = [part.float().log_softmax(-1).gather(1, wanted)[:, 0] for part, wanted in parts]
+    return logits.argmax(-1), torch.cat(logprobs)
 
 
 @dataclass(frozen=True)
@@ -253,22 +180,52 @@ class Policy:
         self.progress.begin(name, math.ceil(len(units) / self.work.processes))
         return self.work.run(name, units, compute, self.progress)
 
+    @torch.inference_mode()
     def read(self, batch: Sequence[int]) -> Any:
-        """Return a table of what both models say along the references of some questions."""
-        columns = read_references(self.model, [self.questions[index] for index in batch])
-        places = [(index, place) for index in batch for place in range(len(self.questions[index].response_ids))]
-        question, position = torch.tensor(places).T
-        logprobs = columns["slm_logprob"] + columns["llm_logprob"]
-        for name, values in (("hidden states", columns["hidden"]), ("log-probabilities", logprobs[:, None])):
-            broken = question[~values.isfinite().all(dim=1).cpu()].tolist()
-            if broken:
-                example = self.questions[broken[0]].example
-                raise ValueError(
-                    f"model: NaN or infinite {name} at the example {example.id!r} (row {example.row}). Hidden states "
-                    "are kept in fp16, up to 65504. Load the pair in a precision that it was trained for, such as "
-                    "dtype='bfloat16', and check its weights."
-                )
-        return token_table({"question": question, "position": position, **columns})
+        """Return what both models predict before each token of the references of some questions."""
+        model, questions = self.model, [self.questions[index] for index in batch]
+        # 1. Prompts and references, padded on the right: ids [batch, width]; starts and ends of references [batch, 1].
+        width = max(map(length, questions))
+        texts = [one.prompt_ids + one.response_ids + [0] * (width - length(one)) for one in questions]
+        ids = torch.tensor(texts, device=model.slm.device)
+        places = torch.arange(width, device=ids.device)[None]
+        starts, ends = torch.tensor([(len(one.prompt_ids), length(one)) for one in questions]).T[..., None].to(ids)
+        # 2. The state before a token decides about it. Logits are kept from the shortest prompt's last token on.
+        kept = width - int(starts.min()) + 1
+        sequence, place = ((places >= starts - 1) & (places < ends - 1)).nonzero().T
+        reference, at = ids[sequence, place + 1], (sequence, place - width + kept)
+        # 3. One pass of each model.
+        inputs = {"attention_mask": (places < ends).long(), "position_ids": places}
+        slm = model.run_slm(ids, None, kept, **inputs)
+        hidden, slm_logits = slm.hidden[at].to(torch.float16), slm.logits[at]
+        slm_token, slm_logprob = follow(slm_logits, reference)
+        largest = top_logprobs(slm_logits, TOP_LOGPROBS).to(torch.float16)
+        score = model.router(slm.hidden[at], slm_logits).float()
+        del slm, slm_logits
+        llm_token, llm_logprob = follow(model.run_llm(ids, None, kept, **inputs)[at], reference)
+        finite = hidden.isfinite().all(dim=1) & (slm_logprob + llm_logprob).isfinite()
+        if not finite.all():
+            example = questions[int(sequence[~finite][0])].example
+            raise ValueError(
+                "model: NaN or infinite hidden states (kept in fp16, up to 65504) or log-probabilities at the example "
+                f"{example.id!r} (row {example.row}). Load the pair in a precision that it was trained for, such as "
+                "dtype='bfloat16', and check its weights."
+            )
+        case = torch.where(llm_token == reference, LLM_RIGHT, BOTH_WRONG)
+        columns = {
+            "question": torch.tensor(batch, device=ids.device)[sequence],
+            "position": (place + 1 - starts[sequence, 0]).int(),
+            "hidden": hidden,
+            "top_logprobs": largest,
+            "case": torch.where(slm_token == reference, SLM_RIGHT, case).to(torch.int8),
+            "reference_token": reference.int(),
+            "slm_token": slm_token.int(),
+            "llm_token": llm_token.int(),
+            "slm_logprob": slm_logprob,
+            "llm_logprob": llm_logprob,
+            "score": score,
+        }
+        return token_table(columns)
 
     def compare(
         self, columns: Mapping[str, torch.Tensor], tokens: torch.Tensor, when: str = ""
@@ -278,38 +235,40 @@ class Policy:
         Returns the outcomes of both over all tokens, -1 where there is none, and which roll-outs had an answer.
         """
         names = ("question", "position", "slm_token", "llm_token")
-        states = torch.stack([columns[name][tokens].long() for name in names], dim=1).tolist()
+        states = torch.stack([columns[name][tokens] for name in names], dim=1).tolist()
         by_slm, by_llm = ([RollOut(one[0], one[1], one[action]) for one in states] for action in (2, 3))
         made = self.outcomes(f"roll-outs of the SLM{when}", by_slm)
-        failed = [other for one, other in zip(by_slm, by_llm, strict=True) if not made[one].correct]
+        failed = [other for one, other in zip(by_slm, by_llm, strict=True) if not made[one][0]]
         made |= self.outcomes(f"roll-outs of the LLM{when}", [one for one in failed if one not in made])
         rollout, llm_rollout = (torch.full((len(columns["case"]),), -1) for _ in range(2))
-        rollout[tokens] = torch.tensor([int(made[one].correct) for one in by_slm])
-        llm_rollout[tokens[rollout[tokens] == 0]] = torch.tensor([int(made[one].correct) for one in failed])
-        return rollout, llm_rollout, [one.extracted for one in made.values()]
+        rollout[tokens] = torch.tensor([int(made[one][0]) for one in by_slm])
+        llm_rollout[tokens[rollout[tokens] == 0]] = torch.tensor([int(made[one][0]) for one in failed])
+        return rollout, llm_rollout, [extracted for _, extracted in made.values()]
 
     def answers(self, role: str) -> list[bool]:
         """Return whether a model alone answers each question rightly."""
         whole = [RollOut(index, 0, -1) for index in range(len(self.questions))]
         alone = replace(self, threshold=SLM_ALONE if role == "slm" else LLM_ALONE)
         outcomes = alone.outcomes(f"answers of the {role.upper()}", whole)
-        return [outcomes[one].correct for one in whole]
+        return [outcomes[one][0] for one in whole]
 
-    def outcomes(self, name: str, wanted: Sequence[RollOut]) -> dict[RollOut, Outcome]:
-        """Make roll-outs and judge their answers."""
-        batches = cut_into_batches(wanted, self.questions, self.max_new_tokens, self.batch_tokens)
-        judged = self.run(name, batches, self.judge)
+    def outcomes(self, name: str, wanted: Sequence[RollOut]) -> dict[RollOut, tuple[bool, bool]]:
+        """Make roll-outs, and return for each whether its answer is right, and whether it has one."""
+        asked = [self.questions[one.question] for one in wanted]
+        lengths = [length(one) + min(len(one.response_ids), self.max_new_tokens) for one in asked]
+        groups = [places for places, _ in batches(lengths, 0, None, self.batch_tokens)]
+        judged = self.run(name, [[wanted[place] for place in places] for places in groups], self.judge)
         return {
-            one: Outcome(*outcome)
-            for batch, of_batch in zip(batches, judged, strict=True)
-            for one, outcome in zip(batch, of_batch, strict=True)
+            wanted[place]: (correct, extracted)
+            for places, outcomes in zip(groups, judged, strict=True)
+            for place, (correct, extracted) in zip(places, outcomes, strict=True)
         }
 
-    def judge(self, batch: Sequence[RollOut]) -> list[Outcome]:
+    def judge(self, batch: Sequence[RollOut]) -> list[tuple[bool, bool]]:
         """Make a batch of roll-outs and judge their answers."""
         assert self.checker is not None
         written = roll_out(self.model, self.questions, batch, self.threshold, self.max_new_tokens)
-        responses = tokenizer_of(self.model).batch_decode(written, skip_special_tokens=True)
+        responses = self.model.load_tokenizer().batch_decode(written, skip_special_tokens=True)
         examples = [self.questions[one.question].example for one in batch]
         verdicts = [judge(self.checker, *one) for one in zip(responses, examples, strict=True)]
-        return [Outcome(bool(one.correct), one.extracted is not None) for one in verdicts]
+        return [(bool(one.correct), one.extracted is not None) for one in verdicts]

@@ -18,16 +18,17 @@ import torch
 from citer_hf import CiterForCausalLM
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
-from citer_hf.runs import atomic_write, base_models, import_extra, read_json, sha256_of, write_json, write_table
+from citer_hf.runs import base_models, import_extra, read_json, sha256_of, write_json, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 else:
-    pa = import_extra("pyarrow", "train")
-    pq = import_extra("pyarrow.parquet", "train")
+    pa, pq = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
 
 INFO = "labels.json"
+# Rows of a file.
+SHARD = 1 << 16
 CARD = Path(__file__).with_name("card.md")
 TOP_LOGPROBS = 8
 SLM_RIGHT, LLM_RIGHT, BOTH_WRONG = 1, 2, 3
@@ -39,26 +40,6 @@ CASES = {
 INTEGERS = ("position", "case", "reference_token", "slm_token", "llm_token", "label", "rollout", "llm_rollout")
 LOGPROBS = ("slm_logprob", "llm_logprob")
 VECTORS = ("hidden", "top_logprobs")
-
-
-def token_schema(hidden_size: int) -> pa.Schema:
-    """Return the columns of `data/`; null for what is not known."""
-    vectors = {"hidden": hidden_size, "top_logprobs": TOP_LOGPROBS}
-    return pa.schema(
-        [("question", pa.string()), ("position", pa.int32())]
-        + [(name, pa.list_(pa.float16(), width)) for name, width in vectors.items()]
-        + [(name, pa.int8()) for name in ("label", "case")]
-        + [(name, pa.int32()) for name in ("reference_token", "slm_token", "llm_token")]
-        + [(name, pa.float32()) for name in LOGPROBS]
-        + [(name, pa.int8()) for name in ("rollout", "llm_rollout")]
-    )
-
-
-def question_schema() -> pa.Schema:
-    """Return the columns of `questions/`."""
-    lists = [(name, pa.list_(pa.int32())) for name in ("prompt_ids", "reference_ids")]
-    truths = [(name, pa.bool_()) for name in ("slm_correct", "llm_correct")]
-    return pa.schema([("question", pa.string()), *lists, *truths, ("example", pa.string())])
 
 
 def token_table(columns: Mapping[str, torch.Tensor]) -> pa.Table:
@@ -74,26 +55,24 @@ def token_table(columns: Mapping[str, torch.Tensor]) -> pa.Table:
 def write_labels(
     out: Path,
     info: Mapping[str, Any],
-    tables: Sequence[pa.Table],
+    table: pa.Table,
     outcomes: Mapping[str, torch.Tensor],
     questions: Sequence[Encoded],
     answers: Mapping[str, Sequence[bool]],
 ) -> None:
-    """Write shards, card and `labels.json`; outcomes are columns over the tokens of all tables, -1 for unknown."""
+    """Write shards, card and `labels.json`; outcomes are columns over the tokens of the table, -1 for unknown."""
     for folder in ("data", "questions"):
         (out / folder).mkdir(exist_ok=True)
-    schema = token_schema(tables[0].schema.field("hidden").type.list_size)
     ids = np.array([one.example.id for one in questions])
-    start = 0
-    for number, table in enumerate(tables):
-        columns = {name: table[name] for name in table.column_names}
-        columns["question"] = pa.array(ids[table["question"].to_numpy()])
-        for name, values in outcomes.items():
-            part = values[start : start + len(table)].numpy()
-            columns[name] = pa.array(part, pa.int8(), mask=part < 0)
-        start += len(table)
-        shard = pa.table(columns).select(schema.names).cast(schema)
-        write_table(shard, out / "data" / f"train-{number:05d}-of-{len(tables):05d}.parquet")
+    columns = {name: table[name] for name in table.column_names if name != "score"}
+    columns["question"] = pa.array(ids[table["question"].to_numpy()])
+    columns |= {
+        name: pa.array(values.numpy(), pa.int8(), mask=values.numpy() < 0) for name, values in outcomes.items()
+    }
+    table = pa.table(columns)
+    starts = range(0, len(table), SHARD)
+    for number, start in enumerate(starts):
+        write_table(table[start : start + SHARD], out / "data" / f"train-{number:05d}-of-{len(starts):05d}.parquet")
     columns = {
         "question": [one.example.id for one in questions],
         "prompt_ids": [one.prompt_ids for one in questions],
@@ -101,26 +80,20 @@ def write_labels(
         **{f"{role}_correct": list(correct) for role, correct in answers.items()},
         "example": [json.dumps(vars(one.example)) for one in questions],
     }
-    write_table(pa.table(columns, question_schema()), out / "questions" / "train-00000-of-00001.parquet")
-    made_with = {key: value for key, value in info.items() if key != "counts"}
-    counts = info["counts"]
+    write_table(pa.table(columns), out / "questions" / "train-00000-of-00001.parquet")
+    counts, cases = info["counts"], []
+    for case, meaning in CASES.items():
+        tokens, made, right = (counts[key][case] for key in ("cases", "rollouts", "right"))
+        share = f"{right / made:.1%}" if made else "–"
+        cases.append(f"| {case} | {meaning} | {tokens} | {tokens / counts['tokens']:.1%} | {made} | {share} |")
     card = CARD.read_text(encoding="utf-8").format(
-        **{key: value for key, value in counts.items() if key != "cases"},
-        cases="\n".join(case_line(case, counts) for case in CASES),
+        **{**counts, "cases": "\n".join(cases)},
         router_threshold=info["options"]["router_threshold"],
         info=INFO,
-        made_with=json.dumps(made_with, indent=2),
+        made_with=json.dumps({key: value for key, value in info.items() if key != "counts"}, indent=2),
     )
-    with atomic_write(out / "README.md") as file:
-        file.write(card.encode())
-    write_json(out / INFO, dict(info))
-
-
-def case_line(case: int, counts: Mapping[str, Any]) -> str:
-    """Return the line of a case in the card."""
-    tokens, made, right = (counts[key][case] for key in ("cases", "rollouts", "right"))
-    share = f"{right / made:.1%}" if made else "–"
-    return f"| {case} | {CASES[case]} | {tokens} | {tokens / counts['tokens']:.1%} | {made} | {share} |"
+    (out / "README.md").write_text(card, encoding="utf-8")
+    write_json(out / INFO, info)
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,6 @@ class Labels:
 
         Raises:
             FileNotFoundError: when there are no finished labels.
-            ValueError: when the labels hold values that are not finite.
         """
         directory = Path(directory)
         if not (directory / INFO).is_file():
@@ -164,14 +136,11 @@ class Labels:
                 f"labels: {directory} {state}: expected a directory that `citer label` has finished ({INFO} is its "
                 "last file). If it was interrupted, run the same `citer label` again."
             )
-        tokens, asked = (read_shards(directory / folder) for folder in ("data", "questions"))
+        tokens, asked = (pq.read_table(directory / folder) for folder in ("data", "questions"))
         numbers = {name: index for index, name in enumerate(asked["question"].to_pylist())}
         columns = {name: tokens[name].fill_null(-1).to_numpy().astype(np.int64) for name in INTEGERS}
         columns |= {name: tokens[name].to_numpy() for name in LOGPROBS}
         columns |= {name: vectors(tokens[name]) for name in VECTORS}
-        for name in (*LOGPROBS, *VECTORS):
-            if not np.isfinite(columns[name]).all():
-                raise ValueError(f"labels: {directory} has NaN or infinite values in {name}; make the labels again.")
         return cls(
             directory=directory,
             info=read_json(directory / INFO),
@@ -213,15 +182,9 @@ class Labels:
         )
 
 
-def read_shards(folder: Path) -> pa.Table:
-    """Read the Parquet files of a folder, one after the other."""
-    return pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
-
-
 def vectors(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column of vectors, `[tokens, width]`."""
-    values = column.combine_chunks()
-    return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, values.type.list_size)
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def question_of(row: dict[str, Any]) -> Encoded:
@@ -234,17 +197,11 @@ def question_of(row: dict[str, Any]) -> Encoded:
 
 
 def tokenizer_sha256(model: CiterForCausalLM) -> str:
-    """Return the sha256 of a pair's tokenizer with its chat template."""
-    tokenizer = tokenizer_of(model)
-    return sha256_of([tokenizer.get_vocab(), tokenizer.chat_template])
-
-
-def tokenizer_of(model: CiterForCausalLM) -> Any:
-    """Return the tokenizer of a pair, or raise a `ValueError`."""
+    """Return the sha256 of a pair's tokenizer with its chat template, or raise a `ValueError`."""
     tokenizer = model.load_tokenizer()
     if tokenizer is None:
         raise ValueError(
             "model: expected a pair with a tokenizer, got one without. Save the tokenizer beside the SLM "
             "(tokenizer.save_pretrained), and load the pair again."
         )
-    return tokenizer
+    return sha256_of([tokenizer.get_vocab(), tokenizer.chat_template])

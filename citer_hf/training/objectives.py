@@ -1,9 +1,10 @@
-"""What a router is trained to do: which tokens count, what is wanted of them, and the loss."""
+"""What a router is trained to do: what is wanted of every token, and the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -12,26 +13,18 @@ from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What is wanted of every token that counts."""
-
-    tokens: torch.Tensor
-    label: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Objective:
     """One way to train a router."""
 
-    router: dict[str, object]
-    targets: Callable[[Labels], Targets]
+    router: dict[str, Any]
+    # [tokens]: 1 where the SLM's token is wanted, 0 for the LLM's, -1 for a token that does not count.
+    targets: Callable[[Labels], torch.Tensor]
+    # From log-odds, targets and both models' log-probabilities of the reference, [tokens] each.
     loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     relabelled: tuple[int, ...] = ()
 
 
-def preference_loss(
-    log_odds: torch.Tensor, label: torch.Tensor, slm_logprob: torch.Tensor, llm_logprob: torch.Tensor
-) -> torch.Tensor:
+def preference_loss(log_odds: torch.Tensor, label: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the preference between two actions (CITER, equation 5: Bradley-Terry)."""
     return functional.binary_cross_entropy_with_logits(log_odds, label, reduction="none")
 
@@ -44,42 +37,32 @@ def co_llm_loss(
     return -torch.logaddexp(by_slm, functional.logsigmoid(-log_odds) + llm_logprob)
 
 
-def known(labels: Labels, label: torch.Tensor) -> Targets:
-    """Keep the tokens whose label is known."""
-    tokens = (label >= 0).nonzero()[:, 0]
-    return Targets(tokens, label[tokens].float())
+def slm_is_right(labels: Labels) -> torch.Tensor:
+    """Return where the SLM's token is the reference: the shortcut; for Co-LLM, it only serves the report."""
+    return (labels.case == SLM_RIGHT).long()
 
 
-def citer_targets(labels: Labels) -> Targets:
+def citer_targets(labels: Labels) -> torch.Tensor:
     """Return the paper's preferences: the shortcut's cases, and in case 3 the outcome of the roll-out."""
-    shortcut = (labels.case == SLM_RIGHT).long()
-    return known(labels, torch.where(labels.case == BOTH_WRONG, labels.rollout, shortcut))
+    return torch.where(labels.case == BOTH_WRONG, labels.rollout, slm_is_right(labels))
 
 
-def citer_plus_targets(labels: Labels) -> Targets:
+def citer_plus_targets(labels: Labels) -> torch.Tensor:
     """Return which action's outcome is better, wherever the SLM's token differs from the reference, also in case 2."""
     outcome = torch.where((labels.rollout == 0) & (labels.llm_rollout == 0), 1, labels.rollout)
-    return known(labels, torch.where(labels.case == SLM_RIGHT, 1, outcome))
+    return torch.where(labels.case == SLM_RIGHT, 1, outcome)
 
 
-def citer_s_targets(labels: Labels) -> Targets:
+def citer_s_targets(labels: Labels) -> torch.Tensor:
     """Return preferences without the long-term effect: case 3 by which model finds the reference token likelier."""
     likelier = (labels.slm_logprob >= labels.llm_logprob).long()
-    shortcut = (labels.case == SLM_RIGHT).long()
-    return known(labels, torch.where(labels.case == BOTH_WRONG, likelier, shortcut))
+    return torch.where(labels.case == BOTH_WRONG, likelier, slm_is_right(labels))
 
 
-def all_tokens(labels: Labels) -> Targets:
-    """Return every token; the label only serves the report, it is whether the SLM's token is the reference."""
-    return known(labels, (labels.case == SLM_RIGHT).long())
-
-
-def query_targets(labels: Labels) -> Targets:
-    """Return one preference per question, at its prompt's last token: the LLM where it is right and the SLM is
-    wrong."""
-    tokens = (labels.position == 0).nonzero()[:, 0]
-    question = labels.question[tokens]
-    return Targets(tokens, (labels.slm_correct[question] | ~labels.llm_correct[question]).float())
+def query_targets(labels: Labels) -> torch.Tensor:
+    """Return a preference at each prompt's last token: the LLM where it answers rightly and the SLM does not."""
+    preferred = (labels.slm_correct | ~labels.llm_correct)[labels.question].long()
+    return torch.where(labels.position == 0, preferred, -1)
 
 
 OBJECTIVES = {
@@ -88,7 +71,7 @@ OBJECTIVES = {
         {"type": "mlp", "top_logprobs": TOP_LOGPROBS}, citer_plus_targets, preference_loss, (LLM_RIGHT, BOTH_WRONG)
     ),
     "citer-s": Objective({"type": "mlp"}, citer_s_targets, preference_loss),
-    "co-llm": Objective({"type": "linear"}, all_tokens, co_llm_loss),
+    "co-llm": Objective({"type": "linear"}, slm_is_right, co_llm_loss),
 }
 # One decision per question (RouteLLM's setting): no router of a pair, but a baseline of evaluations.
 QUERY = Objective({"type": "mlp"}, query_targets, preference_loss)

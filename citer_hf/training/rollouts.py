@@ -6,8 +6,8 @@ starts from a copy of its cache in which the tokens after the state are hidden; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,8 +20,6 @@ from citer_hf.model.routers import LLM_ALONE, SLM_ALONE
 
 # After so many tokens, finished sequences leave the batch.
 STRETCH = 32
-
-Unit = TypeVar("Unit")
 
 
 class RollOut(NamedTuple):
@@ -36,28 +34,6 @@ class RollOut(NamedTuple):
 Prefixes = tuple[Any, Any, torch.Tensor, torch.Tensor, dict[str, Any]]
 
 
-def in_batches(units: Iterable[Unit], length: Callable[[Unit], int], batch_tokens: int) -> list[list[Unit]]:
-    """Divide units, the shortest first, into batches of at most so many tokens, padding included."""
-    batches: list[list[Unit]] = []
-    for one in units:
-        if not batches or (len(batches[-1]) + 1) * length(one) > batch_tokens:
-            batches.append([])
-        batches[-1].append(one)
-    return batches
-
-
-def cut_into_batches(
-    wanted: Iterable[RollOut], questions: Sequence[Encoded], max_new_tokens: int, batch_tokens: int
-) -> list[list[RollOut]]:
-    """Divide roll-outs into batches of like lengths; the same roll-outs always give the same batches."""
-
-    def length(one: RollOut) -> int:
-        reference = len(questions[one.question].response_ids)
-        return len(questions[one.question].prompt_ids) + reference + min(reference, max_new_tokens)
-
-    return in_batches(sorted(wanted, key=lambda one: (length(one), one)), length, batch_tokens)
-
-
 def roll_out(
     model: CiterForCausalLM,
     questions: Sequence[Encoded],
@@ -67,23 +43,22 @@ def roll_out(
 ) -> list[list[int]]:
     """Take actions and let the policy, the pair at a threshold, write to the end; return whole responses."""
     end_tokens, _ = special_tokens(model)
-    responses = [started(one, questions) for one in batch]
-    going = [
-        index
-        for index, one in enumerate(batch)
-        if one.token not in end_tokens and len(responses[index]) < max_new_tokens
-    ]
+    # Responses up to the state, and the action.
+    responses = [[*questions[one.question].response_ids[: one.position], one.token] for one in batch]
+    responses = [response if one.token >= 0 else response[:-1] for one, response in zip(batch, responses, strict=True)]
+    short = [index for index, response in enumerate(responses) if len(response) < max_new_tokens]
+    going = [index for index in short if batch[index].token not in end_tokens]
     if not going:
         return responses
     new_tokens = max_new_tokens - min(len(responses[index]) for index in going)
-    prefixes = shared_prefixes(model, questions, [batch[index] for index in going], router_threshold)
+    asked = [batch[index].question for index in going]
+    states = [(one, questions[one].prompt_ids + responses[index]) for one, index in zip(asked, going, strict=True)]
+    prefixes = shared_prefixes(model, questions, states, router_threshold)
     if prefixes is None:
-        prompts = [questions[batch[index].question].prompt_ids + responses[index] for index in going]
+        texts = [text for _, text in states]
         # One batch, whatever its size: it was cut before.
-        decoded = decode(
-            model, prompts, router_threshold=router_threshold, max_new_tokens=new_tokens, batch_tokens=1 << 40
-        )
-        written = [one.tokens for one in decoded]
+        limits: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_tokens": 1 << 40}
+        written = [one.tokens for one in decode(model, texts, router_threshold=router_threshold, **limits)]
     else:
         limit = model.config.max_position_embeddings
         if limit is not None:
@@ -94,22 +69,16 @@ def roll_out(
     return responses
 
 
-def started(one: RollOut, questions: Sequence[Encoded]) -> list[int]:
-    """Return the response up to the state, and the action."""
-    action = [] if one.token < 0 else [one.token]
-    return questions[one.question].response_ids[: one.position] + action
-
-
 @torch.inference_mode()
 def shared_prefixes(
-    model: CiterForCausalLM, questions: Sequence[Encoded], batch: Sequence[RollOut], router_threshold: float
+    model: CiterForCausalLM, questions: Sequence[Encoded], states: Sequence[tuple[int, list[int]]], threshold: float
 ) -> Prefixes | None:
-    """Let the policy read every question of a batch once; `None` where its cache cannot hide tokens."""
-    alone: Any = "slm" if router_threshold == SLM_ALONE else "llm" if router_threshold > 1 else None
+    """Run the policy over the question of every state once; `None` where its cache cannot hide tokens."""
+    alone: Any = "slm" if threshold == SLM_ALONE else "llm" if threshold > 1 else None
     policy = greedy_view(model, alone)
     cache = CiterCache(model.config) if alone is None else growing_cache(policy.config)
     # 1. Prompts and references, padded on the left: ids [questions, width].
-    asked = sorted({one.question for one in batch})
+    asked = sorted({question for question, _ in states})
     texts = [questions[index].prompt_ids + questions[index].response_ids for index in asked]
     width = max(map(len, texts))
     device, padding = policy.device, special_tokens(model)[1]
@@ -119,22 +88,19 @@ def shared_prefixes(
     if alone is None:
         # Both models read: above 1, the LLM is always called.
         model(ids, cache=cache, logits_to_keep=1, router_threshold=LLM_ALONE, **inputs)
-    elif alone == "slm":
-        model.run_slm(ids, cache, 1, **inputs)
     else:
-        model.run_llm(ids, cache, 1, **inputs)
+        (model.run_slm if alone == "slm" else model.run_llm)(ids, cache, 1, **inputs)
     if not all(map(all_grow, (cache.slm, cache.llm) if isinstance(cache, CiterCache) else (cache,))):
         return None
     # 2. One copy per roll-out, with what follows the state hidden, and the last token of the state to be read.
-    sequences = torch.tensor([asked.index(one.question) for one in batch], device=device)
+    sequences = torch.tensor([asked.index(question) for question, _ in states], device=device)
     cache.batch_select_indices(sequences)
-    states = [questions[one.question].prompt_ids + started(one, questions) for one in batch]
     first = (mask == 0).sum(dim=1)[sequences, None]
-    end = first + torch.tensor([[len(state) - 1] for state in states], device=device)
+    end = first + torch.tensor([[len(text) - 1] for _, text in states], device=device)
     places = torch.arange(width, device=device)
-    last = torch.tensor([state[-1:] for state in states], device=device)
+    last = torch.tensor([text[-1:] for _, text in states], device=device)
     visible = torch.cat([(places >= first) & (places < end), torch.ones_like(last, dtype=torch.bool)], dim=1)
-    options = {"router_threshold": router_threshold, "waiting_rows": steady_policy} if alone is None else {}
+    options = {"router_threshold": threshold, "waiting_rows": steady_policy} if alone is None else {}
     return policy, cache, torch.cat([ids[sequences], last], dim=1), visible.long(), options
 
 

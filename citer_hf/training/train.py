@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from citer_hf.model.routers import build_router, defer, hidden_size_of
 
 from .label import Policy, least_sure
 from .labels import Labels
-from .objectives import OBJECTIVES, Objective, Targets
+from .objectives import OBJECTIVES, Objective
 
 PROVENANCE = "provenance.json"
 # A further round's roll-outs send this share of the tokens to the LLM: a policy that cannot finish an answer says
@@ -86,16 +86,6 @@ class NothingToLearn(ValueError):  # noqa: N818 - says what there is
     """All labels are equal."""
 
 
-@dataclass(frozen=True)
-class TrainedRouter:
-    """A router, its best validation loss with the learning rate that gave it, and the losses by epoch."""
-
-    router: Any
-    loss: float
-    learning_rate: float
-    history: list[dict[str, Any]]
-
-
 def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """Train a router for a pair, and save it as a router repository with its provenance and training curve.
 
@@ -124,7 +114,12 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
         check_data(labels, settings.data)
     named = settings.checker or labels.info["checker"]
     check = named if callable(named) else get_checker(named) if settings.rounds > 1 else None
-    check_logging(settings.report_to)
+    try:
+        # Made here only to see that their libraries are installed.
+        for logger in get_reporting_integration_callbacks(settings.report_to):
+            logger()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"report_to: {error}") from error
     objective = OBJECTIVES[settings.objective]
     divide(labels, objective, settings)
     data = str(settings.data) if isinstance(settings.data, str | Path) else None
@@ -134,41 +129,40 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     with runs.progress_bar(work.process == 0) as progress:
         limits = (labels.options["max_new_tokens"], labels.options["batch_tokens"])
         policy = Policy(model, labels.questions, check, 0.0, *limits, work=work, progress=progress)
-        trained = train_round(labels, settings, policy, 1)
+        router, found = train_round(labels, settings, policy, 1)
         for number in range(2, settings.rounds + 1):
-            labels = relabel(labels, settings, trained.router, policy, number)
-            trained = train_round(labels, settings, policy, number)
-    facts = report_on(trained, labels, settings)
-    pair = with_router(model, trained.router)
+            labels = relabel(labels, settings, router, policy, number)
+            router, found = train_round(labels, settings, policy, number)
+    pair = with_router(model, router)
     pair.config = copy.deepcopy(model.config)
     pair.config.router = {**objective.router, "hidden_size": hidden_size_of(model.slm)}
-    pair.config.router_threshold = facts["router_threshold"]
+    pair.config.router_threshold = found["validation"]["router_threshold"]
     made = {
         **runs.provenance(pair, settings),
         "objective": settings.objective,
         "rounds": settings.rounds,
         "labels": {key: value for key, value in labels.info.items() if key not in ("versions", "counts")},
-        "validation": facts,
-        "history": trained.history,
+        **found,
     }
     if work.process == 0:
         pair.save_pretrained(out)
         runs.write_json(out / PROVENANCE, made)
-        draw_training(trained, settings.objective, out / "training.png")
+        draw_training(made, out / "training.png")
         keep_logs(work.folder, out / "logs")
     work.finish()
     return made
 
 
-def summary(made: Mapping[str, Any]) -> str:
-    """Return what `train` found, as text."""
+def summary(made: Mapping[str, Any], out: str | Path) -> str:
+    """Return what `train` found and where the router is, as text."""
     facts = made["validation"]
     auc = "–" if facts["auc"] is None else f"{facts['auc']:.3f}"
     shares = "".join(f"  {one['threshold']:.4f}  {one['llm_share']:.1%}\n" for one in facts["llm_share"])
     return (
         f"On {facts['questions']} held-out questions: AUC {auc}, calibration error {facts['calibration_error']:.3f}. "
         f"LLM share along the reference answers, by threshold:\n{shares}"
-        f"It starts with {facts['router_threshold']:.4f}; `citer calibrate` finds the one for your budget."
+        f"The router is in {out}. It starts with {facts['router_threshold']:.4f}; `citer calibrate` finds the "
+        "threshold for your budget."
     )
 
 
@@ -183,43 +177,30 @@ def check_data(labels: Labels, data: Any) -> None:
         )
 
 
-def check_logging(report_to: str) -> None:
-    """Raise a `ValueError` unless `Trainer` has such a logger and its library is installed."""
-    try:
-        for logger in get_reporting_integration_callbacks(report_to):
-            logger()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"report_to: {error}") from error
-
-
-# --- Rounds --------------------------------------------------------------------------------------------------------
-
-
-def train_round(labels: Labels, settings: TrainOptions, policy: Policy, number: int) -> TrainedRouter:
-    """Train in the main process, unless that was done before, and return the router in every process."""
+def train_round(labels: Labels, settings: TrainOptions, policy: Policy, number: int) -> tuple[Any, dict[str, Any]]:
+    """Train in the main process, unless that was done before, and return what `train_router` returned everywhere."""
     name = f"training, round {number}"
     folder, objective = policy.work.folder / name, OBJECTIVES[settings.objective]
     weights = folder / "router.safetensors"
 
     def compute() -> dict[str, Any]:
         with runs.alone():
-            trained = train_router(labels, objective, settings, folder)
-        with runs.atomic_write(weights) as file:
-            file.write(safetensors.torch.save(trained.router.state_dict()))
-        return {key: value for key, value in vars(trained).items() if key != "router"}
+            router, found = train_router(labels, objective, settings, folder)
+        safetensors.torch.save_file(router.state_dict(), weights)
+        return found
 
     policy.progress.begin(name, None)
-    record = policy.work.once(name, compute)
-    router = build_router(dict(objective.router), labels.hidden.shape[1]).eval()
+    found = policy.work.once(name, compute)
+    router = build_router(objective.router, labels.hidden.shape[1]).eval()
     router.load_state_dict(safetensors.torch.load_file(weights))
-    return TrainedRouter(router=router, **record)
+    return router, found
 
 
 def relabel(labels: Labels, settings: TrainOptions, router: Any, policy: Policy, number: int) -> Labels:
     """Replace the outcomes of roll-outs by those with a new router."""
     objective = OBJECTIVES[settings.objective]
     with torch.no_grad():
-        scores = router.log_odds(router_inputs(labels, objective, torch.arange(len(labels.case))))
+        scores = router.log_odds(router_inputs(labels, objective))
     middle = scores.sort().values[int(POLICY_SHARE * len(scores))]
     tokens = torch.isin(labels.case, torch.tensor(objective.relabelled)).nonzero()[:, 0]
     tokens = least_sure(tokens, (scores[tokens] - middle).abs(), settings.rollouts, settings.seed)
@@ -235,14 +216,11 @@ def relabel(labels: Labels, settings: TrainOptions, router: Any, policy: Policy,
 
 def keep_logs(work: Path, logs: Path) -> None:
     """Move what `Trainer`'s loggers wrote beside its checkpoints to where it stays."""
-    for file in sorted(work.glob("training, round */*/**/*")):
+    for file in work.glob("training, round */*/**/*"):
         path = file.relative_to(work)
-        if file.is_file() and not any(part.startswith(PREFIX_CHECKPOINT_DIR) for part in path.parts):
+        if file.is_file() and f"/{PREFIX_CHECKPOINT_DIR}-" not in path.as_posix():
             (logs / path).parent.mkdir(parents=True, exist_ok=True)
             file.replace(logs / path)
-
-
-# --- Training ------------------------------------------------------------------------------------------------------
 
 
 class TokenDataset(Dataset[dict[str, torch.Tensor]]):
@@ -274,89 +252,84 @@ class RouterInTraining(nn.Module):
         return {"loss": loss.mean(), "logits": log_odds}
 
 
-def train_router(labels: Labels, objective: Objective, settings: TrainOptions, folder: Path) -> TrainedRouter:
-    """Train a router on labels, once for every learning rate, and keep the weights with the best validation loss."""
-    targets, *parts = divide(labels, objective, settings)
-    inputs = router_inputs(labels, objective, targets.tokens)
+def train_router(
+    labels: Labels, objective: Objective, settings: TrainOptions, folder: Path
+) -> tuple[Any, dict[str, Any]]:
+    """Return the router with the best validation loss of all learning rates, its validation and its losses."""
+    # 1. Standardised inputs.
+    label, *parts = divide(labels, objective, settings)
+    inputs = router_inputs(labels, objective)
     mean, scale = inputs[parts[0]].mean(dim=0), inputs[parts[0]].std(dim=0).clamp_min(1e-4)
     columns = {
         "inputs": (inputs - mean) / scale,
-        "labels": targets.label,
-        "slm_logprob": labels.slm_logprob[targets.tokens],
-        "llm_logprob": labels.llm_logprob[targets.tokens],
+        "labels": label.float(),
+        "slm_logprob": labels.slm_logprob,
+        "llm_logprob": labels.llm_logprob,
     }
-    tokens = [TokenDataset({name: values[part] for name, values in columns.items()}) for part in parts]
+    training, validation = (TokenDataset({name: values[part] for name, values in columns.items()}) for part in parts)
+    # 2. One training for every learning rate.
     tried = []
     for rate in settings.learning_rates:
         set_seed(settings.seed)
-        router = build_router(dict(objective.router), labels.hidden.shape[1])
-        tried.append(fit(router, objective, settings, rate, tokens, folder / f"{rate:g}"))
-    best = min(tried, key=lambda one: one.loss)
+        router: Any = build_router(objective.router, labels.hidden.shape[1])
+        place = folder / f"{rate:g}"
+        arguments = TrainingArguments(
+            output_dir=str(place),
+            learning_rate=rate,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=max(min(settings.batch_size, len(training) // 16), 2),
+            per_device_eval_batch_size=4096,
+            weight_decay=1e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            logging_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            report_to=settings.report_to,
+            disable_tqdm=True,
+            seed=settings.seed,
+        )
+        trainer = Trainer(
+            model=RouterInTraining(router, objective),
+            args=arguments,
+            train_dataset=training,
+            eval_dataset=validation,
+            data_collator=lambda batch: batch,
+            callbacks=[EarlyStoppingCallback(settings.patience)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place)) if place.is_dir() else None)
+        tried.append((trainer.state.best_metric, rate, router.cpu().eval(), trainer.state.log_history))
+    # 3. The best one, for plain inputs, with scores that do not saturate.
+    loss, rate, router, history = min(tried, key=lambda one: one[:2])
     with torch.no_grad():
-        log_odds = best.router.log_odds(columns["inputs"]).abs().sort().values
+        log_odds = router.log_odds(columns["inputs"][label >= 0]).abs().sort().values
         shrink = min(1.0, LARGEST_LOG_ODDS / float(log_odds[int(0.9 * len(log_odds))]))
-        fold_into(best.router, mean, scale, shrink)
-    return best
+        first, last = getattr(router, "expand", router.score), router.score
+        first.weight.div_(scale)
+        first.bias.sub_(first.weight @ mean)
+        last.weight.mul_(shrink)
+        last.bias.mul_(shrink)
+        scores = torch.sigmoid(router.log_odds(inputs))
+    report = {"loss": loss, "learning_rate": rate, **report_on(scores, labels, label, parts[1])}
+    return router, {"validation": report, "history": history}
 
 
-def fit(
-    router: nn.Module,
-    objective: Objective,
-    settings: TrainOptions,
-    learning_rate: float,
-    tokens: Sequence[TokenDataset],
-    folder: Path,
-) -> TrainedRouter:
-    """Train a router at one learning rate."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        learning_rate=learning_rate,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=max(min(settings.batch_size, len(tokens[0]) // 16), 2),
-        per_device_eval_batch_size=4096,
-        weight_decay=1e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        label_names=["labels"],
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        report_to=settings.report_to,
-        disable_tqdm=True,
-        seed=settings.seed,
-    )
-    trainer = Trainer(
-        model=RouterInTraining(router, objective),
-        args=arguments,
-        train_dataset=tokens[0],
-        eval_dataset=tokens[1],
-        data_collator=lambda batch: batch,
-        callbacks=[EarlyStoppingCallback(settings.patience)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    assert trainer.state.best_metric is not None
-    return TrainedRouter(
-        router.cpu().eval(), float(trainer.state.best_metric), learning_rate, trainer.state.log_history
-    )
+def router_inputs(labels: Labels, objective: Objective) -> torch.Tensor:
+    """Return the input of a router's first layer at every token, fp32 `[tokens, width]`."""
+    count = objective.router.get("top_logprobs", 0)
+    return torch.cat([labels.hidden.float(), labels.top_logprobs[:, :count].float()], dim=1)
 
 
-def router_inputs(labels: Labels, objective: Objective, tokens: torch.Tensor) -> torch.Tensor:
-    """Return what a router's first layer reads, fp32 `[tokens, width]`."""
-    inputs = labels.hidden[tokens].float()
-    count = int(objective.router.get("top_logprobs", 0))  # type: ignore[call-overload]
-    return torch.cat([inputs, labels.top_logprobs[tokens, :count].float()], dim=1) if count else inputs
-
-
-def divide(labels: Labels, objective: Objective, settings: TrainOptions) -> tuple[Targets, torch.Tensor, torch.Tensor]:
-    """Return the targets, and which of them are for training and for validation: no question is in both."""
-    targets = objective.targets(labels)
-    count = len(labels.questions)
+def divide(
+    labels: Labels, objective: Objective, settings: TrainOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the targets, and the tokens for training and for validation, which have no question in common."""
+    label, count = objective.targets(labels), len(labels.questions)
     held_out = round(count * settings.validation)
     if not 0 < held_out < count:
         raise ValueError(
@@ -364,45 +337,25 @@ def divide(labels: Labels, objective: Objective, settings: TrainOptions) -> tupl
             "for validation; label more examples."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
-    of_validation = torch.isin(labels.question[targets.tokens], order[:held_out])
-    training, validation = (part.nonzero()[:, 0] for part in (~of_validation, of_validation))
-    values = torch.unique(targets.label[training]).tolist()
+    of_validation = torch.isin(labels.question, order[:held_out])
+    training, validation = (((label >= 0) & part).nonzero()[:, 0] for part in (~of_validation, of_validation))
+    values = torch.unique(label[training]).tolist()
     if len(values) < 2:
-        always = "none is known" if not values else f"all are {int(values[0])}"
         raise NothingToLearn(
-            f"labels: of the {len(training)} labels for training in {labels.directory} {always}, so that there is "
-            "nothing to learn. See its README.md: label more examples, or roll out with another policy "
-            "(--router-threshold)."
+            f"labels: of the {len(training)} labels for training in {labels.directory} "
+            f"{f'all are {values[0]}' if values else 'none is known'}, so that there is nothing to learn. See its "
+            "README.md: label more examples, or roll out with another policy (--router-threshold)."
         )
-    return targets, training, validation
+    return label, training, validation
 
 
-@torch.no_grad()
-def fold_into(router: Any, mean: torch.Tensor, scale: torch.Tensor, shrink: float) -> None:
-    """Let a router read plain inputs though it was trained on standardised ones, and scale its log-odds."""
-    first, last = getattr(router, "expand", router.score), router.score
-    first.weight.copy_(first.weight / scale)
-    first.bias.copy_(first.bias - first.weight @ mean)
-    last.weight.mul_(shrink)
-    last.bias.mul_(shrink)
-
-
-# --- Report --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def report_on(trained: TrainedRouter, labels: Labels, settings: TrainOptions) -> dict[str, Any]:
-    """Measure a router on the questions that were held out."""
+def report_on(scores: torch.Tensor, labels: Labels, label: torch.Tensor, validation: torch.Tensor) -> dict[str, Any]:
+    """Return how good scores of all tokens are, on the questions that were held out."""
     from sklearn.metrics import roc_auc_score
 
-    objective = OBJECTIVES[settings.objective]
-    targets, _, validation = divide(labels, objective, settings)
-    tokens, label = targets.tokens[validation], targets.label[validation]
-    questions = torch.unique(labels.question[tokens])
-    held_out = torch.isin(labels.question, questions).nonzero()[:, 0]
-    scores, everywhere = (
-        torch.sigmoid(trained.router.log_odds(router_inputs(labels, objective, part))) for part in (tokens, held_out)
-    )
+    questions = torch.unique(labels.question[validation])
+    everywhere = scores[torch.isin(labels.question, questions)]
+    scores, label = scores[validation], label[validation].float()
     critical, needed = scores[label == 0], 1 - float(label.mean())
     thresholds = [above(everywhere, one) for one in SHARES]
     shares = [float(defer(everywhere, one).float().mean()) for one in thresholds]
@@ -412,8 +365,6 @@ def report_on(trained: TrainedRouter, labels: Labels, settings: TrainOptions) ->
         "prefer_llm": needed,
         "auc": float(roc_auc_score(label.numpy(), scores.numpy())) if 0 < needed < 1 else None,
         "calibration_error": calibration_error(scores, label),
-        "loss": trained.loss,
-        "learning_rate": trained.learning_rate,
         "llm_share": [{"threshold": one, "llm_share": share} for one, share in zip(thresholds, shares, strict=True)],
         "router_threshold": above(critical, RECALL) if len(critical) else 0.5,
     }
@@ -428,11 +379,12 @@ def above(scores: torch.Tensor, share: float) -> float:
 def calibration_error(scores: torch.Tensor, label: torch.Tensor) -> float:
     """Return the expected calibration error: how far `p_slm` is from what it promises, over bins of equal width."""
     bins = (scores * BINS).long().clamp(max=BINS - 1)
-    inside = [bins == number for number in torch.unique(bins)]
-    return sum(float((scores[one].mean() - label[one].mean()).abs() * one.float().mean()) for one in inside)
+    # |mean score - share of right tokens| of a bin, times its share of the tokens.
+    gaps = torch.zeros(BINS).index_add(0, bins, scores - label).abs()
+    return float(gaps.sum()) / len(scores)
 
 
-def draw_training(trained: TrainedRouter, objective: str, path: Path) -> None:
+def draw_training(made: Mapping[str, Any], path: Path) -> None:
     """Draw the losses of training and validation by epoch; nothing where matplotlib is not installed."""
     try:
         figure = runs.new_figure((6, 4))
@@ -440,10 +392,8 @@ def draw_training(trained: TrainedRouter, objective: str, path: Path) -> None:
         return
     axes: Any = figure.add_subplot()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "--")):
-        losses = {entry["epoch"]: entry[key] for entry in trained.history if key in entry}
+        losses = {entry["epoch"]: entry[key] for entry in made["history"] if key in entry}
         axes.plot(list(losses), list(losses.values()), style, label=label)
-    axes.axhline(trained.loss, color="#555555", linewidth=0.8, linestyle=":", label="weights that are kept")
-    axes.set(xlabel="epoch", ylabel="loss per token", title=f"router trained with {objective}")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="epoch", ylabel="loss per token", title=f"router trained with {made['objective']}")
     axes.legend(frameon=False)
     runs.save_figure(figure, path)

@@ -23,7 +23,7 @@ from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.evaluate import evaluate
 from citer_hf.evaluation.results import cost_at
 from citer_hf.training.labels import SLM_RIGHT, Labels
-from citer_hf.training.objectives import OBJECTIVES, Objective, Targets, known
+from citer_hf.training.objectives import OBJECTIVES, Objective
 from citer_hf.training.train import TrainOptions, train_router
 
 SHARES = (0.01, 0.02, 0.03, 0.045, 0.06, 0.09, 0.14, 0.25)
@@ -32,9 +32,9 @@ SEEDS = (0, 1, 2)
 PLUS = OBJECTIVES["citer-plus"]
 
 
-def one_action(labels: Labels) -> Targets:
+def one_action(labels: Labels) -> torch.Tensor:
     """Look at the outcome of the SLM's token alone."""
-    return known(labels, torch.where(labels.case == SLM_RIGHT, 1, labels.rollout))
+    return torch.where(labels.case == SLM_RIGHT, 1, labels.rollout)
 
 
 def weighted(weight: float) -> Objective:
@@ -80,8 +80,8 @@ def main() -> None:
     for name, objective, labels in trials(Labels.load(options.labels), others):
         for seed in SEEDS:
             with tempfile.TemporaryDirectory() as folder:
-                trained = train_router(labels, objective, TrainOptions(seed=seed), Path(folder))
-            routers[f"{name}, seed {seed}"] = trained.router
+                router, _ = train_router(labels, objective, TrainOptions(seed=seed), Path(folder))
+            routers[f"{name}, seed {seed}"] = router
     results = evaluate(
         model, problems, "math", routers=routers, shares=SHARES, max_new_tokens=160, out=options.out, query_level=()
     )

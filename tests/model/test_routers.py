@@ -117,6 +117,18 @@ def test_scores_follow_the_weights_however_they_are_changed(mlp, change):
         assert torch.equal(mlp(hidden, logits), before)
 
 
+def test_top_logprobs_are_what_the_first_layer_reads_beside_the_state():
+    router = MlpRouter(6, top_logprobs=4).eval()
+    hidden, logits = torch.randn(3, 6), 4 * torch.randn(3, 11)
+    largest = logits.log_softmax(-1).sort(descending=True).values[:, :4].clamp_min(-15)
+    inputs = torch.cat([hidden, largest], dim=1)
+    expected = torch.sigmoid(router.score(router.contract(torch.relu(router.expand(inputs))))).squeeze(-1)
+    with torch.no_grad():
+        assert torch.allclose(router(hidden, logits), expected, atol=1e-6)
+        assert router(hidden, logits[:, :2]).shape == (3,)
+    assert torch.allclose(router(hidden, logits), expected, atol=1e-6)
+
+
 def test_a_random_router_spreads_evenly_and_draws_nothing():
     hidden, logits = states(20000)
     router = build_router({"type": "random"}, HIDDEN)

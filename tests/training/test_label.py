@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,7 +15,7 @@ from citer_hf.training import label as label_module
 from citer_hf.training import rollouts
 from citer_hf.training.label import label_preferences
 from citer_hf.training.labels import Labels
-from citer_hf.training.rollouts import RollOut, cut_into_batches, roll_out
+from citer_hf.training.rollouts import RollOut, roll_out
 from tests import launching
 from tests.chat_pairs import invoke, save_demo_pair
 from tests.families import EOS
@@ -100,15 +96,6 @@ def test_outcomes_are_what_the_pair_writes_from_the_exact_state(labelled: tuple[
             assert correct == has_letter(response, question.example).correct
 
 
-@pytest.mark.parametrize("threshold", [0.0, 2.0])
-def test_a_policy_may_be_one_model_alone(tmp_path: Path, threshold: float) -> None:
-    model = task_pair()
-    labels = label(model, tmp_path / "out", router_threshold=threshold)
-    for token in (labels.case != 1).nonzero()[::3, 0].tolist():
-        expected = naive_outcome(model, labels, token, int(labels.slm_token[token]), threshold, NEW)
-        assert int(labels.rollout[token]) == expected
-
-
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]], ids="-".join)
 def test_copied_caches_and_whole_texts_give_the_same_rollouts(
     pair: tuple[str, str], llamas: tuple[Any, Labels], monkeypatch: pytest.MonkeyPatch
@@ -116,12 +103,11 @@ def test_copied_caches_and_whole_texts_give_the_same_rollouts(
     model, questions = task_pair(*pair), llamas[1].questions
     wanted = [RollOut(index, place, 10 + place) for index in range(4) for place in range(5)]
     wanted += [RollOut(index, place, -1) for index in range(4) for place in (0, 3)] + [RollOut(0, 2, EOS)]
-    (batch,) = cut_into_batches(wanted, questions, 30, 1 << 20)
-    shared = roll_out(model, questions, batch, THRESHOLD, 30)
+    shared = roll_out(model, questions, wanted, THRESHOLD, 30)
     monkeypatch.setattr(rollouts, "STRETCH", 3)
-    assert roll_out(model, questions, batch, THRESHOLD, 30) == shared
+    assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
     monkeypatch.setattr(rollouts, "shared_prefixes", lambda *arguments: None)
-    assert roll_out(model, questions, batch, THRESHOLD, 30) == shared
+    assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
     assert max(map(len, shared)) <= 30 and len(set(map(len, shared))) > 1
 
 
@@ -181,6 +167,8 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(
     with pytest.raises(KeyboardInterrupt):
         label(llamas[0], tmp_path / "out")
     begun = content(tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"holds no labels.*run the same `citer label` again"):
+        Labels.load(tmp_path / "out")
     with pytest.raises(ValueError, match=r"router_threshold was 0.5 and is 0.9.*Give the same arguments"):
         label(llamas[0], tmp_path / "out", router_threshold=0.9)
     assert content(tmp_path / "out") == begun
@@ -191,91 +179,33 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(
     assert made == int((labels.rollout >= 0).sum()) + int((labels.llm_rollout >= 0).sum()) + 2 * 4
 
 
-@pytest.fixture(scope="module")
-def on_disk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Arguments of `citer label` but for its output."""
-    folder = tmp_path_factory.mktemp("demo")
-    invoke("demo", "--export", folder / "data.jsonl", "--problems", 4, "--split", "train")
-    options = [
-        "--checker",
-        "exact",
-        "--max-new-tokens",
-        30,
-        "--batch-tokens",
-        1500,
-        "--rollouts",
-        60,
-        "--device-map",
-        "cpu",
-    ]
-    return ["label", save_demo_pair(folder), "--data", folder / "data.jsonl", *options, "--out"]
-
-
-def test_a_killed_run_is_resumed_to_the_same_labels(on_disk: list[Any], tmp_path: Path) -> None:
-    process = launching.start(launching.ONE, "-m", "citer_hf.cli", *on_disk, tmp_path / "out")
-    begun = tmp_path / "out" / ".work" / "roll-outs of the SLM"
-    while process.poll() is None and len(list(begun.glob("0*"))) < 2:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    with pytest.raises(FileNotFoundError, match=r"holds no labels.*run the same `citer label` again"):
-        Labels.load(tmp_path / "out")
-    for name in ("out", "whole"):
-        result = invoke(*on_disk, tmp_path / name)
-        assert result.exit_code == 0 and "answers labelled" in result.stdout, result.output
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
 @pytest.mark.slow
-def test_two_processes_give_the_labels_of_one(on_disk: list[Any], tmp_path: Path) -> None:
-    launching.run(launching.TWO, "-m", "citer_hf.cli", *on_disk, tmp_path / "two")
-    launching.run(launching.ONE, "-m", "citer_hf.cli", *on_disk, tmp_path / "one")
+def test_two_processes_give_the_labels_of_one(tmp_path: Path) -> None:
+    invoke("demo", "--export", tmp_path / "data.jsonl", "--problems", 4, "--split", "train")
+    options = "--checker exact --max-new-tokens 30 --batch-tokens 1500 --rollouts 60 --device-map cpu --out"
+    command = ["label", save_demo_pair(tmp_path), "--data", tmp_path / "data.jsonl", *options.split()]
+    launching.run(launching.TWO, "-m", "citer_hf.cli", *command, tmp_path / "two")
+    launching.run(launching.ONE, "-m", "citer_hf.cli", *command, tmp_path / "one")
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_that_holds_something_is_left_alone(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    for out in (llamas[1].directory, tmp_path):
-        before = content(out)
-        with pytest.raises(FileExistsError, match="exists already"):
-            label(llamas[0], out)
-        assert content(out) == before
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"response": ""}, r"row 2.*response"),
-        ({"answer": ""}, r"row 2.*answer"),
-        ({"prompt": ""}, r"row 2.*prompt"),
-        ({"response": "a" * 300}, r"row 2.*300|row 2.*30\d"),
-    ],
-)
-def test_an_example_that_cannot_be_used_is_named(tmp_path: Path, change: dict[str, str], message: str) -> None:
-    examples = task()
-    examples[1] |= change
-    with pytest.raises(ValueError, match=message):
-        label(task_pair(), tmp_path / "out", examples)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rollouts": -1}, "rollouts: expected a number from 0 up, got -1"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected a number from 1 up, got 0"),
         ({"router_threshold": 70}, "router_threshold: expected a number from 0 .* to 2"),
-        ({"router_threshold": "0.7"}, "router_threshold: expected a number from 0 .* to 2"),
-        ({"router_threshold": True}, "router_threshold: expected a number from 0 .* to 2"),
+        ({"examples": [{"prompt": "a", "response": "b", "answer": ""}]}, "row 1.*answer"),
+        ({"examples": [*task(1), {"prompt": "a", "response": "a" * 300, "answer": "b"}]}, "row 2.*301"),
     ],
 )
-def test_senseless_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_options_and_examples_that_cannot_be_used_are_refused(
+    llamas: tuple[Any, Labels], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        label(task_pair(), tmp_path / "out", **options)
+        label(llamas[0], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -283,34 +213,19 @@ def test_a_checker_that_fails_is_named_with_the_example(tmp_path: Path) -> None:
     def broken(response: str, example: Any) -> Any:
         raise KeyError("oops")
 
-    where = r"at row \d of the data \('q\d'\)"
-    with pytest.raises(ValueError, match=rf"checker .*broken: it raised KeyError.* {where}") as error:
+    with pytest.raises(ValueError, match=r"checker .*broken: it raised KeyError.* at row \d of the data \('q\d'\)"):
         label(task_pair(), tmp_path / "out", checker=broken)
-    assert isinstance(error.value.__cause__, KeyError)
-    with pytest.raises(TypeError, match=rf"checker .*: expected it to return a Verdict, got bool {where}"):
-        label(task_pair(), tmp_path / "other", checker=lambda response, example: True)
 
 
 def test_pairs_that_cannot_label_are_refused(tmp_path: Path) -> None:
     model = task_pair()
     with torch.no_grad():
         model.slm.model.norm.weight[0] = float("nan")
-    with pytest.raises(ValueError, match=r"NaN or infinite hidden states at the example 'q\d'"):
+    with pytest.raises(ValueError, match=r"NaN or infinite hidden states .* at the example 'q\d'"):
         label(model, tmp_path / "out")
     model._tokenizer = None
     with pytest.raises(ValueError, match="expected a pair with a tokenizer"):
         label(model, tmp_path / "out")
-
-
-def test_labels_that_are_not_numbers_are_refused(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
-    shutil.copytree(llamas[1].directory, tmp_path / "labels")
-    (file, *_) = sorted((tmp_path / "labels" / "data").glob("*.parquet"))
-    table = pq.read_table(file)
-    values = [float("nan"), *table["slm_logprob"].to_pylist()[1:]]
-    place = table.schema.get_field_index("slm_logprob")
-    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(values, pa.float32())), file)
-    with pytest.raises(ValueError, match="NaN or infinite values in slm_logprob"):
-        Labels.load(tmp_path / "labels")
 
 
 def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
@@ -318,13 +233,9 @@ def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Label
     shutil.copytree(labels.directory, tmp_path / "old")
     info = json.loads((tmp_path / "old" / "labels.json").read_text())
     # As labels.json was before it named the base models.
-    info = {
-        **info,
-        **info.pop("options"),
-        "made_with": {role: info[role]["sample_sha256"][:16] for role in ("slm", "llm")},
-    }
-    for key in ("slm", "llm", "tokenizer_sha256"):
-        info.pop(key)
+    made_with = {role: info.pop(role)["sample_sha256"][:16] for role in ("slm", "llm")}
+    info |= {**info.pop("options"), "made_with": made_with}
+    del info["tokenizer_sha256"]
     (tmp_path / "old" / "labels.json").write_text(json.dumps(info))
     old, other, template = Labels.load(tmp_path / "old"), task_pair(), task_pair()
     assert old.options["max_new_tokens"] == NEW
