@@ -31,14 +31,8 @@ def test_a_batch_equals_the_naive_loop_with_any_cache_and_any_number_of_waiting_
     apart = not why_not_placed(model.slm)
     assert apart == (name not in MOVE_TOGETHER)
     for cache, waiting, loop in ((None, 1, ""), (None, 4, "rows"), ("static", None, "static")):
-        output = model.generate(
-            **left_padded(ROWS),
-            **GREEDY,
-            eos_token_id=[2, 9],
-            waiting_rows=waiting,
-            cache_implementation=cache,
-            output_logits=True,
-        )
+        options = {"waiting_rows": waiting, "cache_implementation": cache, "output_logits": True}
+        output = model.generate(**left_padded(ROWS), **GREEDY, **options, eos_token_id=[2, 9])
         assert loop_taken() == (loop if apart else "")
         assert_sequences(output, ROWS, expected)
 
@@ -67,13 +61,8 @@ def test_a_catch_up_over_many_tokens_equals_reading_them_at_once(slm, llm):
     model = make_pair(slm, llm, router=ScriptedRouter(script))
     model.generation_config.eos_token_id = None
     prompt = random_prompts((9,))[0]
-    output = model.generate(
-        input_ids=torch.tensor([prompt]),
-        max_new_tokens=20,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    wanted = {**GREEDY, "max_new_tokens": 20, "output_logits": True}
+    output = model.generate(input_ids=torch.tensor([prompt]), **wanted)
     assert output.past_key_values.routing.llm_calls == 4
     text = output.sequences[0].tolist()
     for step in range(20):

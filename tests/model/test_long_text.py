@@ -23,8 +23,6 @@ from citer_hf.model.batch import Rows
 from tests.conftest import left_padded, make_pair, random_prompts
 
 SETTLED = range(12, 36)
-
-
 INDEXED = ("aten::gather", "aten::scatter_")
 
 
@@ -38,8 +36,7 @@ class Work(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if self.counts:
-            inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-            outputs = [one for one in tree_leaves(output) if isinstance(one, torch.Tensor)]
+            inputs, outputs = tensors((args, kwargs)), tensors(output)
             if func.name().startswith(INDEXED):
                 self.elements += sum(one.numel() for one in inputs[1:])
             elif func._schema.is_mutable or not shared(inputs, outputs):
@@ -57,6 +54,10 @@ class Work(TorchDispatchMode):
                 self.counts = before
 
         return uncounted
+
+
+def tensors(values: Any) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(values) if isinstance(one, torch.Tensor)]
 
 
 def shared(inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
@@ -98,10 +99,10 @@ def test_a_step_touches_as_much_after_a_long_text_as_after_a_short_one(
 
 def test_threads_that_share_a_model_give_what_one_gives():
     model = make_pair("llama", "gemma2", router={"type": "random"})
-    prompts = [torch.tensor([row]) for row in random_prompts((4, 7, 9, 12, 5, 6, 8, 11))]
+    prompts = [torch.tensor([row]) for row in random_prompts((4, 7, 9, 12))]
 
     def generate(prompt: torch.Tensor):
-        return model.generate(input_ids=prompt, max_new_tokens=25, do_sample=False, return_dict_in_generate=True)
+        return model.generate(input_ids=prompt, max_new_tokens=15, do_sample=False, return_dict_in_generate=True)
 
     alone = [generate(prompt) for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
@@ -144,19 +145,3 @@ def test_throughput_does_not_fall_and_memory_does_not_grow():
     print(f"tokens/s {first:.0f} to {last:.0f}, memory {memory[0] / 2**20:.1f} to {memory[-1] / 2**20:.1f} MiB")
     assert last > 0.85 * first
     assert memory[-1] - memory[0] < 8 * 2**20
-
-
-@pytest.mark.slow
-def test_the_cache_of_a_long_text_holds_its_tokens_and_an_eighth_to_spare():
-    model = make_pair(max_position_embeddings=8192)
-    output = model.generate(
-        torch.tensor(random_prompts((6,))),
-        max_new_tokens=4000,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-    )
-    for cache in (output.past_key_values.slm, output.past_key_values.llm):
-        for layer in cache.layers:
-            room = layer.keys.untyped_storage().nbytes() / layer.keys.element_size()
-            assert room <= layer.keys[0, :, 0].numel() * (4006 * 1.125 + 64)
