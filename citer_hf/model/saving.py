@@ -264,12 +264,21 @@ def save_atomically(save_directory: str | os.PathLike[str], write: Callable[[str
 
 
 def move_into_place(folder: str, directory: str) -> None:
-    """Move all files of a folder into a directory, and remove what an earlier save left there."""
-    for parent, _, names in os.walk(folder):
-        target = os.path.join(directory, os.path.relpath(parent, folder))
-        os.makedirs(target, exist_ok=True)
-        for name in names:
-            os.replace(os.path.join(parent, name), os.path.join(target, name))
-        for name in os.listdir(target):
-            if name not in names and STALE.fullmatch(name):
-                os.remove(os.path.join(target, name))
+    """Move all files of a folder into a directory, and remove what an earlier save left there; undo it on an error."""
+    moves: list[tuple[str, str]] = []
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".replaced-") as replaced:
+        try:
+            for parent, _, names in os.walk(folder):
+                target, kept = (os.path.join(root, os.path.relpath(parent, folder)) for root in (directory, replaced))
+                os.makedirs(target, exist_ok=True)
+                os.makedirs(kept, exist_ok=True)
+                old = [name for name in os.listdir(target) if name in names or STALE.fullmatch(name)]
+                for source, place, files in ((target, kept, old), (parent, target, names)):
+                    for name in files:
+                        move = os.path.join(source, name), os.path.join(place, name)
+                        os.replace(*move)
+                        moves.append(move)
+        except BaseException:
+            for source, place in reversed(moves):
+                os.replace(place, source)
+            raise

@@ -329,6 +329,21 @@ def test_a_disk_that_fills_while_saving_leaves_everything_as_it_was(bases, route
     assert not (router.parent / "new").exists()
 
 
+def test_a_move_that_fails_half_way_is_undone(bases, router, monkeypatch):
+    before, model, replace, moves = snapshot(router), from_pair(bases, router="mlp"), os.replace, []
+
+    def fails_once(source, target):
+        moves.append(source)
+        if len(moves) == 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr("citer_hf.model.saving.os.replace", fails_once)
+    with pytest.raises(OSError, match="nothing was saved"):
+        model.save_pretrained(router)
+    assert len(moves) > 12 and snapshot(router) == before
+
+
 def test_a_model_that_cannot_be_saved_can_still_be_referred_to(bases, tmp_path, monkeypatch):
     model = from_pair(bases, router="linear")
 
