@@ -38,7 +38,7 @@ class BenchOptions:
         None, "Send these shares of the tokens to the LLM. [default: 0,0.2,0.5,1, or none with --thresholds]", "P,..."
     )
     thresholds: tuple[float, ...] = option((), "Let the pair's own router decide at these thresholds.", "X,...")
-    prompts: str | None = option(None, 'One prompt a line, JSON lines with a "prompt", or a list.', "FILE")
+    prompts: str | None = option(None, 'One prompt a line, a JSON list of texts, or examples with a "prompt".', "FILE")
     prompt_length: int = option(128, "Length of synthetic prompts, in tokens.", "N")
     batch_size: int = option(1, "Sequences that are decoded together.", "N")
     max_new_tokens: int = option(64, "New tokens of each sequence.", "N")

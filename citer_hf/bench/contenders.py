@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,8 +73,14 @@ def padded_batches(token_ids: list[list[int]], sequences: int) -> list[Batch]:
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of the prompts in a file: any that `read_examples` takes, or a text with one prompt a line."""
-    if path.suffix in SUFFIXES:
+    """Return the tokens of the prompts in a file: examples, a JSON list of texts, or one prompt a line."""
+    values = None
+    if path.suffix == ".json":
+        with suppress(OSError, ValueError):
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+        examples = [Example(str(row), row, value) for row, value in enumerate(values, 1)]
+    elif path.suffix in SUFFIXES:
         examples = read_examples(path)
     else:
         try:

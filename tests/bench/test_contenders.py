@@ -110,6 +110,7 @@ def test_passes_that_would_be_compiled_are_counted(pair: CiterForCausalLM) -> No
     ("name", "text"),
     [
         ("prompts", "\ufeffTom has 3.\n\n[How many?]\n"),
+        ("list.json", '["Tom has 3.", "[How many?]"]'),
         ("a.json", '[{"prompt": "Tom has 3."}, {"prompt": "[How many?]"}]'),
     ],
 )
