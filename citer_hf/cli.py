@@ -369,6 +369,8 @@ def bench(
 
     wanted = PairOptions(**pair)
     if simulate:
+        if "thresholds" in options or plot is not None:
+            raise ValueError("--thresholds, --plot: --simulate runs nothing; give --shares, or leave --simulate out.")
         found = projections.simulate(*wanted.configs(), **simulation)
         typer.echo(json_format.dumps(found, indent=2) if json else projections.table(found))
         return

@@ -67,8 +67,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def new_figure(inches: tuple[float, float]) -> Any:
     """Return an empty matplotlib figure that needs no display."""
-    import_extra("matplotlib", "plot")
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("matplotlib is not installed: pip install 'citer-hf[plot]'") from None
 
     return Figure(figsize=inches, layout="constrained")
 

@@ -28,6 +28,9 @@ class CiterCache(Cache):
         routing: Who wrote each token since the last call of `generate` (or since the cache was made).
     """
 
+    # A property of the base class up to transformers 5.17, which would refuse to be set.
+    max_cache_len: int | None = None
+
     def __init__(
         self,
         config: PreTrainedConfig | None = None,

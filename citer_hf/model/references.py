@@ -37,8 +37,10 @@ WRAPPERS = re.compile(r"\.(token_adapter|base_layer|original_module)(?=\.)")
 def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Divide the keywords of a pair among its models."""
     for key, dtype in kwargs.items():
-        known = not isinstance(dtype, str) or dtype == "auto" or isinstance(getattr(torch, dtype, None), torch.dtype)
-        if key.endswith("dtype") and not known:
+        if not key.endswith("dtype") or not isinstance(dtype, str) or dtype == "auto":
+            continue
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise ValueError(f"{key}: expected 'auto', or a dtype of torch such as 'bfloat16', got {dtype!r}.")
     shared = {key: value for key, value in kwargs.items() if key.partition("_")[0] not in ROLES}
     keywords = {}

@@ -255,7 +255,5 @@ def test_a_model_that_transformers_does_not_compile_grows(monkeypatch, loop_take
 
 
 def test_what_transformers_refuses_with_a_static_cache_is_refused(pair):
-    with pytest.raises(ValueError, match="assisted generate is not supported with Static cache"):
-        pair.generate(**single(), **GREEDY, **STATIC, assistant_model=pair.slm)
     with pytest.raises(ValueError, match="cache_implementation"):
         pair.generate(**single(), **GREEDY, **STATIC, past_key_values=CiterCache(pair.config))

@@ -289,7 +289,8 @@ class Scripted:
     def __init__(self, text: str):
         self.tokenizer = ascii_tokenizer()
         self.llm = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
-        self.config = SimpleNamespace(max_position_embeddings=1000, router_threshold=0.5)
+        self.config = SimpleNamespace(max_position_embeddings=1000)
+        self.default_threshold = 0.5
         self.generation_config = GenerationConfig(eos_token_id=0)
         self.device, self.vocab_size, self.text = "cpu", len(self.tokenizer), text
 

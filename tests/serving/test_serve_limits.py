@@ -250,6 +250,8 @@ def test_a_server_that_others_can_reach_says_so() -> None:
 
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("citer_hf.serving.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     result = invoke("serve", "demo")
     assert result.exit_code == 1
