@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers.utils.hub
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -104,6 +105,9 @@ def test_a_model_from_a_gguf_file_is_never_referred_to_without_it(bases):
 # ---- generation settings and end tokens ----
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.17"), reason="5.17 does not save a plain model with such settings either"
+)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0.9}, {"top_k": -1}, {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5}]
