@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -239,23 +237,3 @@ def test_generate_documents_its_own_keywords():
     for name in ("inputs", "generation_config", "router_threshold", "waiting_rows"):
         assert f"            {name}: " in str(CiterForCausalLM.generate.__doc__) and name in parameters
     assert parameters["router_threshold"].annotation == "float | torch.Tensor | None"
-
-
-@pytest.mark.slow
-def test_a_type_checker_knows_what_is_public(tmp_path: Path):
-    pytest.importorskip("mypy")
-    (tmp_path / "used.py").write_text(
-        "import torch\nfrom citer_hf import CiterForCausalLM\n\n"
-        "def use(model: CiterForCausalLM, ids: torch.Tensor) -> None:\n"
-        "    reveal_type(model.generate(ids, router_threshold=0.5))\n"
-        "    reveal_type(model.run_slm(ids).hidden)\n    reveal_type(model.run_llm(ids))\n"
-        '    model.generate(ids, router_threshold="0.5")\n'
-    )
-    found = subprocess.run(
-        [sys.executable, "-m", "mypy", "--ignore-missing-imports", "used.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert "CiterGenerateOutput" in found and found.count('"torch._tensor.Tensor"') == 2
-    assert 'Argument "router_threshold" to "generate"' in found and "Found 1 error" in found
