@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import torch
 import uvicorn
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
@@ -35,7 +36,7 @@ class Served:
 
     def metric(self, name: str, **labels: str) -> float:
         """What a counter says."""
-        for family in text_string_to_metric_families(self.metrics.text().decode()):
+        for family in text_string_to_metric_families(generate_latest(self.metrics.registry).decode()):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     return sample.value

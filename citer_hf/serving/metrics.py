@@ -6,7 +6,7 @@ import time
 from functools import partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from .answers import Finished
 
@@ -50,10 +50,6 @@ class Metrics:
         self.llm_share.observe(finished.llm_tokens / finished.tokens)
         self.first_token_seconds.observe(finished.first_token_seconds)
         self.answer_seconds.observe(finished.seconds)
-
-    def text(self) -> bytes:
-        """Return everything in Prometheus' text format."""
-        return generate_latest(self.registry)
 
 
 class Measured:

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.cli.serving.utils import BaseHandler, Modality, build_response_parser, get_response_template
 
 from . import ServeOptions
@@ -148,17 +148,11 @@ def answer_length(model: Any, request: Request, prompt_tokens: int, options: Ser
 class UsedTokens(LogitsProcessor):
     """OpenAI's penalties, which transformers does not have: on the logits, for tokens of the answer alone."""
 
-    def __init__(self, prompt_tokens: int, frequency: float, presence: float):
-        self.prompt_tokens, self.frequency, self.presence = prompt_tokens, frequency, presence
+    def __init__(self, request: Request, prompt_tokens: int):
+        self.prompt_tokens = prompt_tokens
+        self.frequency, self.presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         used = input_ids[:, self.prompt_tokens :]
         counts = torch.zeros_like(scores).scatter_add_(1, used, torch.ones_like(used, dtype=scores.dtype))
         return scores - self.frequency * counts - self.presence * (counts > 0)
-
-
-def processors(request: Request, prompt_tokens: int) -> LogitsProcessorList:
-    """Return what changes the logits besides transformers' own processors."""
-    frequency, presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
-    wanted = frequency or presence
-    return LogitsProcessorList([UsedTokens(prompt_tokens, frequency, presence)] if wanted else [])
