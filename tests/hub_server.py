@@ -1,7 +1,7 @@
 """A small Hub on localhost, for the unmodified `huggingface_hub` client: models, commits, tokens.
 
-Files of every size come with the commit, as small ones do on the Hub. Xet, its way for large ones, is not imitated: the
-tests switch it off in the client's process (`HF_HUB_DISABLE_XET=1`).
+Files of every size come with the commit, as small ones do on the Hub. Xet, its way for large ones, is not imitated:
+the tests switch it off in the client's process (`HF_HUB_DISABLE_XET=1`).
 """
 
 from __future__ import annotations

@@ -23,15 +23,12 @@ USUAL_LENGTH = 1024
 COLDEST = 1e-4
 
 
-def prompts_of(tokenizer: Any, request: Request, vocabulary: int) -> list[list[int]]:
+def prompts_of(tokenizer: Any, request: Any, vocabulary: int) -> list[list[int]]:
     """Return the tokens of every prompt of a request."""
-    if isinstance(request, ChatRequest):
-        prompts, param = [chat_prompt(tokenizer, request)], "messages"
-    else:
-        assert isinstance(request, CompletionRequest)
-        prompts, param = text_prompts(tokenizer, request, vocabulary), "prompt"
+    is_chat = isinstance(request, ChatRequest)
+    prompts = [chat_prompt(tokenizer, request)] if is_chat else text_prompts(tokenizer, request, vocabulary)
     if not all(prompts):
-        raise RequestError(f"{param}: the prompt has no tokens; the models need at least one.", param=param)
+        raise RequestError("prompt: it has no tokens; the models need at least one.", param="prompt")
     return prompts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import socket
@@ -29,7 +28,7 @@ from ..model.modeling import CiterForCausalLM
 from ..model.routers import as_threshold
 from . import ServeOptions
 from .answers import Answer, Finished, Reply, write
-from .metrics import CLIENT_LEFT, Measured, Metrics
+from .metrics import Metrics
 from .requests import UsedTokens, generation_settings, parser_of, prompts_of
 from .schema import INTERNAL, ChatRequest, CompletionRequest, Request, RequestError, answer_errors, error_body
 
@@ -38,34 +37,50 @@ BODY_SECONDS = 30.0
 # The longest wait for streams and for the answer under way when the server is told to stop.
 SECONDS_TO_END = 5
 BEGUN = object()
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+# nginx' status of a request whose client has gone.
+CLIENT_LEFT = 499
 NO_MEMORY = "The server has not enough memory for this request. Shorten the prompt or lower max_tokens."
 
 
-class BodyLimit:
-    """ASGI middleware that refuses bodies which are too large or come too slowly, while they come."""
+class Edge:
+    """ASGI middleware that refuses bodies which are too large or come too slowly, and counts requests for answers."""
 
-    def __init__(self, app: Any, most: int, seconds: float = BODY_SECONDS):
-        self.app, self.most, self.seconds = app, most, seconds
+    def __init__(self, app: Any, metrics: Metrics, most: int, seconds: float = BODY_SECONDS):
+        self.app, self.metrics, self.most, self.seconds = app, metrics, most, seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        taken, complete, until = 0, scope["type"] != "http", time.monotonic() + self.seconds
+        began, taken, complete, status, ended = time.monotonic(), 0, scope["type"] != "http", 500, False
 
         async def limited() -> Any:
-            nonlocal taken, complete
-            if complete:
-                # Only the client's leaving comes after the body, at any time.
-                return await receive()
+            nonlocal taken, complete, status, ended
+            # After the body, only the client's leaving comes, at any time.
+            seconds = None if complete else max(began + self.seconds - time.monotonic(), 0.001)
             try:
-                message = await asyncio.wait_for(receive(), max(until - time.monotonic(), 0.001))
+                message = await asyncio.wait_for(receive(), seconds)
             except asyncio.TimeoutError:
                 raise RequestError(f"The body of the request took longer than {self.seconds:g} s.", 408) from None
             taken += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
+            complete = complete or not message.get("more_body", False)
             if taken > self.most:
                 raise RequestError(f"The body of the request has more than {self.most} bytes, the most taken.", 413)
+            if message["type"] == "http.disconnect" and not ended:
+                status, ended = CLIENT_LEFT, True
             return message
 
-        await self.app(scope, limited, send)
+        async def noted(message: Any) -> None:
+            nonlocal status, ended
+            if not ended:
+                status = message.get("status", status)
+                ended = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        try:
+            await self.app(scope, limited, noted)
+        finally:
+            if scope.get("path") in ENDPOINTS:
+                self.metrics.requests.labels(scope["path"], str(status)).inc()
+                self.metrics.request_seconds.labels(scope["path"]).observe(time.monotonic() - began)
 
 
 class Server:
@@ -224,8 +239,7 @@ def build_app(server: Server) -> FastAPI:
     """Return the app that serves a pair."""
     app = FastAPI(title="citer serve", docs_url=None, redoc_url=None)
     answer_errors(app)
-    app.add_middleware(BodyLimit, most=server.options.max_request_bytes)
-    app.add_middleware(Measured, metrics=server.metrics)
+    app.add_middleware(Edge, metrics=server.metrics, most=server.options.max_request_bytes)
     card = {"id": server.names[0], "object": "model", "created": int(time.time()), "owned_by": "citer"}
 
     @app.post("/v1/chat/completions", responses=ANSWERS)
@@ -304,10 +318,7 @@ def listen(host: str, port: int) -> socket.socket:
 def welcome(name: str, threshold: float, host: str, port: int) -> str:
     """Return where the server is and how it is asked."""
     place = f"[{host}]" if ":" in host else host
-    text = (
+    return (
         f"Serving {name} at http://{place}:{port}/v1 with threshold {threshold:g}; also /health and /metrics. "
-        "Ctrl-C stops it."
+        "Ctrl-C stops it.\nAnyone who reaches this address can use it: it asks for no key."
     )
-    if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        return text
-    return f"{text}\nAnyone who reaches this address can use it: it asks for no key. Put a proxy before it."
