@@ -163,7 +163,7 @@ class Conversation:
 
     def _drop_cache(self) -> None:
         self.cache = CiterCache(self.model.config)
-        self._cached: list[int] = []
+        self._cached = []
 
 
 def plain_text(messages: list[dict[str, str]]) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,13 @@ def error(call, kind=OSError):
 """
 
 
+@dataclass
 class Client:
     """Runs scripts in processes of their own, which know the Hub by its address only."""
 
-    def __init__(self, hub: Hub, folder: Path):
-        self.hub, self.folder, self.output = hub, folder, ""
+    hub: Hub
+    folder: Path
+    output: str = ""
 
     def run(self, code: str, home: str = "home", prelude: str = PRELUDE, **environment: str) -> dict:
         """What a script leaves in `said`; its home is where the cache is."""

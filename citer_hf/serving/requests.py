@@ -88,9 +88,10 @@ def parser_of(tokenizer: Any, llm: Any, request: Request, prompt: list[int]) -> 
     """Return what finds tool calls and reasoning in an answer, or `None` where its text is all there is."""
     if not isinstance(request, ChatRequest):
         return None
-    markup = get_response_template(tokenizer, llm)
+    markup, text = get_response_template(tokenizer, llm), tokenizer.decode(prompt)
+    anchors = (markup or {}).get("start_anchor", "")
     # A prompt that does not lead up to the answer as the markup expects would be taken for a part of the answer.
-    if markup is None or markup.get("start_anchor", "") not in tokenizer.decode(prompt):
+    if markup is None or not any(one in text for one in ([anchors] if isinstance(anchors, str) else anchors)):
         return None
     return build_response_parser(tokenizer, llm, prompt, **({"tools": request.tools} if PARSER_KNOWS_TOOLS else {}))
 

@@ -69,12 +69,9 @@ def test_a_completion_is_what_generate_writes_and_usage_says_who_wrote_it(
 ) -> None:
     ids = TOKENIZER(PROMPT).input_ids
     text, routing = written(model, ids, router_threshold=threshold)
-    answer = served.client().completions.create(
-        model=NAME, prompt=PROMPT, max_tokens=12, extra_body={"router_threshold": threshold}
-    )
+    answer = served.complete(PROMPT, max_tokens=12, extra_body={"router_threshold": threshold})
     assert answer.choices[0].text == text and answer.choices[0].finish_reason == "length"
-    used: Any = answer.usage
-    by_llm = int(routing.to_llm.sum())
+    used, by_llm = answer.usage, int(routing.to_llm.sum())
     assert (used.prompt_tokens, used.completion_tokens, used.total_tokens) == (len(ids), 12, len(ids) + 12)
     assert (used.slm_tokens, used.llm_tokens, used.llm_share) == (12 - by_llm, by_llm, routing.llm_share)
     assert used.llm_calls == routing.llm_calls
@@ -82,13 +79,11 @@ def test_a_completion_is_what_generate_writes_and_usage_says_who_wrote_it(
 
 def test_a_chat_is_answered_with_the_routers_own_threshold_whole_or_in_pieces(served: Served, model: Any) -> None:
     text, routing = written(model, chat_ids())
-    asked: Any = {"model": NAME, "messages": CHAT, "max_completion_tokens": 12}
-    answer: Any = served.client().chat.completions.create(**asked)
+    answer = served.chat(CHAT, max_completion_tokens=12)
     assert told(answer, False) == (text, "length")
     assert 0 < answer.usage.llm_tokens < 12 and answer.usage.llm_tokens == int(routing.to_llm.sum())
-    chunks: Any = list(
-        served.client().chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
-    )
+    include: Any = {"include_usage": True}
+    chunks = list(served.chat(CHAT, max_completion_tokens=12, stream=True, stream_options=include))
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
     assert len(pieces) > 6 and "".join(pieces) == text
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -102,8 +97,7 @@ def test_a_chat_is_answered_with_the_routers_own_threshold_whole_or_in_pieces(se
 def test_an_answer_ends_before_a_stop_string(served: Served, model: Any, stream: bool) -> None:
     text, _ = written(model, chat_ids(), length=40)
     stop = text[9:12]
-    asked = {"model": NAME, "messages": CHAT, "max_tokens": 40, "stop": ["no such text", stop]}
-    answer: Any = served.client().chat.completions.create(**asked, stream=stream)
+    answer = served.chat(CHAT, max_tokens=40, stop=["no such text", stop], stream=stream)
     assert told(answer, stream) == (text[: text.index(stop)], "stop")
     assert stream or answer.usage.completion_tokens == text.index(stop) + len(stop)
 
@@ -122,7 +116,7 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(pieces: st
 
 def test_a_seed_gives_the_same_text_again_and_none_gives_others(served: Served, model: Any) -> None:
     def ask(**options: Any) -> str:
-        return served.client().completions.create(model=NAME, prompt=PROMPT, max_tokens=20, **options).choices[0].text
+        return served.complete(PROMPT, max_tokens=20, **options).choices[0].text
 
     torch.manual_seed(11)
     text, _ = written(model, TOKENIZER(PROMPT).input_ids, length=20, do_sample=True, temperature=1.5, top_k=0)
@@ -136,16 +130,15 @@ def test_temperature_0_is_greedy_whatever_the_model_prefers(model: Any) -> None:
     text, _ = written(model, TOKENIZER(PROMPT).input_ids)
     samples = chat_pair()
     samples.generation_config.update(do_sample=True, temperature=1.7)
-    asked: Any = {"model": NAME, "prompt": PROMPT, "max_tokens": 12, "top_p": 0.9}
     with serving(samples) as server:
         for temperature in (0, 1e-300):
-            answer = server.client().completions.create(**asked, temperature=temperature)
+            answer = server.complete(PROMPT, max_tokens=12, top_p=0.9, temperature=temperature)
             assert answer.choices[0].text == text
 
 
 def test_biases_and_penalties_change_what_is_written(served: Served) -> None:
     def ask(**options: Any) -> str:
-        return served.client().completions.create(model=NAME, prompt="ab", max_tokens=30, **options).choices[0].text
+        return served.complete("ab", max_tokens=30, **options).choices[0].text
 
     z = TOKENIZER("z").input_ids[0]
     assert ask(logit_bias={str(z): 100}) == "z" * 30
@@ -156,24 +149,21 @@ def test_biases_and_penalties_change_what_is_written(served: Served) -> None:
 
 def test_several_prompts_and_answers_come_in_order(served: Served, model: Any) -> None:
     prompts = ["ab", "cdef", PROMPT]
-    answer = served.client().completions.create(model=NAME, prompt=prompts, n=2, max_tokens=8, seed=3, temperature=1.0)
+    answer = served.complete(prompts, n=2, max_tokens=8, seed=3, temperature=1.0)
     assert [choice.index for choice in answer.choices] == list(range(6))
     for number, prompt in enumerate(prompts):
-        alone = served.client().completions.create(
-            model=NAME, prompt=TOKENIZER(prompt).input_ids, n=2, max_tokens=8, seed=3, temperature=1.0
-        )
+        alone = served.complete(TOKENIZER(prompt).input_ids, n=2, max_tokens=8, seed=3, temperature=1.0)
         texts = [choice.text for choice in alone.choices]
         assert texts == [choice.text for choice in answer.choices[2 * number : 2 * number + 2]]
         assert texts[0] != texts[1]
-    used: Any = answer.usage
+    used = answer.usage
     assert used.completion_tokens == 48 and used.prompt_tokens == sum(map(len, prompts))
 
 
 def test_a_message_may_come_in_parts_and_from_a_developer(served: Served, model: Any) -> None:
     parts: Any = [{"type": "text", "text": PROMPT}]
     newer: Any = [{"role": "developer", "content": "be brief."}, {"role": "user", "content": parts}]
-    answer = served.client().chat.completions.create(model=NAME, messages=newer, max_tokens=12)
-    assert told(answer, False)[0] == written(model, chat_ids())[0]
+    assert told(served.chat(newer, max_tokens=12), False)[0] == written(model, chat_ids())[0]
 
 
 def test_eight_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
@@ -182,10 +172,9 @@ def test_eight_clients_at_once_get_what_each_gets_alone(served: Served) -> None:
         if number % 2:
             options |= {"temperature": 1.2, "seed": number}
         if number % 4 < 2:
-            answer: Any = served.client().completions.create(model=NAME, prompt=PROMPT[number:], **options)
+            answer = served.complete(PROMPT[number:], **options)
             return answer.choices[0].text, answer.usage
-        messages: Any = [{"role": "user", "content": PROMPT[number:]}]
-        chunks = list(served.client().chat.completions.create(model=NAME, messages=messages, stream=True, **options))
+        chunks = list(served.chat([{"role": "user", "content": PROMPT[number:]}], stream=True, **options))
         return told(chunks, True), chunks[-1].usage
 
     alone = [ask(number) for number in range(8)]
@@ -205,18 +194,17 @@ def held(router: HeldRouter) -> Any:
 def test_an_answer_that_nobody_waits_for_is_not_written_on(stream: bool) -> None:
     router = HeldRouter()
     with serving(held(router)) as server:
-        asked = {"model": NAME, "prompt": "abc", "max_tokens": 200}
         router.permits.release(3)
         if stream:
-            answer = server.client().completions.create(**asked, stream=True)
+            answer = server.complete("abc", max_tokens=200, stream=True)
             next(iter(answer))
             answer.close()
         else:
             with pytest.raises(openai.APITimeoutError):
-                server.client(timeout=2).completions.create(**asked)
+                server.complete("abc", max_tokens=200, timeout=2)
         wait_until(lambda: server.metric("citer_requests_in_progress") == 0)
         router.permits.release(1000)
-        server.client().completions.create(model=NAME, prompt="abc", max_tokens=5)
+        server.complete("abc", max_tokens=5)
         # Three tokens, one that was under way, the five of the other request, and their first tokens.
         assert server.metric("citer_tokens_total", model="slm") < 15
         wait_until(lambda: server.metric("citer_requests_total", status="499") == 1)
@@ -225,12 +213,12 @@ def test_an_answer_that_nobody_waits_for_is_not_written_on(stream: bool) -> None
 def test_a_request_whose_client_leaves_before_its_turn_costs_nothing() -> None:
     router = HeldRouter()
     with serving(held(router)) as server, ThreadPoolExecutor(1) as other:
-        first = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=9)
+        first = other.submit(server.complete, "abc", max_tokens=9)
         wait_until(lambda: router.asked > 0)
         with pytest.raises(openai.APITimeoutError):
-            server.client(timeout=2).completions.create(model=NAME, prompt="abcdefgh", max_tokens=50)
+            server.complete("abcdefgh", max_tokens=50, timeout=2)
         router.permits.release(1000)
-        assert first.result().usage.completion_tokens == 9  # type: ignore[union-attr]
+        assert first.result().usage.completion_tokens == 9
         wait_until(lambda: server.metric("citer_requests_in_progress") == 0)
         assert server.metric("citer_prompt_tokens_total") == 3
         assert server.metric("citer_tokens_total", model="slm") == 9
@@ -246,9 +234,7 @@ def test_models_and_health_answer(served: Served) -> None:
 
 def test_metrics_count_requests_and_the_tokens_of_each_model(model: Any) -> None:
     with serving(model) as server:
-        used = [
-            server.client().completions.create(model=NAME, prompt=PROMPT, max_tokens=length).usage for length in (5, 9)
-        ]
+        used = [server.complete(PROMPT, max_tokens=length).usage for length in (5, 9)]
         for name in ("slm", "llm"):
             counted = server.metric("citer_tokens_total", model=name)
             assert counted == sum(getattr(one, f"{name}_tokens") for one in used) > 0
@@ -266,11 +252,11 @@ MARKUP = (
 
 
 class Scripted:
-    """Stands for a pair whose LLM is a Qwen2 and which writes a given text."""
+    """Stands for a pair whose LLM has a markup that transformers knows, and which writes a given text."""
 
-    def __init__(self, text: str):
-        self.tokenizer = character_tokenizer(MARKUP, [*map(chr, range(32, 127)), "\n"])
-        self.llm = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
+    def __init__(self, text: str, model_type: str = "qwen2"):
+        self.tokenizer = character_tokenizer(MARKUP, [*map(chr, range(32, 127)), "\n"], "<|im_end|>")
+        self.llm = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
         self.config = SimpleNamespace(max_position_embeddings=1000)
         self.default_threshold, self.generation_config = 0.5, GenerationConfig(eos_token_id=EOS)
         self.device, self.vocab_size, self.text = "cpu", len(self.tokenizer), text
@@ -289,9 +275,8 @@ class Scripted:
 def test_reasoning_and_tool_calls_are_told_apart_from_the_answer(stream: bool) -> None:
     model = Scripted('<think>use it</think>hi<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
     tool: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-    asked: Any = {"model": NAME, "messages": [{"role": "user", "content": "1+1"}], "tools": [tool], "stream": stream}
     with serving(model, model.tokenizer) as server:
-        answer: Any = server.client().chat.completions.create(**asked)
+        answer = server.chat([{"role": "user", "content": "1+1"}], tools=[tool], stream=stream)
         if stream:
             choices = [chunk.choices[0] for chunk in answer]
             content = "".join(choice.delta.content or "" for choice in choices)
@@ -305,11 +290,11 @@ def test_reasoning_and_tool_calls_are_told_apart_from_the_answer(stream: bool) -
     assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [("add", {"a": 1})]
 
 
-def test_a_prompt_in_another_markup_is_no_part_of_the_answer() -> None:
-    model = Scripted("hello")
-    other: Any = {"extra_body": {"chat_template_kwargs": {"begin": "answer:"}}}
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma4"])
+def test_a_prompt_in_another_markup_is_no_part_of_the_answer(model_type: str) -> None:
+    model = Scripted("hello", model_type)
     with serving(model, model.tokenizer) as server:
-        answer = server.client().chat.completions.create(model=NAME, messages=CHAT, **other)
+        answer = server.chat(CHAT, extra_body={"chat_template_kwargs": {"begin": "answer:"}})
     # It ends with the end token.
     assert told(answer, False) == ("hello", "stop")
 
@@ -327,7 +312,7 @@ def test_the_command_serves_a_directory_at_this_machine_only_and_stops_at_ctrl_c
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         for name in (str(directory), directory.name):
             answer = client.completions.create(model=name, prompt="Tom has 12 apples.", max_tokens=4)
-            used: Any = answer.usage
+            used = answer.usage
             assert used.llm_tokens == 4 and answer.model == str(directory)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
@@ -347,7 +332,7 @@ def test_a_published_generation_config_acts_as_in_generate(published: dict[str, 
     pair.generation_config.update(**published)
     text, _ = written(pair, chat_ids(), length=40, tokenizer=TOKENIZER, use_cache=True)
     with serving(pair) as server:
-        answer: Any = server.client().chat.completions.create(model=NAME, messages=CHAT, max_tokens=40, stream=stream)
+        answer = server.chat(CHAT, max_tokens=40, stream=stream)
         shown, reason = told(answer, stream)
     assert shown == text
     assert reason == ("stop" if len(text) < 40 else "length")

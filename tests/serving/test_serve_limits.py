@@ -131,14 +131,14 @@ def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_does_no_harm(served: Served) -> None:
     served.raw(HEAD + b"Content-Length: 100\r\n\r\n{", end=True)
-    assert served.client().completions.create(**ASK).choices
+    assert served.complete("abc", max_tokens=2).choices
 
 
 def test_an_answer_that_takes_too_long_ends_where_it_is() -> None:
     router = HeldRouter()
     router.permits.release(4)
     with serving(held(router), timeout=3.0) as server, ThreadPoolExecutor(1) as other:
-        answer = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=200)
+        answer = other.submit(server.complete, "abc", max_tokens=200)
         wait_until(lambda: router.asked == 5)
         time.sleep(3)
         router.permits.release(1000)
@@ -149,11 +149,11 @@ def test_an_answer_that_takes_too_long_ends_where_it_is() -> None:
 def test_a_request_whose_turn_does_not_come_in_time_may_try_again_later() -> None:
     router = HeldRouter()
     with serving(held(router), timeout=1.0) as server, ThreadPoolExecutor(1) as other:
-        first = other.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=5)
+        first = other.submit(server.complete, "abc", max_tokens=5)
         wait_until(lambda: router.asked > 0)
         for stream in (True, False):
             with pytest.raises(openai.InternalServerError, match="did not come within 1 s") as caught:
-                server.client().completions.create(model=NAME, prompt="abc", stream=stream)
+                server.complete("abc", stream=stream)
             assert caught.value.status_code == 503 and caught.value.response.headers["Retry-After"]
         router.permits.release(1000)
         assert first.result().choices
@@ -162,16 +162,14 @@ def test_a_request_whose_turn_does_not_come_in_time_may_try_again_later() -> Non
 def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
     router = HeldRouter()
     with serving(held(router), max_waiting=1) as server, ThreadPoolExecutor(2) as others:
-        asked = [
-            others.submit(server.client().completions.create, model=NAME, prompt="abc", max_tokens=3) for _ in range(2)
-        ]
+        asked = [others.submit(server.complete, "abc", max_tokens=3) for _ in range(2)]
         wait_until(lambda: server.metric("citer_requests_in_progress") == 2)
         with pytest.raises(openai.InternalServerError, match="max-waiting") as caught:
-            server.client().completions.create(model=NAME, prompt="abc")
+            server.complete("abc")
         assert caught.value.status_code == 503
         router.permits.release(1000)
         assert all(one.result().choices for one in asked)
-        assert server.client().completions.create(**ASK).choices
+        assert server.complete("abc", max_tokens=2).choices
 
 
 @pytest.mark.parametrize("passes", [0, 3])
@@ -209,16 +207,13 @@ def test_a_model_that_fails_is_told_without_its_secrets_and_goes_on(
         assert status == (200 if stream and passes else 500)
         assert message in answer and b"secret" not in answer and b"DONE" not in answer
         assert str(error) in caplog.text
-        assert server.client().completions.create(**ASK).choices
+        assert server.complete("abc", max_tokens=2).choices
 
 
 def test_an_empty_prompt_begins_with_the_first_token_where_there_is_one() -> None:
     tokenizer = character_tokenizer()
     with serving(chat_pair(), tokenizer) as server:
-        empty, first = (
-            server.client().completions.create(model=NAME, prompt=prompt, max_tokens=4)
-            for prompt in ("", [tokenizer.bos_token_id])
-        )
+        empty, first = (server.complete(prompt, max_tokens=4) for prompt in ("", [tokenizer.bos_token_id]))
         assert empty.choices[0].text == first.choices[0].text
         tokenizer.bos_token = None
         assert "has no tokens" in refusal(server, ASK | {"prompt": ""})[1]["message"]
