@@ -232,7 +232,6 @@ def answer(conversation: Conversation, text: str) -> None:
 
 
 def obey(conversation: Conversation, line: str) -> None:
-    """Carry out a command."""
     name, _, argument = line.partition(" ")
     if name == "/threshold":
         try:

@@ -256,7 +256,6 @@ LOAD = """
         "wrong token": error(lambda: load("me/held", token=WRONG, force_download=True)),
         "private base": error(lambda: load("me/router", token=False, force_download=True)),
         "sizes": error(lambda: load("me/router", llm_revision="main", token=TOKEN), ValueError),
-        "words": error(lambda: load("me/router", llm_revision="words", token=TOKEN), ValueError),
         "missing": error(lambda: load("me/nothing", token=TOKEN)),
         "revision": error(lambda: load("me/router", revision="no-such", token=TOKEN)),
     }
@@ -267,24 +266,16 @@ LOAD = """
 """
 
 
-def change(client: Client, name: str, branch: str, file: str, **changes: object) -> None:
-    """Add a commit to a branch in which a file of JSON has changed."""
-    repository = client.hub.repositories[name]
-    found = dict(repository.commits[uploaded(client, name)])
-    found[file] = json.dumps(json.loads(found[file]) | changes).encode()
-    repository.commit(branch, found)
-
-
 @pytest.fixture(scope="module")
 def loaded(client: Client, pushed: dict) -> dict:
     """What was said while what was pushed was loaded, in a process with an empty cache."""
     # The LLM has moved on since the router was saved.
-    change(client, "me/llm", "same", "config.json")
-    change(client, "me/llm", "main", "config.json", num_hidden_layers=3)
-    words = {"type": "WordLevel", "vocab": {f"v{index}": index for index in range(61)}, "unk_token": "v0"}
-    change(client, "me/llm", "words", "tokenizer.json", model=words, added_tokens=[])
+    repository, llm = client.hub.repositories["me/llm"], uploaded(client, "me/llm")
+    before = repository.commits[llm]
+    for branch, layers in (("same", 2), ("main", 3)):
+        config = {**json.loads(before["config.json"]), "num_hidden_layers": layers}
+        repository.commit(branch, {**before, "config.json": json.dumps(config).encode()})
     commits = list(client.hub.repositories["me/router"].commits)[1:]
-    llm = uploaded(client, "me/llm")
     return client.run(LOAD, home="other", COMMITS=json.dumps(commits), LLM=json.dumps(llm))
 
 
@@ -318,7 +309,7 @@ def test_errors_of_the_hub_name_what_and_what_to_do(loaded):
     errors = loaded["errors"]
     assert "me/held" in errors["wrong token"]
     assert "llm: the LLM could not be loaded from me/llm" in errors["private base"]
-    assert "num_hidden_layers is 3, but was 2" in errors["sizes"] and "its tokenizer has changed" in errors["words"]
+    assert "num_hidden_layers is 3, but was 2" in errors["sizes"]
     assert "me/nothing" in errors["missing"] and "no-such" in errors["revision"]
 
 

@@ -236,20 +236,15 @@ def test_an_r2r_router_follows_a_resized_vocabulary_and_is_no_owner_of_the_table
     assert torch.equal(model.router._embedded(last)[0], model.slm.get_input_embeddings().weight[-1])
 
 
-def test_a_threshold_can_be_given_and_nothing_is_overwritten(bases, file, tmp_path):
-    arguments = ("convert", file, "--slm", bases / "slm", "--llm", bases / "llm", "--out", tmp_path / "router")
-    assert invoke(*arguments, "--router-threshold", 0.8).exit_code == 0
-    assert json.loads((tmp_path / "router" / "config.json").read_text())["router_threshold"] == 0.8
-    again = invoke(*arguments)
-    assert again.exit_code == 1 and "exists already" in again.stderr and again.stderr.count("\n") == 1
-
-
-def test_a_file_without_a_threshold_needs_one(bases, tmp_path):
+def test_a_file_without_a_threshold_needs_one_and_nothing_is_overwritten(bases, tmp_path):
     path = saved(without(r2r_file(R2R), "common_args"), tmp_path / "router.pt")
     with pytest.raises(ValueError, match=r"holds no threshold. Pass router_threshold=..."):
         convert(path, bases / "slm", bases / "llm", tmp_path / "router")
-    model = convert(path, bases / "slm", bases / "llm", tmp_path / "router", router_threshold=0.7)
-    assert model.config.router_threshold == 0.7
+    arguments = ("convert", path, "--slm", bases / "slm", "--llm", bases / "llm", "--out", tmp_path / "router")
+    assert invoke(*arguments, "--router-threshold", 0.8).exit_code == 0
+    assert json.loads((tmp_path / "router" / "config.json").read_text())["router_threshold"] == 0.8
+    again = invoke(*arguments, "--router-threshold", 0.7)
+    assert again.exit_code == 1 and "exists already" in again.stderr and again.stderr.count("\n") == 1
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

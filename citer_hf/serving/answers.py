@@ -174,11 +174,9 @@ class Reply:
         return self.chunk([self._choice(index, "delta", delta)], **({"usage": self.usage()} if complete else {}))
 
     def chunk(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
-        """Return one event of a stream."""
         return {**self.head, "object": self.object + ".chunk" * self.is_chat, "choices": choices, **usage}
 
     def whole(self) -> dict[str, Any]:
-        """Return all answers."""
         choices = [self._choice(index, "message", message) for index, message in enumerate(self.messages)]
         return {**self.head, "object": self.object, "choices": choices, "usage": self.usage()}
 

@@ -210,7 +210,6 @@ def event(content: Any) -> str:
 async def stream(
     first: tuple[int, Any] | None, others: AsyncGenerator[tuple[int, Any], None], reply: Reply, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Give the events of a stream."""
     piece = first
     try:
         async with aclosing(others):
@@ -236,7 +235,6 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(server: Server) -> FastAPI:
-    """Return the app that serves a pair."""
     app = FastAPI(title="citer serve", docs_url=None, redoc_url=None)
     answer_errors(app)
     app.add_middleware(Edge, metrics=server.metrics, most=server.options.max_request_bytes)
@@ -316,7 +314,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def welcome(name: str, threshold: float, host: str, port: int) -> str:
-    """Return where the server is and how it is asked."""
     place = f"[{host}]" if ":" in host else host
     return (
         f"Serving {name} at http://{place}:{port}/v1 with threshold {threshold:g}; also /health and /metrics. "

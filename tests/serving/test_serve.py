@@ -144,6 +144,7 @@ def test_biases_and_penalties_change_what_is_written(served: Served) -> None:
     assert ask(logit_bias={str(z): 100}) == "z" * 30
     plain = ask()
     assert len(set(ask(presence_penalty=2, frequency_penalty=2))) > len(set(plain))
+    assert len(set(ask(extra_body={"repetition_penalty": 5}))) > len(set(plain))
     assert set(ask(logit_bias={str(TOKENIZER(one).input_ids[0]): -100 for one in set(plain)})).isdisjoint(plain)
 
 

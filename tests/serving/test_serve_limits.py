@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import openai
@@ -208,6 +209,12 @@ def test_a_model_that_fails_is_told_without_its_secrets_and_goes_on(
         assert message in answer and b"secret" not in answer and b"DONE" not in answer
         assert str(error) in caplog.text
         assert server.complete("abc", max_tokens=2).choices
+
+
+def test_a_fault_of_the_server_is_told_without_its_secrets(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
+    monkeypatch.setattr(limits, "prompts_of", Mock(side_effect=RuntimeError("secret")))
+    status, error = refusal(served, ASK)
+    assert status == 500 and "its log says why" in error["message"] and "secret" not in str(error)
 
 
 def test_an_empty_prompt_begins_with_the_first_token_where_there_is_one() -> None:
