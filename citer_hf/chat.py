@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -11,13 +10,29 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .model.cache import CiterCache
 from .model.modeling import CiterForCausalLM
 from .model.routers import as_threshold
 from .runs import option
 from .terminal import Paint, WriterStreamer, legend
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of `citer chat`."""
+
+    router_threshold: float | None = option(
+        None, "The SLM's token stands when its score reaches this. [default: the router's own]", metavar="X"
+    )
+    max_new_tokens: int = option(512, "Longest answer, in tokens.", metavar="N")
+    system: str | None = option(None, "System message.", metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        if self.router_threshold is not None:
+            as_threshold(self.router_threshold)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}.")
 
 
 @dataclass
@@ -30,12 +45,10 @@ class Turn:
     seconds: float = 0.0
     read: int = 0
     kept: int = 0
-    cut: bool = False
 
     def add(self, other: Turn) -> None:
-        """Count another turn too."""
-        for name in ("tokens", "llm_tokens", "llm_calls", "seconds", "read", "kept"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def __str__(self) -> str:
         share = self.llm_tokens / max(self.tokens, 1)
@@ -50,35 +63,25 @@ class Turn:
 class Conversation:
     """The messages so far, and a cache that holds as much of their text as is still true."""
 
-    _cached: list[int]
-
-    def __init__(
-        self,
-        model: CiterForCausalLM,
-        tokenizer: Any,
-        max_new_tokens: int = 512,
-        system: str | None = None,
-        router_threshold: float | None = None,
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens, self.system = max_new_tokens, system
-        self.router_threshold = model.default_threshold if router_threshold is None else router_threshold
+    def __init__(self, model: CiterForCausalLM, tokenizer: Any, options: ChatOptions):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        threshold = options.router_threshold
+        self.router_threshold = model.default_threshold if threshold is None else threshold
         self.context = model.config.max_position_embeddings
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the settings."""
-        self.messages: list[dict[str, str]] = []
-        if self.system is not None:
-            self.messages.append({"role": "system", "content": self.system})
+        system = self.options.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.last, self.total = Turn(), Turn()
         self._drop_cache()
 
-    def ask(self, text: str, paint: Paint, stop: StoppingCriteria | None = None) -> Turn:
+    def ask(self, text: str, paint: Paint) -> Turn:
         """Answer a message, painting the answer as it is written."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._render(messages)
-        room = self.max_new_tokens if self.context is None else self.context - len(ids)
+        room = self.options.max_new_tokens if self.context is None else self.context - len(ids)
         if room <= 0:
             raise ValueError(
                 f"this chat with your message has {len(ids)} tokens, and the models read at most {self.context}. "
@@ -100,8 +103,7 @@ class Conversation:
                 past_key_values=self.cache,
                 router_threshold=self.router_threshold,
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
-                max_new_tokens=min(room, self.max_new_tokens),
+                max_new_tokens=min(room, self.options.max_new_tokens),
                 # A published generation config may ask for another cache, for none, or for several sequences.
                 cache_implementation=None,
                 use_cache=True,
@@ -127,7 +129,6 @@ class Conversation:
             seconds=time.perf_counter() - began,
             read=len(ids) - kept,
             kept=kept,
-            cut=len(streamer.tokens) == room,
         )
         self.total.add(self.last)
         return self.last
@@ -179,23 +180,6 @@ HELP = """\
 /exit         leave, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
-@dataclass(frozen=True)
-class ChatOptions:
-    """Options of `citer chat`."""
-
-    router_threshold: float | None = option(
-        None, "The SLM's token stands when its score reaches this. [default: the router's own]", metavar="X"
-    )
-    max_new_tokens: int = option(512, "Longest answer, in tokens.", metavar="N")
-    system: str | None = option(None, "System message.", metavar="TEXT")
-
-    def __post_init__(self) -> None:
-        if self.router_threshold is not None:
-            as_threshold(self.router_threshold)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}.")
-
-
 def chat(model: CiterForCausalLM, **options: Any) -> None:
     """Chat in the terminal until the user leaves.
 
@@ -211,7 +195,7 @@ def chat(model: CiterForCausalLM, **options: Any) -> None:
     if tokenizer is None:
         path = model.name_or_path
         raise ValueError(f"{path} has no tokenizer. Save one there: tokenizer.save_pretrained({path!r}).")
-    conversation = Conversation(model, tokenizer, chosen.max_new_tokens, chosen.system, chosen.router_threshold)
+    conversation = Conversation(model, tokenizer, chosen)
     print(f"{legend(sys.stdout)} Threshold {conversation.router_threshold:g}. /help lists the commands.")
     prompt = ""
     if sys.stdin.isatty():
@@ -235,8 +219,7 @@ def chat(model: CiterForCausalLM, **options: Any) -> None:
 def answer(conversation: Conversation, text: str) -> None:
     """Print the answer to a message, or why there is none."""
     try:
-        with StopOnInterrupt() as stop:
-            turn = conversation.ask(text, Paint(sys.stdout), stop)
+        turn = conversation.ask(text, Paint(sys.stdout))
     except KeyboardInterrupt:
         print("\n(stopped; the next answer reads the whole chat again)")
     except torch.OutOfMemoryError:
@@ -244,14 +227,11 @@ def answer(conversation: Conversation, text: str) -> None:
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
     else:
-        if stop.requested:
-            print("(stopped)")
-        elif turn.cut:
+        if turn.read + turn.kept + turn.tokens == conversation.context:
             print(f"(the models read at most {conversation.context} tokens, and this chat has that many: try /reset)")
 
 
 def obey(conversation: Conversation, line: str) -> None:
-    """Carry out a command."""
     name, _, argument = line.partition(" ")
     if name == "/threshold":
         try:
@@ -271,24 +251,3 @@ def obey(conversation: Conversation, line: str) -> None:
         print(HELP)
     else:
         print(f"Error: there is no command {name}; /help lists them.", file=sys.stderr)
-
-
-class StopOnInterrupt(StoppingCriteria):
-    """Ends an answer after the token during which the user pressed Ctrl-C; a second Ctrl-C does not wait for it."""
-
-    requested = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
-
-    def __enter__(self) -> StopOnInterrupt:
-        self._previous = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _note(self, *event: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -84,7 +84,6 @@ def citer(version: Annotated[bool, flag(None, "Print the version.", "--version")
 
 
 def main() -> None:
-    """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not a traceback.
         if hasattr(stream, "reconfigure"):
@@ -166,7 +165,6 @@ class PairOptions:
         return [next((one for one in own if not KEYWORD.fullmatch(one)), None) for own in (self.slm, self.llm)]
 
     def keywords(self) -> Options:
-        """Return the keywords of loading."""
         found: Options = {"dtype": self.dtype, "device_map": self.device_map}
         found |= {"trust_remote_code": True} if self.trust_remote_code else {}
         found |= {"revision": self.revision} if self.revision is not None else {}

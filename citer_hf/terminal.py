@@ -38,7 +38,6 @@ class Paint:
         self.out, self.colour, self._is_open = out, wants_colour(out), False
 
     def write(self, text: str, by_llm: bool) -> None:
-        """Write a piece."""
         text = CONTROL.sub("", text)
         if text:
             # A coloured piece is closed at once, so that whatever interrupts the text leaves the terminal plain.
@@ -49,7 +48,6 @@ class Paint:
         self._print(f"{DIM}{text}{PLAIN}\n" if self.colour else f"{text}\n", False)
 
     def end(self) -> None:
-        """End the text, and its line."""
         self._print("\n", False)
 
     def _print(self, text: str, is_open: bool) -> None:

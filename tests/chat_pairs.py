@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ TEMPLATE = (
 )
 
 
-def character_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+def character_tokenizer(
+    template: str | None = TEMPLATE, characters: Sequence[str] = CHARACTERS, eos: str = "<eos>"
+) -> PreTrainedTokenizerFast:
     """One token per character, so that encoding what was decoded gives the same tokens."""
-    entries = ["<pad>", "<bos>", "<eos>", *CHARACTERS]
-    assert len(entries) <= VOCAB
+    entries = ["<pad>", "<bos>", eos, *characters]
     tokenizer = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -39,7 +41,7 @@ def character_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerF
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<bos>",
-        eos_token="<eos>",
+        eos_token=eos,
         padding_side="left",
         chat_template=template,
     )

@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import torch
 import uvicorn
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
@@ -29,13 +30,21 @@ class Served:
         self.metrics, self.port = server.metrics, port
         self.url = f"http://127.0.0.1:{port}"
 
-    def client(self, **options: Any) -> openai.OpenAI:
+    def client(self) -> openai.OpenAI:
         """The real client, which does not try again by itself."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def complete(self, prompt: Any, **options: Any) -> Any:
+        """What the client gets for a text or token ids."""
+        return self.client().completions.create(model=NAME, prompt=prompt, **options)
+
+    def chat(self, messages: Any, **options: Any) -> Any:
+        """What the client gets for a chat."""
+        return self.client().chat.completions.create(model=NAME, messages=messages, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """What a counter says."""
-        for family in text_string_to_metric_families(self.metrics.text().decode()):
+        for family in text_string_to_metric_families(generate_latest(self.metrics.registry).decode()):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     return sample.value

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import io
-import signal
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 
-from citer_hf import CiterCache, CiterForCausalLM
-from citer_hf.chat import Conversation, StopOnInterrupt, Turn, answer, obey, plain_text
+from citer_hf import CiterForCausalLM
+from citer_hf.chat import ChatOptions, Conversation, Turn, answer, obey, plain_text
 from citer_hf.terminal import Paint
 from tests.chat_pairs import TEMPLATE, chat_pair
 
@@ -21,7 +19,7 @@ TRIMMING = TEMPLATE.replace("message['content'] }}", "(message['content'] | repl
 
 
 def converse(model: CiterForCausalLM, **options: Any) -> Conversation:
-    return Conversation(model, model.load_tokenizer(), **{"max_new_tokens": 12, **options})
+    return Conversation(model, model.load_tokenizer(), ChatOptions(**{"max_new_tokens": 12, **options}))
 
 
 def ask(conversation: Conversation, text: str) -> str:
@@ -94,26 +92,18 @@ def test_the_same_message_cannot_leave_nothing_to_read() -> None:
     assert conversation.last.read == 1
 
 
-def test_the_counts() -> None:
-    conversation = converse(chat_pair())
+def test_counts_add_up_and_a_reset_keeps_the_system_message_alone() -> None:
+    conversation = converse(chat_pair(), system="be kind")
     ask(conversation, MESSAGES[0])
     first = conversation.last
     assert first.tokens == 12 and 0 < first.llm_tokens == first.llm_calls < 12 and first.kept == 0
     ask(conversation, MESSAGES[1])
-    assert conversation.total.tokens == 24
+    assert conversation.total.tokens == 24 and conversation.last.kept == first.read + 11
     assert conversation.total.llm_tokens == first.llm_tokens + conversation.last.llm_tokens
-    assert conversation.last.kept == first.read + 11
+    assert [one["role"] for one in conversation.messages] == ["system", *["user", "assistant"] * 2]
     conversation.reset()
-    assert conversation.total == Turn() and conversation.messages == []
+    assert conversation.total == Turn() and [one["role"] for one in conversation.messages] == ["system"]
     assert conversation.cache.get_seq_length() == 0
-
-
-def test_the_system_message_comes_first_and_survives_a_reset() -> None:
-    conversation = converse(chat_pair(), system="be kind")
-    for _ in range(2):
-        ask(conversation, "a")
-        assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
-        conversation.reset()
 
 
 def test_a_template_that_refuses_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,84 +117,55 @@ def test_the_end_of_the_context(capsys: pytest.CaptureFixture[str]) -> None:
     conversation = converse(chat_pair(max_position_embeddings=40), max_new_tokens=30)
     answer(conversation, "a" * 20)
     assert "at most 40 tokens" in capsys.readouterr().out
-    assert conversation.last.tokens == 40 - len("u:\na:") - 20 and conversation.last.cut
+    assert conversation.last.tokens == 40 - len("u:\na:") - 20
     messages = list(conversation.messages)
     answer(conversation, "b")
     assert "/reset" in capsys.readouterr().err
     assert conversation.messages == messages
     obey(conversation, "/reset")
     answer(conversation, "b")
-    assert conversation.last.tokens == 30 and not conversation.last.cut
-
-
-class Press(Paint):
-    """Presses Ctrl-C when the first text is painted."""
-
-    def __init__(self, times: int):
-        super().__init__(io.StringIO())
-        self.times = times
-
-    def write(self, text: str, by_llm: bool) -> None:
-        super().write(text, by_llm)
-        while self.times:
-            self.times -= 1
-            signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_ends_an_answer_and_a_second_one_does_not_wait(times: int) -> None:
-    model = chat_pair()
-    conversation, handler = converse(model), signal.getsignal(signal.SIGINT)
-    with suppress(KeyboardInterrupt), StopOnInterrupt() as stop:
-        conversation.ask(MESSAGES[0], Press(times), stop)
-    assert stop.requested and signal.getsignal(signal.SIGINT) is handler
-    # Some versions of transformers look at the criteria before the token is streamed, some after.
-    assert 1 <= len(conversation.messages[-1]["content"]) <= 2
-    before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
-    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.5)
-    # The first Ctrl-C leaves the caches whole.
-    assert (conversation.last.kept > 0) == (times == 1)
-
-
-def test_running_out_of_memory_is_not_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    conversation = converse(chat_pair())
-    ask(conversation, MESSAGES[0])
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(conversation.model), "generate", fail)
-        answer(conversation, MESSAGES[1])
-    assert "memory" in capsys.readouterr().err and len(conversation.messages) == 2
-    answer(conversation, MESSAGES[1])
-    assert len(conversation.messages) == 4
+    assert conversation.last.tokens == 30 and "at most" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("line", "printed"),
-    [
+    ("error", "told"), [(KeyboardInterrupt, "(stopped;"), (torch.OutOfMemoryError("no"), "Out of memory")], ids=str
+)
+def test_an_interrupted_answer_stays_in_the_chat_which_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Any, told: str
+) -> None:
+    model = chat_pair()
+    conversation, forward, calls = converse(model), model.slm.forward, []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 3:
+            raise error
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.slm, "forward", fail)
+        answer(conversation, MESSAGES[0])
+    assert told in "".join(capsys.readouterr()) and len(conversation.messages[-1]["content"]) == 3
+    before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
+    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.5)
+
+
+def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = converse(chat_pair())
+    for line, printed in (
         ("/threshold", "threshold 0.5"),
         ("/threshold  2 ", "threshold 2"),
         ("/stats", "whole chat   0 tokens: 0 by the SLM, 0 by the LLM (0.0%)"),
         ("/help", "/threshold X"),
         ("/reset", "new chat"),
-    ],
-)
-def test_commands(line: str, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
-    obey(converse(chat_pair()), line)
-    assert printed in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("line", ["/threshold x", "/threshold -1", "/nothing"])
-def test_commands_that_mean_nothing(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    conversation = converse(chat_pair())
-    obey(conversation, line)
-    captured = capsys.readouterr()
-    assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1 and not captured.out
-    assert conversation.router_threshold == 0.5
+    ):
+        obey(conversation, line)
+        assert printed in capsys.readouterr().out
+    for line in ("/threshold x", "/threshold -1", "/nothing"):
+        obey(conversation, line)
+        captured = capsys.readouterr()
+        assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert conversation.router_threshold == 2
 
 
 def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
@@ -213,7 +174,6 @@ def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
     conversation = converse(model)
     assert conversation.context is None
     assert len(ask(conversation, MESSAGES[0])) == 12
-    assert isinstance(conversation.cache, CiterCache)
 
 
 @pytest.mark.parametrize(

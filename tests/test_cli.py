@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import unittest.mock
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
-from citer_hf.chat import StopOnInterrupt, chat
+from citer_hf.chat import chat
 from citer_hf.cli import COMMANDS, load_pair, plain_errors
 from citer_hf.options import Of, Options, expanded
 from citer_hf.runs import option
@@ -82,9 +82,6 @@ def test_options_keep_their_names(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "150")
     found = set(re.findall(r"(?<![\w-])--[\w-]+", invoke(name, "-h").stdout))
     assert set(FLAGS[name].split()) - found == set()
-
-
-def test_the_version() -> None:
     assert invoke("--version").stdout == f"{citer_hf.__version__}\n"
 
 
@@ -146,25 +143,13 @@ def test_the_fields_of_a_dataclass_are_the_options(
 # --- Loading --------------------------------------------------------------------------------------------------------
 
 
-class StoppedError(ValueError):
-    pass
-
-
 @pytest.fixture
-def loading(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def loading(monkeypatch: pytest.MonkeyPatch) -> unittest.mock.Mock:
     """What loading was asked for; nothing is loaded."""
-    asked: list[tuple[Any, ...]] = []
-
-    def note(*arguments: Any, **keywords: Any) -> None:
-        asked.append((arguments, keywords))
-        raise StoppedError("stopped")
-
-    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", note)
-    monkeypatch.setattr(CiterForCausalLM, "from_pair", note)
+    asked = unittest.mock.Mock(side_effect=ValueError("stopped"))
+    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", asked)
+    monkeypatch.setattr(CiterForCausalLM, "from_pair", asked)
     return asked
-
-
-DEFAULT = {"dtype": "auto", "device_map": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -184,19 +169,16 @@ DEFAULT = {"dtype": "auto", "device_map": "auto"}
     ],
 )
 def test_every_keyword_of_loading_can_be_given(
-    loading: list[tuple[Any, ...]], arguments: str, names: list[str], keywords: dict[str, Any]
+    loading: unittest.mock.Mock, arguments: str, names: list[str], keywords: dict[str, Any]
 ) -> None:
     assert invoke("chat", *arguments.split()).stderr == "Error: stopped\n"
-    assert loading == [(tuple(names), DEFAULT | keywords)]
+    loading.assert_called_once_with(*names, **({"dtype": "auto", "device_map": "auto"} | keywords))
 
 
-@pytest.mark.parametrize(("name", "bits"), [("nf4", 4), ("int8", 8)])
-def test_either_model_can_be_quantized(loading: list[tuple[Any, ...]], name: str, bits: int) -> None:
-    for role in ("slm", "llm"):
-        invoke("chat", "me/router", f"--{role}-quantization", name)
-        quantization = loading[-1][1][f"{role}_quantization_config"]
-        assert (quantization.load_in_4bit, quantization.load_in_8bit) == (bits == 4, bits == 8)
-        assert bits == 8 or quantization.bnb_4bit_quant_type == "nf4"
+def test_either_model_can_be_quantized(loading: unittest.mock.Mock) -> None:
+    invoke("chat", "me/router", "--llm-quantization", "nf4", "--slm-quantization", "int8")
+    slm, llm = (loading.call_args.kwargs[f"{role}_quantization_config"] for role in ("slm", "llm"))
+    assert slm.load_in_8bit and llm.load_in_4bit and llm.bnb_4bit_quant_type == "nf4"
 
 
 def test_a_pair_of_two_models_chats_and_a_moved_model_is_found(demo_pair: Path, tmp_path: Path) -> None:
@@ -264,50 +246,33 @@ def test_wrong_input_is_one_line_that_says_what_to_do(
     assert status == 2 or result.stderr.count("\n") == 1, result.stderr
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (ValueError("a\n b"), "Error: a b\n"),
-        (torch.OutOfMemoryError("the LLM does not fit"), "Error: the LLM does not fit\n"),
-        (
-            ModuleNotFoundError("no", name="datasets"),
-            "Error: datasets is not installed: pip install 'citer-hf[train]'\n",
-        ),
-        (KeyboardInterrupt(), "Interrupted.\n"),
-    ],
-    ids=str,
-)
-def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, message: str) -> None:
-    with pytest.raises(typer.Exit) as raised, plain_errors(extra="train"):
-        raise error
-    assert raised.value.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1)
-    assert capsys.readouterr().err == message
+def test_errors_are_one_line_and_interrupted_work_says_how_to_resume(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    missing = ModuleNotFoundError("no", name="datasets")
+    kept = f"Interrupted. The work so far is kept in {tmp_path}: run the same command to resume.\n"
+    (tmp_path / ".work").mkdir()
+    for error, out, status, message in (
+        (ValueError("a\n b"), None, 1, "Error: a b\n"),
+        (torch.OutOfMemoryError("the LLM does not fit"), None, 1, "Error: the LLM does not fit\n"),
+        (missing, None, 1, "Error: datasets is not installed: pip install 'citer-hf[train]'\n"),
+        (KeyboardInterrupt(), None, 130, "Interrupted.\n"),
+        (KeyboardInterrupt(), tmp_path, 130, kept),
+    ):
+        with pytest.raises(typer.Exit) as raised, plain_errors(out, extra="train"):
+            raise error
+        assert (raised.value.exit_code, capsys.readouterr().err) == (status, message)
 
 
-def test_faults_of_the_program_are_no_errors_of_the_user() -> None:
+def test_faults_of_the_program_are_no_errors_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (RuntimeError("a fault"), BrokenPipeError(), TypeError("a fault")):
         with pytest.raises(type(error)), plain_errors():
             raise error
-
-
-def test_errors_of_loading_are_told_from_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any, **keywords: Any) -> None:
-        raise TypeError("a fault")
-
-    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", fails)
+    monkeypatch.setattr(CiterForCausalLM, "from_pretrained", unittest.mock.Mock(side_effect=TypeError("a fault")))
     with pytest.raises(TypeError, match="a fault"):
         load_pair({"model": "me/router"})
     with pytest.raises(ValueError, match="a fault"):
         load_pair({"model": "me/router", "llm": ["abacus=3"]})
-
-
-def test_interrupted_work_says_how_to_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    (tmp_path / ".work").mkdir()
-    with pytest.raises(typer.Exit) as raised, plain_errors(tmp_path):
-        raise KeyboardInterrupt
-    assert raised.value.exit_code == 130
-    line = f"Interrupted. The work so far is kept in {tmp_path}: run the same command to resume.\n"
-    assert capsys.readouterr().err == line
 
 
 # --- citer chat -----------------------------------------------------------------------------------------------------
@@ -326,30 +291,17 @@ def test_chat_from_a_pipe(chat_directory: Path) -> None:
     assert result.stderr == "Error: there is no command /nonsense; /help lists them.\n"
 
 
-def test_ctrl_c_stops_an_answer_and_leaves_the_chat_open(
+def test_ctrl_c_at_the_prompt_leaves_the_chat_open(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = iter(["hello", KeyboardInterrupt(), "/threshold 0.25", EOFError()])
-    check = StopOnInterrupt.__call__
-
-    def read(prompt: str) -> str:
-        assert prompt == "> "
-        line = next(lines)
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    def press(self: StopOnInterrupt, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        signal.raise_signal(signal.SIGINT)
-        return check(self, *arguments, **keywords)
-
-    monkeypatch.setattr("builtins.input", read)
+    prompted = unittest.mock.Mock(side_effect=[KeyboardInterrupt(), "/threshold 0.25", EOFError()])
+    monkeypatch.setattr("builtins.input", prompted)
     monkeypatch.setattr(sys, "stdin", Screen())
-    monkeypatch.setattr(StopOnInterrupt, "__call__", press)
     model = chat_pair()
     chat(model, max_new_tokens=40)
     shown = capsys.readouterr().out
-    assert "(stopped)\n" in shown and "/exit or Ctrl-D leaves." in shown and "threshold 0.25" in shown
+    assert "/exit or Ctrl-D leaves." in shown and "threshold 0.25" in shown
+    assert prompted.call_args_list == [unittest.mock.call("> ")] * 3
     model._tokenizer = None
     with pytest.raises(ValueError, match="has no tokenizer"):
         chat(model)

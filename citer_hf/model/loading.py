@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -43,6 +43,9 @@ ROUTER_WEIGHTS = "model.safetensors"
 REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", "code_revision", "generation_config")
 
 
+Pair = TypeVar("Pair", bound="CiterLoadingMixin")
+
+
 class CiterLoadingMixin:
     """`from_pair` and `from_pretrained` of `CiterForCausalLM`."""
 
@@ -56,13 +59,13 @@ class CiterLoadingMixin:
 
     @classmethod
     def from_pair(
-        cls,
+        cls: type[Pair],
         slm: str | os.PathLike[str] | PreTrainedModel,
         llm: str | os.PathLike[str] | PreTrainedModel,
         router: str | dict[str, Any] | os.PathLike[str] | nn.Module = "confidence",
         router_threshold: float | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Pair:
         """Make one model of a small and a large one.
 
         The pair has the LLM's tokenizer and generation settings, and ends at the end tokens of either model.
@@ -116,12 +119,12 @@ class CiterLoadingMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Pair],
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Pair:
         """Load a router repository and the two base models that it refers to or holds.
 
         Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.utils import DirectStreamer, ReasoningText, ToolCall
 
 
@@ -27,7 +27,9 @@ class StopText:
         text = self._held + text
         found = [place for place in map(text.find, self.stops) if place >= 0]
         self.met = bool(found)
-        end = min(found) if found else len(text) - max((begun(text, stop) for stop in self.stops), default=0)
+        # How much of the text's end may be the beginning of a stop string.
+        begun = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        end = min(found) if found else len(text) - begun
         self._held = "" if self.met else text[end:]
         return text[:end]
 
@@ -35,11 +37,6 @@ class StopText:
         """Return what was held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
-
-
-def begun(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text may be the beginning of a stop string."""
-    return next((count for count in range(len(stop) - 1, 0, -1) if text.endswith(stop[:count])), 0)
 
 
 @dataclass
@@ -78,7 +75,7 @@ class Pieces(DirectStreamer):
         self.stop = StopText(answer.stops)
         self.tokens: list[int] = []
         self.first_token = 0.0
-        self.text, self._whole_tokenizer = "", tokenizer
+        self.text = ""
         super().__init__(tokenizer._tokenizer, loop, queue, response_parser=answer.parser)
 
     def put(self, value: torch.Tensor) -> None:
@@ -86,14 +83,6 @@ class Pieces(DirectStreamer):
             self.first_token = self.first_token or time.monotonic()
             self.tokens += value.reshape(-1).tolist()
         super().put(value.reshape(-1))
-
-    def end(self) -> None:
-        if self._parser is None and not self.stop.met:
-            # A character of which not all bytes came is shown as decoding shows it.
-            whole = self._whole_tokenizer.decode(self.tokens, skip_special_tokens=True)
-            if whole.startswith(self.text):
-                self._enqueue(whole[len(self.text) :])
-        super().end()
 
     def _enqueue(self, item: Any) -> None:
         if item is None:
@@ -103,17 +92,6 @@ class Pieces(DirectStreamer):
             item = self.stop.feed(item)
         if item != "":
             super()._enqueue(item)
-
-
-class EndsEarly(StoppingCriteria):
-    """Ends an answer at a stop string, at its deadline, and when its client has gone."""
-
-    def __init__(self, answer: Answer, stop: StopText):
-        self.answer, self.stop = answer, stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        ends = self.stop.met or self.answer.cancelled.is_set() or time.monotonic() > self.answer.deadline
-        return torch.full((input_ids.shape[0],), ends, device=input_ids.device)
 
 
 def write(
@@ -126,13 +104,18 @@ def write(
         torch.manual_seed(answer.seed)
     began, settings = time.monotonic(), answer.settings
     pieces = Pieces(tokenizer, answer, loop, queue)
+
+    def ends_early(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ends = pieces.stop.met or answer.cancelled.is_set() or time.monotonic() > answer.deadline
+        return torch.full((input_ids.shape[0],), ends, device=input_ids.device)
+
     input_ids = torch.tensor([answer.prompt], device=model.device)
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=settings,
         logits_processor=answer.processors,
-        stopping_criteria=StoppingCriteriaList([EndsEarly(answer, pieces.stop)]),
+        stopping_criteria=StoppingCriteriaList([ends_early]),
         router_threshold=answer.threshold,
         streamer=pieces,
         # Published stop strings need it.
@@ -191,11 +174,9 @@ class Reply:
         return self.chunk([self._choice(index, "delta", delta)], **({"usage": self.usage()} if complete else {}))
 
     def chunk(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
-        """Return one event of a stream."""
         return {**self.head, "object": self.object + ".chunk" * self.is_chat, "choices": choices, **usage}
 
     def whole(self) -> dict[str, Any]:
-        """Return all answers."""
         choices = [self._choice(index, "message", message) for index, message in enumerate(self.messages)]
         return {**self.head, "object": self.object, "choices": choices, "usage": self.usage()}
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from .answers import Finished
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 SHARES = tuple(step / 10 for step in range(11))
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
-# nginx' status of a request whose client has gone.
-CLIENT_LEFT = 499
 
 
 class Metrics:
@@ -50,40 +45,3 @@ class Metrics:
         self.llm_share.observe(finished.llm_tokens / finished.tokens)
         self.first_token_seconds.observe(finished.first_token_seconds)
         self.answer_seconds.observe(finished.seconds)
-
-    def text(self) -> bytes:
-        """Return everything in Prometheus' text format."""
-        return generate_latest(self.registry)
-
-
-class Measured:
-    """ASGI middleware that counts requests for answers."""
-
-    def __init__(self, app: Any, metrics: Metrics):
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] not in ENDPOINTS:
-            await self.app(scope, receive, send)
-            return
-        began, status, ended = time.monotonic(), 500, False
-
-        async def noted(message: Any) -> None:
-            nonlocal status, ended
-            if not ended:
-                status = message.get("status", status)
-                ended = message["type"] == "http.response.body" and not message.get("more_body")
-            await send(message)
-
-        async def watched() -> Any:
-            nonlocal status, ended
-            message = await receive()
-            if message["type"] == "http.disconnect" and not ended:
-                status, ended = CLIENT_LEFT, True
-            return message
-
-        try:
-            await self.app(scope, watched, noted)
-        finally:
-            self.metrics.requests.labels(scope["path"], str(status)).inc()
-            self.metrics.request_seconds.labels(scope["path"]).observe(time.monotonic() - began)

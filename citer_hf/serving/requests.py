@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.cli.serving.utils import BaseHandler, Modality, build_response_parser, get_response_template
 
 from . import ServeOptions
@@ -23,15 +23,12 @@ USUAL_LENGTH = 1024
 COLDEST = 1e-4
 
 
-def prompts_of(tokenizer: Any, request: Request, vocabulary: int) -> list[list[int]]:
+def prompts_of(tokenizer: Any, request: Any, vocabulary: int) -> list[list[int]]:
     """Return the tokens of every prompt of a request."""
-    if isinstance(request, ChatRequest):
-        prompts, param = [chat_prompt(tokenizer, request)], "messages"
-    else:
-        assert isinstance(request, CompletionRequest)
-        prompts, param = text_prompts(tokenizer, request, vocabulary), "prompt"
+    is_chat = isinstance(request, ChatRequest)
+    prompts = [chat_prompt(tokenizer, request)] if is_chat else text_prompts(tokenizer, request, vocabulary)
     if not all(prompts):
-        raise RequestError(f"{param}: the prompt has no tokens; the models need at least one.", param=param)
+        raise RequestError("prompt: it has no tokens; the models need at least one.", param="prompt")
     return prompts
 
 
@@ -91,9 +88,10 @@ def parser_of(tokenizer: Any, llm: Any, request: Request, prompt: list[int]) -> 
     """Return what finds tool calls and reasoning in an answer, or `None` where its text is all there is."""
     if not isinstance(request, ChatRequest):
         return None
-    markup = get_response_template(tokenizer, llm)
+    markup, text = get_response_template(tokenizer, llm), tokenizer.decode(prompt)
+    anchors = (markup or {}).get("start_anchor", "")
     # A prompt that does not lead up to the answer as the markup expects would be taken for a part of the answer.
-    if markup is None or markup.get("start_anchor", "") not in tokenizer.decode(prompt):
+    if markup is None or not any(one in text for one in ([anchors] if isinstance(anchors, str) else anchors)):
         return None
     return build_response_parser(tokenizer, llm, prompt, **({"tools": request.tools} if PARSER_KNOWS_TOOLS else {}))
 
@@ -148,17 +146,11 @@ def answer_length(model: Any, request: Request, prompt_tokens: int, options: Ser
 class UsedTokens(LogitsProcessor):
     """OpenAI's penalties, which transformers does not have: on the logits, for tokens of the answer alone."""
 
-    def __init__(self, prompt_tokens: int, frequency: float, presence: float):
-        self.prompt_tokens, self.frequency, self.presence = prompt_tokens, frequency, presence
+    def __init__(self, request: Request, prompt_tokens: int):
+        self.prompt_tokens = prompt_tokens
+        self.frequency, self.presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         used = input_ids[:, self.prompt_tokens :]
         counts = torch.zeros_like(scores).scatter_add_(1, used, torch.ones_like(used, dtype=scores.dtype))
         return scores - self.frequency * counts - self.presence * (counts > 0)
-
-
-def processors(request: Request, prompt_tokens: int) -> LogitsProcessorList:
-    """Return what changes the logits besides transformers' own processors."""
-    frequency, presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
-    wanted = frequency or presence
-    return LogitsProcessorList([UsedTokens(prompt_tokens, frequency, presence)] if wanted else [])

@@ -12,48 +12,43 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 INTERNAL = "The server failed at this request; its log says why."
-RETRY_AFTER = "5"
 
 
-class RequestError(Exception):
+class RequestError(fastapi.HTTPException):
     """A request that gets no answer."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(status, message, {"Retry-After": "5"} if status == 503 else None)
+        self.param, self.code = param, code
 
-    def body(self) -> dict[str, Any]:
-        # The message may quote what a client has sent, which may be no unicode text.
-        message = str(self).encode(errors="backslashreplace").decode()
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self, headers: Any = None) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, {"Retry-After": RETRY_AFTER} if self.status == 503 else headers)
+def error_body(error: HTTPException) -> dict[str, Any]:
+    """Return what a client is told."""
+    # The message may quote what a client has sent, which may be no unicode text.
+    message = error.detail.encode(errors="backslashreplace").decode()
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    about = {name: getattr(error, name, None) for name in ("param", "code")}
+    return {"error": {"message": message, "type": kind, **about}}
 
 
 def answer_errors(app: FastAPI) -> None:
     """Make an app answer every error in OpenAI's form."""
 
     async def refused(request: fastapi.Request, error: Any) -> JSONResponse:
-        return error.response()
+        return JSONResponse(error_body(error), error.status_code, error.headers)
 
     async def malformed(request: fastapi.Request, error: Any) -> JSONResponse:
         # Where a field may be of several types, the error about the right type says most.
         found = sorted(error.errors(), key=lambda one: one["type"].endswith("_type"))
         text = "; ".join(f"{field_of(one)}: {wording(one)}" for one in found[:3])
-        return RequestError(text, param=field_of(found[0]).partition(".")[0]).response()
-
-    async def http(request: fastapi.Request, error: Any) -> JSONResponse:
-        return RequestError(str(error.detail), error.status_code).response(error.headers)
+        return await refused(request, RequestError(text, param=field_of(found[0]).partition(".")[0]))
 
     async def failed(request: fastapi.Request, error: Any) -> JSONResponse:
         # uvicorn logs the error itself.
-        return RequestError(INTERNAL, 500).response()
+        return await refused(request, RequestError(INTERNAL, 500))
 
-    app.add_exception_handler(RequestError, refused)
+    app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, failed)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import socket
@@ -18,52 +17,70 @@ from typing import Any
 
 import fastapi
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
+from transformers import LogitsProcessorList
 from transformers.cli.serving.utils import InferenceThread
 
 from ..model.modeling import CiterForCausalLM
 from ..model.routers import as_threshold
 from . import ServeOptions
 from .answers import Answer, Finished, Reply, write
-from .metrics import CLIENT_LEFT, Measured, Metrics
-from .requests import generation_settings, parser_of, processors, prompts_of
-from .schema import INTERNAL, ChatRequest, CompletionRequest, Request, RequestError, answer_errors
+from .metrics import Metrics
+from .requests import UsedTokens, generation_settings, parser_of, prompts_of
+from .schema import INTERNAL, ChatRequest, CompletionRequest, Request, RequestError, answer_errors, error_body
 
 logger = logging.getLogger(__name__)
 BODY_SECONDS = 30.0
 # The longest wait for streams and for the answer under way when the server is told to stop.
 SECONDS_TO_END = 5
 BEGUN = object()
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+# nginx' status of a request whose client has gone.
+CLIENT_LEFT = 499
 NO_MEMORY = "The server has not enough memory for this request. Shorten the prompt or lower max_tokens."
 
 
-class BodyLimit:
-    """ASGI middleware that refuses bodies which are too large or come too slowly, while they come."""
+class Edge:
+    """ASGI middleware that refuses bodies which are too large or come too slowly, and counts requests for answers."""
 
-    def __init__(self, app: Any, most: int, seconds: float = BODY_SECONDS):
-        self.app, self.most, self.seconds = app, most, seconds
+    def __init__(self, app: Any, metrics: Metrics, most: int, seconds: float = BODY_SECONDS):
+        self.app, self.metrics, self.most, self.seconds = app, metrics, most, seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        taken, complete, until = 0, scope["type"] != "http", time.monotonic() + self.seconds
+        began, taken, complete, status, ended = time.monotonic(), 0, scope["type"] != "http", 500, False
 
         async def limited() -> Any:
-            nonlocal taken, complete
-            if complete:
-                # Only the client's leaving comes after the body, at any time.
-                return await receive()
+            nonlocal taken, complete, status, ended
+            # After the body, only the client's leaving comes, at any time.
+            seconds = None if complete else max(began + self.seconds - time.monotonic(), 0.001)
             try:
-                message = await asyncio.wait_for(receive(), max(until - time.monotonic(), 0.001))
+                message = await asyncio.wait_for(receive(), seconds)
             except asyncio.TimeoutError:
-                raise HTTPException(408, f"The body of the request took longer than {self.seconds:g} s.") from None
+                raise RequestError(f"The body of the request took longer than {self.seconds:g} s.", 408) from None
             taken += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
+            complete = complete or not message.get("more_body", False)
             if taken > self.most:
-                raise HTTPException(413, f"The body of the request has more than {self.most} bytes, the most taken.")
+                raise RequestError(f"The body of the request has more than {self.most} bytes, the most taken.", 413)
+            if message["type"] == "http.disconnect" and not ended:
+                status, ended = CLIENT_LEFT, True
             return message
 
-        await self.app(scope, limited, send)
+        async def noted(message: Any) -> None:
+            nonlocal status, ended
+            if not ended:
+                status = message.get("status", status)
+                ended = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        try:
+            await self.app(scope, limited, noted)
+        finally:
+            if scope.get("path") in ENDPOINTS:
+                self.metrics.requests.labels(scope["path"], str(status)).inc()
+                self.metrics.request_seconds.labels(scope["path"]).observe(time.monotonic() - began)
 
 
 class Server:
@@ -75,18 +92,13 @@ class Server:
         threshold = options.router_threshold
         self.threshold = as_threshold(model.default_threshold if threshold is None else threshold)
         self.metrics = Metrics()
-        self._thread = InferenceThread()
+        self.thread = InferenceThread()
         self._requests = 0
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread that generates is there."""
-        return self._thread._thread.is_alive()
 
     def close(self) -> None:
         """Wait until the answer under way has ended, which it soon does when nobody wants it any more."""
         with suppress(futures.TimeoutError):
-            self._thread.submit(lambda: None).result(timeout=SECONDS_TO_END)
+            self.thread.submit(lambda: None).result(timeout=SECONDS_TO_END)
 
     def check_name(self, model: str | None) -> None:
         """Raise an error for a request for another model."""
@@ -112,12 +124,12 @@ class Server:
 
     def _plan(self, body: Request, arrived: float) -> list[Answer]:
         """Return the answers that a request asks for, those to one prompt side by side."""
-        cancelled = threading.Event()
+        cancelled, penalized = threading.Event(), body.frequency_penalty or body.presence_penalty
         return [
             Answer(
                 prompt=prompt,
                 settings=generation_settings(self.model, body, len(prompt), self.options),
-                processors=processors(body, len(prompt)),
+                processors=LogitsProcessorList([UsedTokens(body, len(prompt))] if penalized else []),
                 threshold=self.threshold if body.router_threshold is None else body.router_threshold,
                 stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
                 seed=None if body.seed is None else (body.seed + number) % 2**63,
@@ -142,7 +154,7 @@ class Server:
         watch = asyncio.create_task(notice_leaving(request, answers[0].cancelled, queue))
         try:
             for index, answer in enumerate(answers):
-                self._thread.submit(self._write, answer, asyncio.get_running_loop(), queue)
+                self.thread.submit(self._write, answer, asyncio.get_running_loop(), queue)
                 try:
                     piece = await asyncio.wait_for(queue.get(), max(answer.deadline - time.monotonic(), 0.001))
                 except asyncio.TimeoutError:
@@ -198,7 +210,6 @@ def event(content: Any) -> str:
 async def stream(
     first: tuple[int, Any] | None, others: AsyncGenerator[tuple[int, Any], None], reply: Reply, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Give the events of a stream."""
     piece = first
     try:
         async with aclosing(others):
@@ -206,7 +217,7 @@ async def stream(
                 yield event(reply.add(*piece))
                 piece = await anext(others, None)
     except RequestError as error:
-        yield event(error.body())
+        yield event(error_body(error))
         return
     if include_usage:
         yield event(reply.chunk([], usage=reply.usage()))
@@ -224,11 +235,9 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def build_app(server: Server) -> FastAPI:
-    """Return the app that serves a pair."""
     app = FastAPI(title="citer serve", docs_url=None, redoc_url=None)
     answer_errors(app)
-    app.add_middleware(BodyLimit, most=server.options.max_request_bytes)
-    app.add_middleware(Measured, metrics=server.metrics)
+    app.add_middleware(Edge, metrics=server.metrics, most=server.options.max_request_bytes)
     card = {"id": server.names[0], "object": "model", "created": int(time.time()), "owned_by": "citer"}
 
     @app.post("/v1/chat/completions", responses=ANSWERS)
@@ -250,11 +259,12 @@ def build_app(server: Server) -> FastAPI:
 
     @app.get("/health", responses={503: {"description": "The thread that generates has died."}})
     async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok" if server.alive else "dead"}, 200 if server.alive else 503)
+        alive = server.thread._thread.is_alive()
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
@@ -283,8 +293,6 @@ def serve(load: Callable[[], CiterForCausalLM], name: str, **options: Any) -> No
         if chosen.cache_implementation is not None:
             model.generation_config.cache_implementation = chosen.cache_implementation
         server = Server(model, tokenizer, name, chosen)
-        # A client that reads the address may connect at once.
-        listener.listen()
         print(welcome(name, server.threshold, *listener.getsockname()[:2]), file=sys.stderr, flush=True)
         config = uvicorn.Config(
             build_app(server), log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_END
@@ -298,24 +306,16 @@ def serve(load: Callable[[], CiterForCausalLM], name: str, **options: Any) -> No
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound."""
+    """Return a socket that listens; who connects before the pair is loaded waits."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {host} --port {port}: {error}. Choose others; --port 0 takes a free one.") from error
-    return listener
 
 
 def welcome(name: str, threshold: float, host: str, port: int) -> str:
-    """Return where the server is and how it is asked."""
     place = f"[{host}]" if ":" in host else host
-    text = (
+    return (
         f"Serving {name} at http://{place}:{port}/v1 with threshold {threshold:g}; also /health and /metrics. "
-        "Ctrl-C stops it."
+        "Ctrl-C stops it.\nAnyone who reaches this address can use it: it asks for no key."
     )
-    if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        return text
-    return f"{text}\nAnyone who reaches this address can use it: it asks for no key. Put a proxy before it."
