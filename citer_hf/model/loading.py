@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from .references import (
     hub_keywords,
     load_models,
     load_tokenizer,
+    not_the_model,
     reference_to,
     resolve,
     shared_tokenizer,
@@ -41,6 +43,9 @@ logger = logging.get_logger(__name__)
 ROUTER_WEIGHTS = "model.safetensors"
 # The router's own, which are never passed on to the base models.
 REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", "code_revision", "generation_config")
+
+
+Pair = TypeVar("Pair", bound="CiterLoadingMixin")
 
 
 class CiterLoadingMixin:
@@ -56,13 +61,13 @@ class CiterLoadingMixin:
 
     @classmethod
     def from_pair(
-        cls,
+        cls: type[Pair],
         slm: str | os.PathLike[str] | PreTrainedModel,
         llm: str | os.PathLike[str] | PreTrainedModel,
         router: str | dict[str, Any] | os.PathLike[str] | nn.Module = "confidence",
         router_threshold: float | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Pair:
         """Make one model of a small and a large one.
 
         The pair has the LLM's tokenizer and generation settings, and ends at the end tokens of either model.
@@ -97,15 +102,9 @@ class CiterLoadingMixin:
         models = load_models(sources, keywords, references)
         for role in ROLES:
             attach_adapter(role, models[role], adapters[role])
-        config = CiterConfig(
-            slm_config=models["slm"].config,
-            llm_config=models["llm"].config,
-            router=spec,
-            router_threshold=threshold,
-            slm_reference=references["slm"],
-            llm_reference=references["llm"],
-        )
-        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=module)  # type: ignore[call-arg]
+        configs = {role: models[role].config for role in ROLES}
+        config = CiterConfig(*configs.values(), spec, threshold, references["slm"], references["llm"])
+        model: Any = cls(config, **models, router=module)  # type: ignore[call-arg]
         if module is None and model.router.state_dict():
             config.router[UNTRAINED] = True
         model._tokenizer, model._commits = tokenizer, commits_of(sources, keywords)
@@ -116,12 +115,12 @@ class CiterLoadingMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Pair],
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Pair:
         """Load a router repository and the two base models that it refers to or holds.
 
         Args:
@@ -243,16 +242,18 @@ class CiterLoadingMixin:
                 commit = stated.get("revision", "")
                 if role in moved or len(commit) != 40 or keywords[role].get("revision") != commit:
                     found = load_tokenizer(sources[role], adapters[role], **hub_keywords(keywords[role]))
-                    check_tokenizer(role, sources[role], found, load_tokenizer(path, trust_remote_code=False, **files))
+                    saved = load_tokenizer(path, trust_remote_code=False, **files)
+                    if found is not None and saved is not None and first_difference(found, saved) is not None:
+                        raise ValueError(not_the_model(role, sources[role], "its tokenizer has changed"))
 
         # 3. The models.
         models = load_models(sources, keywords, references)
         for role in ROLES:
             attach_adapter(role, models[role], adapters[role])
-            setattr(config, f"{role}_config", models[role].config)
             setattr(config, f"{role}_reference", references[role])
-        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=router)  # type: ignore[call-arg]
-        model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
+        model: Any = cls(config, **models, router=router)  # type: ignore[call-arg]
+        with suppress(OSError):
+            model.generation_config = generation_config or GenerationConfig.from_pretrained(path, **files)
         model.config.name_or_path = model.name_or_path = path
         model._commits = commits_of(sources, keywords)
         model = ready(model, keywords)
@@ -384,20 +385,3 @@ def ready(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
             f"{role}.{name}".rstrip("."): where for role in ROLES for name, where in parts[role].items()
         }
     return model
-
-
-def check_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None:
-    """Raise an error for a base model that numbers its tokens otherwise than the router's tokenizer."""
-    if found is not None and saved is not None and first_difference(found, saved) is not None:
-        raise ValueError(
-            f"{role}: {source} is not the model that this router was made for: its tokenizer has changed. Pass the "
-            f"right one with {role}_name_or_path=... and {role}_revision=..."
-        )
-
-
-def saved_generation_config(path: str, hub: dict[str, Any]) -> GenerationConfig | None:
-    """Return a repository's generation settings, or `None` when it has none."""
-    try:
-        return GenerationConfig.from_pretrained(path, **hub)
-    except OSError:
-        return None
