@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from citer_hf import CiterConfig, CiterForCausalLM
 from tests.families import PAD, VOCAB, tiny_model
@@ -93,6 +94,12 @@ def loop_taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
         return result
 
     return last
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test in which the weights of a base model are loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
 
 
 @pytest.fixture

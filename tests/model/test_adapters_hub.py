@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.adapters import OLD_NAME, change, with_adapter
+from tests.adapters import OLD_NAME, with_adapter
 from tests.hub_server import running_hub
 from tests.model.test_remote_code import WITHOUT_THE_PACKAGE
-from tests.repositories import save_base_models
-from tests.test_hub import TOKEN, Client, files, head_of
+from tests.repositories import change, save_base_models
+from tests.test_hub import PRELUDE, TOKEN, Client, files, head_of
 
 pytestmark = OLD_NAME
 
@@ -57,25 +57,6 @@ OFFLINE = """
     offline = AutoModelForCausalLM.from_pretrained("me/router", trust_remote_code=True)
     said["offline"] = text(offline, router_threshold=0)
 """
-NOT_INSTALLED = """
-import json, os
-import torch
-from transformers import AutoModelForCausalLM
-
-said = {}
-IDS = torch.tensor([list(range(5, 17))])
-TOKEN = os.environ["GOOD"]
-
-def text(model, **options):
-    return model.generate(IDS, max_new_tokens=8, do_sample=False, **options).tolist()
-
-def error(call):
-    try:
-        call()
-    except OSError as caught:
-        return str(caught)
-    raise AssertionError("nothing was raised")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +82,7 @@ def pushed(client: Client) -> dict:
 @pytest.fixture(scope="module")
 def loaded(client: Client, pushed: dict) -> dict:
     """What was said while they were loaded with an empty cache, where `citer_hf` is not installed."""
-    prelude = WITHOUT_THE_PACKAGE + NOT_INSTALLED
+    prelude = WITHOUT_THE_PACKAGE + "".join(line for line in PRELUDE.splitlines(True) if "citer_hf" not in line)
     said = client.run(LOAD, home="other", prelude=prelude)
     return said | client.run(OFFLINE, home="other", prelude=prelude, HF_HUB_OFFLINE="1")
 
@@ -124,13 +105,11 @@ def test_an_adapter_is_loaded_by_id_with_its_own_revision(pushed, loaded):
 
 
 def test_an_adapter_without_a_repository_is_pushed_along(client, pushed):
-    names = {"slm_adapter/adapter_config.json", "slm_adapter/adapter_model.safetensors"}
-    assert names <= files(client, "me/inside").keys() and names <= files(client, "me/held").keys()
-    assert not any(name.startswith("slm/") for name in files(client, "me/inside"))
-    saved = json.loads(files(client, "me/inside")["slm_adapter/adapter_config.json"])
-    assert saved["base_model_name_or_path"] == "me/slm"
-    held = json.loads(files(client, "me/held")["slm_adapter/adapter_config.json"])
-    assert held["base_model_name_or_path"] is None
+    for name, base in (("me/inside", "me/slm"), ("me/held", None)):
+        found = files(client, name)
+        assert "slm_adapter/adapter_model.safetensors" in found
+        assert any(file.startswith("slm/") for file in found) == (base is None)
+        assert json.loads(found["slm_adapter/adapter_config.json"])["base_model_name_or_path"] == base
 
 
 def test_errors_name_the_adapter_and_what_to_do(client, pushed, loaded):
