@@ -66,7 +66,6 @@ class CiterCache(Cache):
         return input_ids, torch.cat(explicit, dim=1)
 
     def mark_seen(self) -> None:
-        """Note that the LLM has processed everything."""
         self.llm_length = self._length
         self._unseen = []
 

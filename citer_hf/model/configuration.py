@@ -50,10 +50,10 @@ class CiterConfig(PreTrainedConfig):
     ):
         self.slm_config = _as_config(slm_config)
         self.llm_config = _as_config(llm_config)
-        self.router = {"type": router} if isinstance(router, str) else dict(router)
+        self.router: dict[str, Any] = {"type": router} if isinstance(router, str) else dict(router)
         if not isinstance(self.router.get("type"), str):
             raise ValueError(f"router: expected a kind or a dictionary with its 'type', got {router!r}.")
-        self.router_threshold = as_threshold(router_threshold)
+        self.router_threshold: float = as_threshold(router_threshold)
         self.slm_reference = slm_reference
         self.llm_reference = llm_reference
         self.use_cache = use_cache

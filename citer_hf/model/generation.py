@@ -344,7 +344,6 @@ def as_long(token_ids: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def check_max_cache_len(length: int | None) -> int:
-    """Return the room that a static cache has at least."""
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
         raise ValueError(
             f"max_cache_len: expected a number of tokens from 1, got {length!r}. Leave it out for as many as the text "

@@ -102,8 +102,8 @@ class CiterLoadingMixin:
         models = load_models(sources, keywords, references)
         for role in ROLES:
             attach_adapter(role, models[role], adapters[role])
-        configs = {role: models[role].config for role in ROLES}
-        config = CiterConfig(*configs.values(), spec, threshold, references["slm"], references["llm"])
+        slm_config, llm_config = models["slm"].config, models["llm"].config
+        config = CiterConfig(slm_config, llm_config, spec, threshold, references["slm"], references["llm"])
         model: Any = cls(config, **models, router=module)  # type: ignore[call-arg]
         if module is None and model.router.state_dict():
             config.router[UNTRAINED] = True
@@ -162,10 +162,11 @@ class CiterLoadingMixin:
             loaded = cls._load_referred(str(path), config, router, kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if path is not None:
-            names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
-            model._repository = (path, {key: kwargs[key] for key in names if key in kwargs and key != "token"})
-            if isinstance(kwargs.get("token"), str):
-                model._tokenizer = load_tokenizer(path, **{**model._repository[1], "token": kwargs["token"]})
+            where = file_keywords(kwargs, "trust_remote_code")
+            token = where.pop("token", None)
+            model._repository = (path, where)
+            if isinstance(token, str):
+                model._tokenizer = load_tokenizer(path, **{"trust_remote_code": False, **where}, token=token)
         return loaded
 
     @classmethod
@@ -263,11 +264,10 @@ class CiterLoadingMixin:
     @property
     def router_is_untrained(self) -> bool:
         """Whether the router's weights are still the random ones that `from_pair` made."""
-        if not self.config.router.get(UNTRAINED):  # type: ignore[attr-defined]
-            return False
-        if self._fresh_router is None:
-            return True
-        now = some_weights(self.router)  # type: ignore[attr-defined]
+        model: Any = self
+        if not model.config.router.get(UNTRAINED) or self._fresh_router is None:
+            return bool(model.config.router.get(UNTRAINED))
+        now = some_weights(model.router)
         return torch.equal(self._fresh_router.to(now.dtype), now)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -396,7 +396,6 @@ CAPTURED = "_citer_captured"
 
 
 def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Keep the input of the output embeddings."""
     captured = module.__dict__.get(CAPTURED)
     if captured is None and not torch.compiler.is_dynamo_compiling():
         captured = capture.get()

@@ -130,7 +130,6 @@ def load_models(
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:
-    """Subtract what the SLM takes from a memory budget."""
     taken: dict[Any, int] = {}
     for parameter in slm.parameters():
         device: Any = parameter.device.index if parameter.device.type == "cuda" else parameter.device.type
@@ -203,7 +202,6 @@ def commit_of(name: str, keywords: dict[str, Any]) -> str | None:
 
 
 def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the commits of base models that were loaded from the Hub or its cache."""
     found = {
         role: getattr(source.config, "_commit_hash", None)
         if isinstance(source, nn.Module)
@@ -312,7 +310,6 @@ def check_model(role: str, model: Any) -> None:
 
 
 def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
-    """Raise an error for two models that cannot decode together."""
     for role, model in (("slm", slm), ("llm", llm)):
         check_model(role, model)
         layers = DynamicCache(config=model.config)
@@ -333,7 +330,6 @@ def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreT
 
 
 def not_the_model(role: str, source: Any, reason: str) -> str:
-    """Return the text of an error about another model in the place of a base model."""
     return (
         f"{role}: {source} is not the model that this router was made for: {reason}. Pass the right one with "
         f"{role}_name_or_path=... and {role}_revision=..."

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,15 +15,7 @@ from transformers import PreTrainedModel
 SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
 
-@overload
-def as_threshold(value: Any, batch_size: None = None) -> float: ...
-
-
-@overload
-def as_threshold(value: Any, batch_size: int) -> float | torch.Tensor: ...
-
-
-def as_threshold(value: Any, batch_size: int | None = None) -> float | torch.Tensor:
+def as_threshold(value: Any, batch_size: int | None = None) -> Any:
     """Return a valid `router_threshold`: a number, or with a `batch_size` also one per sequence, `[batch_size, 1]`."""
     if isinstance(value, torch.Tensor) and batch_size is not None:
         # A traced graph cannot depend on values.
@@ -111,7 +103,6 @@ class MlpRouter(Router):
         return torch.sigmoid(self.log_odds(inputs))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logit of `p_slm`."""
         expanded = self.expand(inputs)
         if self.norm is not None:
             expanded = self.norm(expanded.reshape(-1, expanded.shape[-1])).view_as(expanded)

@@ -139,6 +139,9 @@ def test_a_saved_router_gives_the_same_with_its_adapter(home, way, holds):
     adapter = by_name if way in ("path", "both names") and not holds else inside
     base = {"subfolder": "slm"} if holds else {"name_or_path": str(home / "slm")}
     assert config_of(home / "router")["slm_reference"] == {**base, "adapter": adapter}
+    if adapter == inside:
+        saved = peft.PeftConfig.from_pretrained(str(home / "router" / "slm_adapter"))
+        assert saved.base_model_name_or_path == base.get("name_or_path")
     if holds:
         for folder in ("slm", "llm", "slm-lora"):
             (home / folder).rename(home / f"{folder} was")
