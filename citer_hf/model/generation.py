@@ -150,8 +150,13 @@ class CiterGenerationMixin(GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
-                wanted = check_max_cache_len(generation_config.max_cache_len)
-                model_kwargs[CACHE].max_cache_len = max(length, wanted)
+                wanted = generation_config.max_cache_len
+                if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
+                    raise ValueError(
+                        f"max_cache_len: expected a number of tokens from 1, got {wanted!r}. Leave it out for as many "
+                        "as the text may need."
+                    )
+                model_kwargs[CACHE].max_cache_len = max(length, wanted or 0)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
             return None
@@ -341,12 +346,3 @@ def is_plain(model: PreTrainedModel) -> bool:
 def as_long(token_ids: torch.Tensor | None) -> torch.Tensor | None:
     """Return token ids of type int64, which is what embeddings and new tokens are combined as."""
     return token_ids.long() if isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int32 else token_ids
-
-
-def check_max_cache_len(length: int | None) -> int:
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        raise ValueError(
-            f"max_cache_len: expected a number of tokens from 1, got {length!r}. Leave it out for as many as the text "
-            "may need."
-        )
-    return length or 0

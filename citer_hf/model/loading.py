@@ -55,7 +55,7 @@ class CiterLoadingMixin:
     # Where the router was loaded from, and with which keywords, but for the token, which is written down nowhere.
     _repository: tuple[str, dict[str, Any]] | None = None
     # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
-    _commits: dict[str, str] = {}
+    _commits: dict[str, str | None] = {}
     # Some of the weights of a router that nobody has trained yet.
     _fresh_router: torch.Tensor | None = None
 
@@ -186,27 +186,23 @@ class CiterLoadingMixin:
     @classmethod
     def _load_referred(cls, path: str, config: Any, router: nn.Module | None, kwargs: dict[str, Any]) -> Any:
         """Load a repository that holds the router and refers to its base models, or holds them in folders."""
-        kwargs = dict(kwargs)
-        repository = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-        repository |= {key: kwargs.pop(key) for key in REPOSITORY_KEYWORDS if key in kwargs}
+        repository = {key: kwargs[key] for key in (*HUB_KEYWORDS, *REPOSITORY_KEYWORDS) if key in kwargs}
         generation_config = repository.pop("generation_config", None)
         if config.name_or_path == path and not os.path.isdir(path):
             # A push while this loads must not mix two states of the repository.
             repository["revision"] = commit_of(path, repository) or repository.get("revision")
-        wants_info = kwargs.pop("output_loading_info", False)
         if (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
             raise ValueError(
                 f"{path}: an adapter for the pair as a whole loads with PeftModel.from_pretrained(pair, adapter) of "
                 "PEFT, after CiterForCausalLM.from_pretrained."
             )
-        for key in [key for key in kwargs if key.startswith("_") or key in ("adapter_kwargs", "state_dict")]:
-            del kwargs[key]
-        for key in ("attn_implementation", "experts_implementation"):
-            if getattr(config, f"_{key}", None) is not None:
-                kwargs.setdefault(key, getattr(config, f"_{key}"))
+        chosen = {key: getattr(config, f"_{key}", None) for key in ("attn_implementation", "experts_implementation")}
+        shared = {key: value for key, value in chosen.items() if value is not None} | kwargs
+        for key in (*REPOSITORY_KEYWORDS, "output_loading_info", "adapter_kwargs", "state_dict"):
+            shared.pop(key, None)
 
         # 1. Where both models and their adapters are.
-        keywords = split_keywords(kwargs)
+        keywords = split_keywords({key: value for key, value in shared.items() if not key.startswith("_")})
         sources: dict[str, Any] = {}
         adapters: dict[str, Adapter | None] = {}
         moved = [role for role in ROLES if keywords[role].get("name_or_path")]
@@ -259,7 +255,7 @@ class CiterLoadingMixin:
         model._commits = commits_of(sources, keywords)
         model = ready(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        return (model, {**info, "error_msgs": []}) if wants_info else model
+        return (model, {**info, "error_msgs": []}) if kwargs.get("output_loading_info") else model
 
     @property
     def router_is_untrained(self) -> bool:

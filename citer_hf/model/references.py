@@ -201,14 +201,13 @@ def commit_of(name: str, keywords: dict[str, Any]) -> str | None:
     return extract_commit_hash(cached_path(name, keywords.get("gguf_file") or "config.json", keywords), None)
 
 
-def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str]:
-    found = {
+def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    return {
         role: getattr(source.config, "_commit_hash", None)
         if isinstance(source, nn.Module)
         else commit_of(os.fspath(source), keywords[role])
         for role, source in sources.items()
     }
-    return {role: commit for role, commit in found.items() if commit}
 
 
 def bare_state(model: nn.Module) -> dict[str, torch.Tensor]:
