@@ -97,12 +97,6 @@ def loop_taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
 
 
 @pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which the weights of a base model are loaded."""
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
-
-
-@pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     """Returns a function that gives the warnings about static caches, as a process sees them that has just begun."""
     transformers.utils.logging.warning_once.cache_clear()
@@ -151,6 +145,12 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
         return lengths
 
     return watch
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test in which the weights of a base model are loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
 
 
 def random_prompts(lengths: tuple[int, ...] = (5, 9, 12), seed: int = 3) -> list[list[int]]:

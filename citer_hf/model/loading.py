@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -249,7 +249,7 @@ class CiterLoadingMixin:
             attach_adapter(role, models[role], adapters[role])
             setattr(config, f"{role}_reference", references[role])
         model: Any = cls(config, **models, router=router)  # type: ignore[call-arg]
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             model.generation_config = generation_config or GenerationConfig.from_pretrained(path, **files)
         model.config.name_or_path = model.name_or_path = path
         model._commits = commits_of(sources, keywords)
