@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .model.cache import CiterCache
 from .model.configuration import CiterConfig
 from .model.modeling import CiterForCausalLM
-from .model.saving import register_uploader
+from .model.saving import UPLOADERS
 
 if TYPE_CHECKING:
     from .data.checkers import Verdict, get_checker
@@ -60,7 +60,7 @@ def _upload(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) 
 
 
 # The model, which travels without the rest, cannot write a card.
-register_uploader(_upload)
+UPLOADERS[:] = [_upload]
 
 # What takes long to import, or needs an extra, is imported when it is asked for.
 _LATER = {

@@ -139,7 +139,6 @@ def renamed(tensors: dict[Any, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def size_of(weights: dict[str, Any], key: str) -> tuple[int, int]:
-    """Return the output and input size of a linear layer."""
     tensor = weights.get(key)
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
         raise ValueError(f"router: {key} is no matrix, or missing in the file. Download the file anew.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ TRANSFORMERS_LOADS = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="this transformers refuses this PEFT"
 )
 ROLES = ("slm", "llm")
-TEXT = torch.tensor([list(range(5, 17))])
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -49,21 +47,3 @@ def pair_with(home: Path, slm: Any = None, **options: Any) -> CiterForCausalLM:
     return CiterForCausalLM.from_pair(
         home / "slm-lora" if slm is None else slm, home / "llm", router="linear", **options
     )
-
-
-def logits(model: Any, threshold: float) -> torch.Tensor:
-    """A pair's logits of a fixed text."""
-    with torch.no_grad():
-        return model(TEXT, router_threshold=threshold).logits
-
-
-def bare_logits(model: Any) -> torch.Tensor:
-    """Another model's logits of that text."""
-    with torch.no_grad():
-        return model(TEXT).logits
-
-
-def change(folder: Path, file: str = "config.json", **changes: Any) -> None:
-    """Change settings in a file of JSON."""
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(config | changes))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from citer_hf import CiterConfig, CiterForCausalLM
 from tests.families import PAD, VOCAB, tiny_model
@@ -144,6 +145,12 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[int]]:
         return lengths
 
     return watch
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test in which the weights of a base model are loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
 
 
 def random_prompts(lengths: tuple[int, ...] = (5, 9, 12), seed: int = 3) -> list[list[int]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.families import VOCAB, tiny_model
+
+TEXT = torch.arange(5, 17)[None]
 
 
 def word_tokenizer(words: int = VOCAB, prefix: str = "w") -> PreTrainedTokenizerFast:
@@ -32,3 +37,20 @@ def save_base_models(root: Path, small: int = 32, large: int = 64) -> None:
         )
         model.save_pretrained(root / name)
         word_tokenizer().save_pretrained(root / name)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What the configuration in a directory says."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def change(folder: Path, file: str = "config.json", **changes: Any) -> None:
+    """Change settings in a file of JSON."""
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+
+
+def logits(model: Any, threshold: float | None = None) -> torch.Tensor:
+    """A model's logits of a fixed text."""
+    options = {} if threshold is None else {"router_threshold": threshold}
+    with torch.no_grad():
+        return model(TEXT, **options).logits

@@ -142,7 +142,6 @@ def unwrapped(role: str, model: Any) -> Any:
 
 
 def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter | None) -> None:
-    """Put an adapter, if there is one, into a model."""
     if adapter is None:
         return
     if not model._hf_peft_config_loaded:
@@ -171,7 +170,6 @@ def is_of_peft(module: Any) -> bool:
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """Return the layers of PEFT in a model."""
     return [module for module in model.modules() if is_of_peft(module) and hasattr(module, "active_adapters")]
 
 
@@ -201,7 +199,6 @@ def adapter_origin(model: Any, name: str) -> dict[str, str] | None:
 
 
 def save_adapter(model: Any, name: str, folder: str, base: str | None) -> None:
-    """Save an adapter of a model as PEFT does."""
     config = copy.copy(model.peft_config[name])
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)

@@ -60,14 +60,12 @@ class CiterCache(Cache):
             return input_ids, None
         explicit, first = [], self.llm_length
         for ids, positions in self._unseen:
-            if positions is None:
-                positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
-            explicit.append(positions.expand(ids.shape[0], -1))
+            implied = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+            explicit.append((implied if positions is None else positions).expand(ids.shape[0], -1))
             first += ids.shape[1]
         return input_ids, torch.cat(explicit, dim=1)
 
     def mark_seen(self) -> None:
-        """Note that the LLM has processed everything."""
         self.llm_length = self._length
         self._unseen = []
 
@@ -103,7 +101,6 @@ class CiterCache(Cache):
         )
 
     def reset(self) -> None:
-        """Empty the cache and the record."""
         reset_cache(self.slm)
         reset_cache(self.llm)
         self._length = self.llm_length = 0
@@ -161,7 +158,8 @@ class CiterCache(Cache):
             if positions is not None and positions.shape[0] > 1:
                 positions = positions[index]
             self._unseen.append((ids[index], positions))
-        self.routing.select(sequences)
+        if not self.routing.follows_beams:
+            self.routing.select(sequences)
 
     def activate_past_recording(self) -> None:
         self.slm.activate_past_recording()
@@ -205,21 +203,18 @@ class Routing:
     """What was decided, token by token, since a cache was made or `generate` was last called.
 
     Everything stays on the device, as the steps left it, until it is asked for.
-
-    Args:
-        start: Index in the text of the first token to decide; earlier tokens need no decision and get no record.
-        follows_beams: Whether sequences are running beams, whose order is put right at the end by `follow_beams`.
     """
 
     def __init__(self, start: int = 0, follows_beams: bool = False):
+        # Index in the text of the first token to decide; earlier tokens need no decision and get no record.
         self.start = start
+        # Sequences are running beams then, whose order is put right at the end.
         self.follows_beams = follows_beams
         self.llm_calls = 0
         # A step: index of its first token, then p_slm, who writes, and who is still unfinished, each [batch, tokens].
         self._steps: list[tuple[int, tuple[torch.Tensor, ...]]] = []
 
     def add(self, first: int, scores: torch.Tensor, to_llm: torch.Tensor, unfinished: torch.Tensor) -> None:
-        """Record one step."""
         skip = self.start - first
         if skip > 0:
             first, scores, to_llm, unfinished = self.start, scores[:, skip:], to_llm[:, skip:], unfinished[:, skip:]
@@ -271,10 +266,9 @@ class Routing:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these sequences, in this order."""
-        if not self.follows_beams:
-            self._steps = [
-                (first, tuple(record[rows.to(record.device)] for record in records)) for first, records in self._steps
-            ]
+        self._steps = [
+            (first, tuple(record[rows.to(record.device)] for record in records)) for first, records in self._steps
+        ]
 
     def follow_beams(self, beam_indices: torch.Tensor) -> None:
         """Turn the record of running beams, step by step, into that of the returned sequences."""

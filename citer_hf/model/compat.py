@@ -46,7 +46,6 @@ def cache_name(model: nn.Module) -> str | None:
 
 
 def cache_argument(model: nn.Module, cache: Cache | None) -> dict[str, Any]:
-    """Return a cache as the keyword that `forward` of this model knows."""
     return {cache_name(model) or CACHE: cache}
 
 
@@ -87,7 +86,6 @@ def keep_token(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_token(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords in which the token has its own name again."""
     token = kwargs.pop(TOKEN, None)
     return kwargs if token is None else {**kwargs, "token": token}
 
@@ -118,12 +116,10 @@ class Keywords(NamedTuple):
     cache: str
 
     def take(self, key: str) -> bool:
-        """Return True if the model is given this keyword."""
         return key in self.named or (self.takes_any and key not in ONLY_BY_NAME)
 
 
 def keywords_of(model: nn.Module) -> Keywords:
-    """Return the keywords that `forward` of a model takes."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     return Keywords(frozenset(parameters), takes_any, cache_name(model) or CACHE)

@@ -50,36 +50,37 @@ class CiterConfig(PreTrainedConfig):
     ):
         self.slm_config = _as_config(slm_config)
         self.llm_config = _as_config(llm_config)
-        self.router = _router_spec(router)
-        self.router_threshold = as_threshold(router_threshold)
+        self.router: dict[str, Any] = {"type": router} if isinstance(router, str) else dict(router)
+        if not isinstance(self.router.get("type"), str):
+            raise ValueError(f"router: expected a kind or a dictionary with its 'type', got {router!r}.")
+        self.router_threshold: float = as_threshold(router_threshold)
         self.slm_reference = slm_reference
         self.llm_reference = llm_reference
         self.use_cache = use_cache
         self.citer_version = min(citer_version, CONFIG_VERSION)
         # The base class hands its own attention and experts implementation (`None` here) down to the
         # sub-configurations. For models that are loaded already, this would silently change how they mask.
-        chosen = [_implementations(sub_config) for sub_config in (self.slm_config, self.llm_config)]
-        given = {key for key in ("attn_implementation", "experts_implementation") if kwargs.get(key) is not None}
+        kept = [
+            (config, f"_{key}", getattr(config, f"_{key}"))
+            for config in (self.slm_config, self.llm_config)
+            for key in ("attn_implementation", "experts_implementation")
+            if kwargs.get(key) is None and hasattr(config, f"_{key}")
+        ]
         super().__init__(**kwargs)
-        for sub_config, implementations in zip((self.slm_config, self.llm_config), chosen, strict=True):
-            for key, value in implementations.items():
-                if key.removeprefix("_") not in given:
-                    setattr(sub_config, key, value)
+        for config, key, value in kept:
+            setattr(config, key, value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a configuration, as every transformers configuration is loaded."""
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **keep_token(kwargs))
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Read the content of a `config.json`."""
         return super().get_config_dict(pretrained_model_name_or_path, **restore_token(kwargs))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a configuration from its JSON form; keys that only a newer version knows are dropped with a
-        warning."""
+        """Build a configuration from its JSON form, without keys that only a newer version knows."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -136,9 +137,7 @@ class CiterConfig(PreTrainedConfig):
     @property
     def max_position_embeddings(self) -> int | None:
         """Longest text both models can read, in tokens; `None` when neither states a limit."""
-        limits = [context_length(config) for config in (self.slm_config, self.llm_config)]
-        stated = [limit for limit in limits if limit is not None]
-        return min(stated) if stated else None
+        return min(filter(None, map(context_length, (self.slm_config, self.llm_config))), default=None)
 
     @max_position_embeddings.setter
     def max_position_embeddings(self, value: int) -> None:
@@ -147,35 +146,24 @@ class CiterConfig(PreTrainedConfig):
 
 
 def _slm_attribute(name: str) -> property:
-    """A property that reads and writes an attribute of the SLM's configuration."""
-
-    def read(self: CiterConfig) -> Any:
-        return getattr(self.slm_config.get_text_config(), name)
-
-    def write(self: CiterConfig, value: Any) -> None:
-        setattr(self.slm_config.get_text_config(), name, value)
-
-    return property(read, write, doc=f"`{name}` of the SLM, whose hidden states and attentions `forward` returns.")
+    return property(
+        lambda self: getattr(self.slm_config.get_text_config(), name),
+        lambda self, value: setattr(self.slm_config.get_text_config(), name, value),
+        doc=f"`{name}` of the SLM, whose hidden states and attentions `forward` returns.",
+    )
 
 
 # What `forward` returns as hidden states, attentions and `past_key_values.layers` is the SLM's, and code that reads
 # their shapes asks the top-level configuration.
-for _name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
-    setattr(CiterConfig, _name, _slm_attribute(_name))
-for _name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+_shapes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+for _name in (*_shapes, "bos_token_id", "eos_token_id", "pad_token_id"):
     setattr(CiterConfig, _name, _slm_attribute(_name))
 
 
 def _known_keys() -> set[str]:
     """What a `config.json` of this version can hold, and what transformers reads from any."""
-    of_transformers = "auto_map torch_dtype name_or_path attn_implementation experts_implementation num_labels"
-    generation = GenerationConfig().to_dict()
-    return {
-        *CiterConfig().to_dict(),
-        *generation,
-        *of_transformers.split(),
-        *("_attn_implementation", "custom_pipelines"),
-    }
+    others = "auto_map torch_dtype name_or_path attn_implementation experts_implementation num_labels custom_pipelines"
+    return {*CiterConfig().to_dict(), *GenerationConfig().to_dict(), *others.split()}
 
 
 def table_size(config: PreTrainedConfig) -> int:
@@ -216,15 +204,3 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCo
         # A model whose code lies in its own repository: it brings its configuration when it is loaded.
         return type("UnknownConfig", (PreTrainedConfig,), {"model_type": model_type})(**config)
     return AutoConfig.for_model(model_type, **config)
-
-
-def _router_spec(router: str | dict[str, Any]) -> dict[str, Any]:
-    spec = {"type": router} if isinstance(router, str) else dict(router)
-    if not isinstance(spec.get("type"), str):
-        raise ValueError(f"router: expected a kind or a dictionary with its 'type', got {router!r}.")
-    return spec
-
-
-def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
-    keys = ("_attn_implementation", "_experts_implementation")
-    return {key: getattr(config, key) for key in keys if hasattr(config, key)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,15 +45,8 @@ class FinishedRows(StoppingCriteriaList):
         return done
 
 
-@dataclass
-class FinishedBeams:
-    """The sequences of a beam search whose result can no longer change."""
-
-    num_beams: int
-    mask: torch.Tensor | None = None
-
-
-_finished_beams: ContextVar[FinishedBeams | None] = ContextVar("finished_beams", default=None)
+# Of a beam search: the sequences whose result can no longer change.
+_finished_beams: ContextVar[FinishedRows | None] = ContextVar("finished_beams", default=None)
 
 
 class CiterGenerationMixin(GenerationMixin):
@@ -137,7 +129,7 @@ class CiterGenerationMixin(GenerationMixin):
             ) from error
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: continuous batching (`generate_batch`) needs paged caches, which hold one model."""
+        """Raise an error: continuous batching (`generate_batch`) needs paged caches, which hold one model."""
         raise ValueError(
             "generate_batch: continuous batching keeps one model's keys and values in pages, and a pair has two "
             "models. Use generate() with a padded batch."
@@ -151,26 +143,24 @@ class CiterGenerationMixin(GenerationMixin):
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != "waiting_rows"})
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int
     ) -> Any:
         if model_kwargs.get(CACHE) is not None:
             check_cache(model_kwargs[CACHE])
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
-                wanted = check_max_cache_len(generation_config.max_cache_len)
-                model_kwargs[CACHE].max_cache_len = max(max_cache_length, wanted)
+                wanted = generation_config.max_cache_len
+                if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
+                    raise ValueError(
+                        f"max_cache_len: expected a number of tokens from 1, got {wanted!r}. Leave it out for as many "
+                        "as the text may need."
+                    )
+                model_kwargs[CACHE].max_cache_len = max(length, wanted or 0)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
             return None
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch, length)
 
     def _make_cache(self, generation_config: GenerationConfig) -> CiterCache:
         def one(config: Any) -> Any:
@@ -191,7 +181,6 @@ class CiterGenerationMixin(GenerationMixin):
         return CiterCache(config, slm=one(config.slm_config), llm=one(config.llm_config))
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare the inputs of one step; see transformers."""
         finished = kwargs.pop("finished_rows", None)
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **with_cache_name(kwargs))
         if finished is not None and finished.mask is not None:
@@ -282,7 +271,7 @@ class CiterGenerationMixin(GenerationMixin):
         kwargs.pop("waiting_rows", None)
         if asks_for_static(kwargs.get(CACHE)):
             warn_of_dynamic_cache("beams reorder their rows at every token")
-        finished = FinishedBeams(generation_config.num_beams)
+        finished = FinishedRows()
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         token = _finished_beams.set(finished)
         try:
@@ -297,19 +286,13 @@ class CiterGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _beam_search_has_unfinished_sequences(
-        is_early_stop_heuristic_unsatisfied: torch.Tensor,
-        is_sent_finished: torch.Tensor,
-        next_token_hits_stopping_criteria: torch.Tensor,
-        early_stopping: bool | str,
+        can_improve: torch.Tensor, is_finished: torch.Tensor, stops: torch.Tensor, early_stopping: bool | str
     ) -> Any:
         finished = _finished_beams.get()
         if finished is not None:
-            full = is_sent_finished.all(dim=1) & (early_stopping is True)
-            cannot_improve = ~is_early_stop_heuristic_unsatisfied.reshape(-1)
-            finished.mask = (full | cannot_improve).repeat_interleave(finished.num_beams)
-        return GenerationMixin._beam_search_has_unfinished_sequences(
-            is_early_stop_heuristic_unsatisfied, is_sent_finished, next_token_hits_stopping_criteria, early_stopping
-        )
+            full = is_finished.all(dim=1) & (early_stopping is True)
+            finished.mask = (full | ~can_improve.reshape(-1)).repeat_interleave(is_finished.shape[1])
+        return GenerationMixin._beam_search_has_unfinished_sequences(can_improve, is_finished, stops, early_stopping)
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
@@ -348,11 +331,10 @@ def begin_record(
 ) -> None:
     """Begin a new record of routing in the cache, at the first token that this call generates."""
     cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-    if cache is None:
-        return
-    # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
-    length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
-    cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
+    if cache is not None:
+        # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
+        length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
+        cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
 
 
 def is_plain(model: PreTrainedModel) -> bool:
@@ -364,13 +346,3 @@ def is_plain(model: PreTrainedModel) -> bool:
 def as_long(token_ids: torch.Tensor | None) -> torch.Tensor | None:
     """Return token ids of type int64, which is what embeddings and new tokens are combined as."""
     return token_ids.long() if isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int32 else token_ids
-
-
-def check_max_cache_len(length: int | None) -> int:
-    """Return the room that a static cache has at least."""
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-        raise ValueError(
-            f"max_cache_len: expected a number of tokens from 1, got {length!r}. Leave it out for as many as the text "
-            "may need."
-        )
-    return length or 0

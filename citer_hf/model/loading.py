@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from .references import (
     hub_keywords,
     load_models,
     load_tokenizer,
+    not_the_model,
     reference_to,
     resolve,
     shared_tokenizer,
@@ -53,7 +55,7 @@ class CiterLoadingMixin:
     # Where the router was loaded from, and with which keywords, but for the token, which is written down nowhere.
     _repository: tuple[str, dict[str, Any]] | None = None
     # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
-    _commits: dict[str, str] = {}
+    _commits: dict[str, str | None] = {}
     # Some of the weights of a router that nobody has trained yet.
     _fresh_router: torch.Tensor | None = None
 
@@ -100,15 +102,9 @@ class CiterLoadingMixin:
         models = load_models(sources, keywords, references)
         for role in ROLES:
             attach_adapter(role, models[role], adapters[role])
-        config = CiterConfig(
-            slm_config=models["slm"].config,
-            llm_config=models["llm"].config,
-            router=spec,
-            router_threshold=threshold,
-            slm_reference=references["slm"],
-            llm_reference=references["llm"],
-        )
-        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=module)  # type: ignore[call-arg]
+        slm_config, llm_config = models["slm"].config, models["llm"].config
+        config = CiterConfig(slm_config, llm_config, spec, threshold, references["slm"], references["llm"])
+        model: Any = cls(config, **models, router=module)  # type: ignore[call-arg]
         if module is None and model.router.state_dict():
             config.router[UNTRAINED] = True
         model._tokenizer, model._commits = tokenizer, commits_of(sources, keywords)
@@ -166,10 +162,11 @@ class CiterLoadingMixin:
             loaded = cls._load_referred(str(path), config, router, kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if path is not None:
-            names = (*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code")
-            model._repository = (path, {key: kwargs[key] for key in names if key in kwargs and key != "token"})
-            if isinstance(kwargs.get("token"), str):
-                model._tokenizer = load_tokenizer(path, **{**model._repository[1], "token": kwargs["token"]})
+            where = file_keywords(kwargs, "trust_remote_code")
+            token = where.pop("token", None)
+            model._repository = (path, where)
+            if isinstance(token, str):
+                model._tokenizer = load_tokenizer(path, **{"trust_remote_code": False, **where}, token=token)
         return loaded
 
     @classmethod
@@ -189,27 +186,23 @@ class CiterLoadingMixin:
     @classmethod
     def _load_referred(cls, path: str, config: Any, router: nn.Module | None, kwargs: dict[str, Any]) -> Any:
         """Load a repository that holds the router and refers to its base models, or holds them in folders."""
-        kwargs = dict(kwargs)
-        repository = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-        repository |= {key: kwargs.pop(key) for key in REPOSITORY_KEYWORDS if key in kwargs}
+        repository = {key: kwargs[key] for key in (*HUB_KEYWORDS, *REPOSITORY_KEYWORDS) if key in kwargs}
         generation_config = repository.pop("generation_config", None)
         if config.name_or_path == path and not os.path.isdir(path):
             # A push while this loads must not mix two states of the repository.
             repository["revision"] = commit_of(path, repository) or repository.get("revision")
-        wants_info = kwargs.pop("output_loading_info", False)
         if (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
             raise ValueError(
                 f"{path}: an adapter for the pair as a whole loads with PeftModel.from_pretrained(pair, adapter) of "
                 "PEFT, after CiterForCausalLM.from_pretrained."
             )
-        for key in [key for key in kwargs if key.startswith("_") or key in ("adapter_kwargs", "state_dict")]:
-            del kwargs[key]
-        for key in ("attn_implementation", "experts_implementation"):
-            if getattr(config, f"_{key}", None) is not None:
-                kwargs.setdefault(key, getattr(config, f"_{key}"))
+        chosen = {key: getattr(config, f"_{key}", None) for key in ("attn_implementation", "experts_implementation")}
+        shared = {key: value for key, value in chosen.items() if value is not None} | kwargs
+        for key in (*REPOSITORY_KEYWORDS, "output_loading_info", "adapter_kwargs", "state_dict"):
+            shared.pop(key, None)
 
         # 1. Where both models and their adapters are.
-        keywords = split_keywords(kwargs)
+        keywords = split_keywords({key: value for key, value in shared.items() if not key.startswith("_")})
         sources: dict[str, Any] = {}
         adapters: dict[str, Adapter | None] = {}
         moved = [role for role in ROLES if keywords[role].get("name_or_path")]
@@ -246,30 +239,31 @@ class CiterLoadingMixin:
                 commit = stated.get("revision", "")
                 if role in moved or len(commit) != 40 or keywords[role].get("revision") != commit:
                     found = load_tokenizer(sources[role], adapters[role], **hub_keywords(keywords[role]))
-                    check_tokenizer(role, sources[role], found, load_tokenizer(path, trust_remote_code=False, **files))
+                    saved = load_tokenizer(path, trust_remote_code=False, **files)
+                    if found is not None and saved is not None and first_difference(found, saved) is not None:
+                        raise ValueError(not_the_model(role, sources[role], "its tokenizer has changed"))
 
         # 3. The models.
         models = load_models(sources, keywords, references)
         for role in ROLES:
             attach_adapter(role, models[role], adapters[role])
-            setattr(config, f"{role}_config", models[role].config)
             setattr(config, f"{role}_reference", references[role])
-        model: Any = cls(config, slm=models["slm"], llm=models["llm"], router=router)  # type: ignore[call-arg]
-        model.generation_config = generation_config or saved_generation_config(path, files) or model.generation_config
+        model: Any = cls(config, **models, router=router)  # type: ignore[call-arg]
+        with contextlib.suppress(OSError):
+            model.generation_config = generation_config or GenerationConfig.from_pretrained(path, **files)
         model.config.name_or_path = model.name_or_path = path
         model._commits = commits_of(sources, keywords)
         model = ready(model, keywords)
         info: dict[str, Any] = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        return (model, {**info, "error_msgs": []}) if wants_info else model
+        return (model, {**info, "error_msgs": []}) if kwargs.get("output_loading_info") else model
 
     @property
     def router_is_untrained(self) -> bool:
         """Whether the router's weights are still the random ones that `from_pair` made."""
-        if not self.config.router.get(UNTRAINED):  # type: ignore[attr-defined]
-            return False
-        if self._fresh_router is None:
-            return True
-        now = some_weights(self.router)  # type: ignore[attr-defined]
+        model: Any = self
+        if not model.config.router.get(UNTRAINED) or self._fresh_router is None:
+            return bool(model.config.router.get(UNTRAINED))
+        now = some_weights(model.router)
         return torch.equal(self._fresh_router.to(now.dtype), now)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -387,20 +381,3 @@ def ready(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
             f"{role}.{name}".rstrip("."): where for role in ROLES for name, where in parts[role].items()
         }
     return model
-
-
-def check_tokenizer(role: str, source: Any, found: Any, saved: Any) -> None:
-    """Raise an error for a base model that numbers its tokens otherwise than the router's tokenizer."""
-    if found is not None and saved is not None and first_difference(found, saved) is not None:
-        raise ValueError(
-            f"{role}: {source} is not the model that this router was made for: its tokenizer has changed. Pass the "
-            f"right one with {role}_name_or_path=... and {role}_revision=..."
-        )
-
-
-def saved_generation_config(path: str, hub: dict[str, Any]) -> GenerationConfig | None:
-    """Return a repository's generation settings, or `None` when it has none."""
-    try:
-        return GenerationConfig.from_pretrained(path, **hub)
-    except OSError:
-        return None

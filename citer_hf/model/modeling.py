@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -132,7 +133,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
 
     @property
     def base_model(self) -> nn.Module:
-        """The SLM, which processes every token: what transformers asks of a base model is there."""
+        """The SLM, which processes every token: what transformers asks of a base model (embeddings) is there."""
         return self.slm
 
     def train(self, mode: bool = True) -> CiterForCausalLM:
@@ -141,12 +142,6 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         self.slm.eval()
         self.llm.eval()
         return self
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.slm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.slm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.slm.get_output_embeddings()
@@ -297,7 +292,20 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             output = self._run("slm", input_ids, cache, logits_to_keep, inputs)
             setattr(head, CAPTURED, None)
         else:
-            output = self._run_and_capture(captured, input_ids, cache, logits_to_keep, inputs)
+            # Somebody may have put another head on the SLM.
+            install_hook(self.slm)
+            tracked = None
+            if torch.is_grad_enabled() and inputs.get("output_hidden_states"):
+                # Hidden states that are asked for have gradients, though the weights are frozen.
+                embeddings = self.slm.get_input_embeddings()
+                tracked = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+            token = capture.set(captured)
+            try:
+                output = self._run("slm", input_ids, cache, logits_to_keep, inputs)
+            finally:
+                capture.reset(token)
+                if tracked is not None:
+                    tracked.remove()
         if not captured:
             raise ValueError(
                 f"slm: {type(self.slm).__name__} does not call its output embeddings, so that a router cannot see its "
@@ -308,22 +316,6 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             logits, hidden = keep(logits, logits_to_keep), keep(hidden, logits_to_keep)
         states, attentions = (getattr(output, name, None) for name in SLM_OUTPUTS)
         return SlmOutput(logits[..., : self.vocab_size], hidden, states, attentions)
-
-    def _run_and_capture(self, captured: list[torch.Tensor], *arguments: Any) -> Any:
-        # Somebody may have put another head on the SLM.
-        install_hook(self.slm)
-        tracked = None
-        if torch.is_grad_enabled() and arguments[-1].get("output_hidden_states"):
-            # Hidden states that are asked for have gradients, though the weights are frozen.
-            embeddings = self.slm.get_input_embeddings()
-            tracked = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
-        token = capture.set(captured)
-        try:
-            return self._run("slm", *arguments)
-        finally:
-            capture.reset(token)
-            if tracked is not None:
-                tracked.remove()
 
     def run_llm(
         self,
@@ -380,20 +372,13 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         inputs = {key: value for key, value in (inputs | own).items() if keywords.take(key)}
         device = model.device
         if device != input_ids.device and device.type != "meta":
-            inputs = {key: to_device(value, device) for key, value in inputs.items()}
+            inputs = send_to_device(inputs, device)
         try:
             return model(**inputs)
         except (RuntimeError, MemoryError, OSError) as error:
             if is_out_of_memory(error):
                 raise out_of_memory(error, role) from error
             raise
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move a tensor, or the tensors of a dictionary (masks by kind of layer); anything else stays as it is."""
-    if isinstance(value, dict):
-        return {key: to_device(one, device) for key, one in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -411,7 +396,6 @@ CAPTURED = "_citer_captured"
 
 
 def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Keep the input of the output embeddings."""
     captured = module.__dict__.get(CAPTURED)
     if captured is None and not torch.compiler.is_dynamo_compiling():
         captured = capture.get()
@@ -420,7 +404,6 @@ def capture_head_input(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def install_hook(slm: PreTrainedModel) -> None:
-    """Install the hook above, once."""
     head = slm.get_output_embeddings()
     if capture_head_input not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(capture_head_input)

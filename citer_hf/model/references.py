@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -130,7 +130,6 @@ def load_models(
 
 
 def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, Any]:
-    """Subtract what the SLM takes from a memory budget."""
     taken: dict[Any, int] = {}
     for parameter in slm.parameters():
         device: Any = parameter.device.index if parameter.device.type == "cuda" else parameter.device.type
@@ -139,29 +138,31 @@ def memory_left(max_memory: dict[Any, Any], slm: PreTrainedModel) -> dict[Any, A
     return {device: max(size - taken.get(device, 0), 0) for device, size in sizes.items()}
 
 
-class explained:  # noqa: N801 - reads as a statement: `with explained(...)`
+class explained(NamedTuple):  # noqa: N801 - reads as a statement: `with explained(...)`
     """Context in which an error of loading names the model and what to do."""
 
-    def __init__(self, role: str, source: Any, keywords: dict[str, Any]):
-        self.role, self.source, self.keywords = role, source, keywords
+    role: str
+    source: Any
+    keywords: dict[str, Any]
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        role, source = self.role, self.source
+        role, source, keywords = self
+        if error is None:
+            return
         if isinstance(error, ValueError) and "contains custom code" in str(error):
             raise ValueError(
                 f"{role}: {source} brings code of its own. If you trust it, pass {role}_trust_remote_code=True; "
                 "trust_remote_code is for the router alone."
             ) from error
-        if error is not None and role in ROLES and is_out_of_memory(error):
+        if role in ROLES and is_out_of_memory(error):
             raise out_of_memory(error, role) from error
-        is_broken = error is not None and is_broken_transfer(error)
+        is_broken = is_broken_transfer(error)
         if isinstance(error, OSError) or is_broken or type(error).__name__ == "SafetensorError":
             broken = "the download broke off: " if is_broken else ""
             title = {"router": "router", "slm": "SLM", "llm": "LLM"}.get(role, f"{role[:3].upper()}'s adapter")
-            revision = f" at revision {self.keywords['revision']}" if self.keywords.get("revision") else ""
+            revision = f" at revision {keywords['revision']}" if keywords.get("revision") else ""
             moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
             raise OSError(
                 f"{role}: the {title} could not be loaded from {source}{revision}: {broken}{error}\nIf a file is "
@@ -200,15 +201,13 @@ def commit_of(name: str, keywords: dict[str, Any]) -> str | None:
     return extract_commit_hash(cached_path(name, keywords.get("gguf_file") or "config.json", keywords), None)
 
 
-def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the commits of base models that were loaded from the Hub or its cache."""
-    found = {
+def commits_of(sources: dict[str, Any], keywords: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    return {
         role: getattr(source.config, "_commit_hash", None)
         if isinstance(source, nn.Module)
         else commit_of(os.fspath(source), keywords[role])
         for role, source in sources.items()
     }
-    return {role: commit for role, commit in found.items() if commit}
 
 
 def bare_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -310,7 +309,6 @@ def check_model(role: str, model: Any) -> None:
 
 
 def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
-    """Raise an error for two models that cannot decode together."""
     for role, model in (("slm", slm), ("llm", llm)):
         check_model(role, model)
         layers = DynamicCache(config=model.config)
@@ -327,10 +325,14 @@ def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreT
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         now, then = (getattr(config.get_text_config(), name, None) for config in (found, saved))
         if now != then:
-            raise ValueError(
-                f"{role}: {source} is not the model that this router was made for: {name} is {now}, but was {then}. "
-                f"Pass the right one with {role}_name_or_path=... and {role}_revision=..."
-            )
+            raise ValueError(not_the_model(role, source, f"{name} is {now}, but was {then}"))
+
+
+def not_the_model(role: str, source: Any, reason: str) -> str:
+    return (
+        f"{role}: {source} is not the model that this router was made for: {reason}. Pass the right one with "
+        f"{role}_name_or_path=... and {role}_revision=..."
+    )
 
 
 def load_tokenizer(source: str, adapter: Any = None, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,27 +15,8 @@ from transformers import PreTrainedModel
 SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
 
-@overload
-def as_threshold(value: Any, batch_size: None = None) -> float: ...
-
-
-@overload
-def as_threshold(value: Any, batch_size: int) -> float | torch.Tensor: ...
-
-
-def as_threshold(value: Any, batch_size: int | None = None) -> float | torch.Tensor:
-    """Return a valid `router_threshold`: the SLM writes a token when its score reaches it.
-
-    Args:
-        value: A number from 0 (the SLM alone) to 2 (above 1: the LLM alone), or a tensor of one per sequence.
-        batch_size: Number of sequences; without it, only a number is valid.
-
-    Returns:
-        A number, or a tensor `[batch_size, 1]`.
-
-    Raises:
-        ValueError: for anything else, a bool and a string included.
-    """
+def as_threshold(value: Any, batch_size: int | None = None) -> Any:
+    """Return a valid `router_threshold`: a number, or with a `batch_size` also one per sequence, `[batch_size, 1]`."""
     if isinstance(value, torch.Tensor) and batch_size is not None:
         # A traced graph cannot depend on values.
         traced = torch.compiler.is_compiling()
@@ -122,7 +103,6 @@ class MlpRouter(Router):
         return torch.sigmoid(self.log_odds(inputs))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logit of `p_slm`."""
         expanded = self.expand(inputs)
         if self.norm is not None:
             expanded = self.norm(expanded.reshape(-1, expanded.shape[-1])).view_as(expanded)
@@ -141,7 +121,6 @@ class LinearRouter(Router):
         return torch.sigmoid(self.log_odds(moved(hidden, self.score.weight)))
 
     def log_odds(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logit of `p_slm`."""
         return self.score(inputs).squeeze(-1)
 
 
@@ -275,15 +254,7 @@ UNTRAINED = "untrained"
 
 
 def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
-    """Build the router that a configuration describes, with fresh weights.
-
-    Args:
-        spec: The configuration's `router`: `{"type": kind, ...options}`.
-        hidden_size: Width H of the SLM's last hidden state.
-
-    Raises:
-        ValueError: for an unknown kind or option, or a router made for another hidden size.
-    """
+    """Build the router that a configuration's `router` describes, with fresh weights."""
     options = {key: value for key, value in spec.items() if key not in ("type", "hidden_size", UNTRAINED)}
     trained_for = spec.get("hidden_size", hidden_size)
     if trained_for != hidden_size:

@@ -36,13 +36,8 @@ STALE = re.compile(
 PUSH_KEYWORDS = ("private", "token", "create_pr", "revision", "commit_message", "commit_description", "tags")
 
 # Upload a pair that is saved in a folder: (pair, folder, repo_id, **keywords of `push_to_hub`) -> address. `citer_hf`
-# registers one that writes a model card; where a pair runs without the package, transformers uploads it alone.
+# has one that writes a model card; where a pair runs without the package, transformers uploads it alone.
 UPLOADERS: list[Callable[..., str]] = []
-
-
-def register_uploader(upload: Callable[..., str]) -> None:
-    """Let `push_to_hub` upload with this function."""
-    UPLOADERS[:] = [upload]
 
 
 class CiterSharingMixin:
@@ -138,7 +133,6 @@ class Saved(PushToHubMixin):
         self.model, self.save_base_models = model, save_base_models
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:
-        """Save the pair."""
         self.model.save_pretrained(folder, save_base_models=self.save_base_models, **kwargs)
 
 
@@ -208,7 +202,6 @@ def origin_of(model: Any, role: str) -> dict[str, str]:
 
 
 def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:
-    """Save one of the two base models."""
     names = ("max_shard_size", "variant", "save_original_format")
     try:
         without_adapter(role, model).save_pretrained(folder, **{key: kwargs[key] for key in names if key in kwargs})

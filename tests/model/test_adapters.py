@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,23 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from citer_hf import CiterForCausalLM
-from tests.adapters import (
-    OLD_NAME,
-    ROLES,
-    TEXT,
-    TRANSFORMERS_LOADS,
-    bare_logits,
-    change,
-    logits,
-    pair_with,
-    peft,
-    save_models_with_adapters,
-    with_adapter,
-)
+from tests.adapters import OLD_NAME, TRANSFORMERS_LOADS, pair_with, peft, save_models_with_adapters, with_adapter
 from tests.conftest import left_padded, random_prompts
 from tests.families import tiny_model
 from tests.reference import naive_generate
-from tests.repositories import save_base_models
+from tests.repositories import TEXT, change, config_of, logits, save_base_models
 
 pytestmark = OLD_NAME
 load = CiterForCausalLM.from_pretrained
@@ -73,30 +59,18 @@ def test_an_adapter_given_in_any_way_writes_as_merged_weights_do(home, way):
     model = pair_with(home, **WAYS[way](home))
     if way == "afterwards":
         peft.PeftModel.from_pretrained(model.slm, home / "slm-lora")
-    merged = with_adapter(home / "slm").merge_and_unload()
-    naive = SimpleNamespace(slm=merged, llm=model.llm, router=model.router, config=model.config)
-    rows = random_prompts((5, 9, 12))
-    threshold = float(model(**left_padded(rows)).router_scores.detach().median())
-    texts = []
-    for row in rows:
-        text, to_llm, scores, expected = naive_generate(naive, row, 8, threshold, eos=(2, 5))
-        out = model.generate(
-            torch.tensor([row]),
-            router_threshold=threshold,
-            max_new_tokens=8,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        assert out.sequences[0, len(row) :].tolist() == text
-        assert torch.allclose(torch.cat(out.logits), expected, atol=1e-4)
-        routing = out.past_key_values.routing
-        assert routing.to_llm[0].tolist() == to_llm
-        assert routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
-        texts.append(text)
-    width = max(map(len, rows))
-    batch = model.generate(**left_padded(rows), router_threshold=threshold, max_new_tokens=8)[:, width:]
-    for row, text in zip(batch.tolist(), texts, strict=True):
-        assert row[: len(text)] == text and not any(row[len(text) :])
+    merged = pair_with(home, slm=with_adapter(home / "slm").merge_and_unload())
+    merged.router = model.router
+    batch = left_padded(random_prompts((5, 9, 12)))
+    threshold = float(merged(**batch).router_scores.detach().median())
+    options = {"router_threshold": threshold, "max_new_tokens": 8, "return_dict_in_generate": True}
+    for inputs in (batch, {"input_ids": TEXT}):
+        found, expected = (pair.generate(**inputs, **options, output_logits=True) for pair in (model, merged))
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+        routing, other = (out.past_key_values.routing for out in (found, expected))
+        assert torch.equal(routing.to_llm, other.to_llm)
+        torch.testing.assert_close(routing.scores, other.scores, atol=1e-5, rtol=0)
 
 
 def test_an_adapter_on_the_llm_works_alike(home):
@@ -104,35 +78,24 @@ def test_an_adapter_on_the_llm_works_alike(home):
     model.save_pretrained(home / "router")
     adapted = with_adapter(home / "llm", 1)
     for pair in (model, load(home / "router")):
-        assert torch.equal(logits(pair, 2), bare_logits(adapted))
-        assert torch.equal(logits(pair, 0), bare_logits(AutoModelForCausalLM.from_pretrained(home / "slm")))
+        assert torch.equal(logits(pair, 2), logits(adapted))
+        assert torch.equal(logits(pair, 0), logits(AutoModelForCausalLM.from_pretrained(home / "slm")))
 
 
 @pytest.mark.parametrize("options", ON_THE_HEAD)
-def test_an_adapter_on_the_head_does_not_hide_the_state_that_the_router_reads(home, options):
-    model = pair_with(home, slm=home / "slm")
-    with_adapter(model.slm, **options)
-    with torch.no_grad():
-        for name, parameter in model.slm.named_parameters():
-            if "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name:
-                parameter.add_(0.01)
-    ids = TEXT[0].tolist()
-    text, _, scores, _ = naive_generate(model, ids, 6, 0.5, eos=(2, 5))
-    out = model.generate(TEXT, router_threshold=0.5, max_new_tokens=6, return_dict_in_generate=True)
-    assert out.sequences[0, len(ids) :].tolist() == text
-    assert out.past_key_values.routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
-
-
-@pytest.mark.parametrize("options", ON_THE_HEAD)
-def test_tied_embeddings_stay_tied_under_an_adapter(home, options):
+def test_an_adapter_on_a_tied_head_hides_no_state_from_the_router_and_stays_tied(home, options):
     tiny_model("llama", seed=1, tie_word_embeddings=True).save_pretrained(home / "tied")
     adapted = with_adapter(home / "tied", **options)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.01)
-    expected = bare_logits(adapted)
-    model = pair_with(home, slm=adapted)
+    expected, model = logits(adapted), pair_with(home, slm=adapted)
+    ids = TEXT[0].tolist()
+    text, _, scores, _ = naive_generate(model, ids, 6, 0.5, eos=(2, 5))
+    out = model.generate(TEXT, router_threshold=0.5, max_new_tokens=6, return_dict_in_generate=True)
+    assert out.sequences[0, len(ids) :].tolist() == text
+    assert out.past_key_values.routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
     model.tie_weights()
     for holds in (False, True):
         model.save_pretrained(home / "router", save_base_models=holds)
@@ -148,26 +111,21 @@ def test_another_adapter_and_none_can_be_chosen_in_the_pair(home):
     other.save_pretrained(home / "other")
     model.slm.load_adapter(str(home / "other"), adapter_name="other")
     model.slm.set_adapter("other")
-    assert torch.equal(logits(model, 0), bare_logits(other))
+    assert torch.equal(logits(model, 0), logits(other))
     model.slm.disable_adapters()
-    bare = bare_logits(AutoModelForCausalLM.from_pretrained(home / "slm"))
+    bare = logits(AutoModelForCausalLM.from_pretrained(home / "slm"))
     assert torch.equal(logits(model, 0), bare)
     model.save_pretrained(home / "without")
     assert torch.equal(logits(load(home / "without"), 0), bare)
     model.slm.enable_adapters()
     model.save_pretrained(home / "with other")
-    assert torch.equal(logits(load(home / "with other"), 0), bare_logits(other))
+    assert torch.equal(logits(load(home / "with other"), 0), logits(other))
     model.slm.set_adapter("default")
     model.save_pretrained(home / "first")
     assert torch.equal(logits(load(home / "first"), 0), first)
 
 
 # ---- saving ----
-
-
-def references(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text())
-    return {role: config[f"{role}_reference"] for role in ROLES}
 
 
 @pytest.mark.parametrize("way", CASES)
@@ -177,27 +135,24 @@ def test_a_saved_router_gives_the_same_with_its_adapter(home, way, holds):
     if way == "afterwards":
         with_adapter(model.slm)
     model.save_pretrained(home / "router", save_base_models=holds)
-    said = references(home / "router")["slm"]
-    inside = {"subfolder": "slm_adapter"}
-    by_name = {"name_or_path": str(home / "slm-lora")}
-    assert said["adapter"] == (by_name if way in ("path", "both names") and not holds else inside)
-    assert {key: said[key] for key in said if key != "adapter"} == (
-        {"subfolder": "slm"} if holds else {"name_or_path": str(home / "slm")}
-    )
+    by_name, inside = {"name_or_path": str(home / "slm-lora")}, {"subfolder": "slm_adapter"}
+    adapter = by_name if way in ("path", "both names") and not holds else inside
+    base = {"subfolder": "slm"} if holds else {"name_or_path": str(home / "slm")}
+    assert config_of(home / "router")["slm_reference"] == {**base, "adapter": adapter}
+    if adapter == inside:
+        saved = peft.PeftConfig.from_pretrained(str(home / "router" / "slm_adapter"))
+        assert saved.base_model_name_or_path == base.get("name_or_path")
     if holds:
         for folder in ("slm", "llm", "slm-lora"):
             (home / folder).rename(home / f"{folder} was")
-        bare, kept = (
-            load_file(home / "slm was" / "model.safetensors"),
-            load_file(home / "router/slm/model.safetensors"),
-        )
+        bare, kept = (load_file(home / name / "model.safetensors") for name in ("slm was", "router/slm"))
         assert bare.keys() == kept.keys() and all(torch.equal(bare[key], kept[key]) for key in bare)
     again = load(home / "router")
     again.save_pretrained(home / "again")
     for pair in (again, AutoModelForCausalLM.from_pretrained(home / "router"), load(home / "again")):
         for threshold in (0, 0.5, 2):
             assert torch.equal(logits(pair, threshold), logits(model, threshold))
-    assert (references(home / "again")["slm"]["adapter"] == by_name) == (said["adapter"] == by_name)
+    assert (config_of(home / "again")["slm_reference"]["adapter"] == by_name) == (adapter == by_name)
 
 
 def test_an_adapter_trained_in_the_pair_is_saved_with_it(home):
@@ -205,12 +160,9 @@ def test_an_adapter_trained_in_the_pair_is_saved_with_it(home):
     for name, parameter in model.slm.named_parameters():
         parameter.requires_grad_("lora_" in name)
     model.slm(TEXT, labels=TEXT).loss.backward()
-    with torch.no_grad():
-        for parameter in model.slm.parameters():
-            if parameter.grad is not None:
-                parameter -= parameter.grad
+    torch.optim.SGD((one for one in model.slm.parameters() if one.requires_grad), lr=1.0).step()
     model.save_pretrained(home / "router")
-    assert references(home / "router")["slm"]["adapter"] == {"subfolder": "slm_adapter"}
+    assert config_of(home / "router")["slm_reference"]["adapter"] == {"subfolder": "slm_adapter"}
     assert torch.equal(logits(load(home / "router"), 0), logits(model, 0))
     assert not torch.equal(logits(pair_with(home), 0), logits(model, 0))
 
@@ -224,7 +176,7 @@ def test_a_quantized_model_keeps_its_adapter_beside_it(tmp_path):
     model.save_pretrained(tmp_path / "router")
     assert torch.equal(logits(load(tmp_path / "router", **quantized), 0), logits(model, 0))
     full = logits(load(tmp_path / "router"), 0)
-    assert torch.equal(full, bare_logits(with_adapter(tmp_path / "slm"))) and not torch.equal(full, logits(model, 0))
+    assert torch.equal(full, logits(with_adapter(tmp_path / "slm"))) and not torch.equal(full, logits(model, 0))
     with pytest.raises(ValueError, match=r"slm: LlamaForCausalLM cannot be saved as it is loaded"):
         model.save_pretrained(tmp_path / "held", save_base_models=True)
 
@@ -306,25 +258,20 @@ def test_without_peft_it_says_what_to_install(home, monkeypatch):
 
 
 @pytest.fixture
-def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded weights"))
-
-
-@pytest.fixture
 def router(home: Path) -> Path:
     """A router that holds its models and its adapter."""
     pair_with(home).save_pretrained(home / "router", save_base_models=True)
     return home / "router"
 
 
-def test_an_adapter_beside_a_base_model_that_the_router_does_not_name_is_not_loaded(router, nothing_is_read, home):
+def test_an_adapter_beside_a_base_model_that_the_router_does_not_name_is_not_loaded(router, no_weights, home):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (router / "llm" / name).write_bytes((home / "llm-lora" / name).read_bytes())
     with pytest.raises(ValueError, match=r"llm: .*holds an adapter that this router was not saved with"):
         load(router)
 
 
-def test_weights_of_an_adapter_are_read_from_safetensors_only(router, nothing_is_read):
+def test_weights_of_an_adapter_are_read_from_safetensors_only(router, no_weights):
     file = router / "slm_adapter" / "adapter_model.safetensors"
     torch.save(load_file(file), router / "slm_adapter" / "adapter_model.bin")
     file.unlink()
@@ -334,7 +281,6 @@ def test_weights_of_an_adapter_are_read_from_safetensors_only(router, nothing_is
 
 def test_the_base_model_that_a_saved_adapter_names_is_not_followed(router, home):
     expected = logits(load(router), 0)
-    change(
-        router / "slm_adapter", "adapter_config.json", base_model_name_or_path=str(home / "llm"), revision="no-such"
-    )
+    other = {"base_model_name_or_path": str(home / "llm"), "revision": "no-such"}
+    change(router / "slm_adapter", "adapter_config.json", **other)
     assert torch.equal(logits(load(router), 0), expected)

@@ -8,9 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import textwrap
-import venv
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ import torch
 import citer_hf
 from citer_hf import CiterForCausalLM
 from tests.conftest import random_prompts
-from tests.repositories import save_base_models, word_tokenizer
+from tests.repositories import change, config_of, save_base_models, word_tokenizer
 
 TEXT = random_prompts((12,))
 # A process in which the package cannot be imported, and says so if anything tries.
@@ -33,28 +31,6 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 """
-# A process in an environment without the package.
-NOT_INSTALLED = """
-import importlib.util, sys
-
-assert importlib.util.find_spec("citer_hf") is None
-"""
-
-
-def run_without_the_package(
-    code: str, tmp_path: Path, *arguments: str, python: str = sys.executable, blocked: bool = True
-) -> str:
-    """What a script prints in a process without `citer_hf`, from a directory of its own."""
-    script = tmp_path / "script.py"
-    script.write_text((WITHOUT_THE_PACKAGE if blocked else NOT_INSTALLED) + textwrap.dedent(code))
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    (tmp_path / "elsewhere").mkdir(exist_ok=True)
-    done = subprocess.run(
-        [python, str(script), *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path / "elsewhere"
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +56,8 @@ def move_code_to_the_root(folder: Path) -> None:
         code = re.sub(r"from \.(\w+) import", r"from .\1_citer import", file.read_text())
         (folder / f"{file.stem}_citer.py").write_text(code)
     shutil.rmtree(folder / "citer")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "configuration_citer.CiterConfig",
-        "AutoModelForCausalLM": "modeling_citer.CiterForCausalLM",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    model = {"AutoModelForCausalLM": "modeling_citer.CiterForCausalLM"}
+    change(folder, auto_map={"AutoConfig": "configuration_citer.CiterConfig", **model})
 
 
 def test_the_whole_core_lies_beside_the_weights(repositories):
@@ -93,8 +65,7 @@ def test_the_whole_core_lies_beside_the_weights(repositories):
     del core["__init__.py"]
     for name in ("referring", "holding"):
         assert {file.name: file.read_bytes() for file in (repositories / name / "citer").glob("*.py")} == core
-        config = json.loads((repositories / name / "config.json").read_text())
-        assert config["auto_map"] == {
+        assert config_of(repositories / name)["auto_map"] == {
             "AutoConfig": "citer/configuration.CiterConfig",
             "AutoModelForCausalLM": "citer/modeling.CiterForCausalLM",
         }
@@ -144,10 +115,15 @@ def expected_texts(path: Path) -> list:
 
 def test_a_router_writes_the_same_where_the_package_is_not_installed(repositories, tmp_path):
     paths = [str(repositories / name) for name in ("referring", "holding", "whole", "earlier")]
-    printed = run_without_the_package(SAME_TEXT_WITHOUT_THE_PACKAGE, tmp_path, json.dumps(TEXT), *paths)
-    texts = json.loads(printed)
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_THE_PACKAGE + textwrap.dedent(SAME_TEXT_WITHOUT_THE_PACKAGE))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), json.dumps(TEXT), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     once = expected_texts(repositories / "referring")
-    assert texts == [*once, once[0]] * 3 + once
+    assert json.loads(done.stdout) == [*once, once[0]] * 3 + once
 
 
 def test_a_repository_of_an_earlier_version_loads_and_is_saved_anew(repositories, tmp_path):
@@ -157,24 +133,3 @@ def test_a_repository_of_an_earlier_version_loads_and_is_saved_anew(repositories
     CiterForCausalLM.from_pretrained(tmp_path / "earlier").save_pretrained(tmp_path / "earlier")
     assert [file.name for file in (tmp_path / "earlier").glob("*.py")] == ["mine.py"]
     assert expected_texts(tmp_path / "earlier") == expected_texts(repositories / "referring")
-
-
-@pytest.mark.slow
-def test_a_router_writes_the_same_in_a_virtual_environment_of_its_dependencies(repositories, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=False)
-    bin_folder = "Scripts" if os.name == "nt" else "bin"
-    site = next((tmp_path / "venv").glob("**/site-packages"))
-    for installed in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
-        for file in installed.iterdir():
-            if "citer" not in file.name and file.suffix != ".pth" and not (site / file.name).exists():
-                (site / file.name).symlink_to(file)
-    printed = run_without_the_package(
-        SAME_TEXT_WITHOUT_THE_PACKAGE,
-        tmp_path,
-        json.dumps(TEXT),
-        str(repositories / "referring"),
-        python=str(tmp_path / "venv" / bin_folder / "python"),
-        blocked=False,
-    )
-    once = expected_texts(repositories / "referring")
-    assert json.loads(printed) == [*once, once[0]]

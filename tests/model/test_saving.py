@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers
 import transformers.utils.hub
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from citer_hf import CiterForCausalLM
 from tests.families import tiny_model
-from tests.repositories import save_base_models, word_tokenizer
+from tests.repositories import config_of, logits, save_base_models, word_tokenizer
 
-TEXT = torch.arange(5, 17)[None]
 load = CiterForCausalLM.from_pretrained
 
 
@@ -32,13 +31,8 @@ def bases(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def llm_logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TEXT, router_threshold=2.0).logits
-
-
-def reference(folder: Path, role: str = "llm") -> Any:
-    return json.loads((folder / "config.json").read_text())[f"{role}_reference"]
+def same_llm(one: Any, other: Any) -> bool:
+    return torch.equal(logits(one, 2.0), logits(other, 2.0))
 
 
 # ---- references ----
@@ -48,58 +42,49 @@ def reference(folder: Path, role: str = "llm") -> Any:
 def test_a_model_in_a_subfolder_or_a_variant_is_referred_to_as_such(bases, where):
     named = {f"llm_{key}": value for key, value in where.items()}
     pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm", **named)
-    assert not torch.equal(llm_logits(pair), llm_logits(CiterForCausalLM.from_pair(bases / "slm", bases / "llm")))
+    assert not same_llm(pair, CiterForCausalLM.from_pair(bases / "slm", bases / "llm"))
     pair.save_pretrained(bases / "router")
-    assert reference(bases / "router") == {"name_or_path": str(bases / "llm"), **where}
+    assert config_of(bases / "router")["llm_reference"] == {"name_or_path": str(bases / "llm"), **where}
     loaded = load(bases / "router")
-    assert torch.equal(llm_logits(loaded), llm_logits(pair))
     loaded.save_pretrained(bases / "again")
-    assert torch.equal(llm_logits(load(bases / "again")), llm_logits(pair))
+    assert same_llm(loaded, pair) and same_llm(load(bases / "again"), pair)
 
 
-def changed(pair: Any, bases: Path, change: str) -> Any:
-    """The pair after a change that a reference to its LLM does not tell of."""
-    if change == "variant":
-        loaded = AutoModelForCausalLM.from_pretrained(bases / "llm", variant="other")
-        return CiterForCausalLM.from_pair(bases / "slm", loaded)
-    if change == "another object":
-        pair.llm = tiny_model("llama", seed=9, hidden_size=64, intermediate_size=64, head_dim=16)
-    elif change == "a named object":
-        pair.llm = AutoModelForCausalLM.from_pretrained(bases / "llm" / "deeper")
-    elif change == "weights":
+def change_llm(pair: Any, bases: Path, kind: str) -> None:
+    """Make a change that a reference to the LLM does not tell of."""
+    if kind == "weights":
         pair.llm.lm_head.weight.data += 0.5
-    elif change == "resized":
+    elif kind == "resized":
         pair.resize_token_embeddings(70)
-    return pair
+    elif kind == "another object":
+        pair.llm = tiny_model("llama", seed=9, hidden_size=64, intermediate_size=64, head_dim=16)
+    elif kind == "a named object":
+        pair.llm = AutoModelForCausalLM.from_pretrained(bases / "llm" / "deeper")
+    elif kind == "a variant":
+        pair.llm = AutoModelForCausalLM.from_pretrained(bases / "llm", variant="other")
+    elif kind == "a GGUF file":
+        # transformers leaves the model a name, and no weights that can be compared are there.
+        pair.llm.lm_head.weight.data += 0.5
+        pair.llm.config._name_or_path = pair.llm.name_or_path = str(bases)
 
 
 @pytest.mark.parametrize(
-    "change", ["variant", "another object", "a named object", "weights", "resized", "from a saved pair"]
+    "kind", ["weights", "resized", "another object", "a named object", "a variant", "a GGUF file"]
 )
-@pytest.mark.parametrize("holds", [False, True])
-def test_what_a_reference_would_not_lead_back_to_is_saved_along(bases, change, holds, caplog):
+@pytest.mark.parametrize("saved", ["not", "referring", "holding"])
+def test_what_a_reference_would_not_lead_back_to_is_saved_along(bases, kind, saved, caplog):
     pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
-    if holds or change == "from a saved pair":
-        pair.save_pretrained(bases / "first", save_base_models=holds)
+    if saved != "not":
+        pair.save_pretrained(bases / "first", save_base_models=saved == "holding")
         pair = load(bases / "first")
-    pair = changed(pair, bases, "another object" if change == "from a saved pair" else change)
+    change_llm(pair, bases, kind)
     pair.save_pretrained(bases / "router")
-    assert torch.equal(llm_logits(load(bases / "router")), llm_logits(pair))
-    named = change == "a named object"
-    assert ("name_or_path" in reference(bases / "router")) == named
+    assert same_llm(load(bases / "router"), pair)
+    named = "name_or_path" in config_of(bases / "router")["llm_reference"]
+    assert named == (kind == "a named object")
     assert named or "llm: the LLM is saved along with the router, since it differs from" in caplog.text
     pair.save_pretrained(bases / "first")
-    assert torch.equal(llm_logits(load(bases / "first")), llm_logits(pair))
-
-
-def test_a_model_from_a_gguf_file_is_never_referred_to_without_it(bases):
-    # As from_pretrained(folder, gguf_file=...) of transformers leaves it: a name, and no weights of that kind there.
-    (bases / "gguf").mkdir()
-    llm = AutoModelForCausalLM.from_pretrained(bases / "llm")
-    llm.config._name_or_path = llm.name_or_path = str(bases / "gguf")
-    pair = CiterForCausalLM.from_pair(bases / "slm", llm)
-    pair.save_pretrained(bases / "router")
-    assert torch.equal(llm_logits(load(bases / "router")), llm_logits(pair))
+    assert same_llm(load(bases / "first"), pair)
 
 
 # ---- generation settings and end tokens ----
@@ -113,23 +98,16 @@ def test_a_model_from_a_gguf_file_is_never_referred_to_without_it(bases):
     "settings", [{"temperature": 0.9}, {"top_k": -1}, {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5}]
 )
 def test_settings_that_transformers_only_warns_about_are_saved(bases, settings, whole):
-    llm = AutoModelForCausalLM.from_pretrained(bases / "llm")
     file = bases / "llm" / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0, **settings}))
+    pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
     if whole:
-        llm.generation_config = GenerationConfig.from_pretrained(bases / "llm")
-        slm = AutoModelForCausalLM.from_pretrained(bases / "slm")
-        pair = CiterForCausalLM.from_pair(slm, llm)
         pair.config.slm_reference = pair.config.llm_reference = None
-    else:
-        pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
     pair.save_pretrained(bases / "router")
     loaded = load(bases / "router")
     assert {key: getattr(loaded.generation_config, key) for key in settings} == settings
-    assert {**loaded.generation_config.to_dict(), "_from_model_config": False} == {
-        **pair.generation_config.to_dict(),
-        "_from_model_config": False,
-    }
+    found, expected = loaded.generation_config.to_dict(), pair.generation_config.to_dict()
+    assert found | {"_from_model_config": False} == expected | {"_from_model_config": False}
     loaded.save_pretrained(bases / "again", save_base_models=True)
 
 
@@ -180,10 +158,9 @@ def test_a_directory_without_a_tokenizer_is_named_when_the_pair_is_made(bases, c
 # ---- files of an earlier save ----
 
 
-def directories(folder: Path) -> set[str]:
-    return {
-        str(file.relative_to(folder)) for file in folder.rglob("*") if "model" in file.name and file.suffix != ".py"
-    }
+def weights_in(folder: Path) -> set[str]:
+    found = (file for file in folder.rglob("*") if "model" in file.name and file.suffix != ".py")
+    return {str(file.relative_to(folder)) for file in found}
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -197,9 +174,9 @@ def test_the_weights_that_were_saved_last_are_loaded(bases, whole, sizes):
         if seed == 0:
             for folder in (out, *(() if whole else (out / "slm", out / "llm"))):
                 (folder / "pytorch_model.bin").write_bytes(b"stale")
-    assert torch.equal(llm_logits(load(out)), llm_logits(pair))
+    assert same_llm(load(out), pair)
     pair.save_pretrained(bases / "fresh", save_base_models=not whole, max_shard_size=sizes[1])
-    assert directories(out) == directories(bases / "fresh")
+    assert weights_in(out) == weights_in(bases / "fresh")
 
 
 def test_files_beside_a_router_that_are_none_of_its_stay(bases):
@@ -209,7 +186,7 @@ def test_files_beside_a_router_that_are_none_of_its_stay(bases):
     (bases / "results.json").write_text("{}")
     pair.save_pretrained(bases)
     assert (bases / "mine.py").exists() and (bases / "results.json").exists()
-    assert torch.equal(llm_logits(load(bases)), llm_logits(pair))
+    assert same_llm(load(bases), pair)
 
 
 # ---- what is not there ----
@@ -241,9 +218,7 @@ def test_the_hub_is_asked_once_when_there_is_no_network(bases, monkeypatch):
     monkeypatch.setattr("transformers.utils.hub.get_session", lambda: SimpleNamespace(head=head))
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *a, **k: pytest.fail("retries"))
     for way in (lambda: load("nobody/nope"), lambda: CiterForCausalLM.from_pair("nobody/nope", bases / "llm")):
-        with pytest.raises(
-            OSError, match=r"no config.json .*of nobody/nope in the cache .*or the Hub cannot be reached"
-        ):
+        with pytest.raises(OSError, match=r"no config.json .*of nobody/nope in the cache .*the Hub cannot be reached"):
             way()
     assert [url.rsplit("/", 1)[1] for url in asked] == ["config.json", "config.json", "adapter_config.json"]
 
