@@ -45,7 +45,6 @@ class Problem:
 
 
 def problems(split: str, seed: int, count: int) -> Iterator[Problem]:
-    """Yield the first `count` problems of a split."""
     return (problem(split, seed, index) for index in range(count))
 
 
@@ -81,7 +80,6 @@ def _draw_steps(rng: random.Random) -> list[Step]:
 
 
 def _draw_step(value: int, rng: random.Random) -> Step:
-    """Draw one operation that keeps the value between 0 and 99."""
     operands = {
         "+": range(1, LARGEST - value + 1),
         "-": range(1, value + 1),

@@ -62,15 +62,12 @@ def test_the_reference_of_a_chat_is_its_last_turn_or_a_column(row: dict[str, Any
     assert only(row, needs=["response"]) == Example("1", 1, messages=(USER,), response="Hello")
 
 
-def test_columns_are_mapped() -> None:
+def test_columns_are_mapped_and_answers_become_text() -> None:
     row = {"q": "a", "r": "b", "final": 4, "key": 9, "cot": "unused"}
     example = only(row, columns={"prompt": "q", "response": "r", "answer": "final", "id": "key"})
     assert example == Example(id="9", row=1, prompt="a", response="b", answer="4")
     assert only({"prompt": "a", "cot": "b", "response": "c"}, columns={"response": "response"}).response == "c"
     assert only({"talk": [USER, ASSISTANT]}, columns={"messages": "talk"}).messages == (USER,)
-
-
-def test_answers_become_text() -> None:
     for answer, text in ((4.0, "4"), (4.5, "4.5"), (7, "7"), (" 4.0 ", "4.0")):
         assert only({"prompt": "a", "answer": answer}).answer == text
 
@@ -158,10 +155,7 @@ def test_csv_keeps_texts_as_they_are(tmp_path: Path) -> None:
     assert [example.prompt for example in examples] == ["a", "b\nc, d", "e", long]
     # pandas writes a column of whole numbers so when one is missing.
     assert [example.answer for example in examples] == ["007", "NA", "4", None]
-
-
-def test_csv_holds_choices_as_json(tmp_path: Path) -> None:
-    path = tmp_path / "task.csv"
+    # Fields with parts are JSON.
     path.write_text('question,choices,answerKey\nq,"' + json.dumps(CHOICES).replace('"', '""') + '",B\n')
     assert read_examples(path)[0].choices == (("A", "the sun"), ("B", "the moon"))
 
@@ -209,7 +203,7 @@ def test_a_limit_leaves_the_rest_unread_and_a_split_needs_splits(tmp_path: Path)
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": ""}]
     assert len(read_examples(lines(tmp_path / "a.jsonl", *rows), limit=2)) == 2
     for read in (lambda: read_examples(rows, limit=0), lambda: DataOptions(limit=0)):
-        with pytest.raises(ValueError, match="limit: expected at least one row, got 0"):
+        with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
             read()
     for data in (rows, tmp_path / "a.jsonl"):
         with pytest.raises(ValueError, match=r"split: .* has no splits, got 'test'"):
@@ -257,9 +251,7 @@ class TestDatasets:
         with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
             read_examples(tmp_path / "two")
 
-    def test_a_name_like_those_of_the_hub_is_loaded_by_name(
-        self, datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_name_like_those_of_the_hub_is_loaded_by_name(self, datasets: Any, tmp_path: Path, monkeypatch: Any):
         repository = tmp_path / "user" / "name"
         repository.mkdir(parents=True)
         lines(repository / "train.jsonl", self.rows[0])

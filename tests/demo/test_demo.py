@@ -92,9 +92,7 @@ def test_demo_streams_problems_and_prints_a_table() -> None:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(("threshold", "share", "alone"), [(0, "0 of", 0), (2, r"(\d+) of \1", 1)])
-def test_at_the_ends_of_the_threshold_one_model_is_alone(
-    threshold: float, share: str, alone: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_at_the_ends_of_the_threshold_one_model_is_alone(threshold: float, share: str, alone: int, capsys: Any):
     rows = demo(problems=1, router_threshold=threshold).as_dict()["rows"]
     pair, expected = rows[2], rows[alone]
     for key in ("name", "router_threshold", "seconds", "tokens_per_second"):

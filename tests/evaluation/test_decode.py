@@ -62,7 +62,7 @@ def test_outputs_stop_where_the_context_is_full():
 
 def test_a_prompt_that_fills_the_context_is_named_by_its_row():
     pair = make_pair(max_position_embeddings=9)
-    with pytest.raises(ValueError, match=r"^row 12: its prompt has 9 tokens, .* context of the pair, 9"):
+    with pytest.raises(ValueError, match=r"^row 12: 9 tokens of prompt and a new one .* context of 9"):
         encode_prompts(pair, examples(), LetterTokenizer())
 
 

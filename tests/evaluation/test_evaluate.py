@@ -137,14 +137,14 @@ def test_an_interrupted_run_resumes_and_a_finished_one_returns_its_results(
     whole = run(pair, checker=Interrupted(-1), out=tmp_path / "whole")
     out = tmp_path / "out"
     thresholds: list[Any] = []
-    decode = module.decode
+    decode = module.decoding.decode
 
     def watched(*arguments: Any, **options: Any) -> Any:
         if options["max_new_tokens"] == NEW:
             thresholds.append(options["router_threshold"])
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(module, "decode", watched)
+    monkeypatch.setattr(module.decoding, "decode", watched)
     for at in (8, 14, 24):
         with pytest.raises(KeyboardInterrupt):
             run(pair, checker=Interrupted(at), out=out)

@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from citer_hf.training import label as label_module
-from citer_hf.training import rollouts
-from citer_hf.training.label import label_preferences
+from citer_hf.training.label import RollOut, label_preferences, roll_out
 from citer_hf.training.labels import Labels
-from citer_hf.training.rollouts import RollOut, roll_out
 from tests import launching
 from tests.chat_pairs import invoke, save_demo_pair
 from tests.families import EOS
@@ -97,16 +95,14 @@ def test_outcomes_are_what_the_pair_writes_from_the_exact_state(labelled: tuple[
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]], ids="-".join)
-def test_copied_caches_and_whole_texts_give_the_same_rollouts(
-    pair: tuple[str, str], llamas: tuple[Any, Labels], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copied_caches_and_whole_texts_give_the_same_rollouts(pair: tuple[str, str], llamas: Any, monkeypatch: Any):
     model, questions = task_pair(*pair), llamas[1].questions
     wanted = [RollOut(index, place, 10 + place) for index in range(4) for place in range(5)]
     wanted += [RollOut(index, place, -1) for index in range(4) for place in (0, 3)] + [RollOut(0, 2, EOS)]
     shared = roll_out(model, questions, wanted, THRESHOLD, 30)
-    monkeypatch.setattr(rollouts, "STRETCH", 3)
+    monkeypatch.setattr(label_module, "STRETCH", 3)
     assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
-    monkeypatch.setattr(rollouts, "shared_prefixes", lambda *arguments: None)
+    monkeypatch.setattr(label_module, "shared_prefixes", lambda *arguments: None)
     assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
     assert max(map(len, shared)) <= 30 and len(set(map(len, shared))) > 1
 
@@ -152,9 +148,7 @@ def test_a_budget_is_spent_where_the_router_is_least_sure(llamas: tuple[Any, Lab
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_is_resumed_without_repeating_work(
-    llamas: tuple[Any, Labels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_path: Path, monkeypatch: Any) -> None:
     calls: list[int] = []
 
     def counted(*arguments: Any) -> Any:
@@ -195,7 +189,7 @@ def test_two_processes_give_the_labels_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rollouts": -1}, "rollouts: expected a number from 0 up, got -1"),
+        ({"rollouts": -1}, "rollouts: expected at least 0, got -1"),
         ({"router_threshold": 70}, "router_threshold: expected a number from 0 .* to 2"),
         ({"examples": [{"prompt": "a", "response": "b", "answer": ""}]}, "row 1.*answer"),
         ({"examples": [*task(1), {"prompt": "a", "response": "a" * 300, "answer": "b"}]}, "row 2.*301"),

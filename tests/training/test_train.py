@@ -16,18 +16,18 @@ from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.decode import with_router
 from citer_hf.model.routers import marginal
 from citer_hf.runs import file_sha256
-from citer_hf.training import baselines
 from citer_hf.training import train as train_module
-from citer_hf.training.baselines import baseline_routers, router_of
 from citer_hf.training.label import label_preferences
 from citer_hf.training.labels import Labels
 from citer_hf.training.objectives import OBJECTIVES, QUERY, co_llm_loss, preference_loss
 from citer_hf.training.train import (
     NothingToLearn,
     TrainOptions,
+    baseline_routers,
     calibration_error,
     divide,
     router_inputs,
+    router_of,
     summary,
     train,
     train_router,
@@ -126,9 +126,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_is_resumed_to_the_same_router(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_training_is_resumed_to_the_same_router(tmp_path: Path, monkeypatch: Any) -> None:
     whole, _ = train_router(LABELS, OBJECTIVES["citer"], QUICK, tmp_path / "whole")
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "interrupt", Interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -143,13 +141,11 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(scores, label) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
 
 
-def test_baselines_are_every_method_that_has_something_to_learn(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_baselines_are_every_method_that_has_something_to_learn(monkeypatch: Any, caplog: Any) -> None:
     pair, labels = task_pair(), LABELS
     monkeypatch.setattr(Labels, "load", classmethod(lambda cls, directory: labels))
     monkeypatch.setattr(Labels, "check_pair", lambda self, model: None)
-    monkeypatch.setattr(baselines, "TrainOptions", lambda seed: replace(QUICK, epochs=1, seed=seed))
+    monkeypatch.setattr(train_module, "TrainOptions", lambda seed: replace(QUICK, epochs=1, seed=seed))
     routers = baseline_routers(pair, "labels")
     assert set(routers) == {*OBJECTIVES, "query", "confidence", "entropy", "random"}
     scores = [router(LABELS.hidden[:9].float(), torch.randn(9, 30)) for router in routers.values()]
@@ -205,9 +201,7 @@ def test_training_leaves_a_router_repository(labelled: tuple[Any, Any], tmp_path
         router_of(labels.directory, pair)
 
 
-def test_a_further_round_rolls_out_its_cases_with_the_new_router(
-    labelled: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_further_round_rolls_out_its_cases_with_the_new_router(labelled: Any, tmp_path: Path, monkeypatch: Any):
     pair, labels = labelled
     seen: list[Any] = []
     relabel = train_module.relabel
@@ -228,9 +222,7 @@ def test_a_further_round_rolls_out_its_cases_with_the_new_router(
         assert int(again.rollout[token]) == expected
 
 
-def test_what_a_logger_writes_stays_in_the_output(
-    labelled: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_logger_writes_stays_in_the_output(labelled: Any, tmp_path: Path, monkeypatch: Any) -> None:
     class Writer(TrainerCallback):
         """As TensorBoard's: one file in a folder."""
 
@@ -257,9 +249,7 @@ def test_what_a_logger_writes_stays_in_the_output(
         ({"validation": 0.01}, "12 questions, too few to hold out 1.0%"),
     ],
 )
-def test_senseless_options_are_refused(
-    labelled: tuple[Any, Any], tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_senseless_options_are_refused(labelled: Any, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(*labelled, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
