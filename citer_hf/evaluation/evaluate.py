@@ -230,12 +230,8 @@ class Evaluation:
         }
         methods: dict[str, list[Point]] = {name: [] for name in routers}
         for name, router in routers.items():
-            cost = partial(
-                figures.query_cost if name in per_query else figures.routed_cost,
-                slm,
-                llm,
-                figures.scoring_cost(router),
-            )
+            cost_of = figures.query_cost if name in per_query else figures.routed_cost
+            cost = partial(cost_of, slm, llm, figures.scoring_cost(router))
             for threshold in thresholds[name]:
                 if name in per_query:
                     deferred = defer(torch.tensor(first[name]), threshold).tolist()

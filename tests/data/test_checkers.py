@@ -1,7 +1,5 @@
 """Checkers: what counts as a right answer."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator

@@ -1,13 +1,10 @@
 """The script that trains the shipped pair, and the pair itself."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import citer_hf.demo
@@ -44,32 +41,7 @@ def test_the_tokenizer_is_that_of_the_shipped_pair_and_lossless(script: Any) -> 
             assert tokenizer.decode(text) == told.prompt + told.response
 
 
-def test_a_chat_has_the_tokens_that_the_models_are_trained_on(script: Any) -> None:
-    tokenizer, (first, second) = script.build_tokenizer(), MANY[:2]
-    chat = [
-        {"role": "user", "content": first.prompt},
-        {"role": "assistant", "content": first.response},
-        {"role": "user", "content": second.prompt.strip()},
-    ]
-    tokens, labels = script.labelled(tokenizer, [first, second])
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert prompt == tokens[: len(prompt)]
-    assert tokens[len(prompt) :] == tokenizer(second.response + tokenizer.eos_token).input_ids
-    learned = [label for label in labels if label != script.IGNORED]
-    assert tokenizer.decode(learned) == "".join(told.response + tokenizer.eos_token for told in (first, second))
-
-
-def test_a_batch_is_made_from_its_number_alone(script: Any) -> None:
-    tokenizer, block = script.build_tokenizer(), script.BLOCK
-    forward, backward = (script.Batches(tokenizer, seed=3, count=block + 1, size=4) for _ in range(2))
-    made = {index: backward[index] for index in reversed(range(block + 1))}
-    for index in range(block + 1):
-        assert all(torch.equal(value, made[index][key]) for key, value in forward[index].items())
-    with pytest.raises(IndexError):
-        forward[block + 1]
-
-
-def test_the_script_trains_a_pair_that_decodes_with_a_cache(
+def test_the_script_trains_a_pair_that_decodes_with_a_cache_as_the_shipped_one(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_calls: Any
 ) -> None:
     small = script.Recipe(hidden_size=8, layers=1, heads=2, intermediate_size=8, steps=2, learning_rate=1e-3)
@@ -80,11 +52,8 @@ def test_the_script_trains_a_pair_that_decodes_with_a_cache(
     monkeypatch.setattr(script, "accuracy", lambda *rest: 0.5)
     script.main(["--out", str(tmp_path)])
     assert CiterForCausalLM.from_pretrained(tmp_path / "router").config.router_threshold == script.THRESHOLD
-    check_cache(tmp_path / "router", count_calls)
-
-
-def test_each_model_of_the_shipped_pair_decodes_with_a_cache(count_calls: Any) -> None:
-    check_cache(citer_hf.demo.DEMO_PAIR, count_calls)
+    for pair in (tmp_path / "router", citer_hf.demo.DEMO_PAIR):
+        check_cache(pair, count_calls)
 
 
 def check_cache(pair: Path, count_calls: Any) -> None:

@@ -1,13 +1,13 @@
 """`label_preferences`: every column computed again naively, interrupted runs, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -109,10 +109,8 @@ def test_copied_caches_and_whole_texts_give_the_same_rollouts(pair: tuple[str, s
 
 def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
     model, labels = llamas
-    options = {"split": "train", "cache_dir": str(tmp_path)}
-    tokens, questions = (
-        datasets.load_dataset(str(labels.directory), name, **options) for name in ("tokens", "questions")
-    )
+    where = {"path": str(labels.directory), "split": "train", "cache_dir": str(tmp_path)}
+    tokens, questions = (datasets.load_dataset(name=name, **where) for name in ("tokens", "questions"))
     assert tokens["position"] == labels.position.tolist() and len(questions) == len(labels.questions)
     assert tokens.features["hidden"].feature.dtype == "float16"
     assert {int(labels.reference_token[labels.question == index][-1]) for index in range(4)} == {EOS}
@@ -203,14 +201,6 @@ def test_options_and_examples_that_cannot_be_used_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checker_that_fails_is_named_with_the_example(tmp_path: Path) -> None:
-    def broken(response: str, example: Any) -> Any:
-        raise KeyError("oops")
-
-    with pytest.raises(ValueError, match=r"checker .*broken: it raised KeyError.* at row \d of the data \('q\d'\)"):
-        label(task_pair(), tmp_path / "out", checker=broken)
-
-
 def test_pairs_that_cannot_label_are_refused(tmp_path: Path) -> None:
     model = task_pair()
     with torch.no_grad():
@@ -220,6 +210,16 @@ def test_pairs_that_cannot_label_are_refused(tmp_path: Path) -> None:
     model._tokenizer = None
     with pytest.raises(ValueError, match="expected a pair with a tokenizer"):
         label(model, tmp_path / "out")
+
+
+def test_labels_that_are_not_finite_are_named_by_their_row(llamas: Any, tmp_path: Path) -> None:
+    shutil.copytree(llamas[1].directory, tmp_path / "labels")
+    (file,) = (tmp_path / "labels" / "data").iterdir()
+    table = pq.read_table(file).to_pydict()
+    table["slm_logprob"][4] = float("nan")
+    pq.write_table(pa.table(table, pq.read_schema(file)), file)
+    with pytest.raises(ValueError, match=r"data, row 5: slm_logprob is NaN or infinite\. Make the labels again"):
+        Labels.load(tmp_path / "labels")
 
 
 def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
