@@ -1,7 +1,5 @@
 """The cost of a forward pass of a model: bytes moved from memory and floating-point operations."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

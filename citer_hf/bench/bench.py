@@ -1,7 +1,5 @@
 """`citer bench`: the speed of a pair beside each model alone and the least time that its decisions can cost."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence

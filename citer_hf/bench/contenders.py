@@ -1,7 +1,5 @@
 """The contenders of the bench: every way to decode the same number of tokens after the same prompts."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence

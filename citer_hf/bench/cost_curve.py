@@ -1,7 +1,5 @@
 """The cost of a step of each model, and the LLM share from which on a pair no longer pays."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """`citer bench --simulate`: the speed of a pair on a machine that is not at hand, from two configurations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +28,6 @@ OVERHEAD = 1e-3
 
 @dataclass(frozen=True)
 class SimulateOptions:
-    """Options of `citer bench --simulate`. Keys and values have 16 bits."""
-
     gpu: str | None = option(None, f"The machine: {', '.join(DEVICES)}.", "NAME")
     bandwidth: float | None = option(None, "Memory bandwidth of the machine; overrides --gpu.", "GB/S", min=1e-9)
     slm_bits: float = option(16, "Bits per weight of the SLM, such as 16, 8 or 4.5.", "N", min=1)

@@ -4,8 +4,6 @@ A checker sees the response alone: a prompt that comes before it is cut off, so 
 which no answer can be found is wrong, whatever the right answer is.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """Examples of a task: prompts, reference texts and answers, from the formats that people have (`docs/data.md`)."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -60,8 +58,6 @@ class Example:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How examples are read from a table: the options of every command that has `--data`."""
-
     columns: Mapping[str, str] | None = option(
         None, "The column of a field. May be repeated.", metavar="FIELD=COLUMN", flag="--map"
     )

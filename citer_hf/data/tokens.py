@@ -1,7 +1,5 @@
 """Prompts and reference texts as the tokens that generation is given and generates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

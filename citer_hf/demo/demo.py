@@ -1,7 +1,5 @@
 """`citer demo`: the shipped pair solves word problems, some of them visibly, and all of them against the clock."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sys

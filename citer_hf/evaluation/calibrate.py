@@ -1,7 +1,5 @@
 """`calibrate`: the threshold for a budget, an LLM share or a fraction of the LLM's accuracy."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

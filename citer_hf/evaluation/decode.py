@@ -1,7 +1,5 @@
 """Greedy decoding of many prompts in batches of like lengths, and the router's scores along given outputs."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence

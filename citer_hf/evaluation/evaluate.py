@@ -1,7 +1,5 @@
 """`evaluate`: accuracy and cost of both models alone, and of routers at many thresholds, on the same problems."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -62,10 +60,9 @@ def evaluate(
 ) -> Results:
     """Measure accuracy and cost of the SLM alone, the LLM alone, and routers at thresholds spread over LLM shares.
 
-    All decode greedily, the same problems in the same batches. Costs are those of each output decoded alone. An
-    interrupted run resumes when it is repeated with the same arguments and the same `out`; a complete one returns its
-    results. Under `accelerate launch`, each process calls this with an `out` that all of them see. The results are the
-    same for any number of processes; `seconds` are added up over them. The pair is left in evaluation mode.
+    All decode greedily, the same problems in the same batches. Costs are those of each output decoded alone. The same
+    call with the same `out` resumes an interrupted run, and returns the results of a complete one. Under `accelerate
+    launch`, processes divide the work and need one `out` that all of them see.
 
     Args:
         model: The pair.

@@ -229,7 +229,6 @@ class Policy:
         return rollout, llm_rollout, [extracted for _, extracted in made.values()]
 
     def answers(self, role: str) -> list[bool]:
-        """Return whether a model alone answers each question rightly."""
         whole = [RollOut(index, 0, -1) for index in range(len(self.questions))]
         alone = replace(self, threshold=SLM_ALONE if role == "slm" else LLM_ALONE)
         outcomes = alone.outcomes(f"answers of the {role.upper()}", whole)
@@ -248,7 +247,6 @@ class Policy:
         }
 
     def judge(self, batch: Sequence[RollOut]) -> list[tuple[bool, bool]]:
-        """Make a batch of roll-outs and judge their answers."""
         assert self.checker is not None
         written = roll_out(self.model, self.questions, batch, self.threshold, self.max_new_tokens)
         responses = self.model.load_tokenizer().batch_decode(written, skip_special_tokens=True)

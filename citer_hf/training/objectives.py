@@ -1,7 +1,5 @@
 """What a router is trained to do: what is wanted of every token, and the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@
 3. The pair is saved with its new router, its provenance and its training curve.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
@@ -167,7 +165,6 @@ def summary(made: Mapping[str, Any], out: str | Path) -> str:
 
 
 def check_data(labels: Labels, data: Any) -> None:
-    """Raise a `ValueError` unless the data holds the examples that were labelled."""
     found = read_examples(data, labels.options["columns"], split=labels.options["split"])
     missing = {one.example.id for one in labels.questions} - {one.id for one in found}
     if missing:
