@@ -143,7 +143,8 @@ class Labels:
         questions = [Encoded(Example(**json.loads(example)), *ids) for example, *ids in fields]
         columns = {name: tokens[name].fill_null(-1).to_numpy().astype(np.int64) for name in INTEGERS}
         columns |= {name: tokens[name].to_numpy() for name in LOGPROBS}
-        columns |= {name: vectors(tokens[name]) for name in VECTORS}
+        flat = {name: tokens[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in VECTORS}
+        columns |= {name: values.reshape(len(tokens), -1) for name, values in flat.items()}
         for name in (*LOGPROBS, *VECTORS):
             sums = columns[name].reshape(len(tokens), -1).sum(axis=1, dtype=np.float32)
             for row in np.flatnonzero(~np.isfinite(sums))[:1]:
@@ -188,10 +189,6 @@ class Labels:
             f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {self.directory}: cases 1, 2, 3 "
             f"are {cases}; {counts['positive_rollouts']:.1%} of the roll-outs are right."
         )
-
-
-def vectors(column: pa.ChunkedArray) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def tokenizer_sha256(model: CiterForCausalLM) -> str:

@@ -124,9 +124,7 @@ class Interrupted:
         return has_letter(text, example)
 
 
-def test_an_interrupted_run_resumes_and_a_finished_one_is_returned(
-    pair: Any, tmp_path: Path, monkeypatch: Any
-):
+def test_an_interrupted_run_resumes_and_a_finished_one_is_returned(pair: Any, tmp_path: Path, monkeypatch: Any):
     whole, out = run(pair, checker=Interrupted(-1), out=tmp_path / "whole"), tmp_path / "out"
     thresholds, decode = [], module.decoding.decode
 
