@@ -120,6 +120,7 @@ class Report:
         setting, tokens = row.setting, self.positions * self.options["batch_size"]
         floors = [one for one in self.rows if one.kind == FLOOR != row.kind and one.setting == setting]
         moved, bandwidth = row.counts.get("bytes_moved"), self.machine.get("memory_bandwidth")
+        fraction = moved / statistics.median(row.seconds) / bandwidth if row.seconds and moved else None
         return {
             "name": row.name,
             "kind": row.kind,
@@ -134,9 +135,7 @@ class Report:
             "speedup": ratios(self.rows[0].seconds, row.seconds),
             "relative_to_floor": ratios(row.seconds, floors[0].seconds) if floors else None,
             **{name: row.counts.get(name) for name in COUNTS},
-            "bandwidth_fraction": moved / statistics.median(row.seconds) / bandwidth
-            if row.seconds and moved
-            else None,
+            "bandwidth_fraction": fraction,
         }
 
     def table(self) -> str:

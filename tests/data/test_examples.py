@@ -218,32 +218,24 @@ def check(examples: list[Example]) -> None:
     assert found == [("a", "4", 1), ("b", None, 2)]
 
 
-def test_a_dataset_is_read(datasets: Any) -> None:
+def test_datasets_are_read_from_memory_from_parquet_and_from_a_directory(datasets: Any, tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(ROWS)
-    check(read_examples(data))
-    check(read_examples(data.with_format("numpy")))
-    check(read_examples(datasets.DatasetDict({"train": data})))
+    two = datasets.DatasetDict({"train": data.select([0]), "test": data})
+    two.save_to_disk(tmp_path / "two")
+    data.to_parquet(tmp_path / "a.parquet")
+    for one in (data, data.with_format("numpy"), datasets.DatasetDict({"train": data}), tmp_path / "a.parquet"):
+        check(read_examples(one))
+    check(read_examples(tmp_path / "two", split="test"))
+    with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
+        read_examples(tmp_path / "two")
     with pytest.raises(ValueError, match="split: data has no splits"):
         read_examples(data, split="train")
     with pytest.raises(TypeError, match=r"without streaming\) .* got IterableDataset"):
         read_examples(data.to_iterable_dataset())
-
-
-def test_parquet_is_read(datasets: Any, tmp_path: Path) -> None:
-    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
-    check(read_examples(tmp_path / "a.parquet"))
     row = {"messages": [{**USER, "name": "x"}, ASSISTANT], "choices": CHOICES, "answer": "B"}
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "b.parquet")
     (example,) = read_examples(tmp_path / "b.parquet")
     assert (example.messages, example.response) == (({**USER, "name": "x"},), "Hello")
-
-
-def test_a_saved_directory_is_read(datasets: Any, tmp_path: Path) -> None:
-    data = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(tmp_path / "two")
-    check(read_examples(tmp_path / "two", split="test"))
-    with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
-        read_examples(tmp_path / "two")
 
 
 def test_a_name_like_those_of_the_hub_is_loaded_by_name(datasets: Any, tmp_path: Path, monkeypatch: Any):

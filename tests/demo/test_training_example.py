@@ -1,6 +1,7 @@
 """The script that trains the shipped pair, and the pair itself."""
 
 import importlib.util
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,7 @@ def test_the_tokenizer_is_that_of_the_shipped_pair_and_lossless(script: Any) -> 
             assert tokenizer.decode(text) == told.prompt + told.response
 
 
-def test_the_script_trains_a_pair_that_decodes_with_a_cache_as_the_shipped_one(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_calls: Any
-) -> None:
+def test_trained_and_shipped_pairs_use_a_cache(script: Any, tmp_path: Path, monkeypatch: Any, count_calls: Any):
     small = script.Recipe(hidden_size=8, layers=1, heads=2, intermediate_size=8, steps=2, learning_rate=1e-3)
     monkeypatch.setattr(script, "RECIPES", {"slm": small, "llm": small})
     train, report = script.train, script.report
@@ -52,14 +51,9 @@ def test_the_script_trains_a_pair_that_decodes_with_a_cache_as_the_shipped_one(
     monkeypatch.setattr(script, "accuracy", lambda *rest: 0.5)
     script.main(["--out", str(tmp_path)])
     assert CiterForCausalLM.from_pretrained(tmp_path / "router").config.router_threshold == script.THRESHOLD
-    for pair in (tmp_path / "router", citer_hf.demo.DEMO_PAIR):
-        check_cache(pair, count_calls)
-
-
-def check_cache(pair: Path, count_calls: Any) -> None:
-    """Check that both models keep keys and values when they are used alone, in forward passes and in `generate`."""
-    prompt = AutoTokenizer.from_pretrained(pair)(MANY[0].prompt, return_tensors="pt")
-    for role in ("slm", "llm"):
+    # Each model alone keeps keys and values, in forward passes and in `generate`.
+    for role, pair in product(("slm", "llm"), (tmp_path / "router", citer_hf.demo.DEMO_PAIR)):
+        prompt = AutoTokenizer.from_pretrained(pair)(MANY[0].prompt, return_tensors="pt")
         model = AutoModelForCausalLM.from_pretrained(pair / role)
         assert {"past_key_values", "cache"} & set(model(**prompt))
         lengths = count_calls(model)

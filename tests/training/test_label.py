@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,21 @@ def content(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
-def labelled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Labels]:
-    model = task_pair(*request.param)
-    return model, label(model, tmp_path_factory.mktemp("labels") / "out")
-
-
 @pytest.fixture(scope="module")
-def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Labels]:
-    model = task_pair()
-    return model, label(model, tmp_path_factory.mktemp("labels") / "out")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Pairs and their labels, each made once."""
+    folder = tmp_path_factory.mktemp("labels")
+    return cache(lambda *pair: (model := task_pair(*pair), label(model, folder / "-".join(pair))))
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def labelled(request: pytest.FixtureRequest, made: Any) -> tuple[Any, Labels]:
+    return made(*request.param)
+
+
+@pytest.fixture
+def llamas(made: Any) -> tuple[Any, Labels]:
+    return made(*PAIRS[0])
 
 
 @torch.no_grad()
@@ -143,9 +149,6 @@ def test_a_budget_is_spent_where_the_router_is_least_sure(llamas: tuple[Any, Lab
     assert bool((some.label[(some.case == 3) & (some.rollout < 0)] == -1).all())
 
 
-# ---- interruptions --------------------------------------------------------------------------------------------------
-
-
 def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_path: Path, monkeypatch: Any) -> None:
     calls: list[int] = []
 
@@ -181,9 +184,6 @@ def test_two_processes_give_the_labels_of_one(tmp_path: Path) -> None:
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -193,9 +193,7 @@ def test_two_processes_give_the_labels_of_one(tmp_path: Path) -> None:
         ({"examples": [*task(1), {"prompt": "a", "response": "a" * 300, "answer": "b"}]}, "row 2.*301"),
     ],
 )
-def test_options_and_examples_that_cannot_be_used_are_refused(
-    llamas: tuple[Any, Labels], tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_used_is_refused(llamas: Any, tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         label(llamas[0], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

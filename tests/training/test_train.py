@@ -27,9 +27,6 @@ LABELS = made_up_labels()
 EVERYWHERE = range(len(LABELS.case))
 
 
-# ---- objectives -----------------------------------------------------------------------------------------------------
-
-
 def by_hand(name: str, labels: Labels, token: int) -> int:
     """What an objective wants of a token, written down from the method's description."""
     case, rollout, other = (int(getattr(labels, key)[token]) for key in ("case", "rollout", "llm_rollout"))
@@ -63,9 +60,6 @@ def test_losses_are_those_of_the_equations() -> None:
     assert torch.allclose(preference_loss(log_odds, label, slm[:, 3], llm[:, 3]), expected, atol=1e-6)
     likelihood = marginal(p_slm[None], slm[None], llm[None])[0, :, 3]
     assert torch.allclose(co_llm_loss(log_odds, label, slm[:, 3], llm[:, 3]), -likelihood, atol=1e-6)
-
-
-# ---- training -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["citer-plus", "co-llm"])
@@ -139,9 +133,6 @@ def test_baselines_are_every_method_that_has_something_to_learn(monkeypatch: Any
         module.baseline_routers(pair, "labels", ["rnd"])
 
 
-# ---- the whole ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("train")
@@ -206,8 +197,6 @@ def test_a_further_round_rolls_out_its_cases_with_the_new_router(labelled: Any, 
 
 def test_what_a_logger_writes_stays_in_the_output(labelled: Any, tmp_path: Path, monkeypatch: Any) -> None:
     class Writer(TrainerCallback):
-        """As TensorBoard's: one file in a folder."""
-
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             Path(args.output_dir, "runs").mkdir(exist_ok=True)
             Path(args.output_dir, "runs", "events").write_text(json.dumps(state.log_history))
@@ -231,9 +220,7 @@ def test_what_a_logger_writes_stays_in_the_output(labelled: Any, tmp_path: Path,
         ({"validation": 0.01}, "12 questions, too few to hold out 1.0%"),
     ],
 )
-def test_senseless_options_and_labels_that_are_all_equal_are_refused(
-    labelled: Any, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_senseless_options_and_equal_labels_are_refused(labelled: Any, tmp_path: Path, options: Any, message: str):
     with pytest.raises(ValueError, match=message):
         train(*labelled, tmp_path / "out", **options)
     same = replace(labelled[1], case=torch.ones_like(labelled[1].case))
