@@ -259,8 +259,8 @@ class Evaluation:
         if self.grader is None:
             return outputs
         verdicts = [self.grader.grade(place, tuple(one.tokens)) for place, one in zip(places, outputs, strict=True)]
-        found = [{"correct": bool(one.correct), "extracted": one.extracted is not None} for one in verdicts]
-        return [one._replace(**verdict) for one, verdict in zip(outputs, found, strict=True)]
+        found = [(bool(one.correct), one.extracted is not None) for one in verdicts]
+        return [Output(*one[:3], *verdict) for one, verdict in zip(outputs, found, strict=True)]
 
     def point(
         self, threshold: float, outputs: Sequence[Output], cost: Callable[[int, list[bool]], np.ndarray]
