@@ -316,7 +316,7 @@ def evaluate(
     """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot."""
     from .data.examples import read_examples
     from .evaluation.evaluate import evaluate, method_name
-    from .training.baselines import baseline_routers, method_of, router_of
+    from .training.train import baseline_routers, method_of, router_of
 
     examples, model = read_examples(data, needs=("answer",), **reading), load_pair(pair)
     routers = {method_of(str(model.name_or_path)) or method_name(model): model.router}

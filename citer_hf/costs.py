@@ -1,7 +1,5 @@
 """The cost of a forward pass of a model: bytes moved from memory and floating-point operations."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,11 +65,9 @@ def cost_of_model(model: PreTrainedModel) -> ModelCost:
 
 
 def cost_of_config(config: PreTrainedConfig, bits: float = 16, kv_bits: float = 16) -> ModelCost:
-    """Count the cost of a model from its configuration alone; no weights are loaded or allocated.
-
-    `bits` are those of the weight matrices. Tables, norms and the head have 16 bits or more.
-    """
+    """Count the cost of a model from its configuration alone; no weights are loaded or allocated."""
     skeleton = _skeleton(config, AutoModelForCausalLM)
+    # `bits` are those of the weight matrices.
     others = max(bits, 16)
     return _cost(skeleton, skeleton, lambda weight, matrix: weight.numel() * (bits if matrix else others) / 8, kv_bits)
 
@@ -118,7 +114,6 @@ def _cost(
 
 
 def _skeleton(config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
-    """Build the model without memory for its weights."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     # With a padding token, forward looks into its input, which has no content here.
@@ -170,10 +165,7 @@ def _stored_bytes(weight: torch.Tensor) -> int:
 
 
 def _cache_layers(skeleton: PreTrainedModel) -> list[tuple[int, int, int | None]]:
-    """Run the model on one token, and look at the cache; layers without keys are left out.
-
-    Returns the numbers that each layer keeps of a token, those that take part in its attention, and its window.
-    """
+    """Return for each layer with keys: numbers kept of a token, those that take part in its attention, its window."""
     config = skeleton.config.get_text_config(decoder=True)
     for name, module in skeleton.named_modules():
         if name.endswith(".experts"):

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -27,28 +28,41 @@ logger = logging.getLogger(__name__)
 
 def option(default: Any, help: str, metavar: str | None = None, flag: str | None = None, **limits: Any) -> Any:
     """Return a field of a command's options dataclass, which the Python function and the command line share."""
-    metadata = {"help": help, "metavar": metavar, "flag": flag, **limits}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "flag": flag, **limits})
+
+
+def check_limits(options: Any, of_command: bool = False) -> None:
+    """Raise `ValueError` for an option below the `min` of its field; the command line finds it by itself."""
+    for field in dataclasses.fields(options):
+        value, least = getattr(options, field.name), field.metadata.get("min")
+        if None not in (value, least) and not value >= least:
+            name = "--" + field.name.replace("_", "-") if of_command else field.name
+            raise ValueError(f"{name}: expected at least {least}, got {value}.")
 
 
 # --- Files ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path`, and move it there when it is complete; on an error nothing is left behind."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def beside(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`, and move what is made there to `path`; on an error nothing is left behind."""
+    made = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("wb") as file:
-            yield file
-        beside.replace(path)
+        yield made
+        made.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
         raise
 
 
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is at `path` only when it is complete."""
+    with beside(path) as made, made.open("wb") as file:
+        yield file
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
@@ -67,12 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def new_figure(inches: tuple[float, float]) -> Any:
     """Return an empty matplotlib figure that needs no display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("matplotlib is not installed: pip install 'citer-hf[plot]'") from None
-
-    return Figure(figsize=inches, layout="constrained")
+    return import_extra("matplotlib.figure", "plot").Figure(figsize=inches, layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -86,9 +95,10 @@ def import_extra(library: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
-        if error.name != library:
+        package = library.partition(".")[0]
+        if error.name not in (library, package):
             raise
-        raise ImportError(f"{library} is not installed: pip install 'citer-hf[{extra}]'") from None
+        raise ImportError(f"{package} is not installed: pip install 'citer-hf[{extra}]'") from None
 
 
 # --- Resumable work -------------------------------------------------------------------------------------------------
@@ -97,15 +107,14 @@ WORK, ARGUMENTS = ".work", "arguments.json"
 
 
 class Work:
-    """Results of units of work, kept in `out/.work` until the run is complete, and divided among processes.
+    """Results of units of work (tables of pyarrow, or JSON), kept in `out/.work` and divided among processes."""
 
-    A unit's result is a `pyarrow.Table` (kept as Parquet) or what JSON can hold. Without `out`, everything is computed
-    in this process and kept in a temporary folder.
-    """
+    progress: Progress
 
     def __init__(self, out: Path | None, arguments: Mapping[str, Any]):
         self.process, self.processes = 0, 1
         if out is None:
+            # Everything is computed in this process.
             self._temporary = tempfile.TemporaryDirectory()
             self.folder = Path(self._temporary.name)
             return
@@ -121,11 +130,10 @@ class Work:
         self.wait()
         check_arguments(out, read_json(begun), wanted)
 
-    def run(
-        self, name: str, units: Sequence[Any], compute: Callable[[Any], Any], progress: Progress | None = None
-    ) -> list[Any]:
+    def run(self, name: str, units: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
         """Compute the units that nobody has computed yet, and return the results of all, in order."""
         (self.folder / name).mkdir(exist_ok=True)
+        self.progress.begin(name, math.ceil(len(units) / self.processes))
         for number in range(self.process, len(units), self.processes):
             if self._find(name, number) is None:
                 value, path = compute(units[number]), self.folder / name / f"{number:06d}.json"
@@ -133,8 +141,7 @@ class Work:
                     write_table(value, path.with_suffix(".parquet"))
                 else:
                     write_json(path, {"value": value})
-            if progress is not None:
-                progress.advance()
+            self.progress.advance()
         self.wait()
         return [self._read(name, number) for number in range(len(units))]
 
@@ -147,13 +154,6 @@ class Work:
         if self.processes > 1:
             with explained():
                 process_state().wait_for_everyone()
-
-    def finish(self) -> None:
-        """Remove the kept results: the run is complete."""
-        # Another process may still be at its last results.
-        self.wait()
-        if self.process == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _find(self, name: str, number: int) -> Path | None:
         paths = (self.folder / name / f"{number:06d}{suffix}" for suffix in (".json", ".parquet"))
@@ -170,6 +170,18 @@ class Work:
         return pq.read_table(path, memory_map=True)
 
 
+@contextmanager
+def work_in(out: Path | None, arguments: Mapping[str, Any]) -> Iterator[Work]:
+    """Show how far the work in a directory is, and remove the kept results when all of it is done."""
+    work = Work(out, arguments)
+    with progress_bar(work.process == 0) as work.progress:
+        yield work
+        # Another process may still be at its last results.
+        work.wait()
+    if work.process == 0:
+        shutil.rmtree(work.folder, ignore_errors=True)
+
+
 def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Raise `ValueError` when a directory holds the work of other arguments, and name those that differ."""
     different = sorted(key for key in found.keys() | arguments.keys() if found.get(key) != arguments.get(key))
@@ -182,7 +194,6 @@ def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str,
 
 
 def write_table(table: Any, path: Path) -> None:
-    """Write a Parquet file, whole or not at all."""
     import pyarrow.parquet as pq
 
     with atomic_write(path) as file:
@@ -199,13 +210,11 @@ class Progress:
         self._bar, self._task, self._shown, self._by_thread = bar, bar.add_task("", total=None), shown, by_thread
 
     def begin(self, description: str, total: int | None) -> None:
-        """Begin another kind of work, with an estimate of its own."""
         self._bar.reset(self._task, description=description, total=total)
         if self._shown and self._bar.disable:
             print(description if total is None else f"{description}: {total}", file=sys.stderr)
 
     def advance(self, done: int = 1) -> None:
-        """Note that some of the work is done."""
         self._bar.advance(self._task, done)
         if not self._by_thread:
             self._bar.refresh()
@@ -253,15 +262,6 @@ def process_state() -> Any:
     return PartialState(cpu=on_cpu, **({"timeout": LONGEST_WAIT} if launched else {}))
 
 
-def from_main_process(value: Any) -> Any:
-    """Return what the main process has (something that can be pickled), in every process."""
-    from accelerate.utils import broadcast_object_list
-
-    process_state()
-    with explained():
-        return broadcast_object_list([value])[0]
-
-
 @contextmanager
 def explained() -> Iterator[None]:
     """Raise `ConnectionError` where torch says that another process is gone."""
@@ -302,7 +302,6 @@ def provenance(model: Any, options: Any = None) -> dict[str, Any]:
 
     from . import __version__
 
-    device = model.slm.device
     return {
         "router_sha256": router_sha256(model.router),
         "router": {"name": anonymous(model.name_or_path), "type": model.config.router["type"]},
@@ -313,11 +312,7 @@ def provenance(model: Any, options: Any = None) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "machine": {
-            "device": device.type,
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(model.slm.device),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "options": anonymous(vars(options) if options is not None else {}),
     }
@@ -350,7 +345,6 @@ def sample_sha256(model: Any) -> str:
 
 
 def sha256_of(value: Any) -> str:
-    """Return the sha256 of something that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -370,11 +364,15 @@ def file_sha256(path: Path) -> str | None:
     return router_sha256(load_file(path)) if path.is_file() else None
 
 
-def processor_name() -> str:
-    """Return the name of the processor."""
+def machine(device: Any) -> dict[str, Any]:
+    """Return kind and name of a device, and the number of threads."""
+    import torch
+
     about = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
+    name = found.group(1) if found else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
 def anonymous(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from citer_hf import CiterForCausalLM
 from citer_hf.hub import method_of
 from citer_hf.runs import file_sha256, read_json
-from citer_hf.training import baselines
+from citer_hf.training import train as train_module
 from citer_hf.training.train import TrainOptions
 from tests.chat_pairs import invoke, save_demo_pair
 
@@ -43,7 +43,7 @@ def has_digit(response: str, answer: str) -> bool | None:
 def test_three_commands_give_curves_of_every_method(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "TrainOptions", partial(TrainOptions, learning_rates=(1e-2,), epochs=1))
+    monkeypatch.setattr(train_module, "TrainOptions", partial(TrainOptions, learning_rates=(1e-2,), epochs=1))
     out = tmp_path / "results"
     data = ("--data", work / "test.jsonl", "--checker", f"{__name__}:has_digit", "--max-new-tokens", 20)
     measured = ("--baselines", work / "labels", "--shares", "0.2,0.5")

@@ -1,7 +1,6 @@
-"""A tiny pair with a task for tests of labelling and training, and labels that are made up."""
+"""Tasks for tiny random pairs: examples, a checker that random texts pass at times, and labels that are made up."""
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,31 @@ from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
 from citer_hf.training.labels import LLM_RIGHT, SLM_RIGHT, Labels
 from tests.chat_pairs import CHARACTERS, character_tokenizer
-from tests.conftest import make_pair
-from tests.families import EOS, PAD
+from tests.conftest import make_pair, random_prompts
+from tests.families import BOS, EOS, PAD
 from tests.reference import naive_generate
 
 THRESHOLD = 0.5
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345"
+
+
+class LetterTokenizer:
+    """One token per letter."""
+
+    eos_token_id, bos_token_id, pad_token_id, unk_token_id = EOS, BOS, PAD, None
+    chat_template = None
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [LETTERS.index(letter) + 3 for letter in text]}
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        return "".join(LETTERS[index - 3] for index in ids if index >= 3)
+
+
+def examples(lengths: Sequence[int] = (5, 9, 12, 7, 3, 9), answer: str | None = "y") -> list[Example]:
+    """Random prompts in letters, which start at row 11."""
+    prompts = enumerate(map(LetterTokenizer().decode, random_prompts(tuple(lengths))), 11)
+    return [Example(id=str(row), row=row, prompt=prompt, answer=answer) for row, prompt in prompts]
 
 
 def task_pair(slm: str = "llama", llm: str = "llama", router: Any = "confidence") -> CiterForCausalLM:

@@ -1,7 +1,5 @@
 """`citer bench`: the speed of a pair beside each model alone and the least time that its decisions can cost."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +16,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.costs import ModelCost, cost_of_model
 from citer_hf.model.generation import CACHE_IMPLEMENTATIONS
 from citer_hf.model.routers import as_threshold
-from citer_hf.runs import Progress, option, processor_name, progress_bar
+from citer_hf.runs import Progress, check_limits, machine, option, progress_bar
 
 from . import contenders as ways
 from .contenders import ALONE, ASSISTED, FLOOR, SLM, Batch, Contender
@@ -32,18 +30,16 @@ FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Options of `citer bench`."""
-
     shares: tuple[float, ...] | None = option(
         None, "Send these shares of the tokens to the LLM. [default: 0,0.2,0.5,1, or none with --thresholds]", "P,..."
     )
     thresholds: tuple[float, ...] = option((), "Let the pair's own router decide at these thresholds.", "X,...")
     prompts: str | None = option(None, 'One prompt a line, a JSON list of texts, or examples with a "prompt".', "FILE")
-    prompt_length: int = option(128, "Length of synthetic prompts, in tokens.", "N")
-    batch_size: int = option(1, "Sequences that are decoded together.", "N")
-    max_new_tokens: int = option(64, "New tokens of each sequence.", "N")
-    repeats: int = option(3, "Timed repetitions.", "N")
-    warmup: int = option(1, "Repetitions before the timed ones.", "N")
+    prompt_length: int = option(128, "Length of synthetic prompts, in tokens.", "N", min=1)
+    batch_size: int = option(1, "Sequences that are decoded together.", "N", min=1)
+    max_new_tokens: int = option(64, "New tokens of each sequence.", "N", min=1)
+    repeats: int = option(3, "Timed repetitions.", "N", min=1)
+    warmup: int = option(1, "Repetitions before the timed ones.", "N", min=0)
     cache_implementation: str | None = option(None, "As for `generate`, such as static.", "NAME")
     seed: int = option(0, "Seed of synthetic prompts and forced shares.")
     released_loop: bool = option(False, "Also time the loop of the method's released code.")
@@ -57,11 +53,7 @@ class BenchOptions:
             [as_threshold(threshold) for threshold in self.thresholds]
         except ValueError as error:
             raise ValueError(f"--thresholds: {error}") from None
-        for name in ("prompt_length", "batch_size", "max_new_tokens", "repeats", "warmup"):
-            least = 0 if name == "warmup" else 1
-            if getattr(self, name) < least:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag}: expected a whole number from {least}, got {getattr(self, name)}.")
+        check_limits(self, of_command=True)
         if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
             known = ", ".join(CACHE_IMPLEMENTATIONS)
             raise ValueError(f"--cache-implementation: expected one of {known}, got {self.cache_implementation!r}.")
@@ -91,8 +83,6 @@ COUNTS = ("llm_share", "llm_passes_per_position", "slm_passes_per_position", "pe
 
 @dataclass
 class Report:
-    """Everything that one run of the bench measured, as far as it got."""
-
     model: str
     options: dict[str, Any]
     machine: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +100,6 @@ class Report:
         return next(failed, None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
         share = None if self.curve is None else self.curve.break_even()
         slower = "the pair is slower than the LLM alone at every share"
         return {
@@ -131,6 +120,7 @@ class Report:
         setting, tokens = row.setting, self.positions * self.options["batch_size"]
         floors = [one for one in self.rows if one.kind == FLOOR != row.kind and one.setting == setting]
         moved, bandwidth = row.counts.get("bytes_moved"), self.machine.get("memory_bandwidth")
+        fraction = moved / statistics.median(row.seconds) / bandwidth if row.seconds and moved else None
         return {
             "name": row.name,
             "kind": row.kind,
@@ -145,13 +135,10 @@ class Report:
             "speedup": ratios(self.rows[0].seconds, row.seconds),
             "relative_to_floor": ratios(row.seconds, floors[0].seconds) if floors else None,
             **{name: row.counts.get(name) for name in COUNTS},
-            "bandwidth_fraction": moved / statistics.median(row.seconds) / bandwidth
-            if row.seconds and moved
-            else None,
+            "bandwidth_fraction": fraction,
         }
 
     def table(self) -> str:
-        """Return the report as a table, and what it means."""
         from rich.box import SIMPLE
         from rich.console import Console
         from rich.table import Table
@@ -202,19 +189,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> Report:
-    """Measure how fast a pair decodes, beside each model alone and loops that repeat its decisions.
-
-    Args:
-        model: The pair, on the device to measure.
-        name: The name of the pair in the report.
-        **options: As in `BenchOptions`.
-
-    Returns:
-        The measurements, or those until Ctrl-C. The row of a contender that failed has an `error`.
-
-    Raises:
-        ValueError: for options out of range, prompts that cannot be read, and prompts longer than the pair's context.
-    """
+    """Measure how fast a pair decodes; the options are the fields of `BenchOptions`. Ctrl-C keeps what is measured."""
     wanted = BenchOptions(**options)
     batches = _batches(model, wanted)
     lengths, limit = [batch.length for batch in batches], model.config.max_position_embeddings
@@ -276,7 +251,8 @@ def _measure(
     for repetition in range(-wanted.warmup, wanted.repeats):
         for contender in contenders:
             with _errors_to(partial(setattr, contender, "error")):
-                taken = [] if contender.error else [_seconds(contender, batches, wanted.max_new_tokens)]
+                run = partial(contender.run, batches, wanted.max_new_tokens)
+                taken = [] if contender.error else [seconds(batches[0].input_ids.device, run)]
                 contender.seconds += taken if repetition >= 0 else []
             progress.advance()
 
@@ -288,9 +264,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     reads = min(seconds(device, lambda: torch.mv(source, vector)) for _ in range(5))
     copies = min(seconds(device, lambda: target.copy_(source)) for _ in range(5))
     return {
+        **machine(device),
         "device": str(device),
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
-        "threads": torch.get_num_threads(),
         "memory_bandwidth": max(source.nbytes / reads, 2 * source.nbytes / copies),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -309,8 +284,9 @@ def _counts(
     for index in gpus:
         torch.cuda.reset_peak_memory_stats(index)
     with ways.count_passes(model) as passes:
-        decided = [contender.decode(batch, wanted.max_new_tokens)[1] for batch in batches]
-    by_llm, positions = sum(int(one.sum()) for one in decided if one is not None), len(batches) * wanted.max_new_tokens
+        outputs = contender.run(batches, wanted.max_new_tokens)
+    by_llm = sum(int(to_llm.sum()) for _, to_llm in outputs if to_llm is not None)
+    positions = len(batches) * wanted.max_new_tokens
     known = {ALONE: 1.0, SLM: 0.0, ASSISTED: None}
     return {
         "llm_share": known.get(contender.kind, by_llm / positions / wanted.batch_size),
@@ -321,16 +297,6 @@ def _counts(
             sum(cost.bytes_moved(*one) for cost, of in zip(costs, passes, strict=True) for one in of)
         ),
     }
-
-
-def _seconds(contender: Contender, batches: list[Batch], new_tokens: int) -> float:
-    """Return the time of one repetition."""
-
-    def decode() -> None:
-        for batch in batches:
-            contender.decode(batch, new_tokens)
-
-    return seconds(batches[0].input_ids.device, decode)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """The contenders of the bench: every way to decode the same number of tokens after the same prompts."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +52,6 @@ class Batch:
 
 
 def random_batch(vocab_size: int, length: int, sequences: int, seed: int = 0) -> Batch:
-    """Return prompts of random tokens."""
     generator = torch.Generator().manual_seed(seed % (1 << 63))
     input_ids = torch.randint(0, vocab_size, (sequences, length), generator=generator)
     return Batch(input_ids, torch.ones_like(input_ids))
@@ -153,6 +150,9 @@ class Contender:
     def name(self) -> str:
         return self.kind if self.setting is None else f"{self.kind}, {self.setting.label}"
 
+    def run(self, batches: Sequence[Batch], new_tokens: int) -> list[Output]:
+        return [self.decode(batch, new_tokens) for batch in batches]
+
 
 @dataclass
 class Decoders:
@@ -167,7 +167,6 @@ class Decoders:
     def contenders(
         self, settings: Sequence[Setting], lock_step: bool = False, assisted: bool = False, released_loop: bool = False
     ) -> list[Contender]:
-        """Return everything that is compared, each contender after the one whose decisions it repeats."""
         slm, llm = self.model.slm, self.model.llm
         found = [Contender(ALONE, partial(self.alone, llm)), Contender(SLM, partial(self.alone, slm))]
         if assisted:
@@ -182,7 +181,6 @@ class Decoders:
         return found
 
     def alone(self, model: PreTrainedModel, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
-        """Decode with `generate` of one model."""
         prompt, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
         keywords = {"cache_implementation": self.cache_implementation, **keywords}
         output = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, **keywords)

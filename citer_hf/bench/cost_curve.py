@@ -1,7 +1,5 @@
 """The cost of a step of each model, and the LLM share from which on a pair no longer pays."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import statistics
@@ -70,7 +68,6 @@ class CostCurve:
         return None if share == 1 else share / 1000
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the times in milliseconds, for JSON."""
         llm = {str(tokens): 1000 * taken for tokens, taken in self.llm.items()}
         sizes = {"prompt_length": self.prompt_length, "rows": self.sequences}
         return sizes | {"slm_step_ms": 1000 * self.slm_step, "llm_ms": llm}

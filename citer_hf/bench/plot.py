@@ -1,7 +1,5 @@
 """The plot of the bench: the speed-up over the LLM alone against the share of tokens that the LLM decides."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

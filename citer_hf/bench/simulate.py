@@ -1,8 +1,5 @@
 """`citer bench --simulate`: the speed of a pair on a machine that is not at hand, from two configurations."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from citer_hf.costs import ModelCost, cost_of_config
 from citer_hf.model.configuration import context_length
-from citer_hf.runs import option
+from citer_hf.runs import check_limits, option
 
 from .cost_curve import CATCH_UPS, CostCurve
 
@@ -31,43 +28,26 @@ OVERHEAD = 1e-3
 
 @dataclass(frozen=True)
 class SimulateOptions:
-    """Options of `citer bench --simulate`. Keys and values have 16 bits."""
-
     gpu: str | None = option(None, f"The machine: {', '.join(DEVICES)}.", "NAME")
-    bandwidth: float | None = option(None, "Memory bandwidth of the machine; overrides --gpu.", "GB/S")
-    slm_bits: float = option(16, "Bits per weight of the SLM, such as 16, 8 or 4.5.", "N")
-    llm_bits: float = option(16, "Bits per weight of the LLM.", "N")
-    tensor_parallel: int = option(1, "Devices that share the LLM.", "N")
+    bandwidth: float | None = option(None, "Memory bandwidth of the machine; overrides --gpu.", "GB/S", min=1e-9)
+    slm_bits: float = option(16, "Bits per weight of the SLM, such as 16, 8 or 4.5.", "N", min=1)
+    llm_bits: float = option(16, "Bits per weight of the LLM.", "N", min=1)
+    tensor_parallel: int = option(1, "Devices that share the LLM.", "N", min=1)
     shares: tuple[float, ...] = option((0.0, 0.2, 0.5, 1.0), "Shares of the tokens that the LLM decides.", "P,...")
-    batch_size: int = option(1, "Sequences that are decoded together.", "N")
-    prompt_length: int = option(128, "Length of the prompts, in tokens.", "N")
-    max_new_tokens: int = option(64, "New tokens of each sequence.", "N")
+    batch_size: int = option(1, "Sequences that are decoded together.", "N", min=1)
+    prompt_length: int = option(128, "Length of the prompts, in tokens.", "N", min=1)
+    max_new_tokens: int = option(64, "New tokens of each sequence.", "N", min=1)
 
     def __post_init__(self) -> None:
-        limits = {"bandwidth": (1e-9, math.inf), "slm_bits": (1, 64), "llm_bits": (1, 64)}
-        for name in (*limits, "tensor_parallel", "batch_size", "prompt_length", "max_new_tokens"):
-            (least, most), value = limits.get(name, (1, math.inf)), getattr(self, name)
-            if value is not None and not least <= value <= most:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag}: expected a number from {least:g} to {most:g}, got {value!r}.")
+        check_limits(self, of_command=True)
         if not all(0 <= share <= 1 for share in self.shares):
             raise ValueError(f"--shares: expected numbers from 0 to 1, got {', '.join(map(str, self.shares))}.")
 
 
 def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **options: Any) -> list[dict[str, Any]]:
-    """Project how fast a pair decodes where memory bandwidth is the limit.
+    """Return a projection for each share; the options are the fields of `SimulateOptions`.
 
-    Args:
-        slm_config: Configuration of the SLM.
-        llm_config: Configuration of the LLM.
-        **options: As in `SimulateOptions`.
-
-    Returns:
-        One projection for each share, with times in seconds. A pass takes the time to move its weights, keys and
-        values once, and 1 ms; sequences of a batch move in lock-step.
-
-    Raises:
-        ValueError: for options out of range, and more tokens than the pair's context.
+    A pass takes the time to move its weights, keys and values once, and 1 ms; sequences of a batch move in lock-step.
     """
     wanted = SimulateOptions(**options)
     if wanted.bandwidth is None and wanted.gpu not in DEVICES:
@@ -106,7 +86,6 @@ def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **optio
 
 
 def table(projections: Sequence[dict[str, Any]]) -> str:
-    """Return projections as text, one a line."""
     lines = ["LLM share   SLM step, ms   LLM step, ms   ms / position   tokens / s   LLM alone   speed-up"]
     for one in projections:
         times = [1e3 * one[name] for name in ("slm_step_s", "llm_step_s", "time_per_token_s")]

@@ -4,8 +4,6 @@ A checker sees the response alone: a prompt that comes before it is cut off, so 
 which no answer can be found is wrong, whatever the right answer is.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect
@@ -76,8 +74,7 @@ def get_checker(name: str) -> Checker:
 
 
 def check_math(response: str, example: Example) -> Verdict:
-    """Compare mathematical answers."""
-    answer = _answer_of("math", example)
+    answer = answer_of("math", example)
     answer = last_boxed(answer) or answer.rpartition("####")[2].strip()
     right = _as_number(answer)
     text = response.removeprefix(example.prompt or "")
@@ -96,8 +93,7 @@ def check_math(response: str, example: Example) -> Verdict:
 
 
 def check_choice(response: str, example: Example) -> Verdict:
-    """Compare the chosen label."""
-    answer = _answer_of("choice", example)
+    answer = answer_of("choice", example)
     if example.choices is None:
         raise ValueError(f"checker choice: row {example.row} has no choices. Use exact, or data with choices.")
     chosen = chosen_label(response.removeprefix(example.prompt or ""), example.choices)
@@ -105,8 +101,7 @@ def check_choice(response: str, example: Example) -> Verdict:
 
 
 def check_exact(response: str, example: Example) -> Verdict:
-    """Compare texts."""
-    answer = normalized(_answer_of("exact", example))
+    answer = normalized(answer_of("exact", example))
     given = normalized(response.removeprefix(example.prompt or ""))
     return Verdict(given == answer, given) if given else NOTHING
 
@@ -115,7 +110,6 @@ CHECKERS: dict[str, Checker] = {"math": check_math, "choice": check_choice, "exa
 
 
 def chosen_label(text: str, choices: Choices) -> str | None:
-    """Find which choice a text names."""
     by_text = {normalized(choice): label for label, choice in choices}
     boxed, called = last_boxed(text), [match["said"] for match in CALLED.finditer(text)]
     for said in ([boxed] if boxed else []) + called[::-1]:
@@ -160,7 +154,7 @@ def _custom(name: str) -> Checker:
 
     def check(response: str, example: Example) -> Verdict:
         text = response.removeprefix(example.prompt or "")
-        found = function(text, example if wants_example else _answer_of(name, example))
+        found = function(text, example if wants_example else answer_of(name, example))
         if found is None:
             return NOTHING
         if not isinstance(found, (bool, Number)) or found not in (True, False):
@@ -181,7 +175,7 @@ def same_expression(answer: str, response: str) -> tuple[bool, str | None]:
     return math_verify.verify(right, given, timeout_seconds=seconds), str(given[-1]) if given else None
 
 
-def _answer_of(checker: str, example: Example) -> str:
+def answer_of(checker: str, example: Example) -> str:
     if not example.answer:
         raise ValueError(
             f"row {example.row}: it has no answer for the checker {checker} to compare with. Name its column: "

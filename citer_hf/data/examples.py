@@ -1,7 +1,5 @@
 """Examples of a task: prompts, reference texts and answers, from the formats that people have (`docs/data.md`)."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -14,7 +12,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
-from ..runs import import_extra, option
+from ..runs import check_limits, import_extra, option
 
 Messages = tuple[dict[str, str], ...]
 Choices = tuple[tuple[str, str], ...]
@@ -60,8 +58,6 @@ class Example:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How examples are read from a table: the options of every command that has `--data`."""
-
     columns: Mapping[str, str] | None = option(
         None, "The column of a field. May be repeated.", metavar="FIELD=COLUMN", flag="--map"
     )
@@ -69,8 +65,7 @@ class DataOptions:
     limit: int | None = option(None, "Use the first N examples only.", metavar="N", min=1)
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit: expected at least one row, got {self.limit}.")
+        check_limits(self)
 
 
 def read_examples(
@@ -166,11 +161,7 @@ def _table(data: Any, split: str | None) -> tuple[str, list[str], Rows]:
 
 
 def _load(name: str, path: Path, split: str | None) -> Any:
-    """Return a file's rows with their numbers, a `Dataset`, or the splits of one.
-
-    JSON and CSV are read with the standard library: `datasets` makes dates of text that looks like one, 7 of 007 and
-    nothing of NA, and does not name the broken row.
-    """
+    """Return a file's rows with their numbers, a `Dataset`, or the splits of one."""
     suffix, is_file = path.suffix.lower(), path.is_file()
     if is_file and suffix not in SUFFIXES:
         raise ValueError(f"data: {path} ends in {suffix or 'nothing'!r}; expected {', '.join(SUFFIXES)}.")
@@ -179,6 +170,7 @@ def _load(name: str, path: Path, split: str | None) -> Any:
             f"data: {name} does not exist. Give a file ({', '.join(SUFFIXES)}), a directory that `datasets` saved, "
             "or a Hub dataset id such as user/name."
         )
+    # `datasets` makes dates of text that looks like one, 7 of 007 and nothing of NA, and does not name the broken row.
     if is_file and suffix != ".parquet":
         return _csv_rows(path) if suffix == ".csv" else _json_rows(path)
     datasets = import_extra("datasets", "train")
@@ -214,7 +206,6 @@ def _json_rows(path: Path) -> list[tuple[int, Any]]:
 
 
 def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Return the rows under a line of column names."""
     csv.field_size_limit(2**31 - 1)
     rows: list[tuple[int, dict[str, str]]] = []
     try:
@@ -359,7 +350,6 @@ class Row:
         return tuple({key: part for key, part in turn.items() if part is not None} for turn in value)
 
     def choices(self) -> Choices | None:
-        """Return label and text of every choice."""
         value = self.parsed("choices")
         if value is None:
             return None

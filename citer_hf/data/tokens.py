@@ -1,7 +1,5 @@
 """Prompts and reference texts as the tokens that generation is given and generates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +12,6 @@ ANCHORS = ("", "\n", ".", ":", "0", "a", "(")
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example in tokens."""
-
     example: Example
     prompt_ids: list[int]
     response_ids: list[int]
@@ -87,7 +83,6 @@ def _prompt(example: Example, tokenizer: Any) -> tuple[list[int], str]:
 
 
 def _render(example: Example, tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
-    """Return a chat as the tokenizer's template renders it."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:

@@ -1,7 +1,5 @@
 """`citer demo`: the shipped pair solves word problems, some of them visibly, and all of them against the clock."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sys
@@ -19,7 +17,7 @@ from ..model.cache import CiterCache
 from ..model.modeling import CiterForCausalLM
 from ..model.routers import as_threshold
 from ..model.schedule import rows_to_wait_for
-from ..runs import atomic_write, option, progress_bar
+from ..runs import atomic_write, check_limits, option, progress_bar
 from ..terminal import Paint, WriterStreamer, legend
 from .problems import Problem, is_correct, problems
 
@@ -30,29 +28,19 @@ MAX_NEW_TOKENS = 160
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Options of `citer demo`."""
-
     seed: int = option(0, "Another seed gives other problems.")
     problems: int = option(200, "Held-out problems to measure on.", metavar="N", min=1)
     router_threshold: float | None = option(None, "The SLM's token stands when its score reaches this.", metavar="X")
 
     def __post_init__(self) -> None:
-        if self.problems < 1:
-            raise ValueError(f"problems: expected at least 1, got {self.problems}.")
+        check_limits(self)
         if self.router_threshold is not None:
             as_threshold(self.router_threshold)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The cost and the accuracy of one way to decode.
-
-    Attributes:
-        llm_share: Share of the tokens that the LLM decided.
-        llm_passes_per_token: Forward passes of the LLM that a sequence took part in, per token: 1 when the LLM runs at
-            every step.
-        tokens_per_second: Tokens of all sequences, over the time that `generate` took.
-    """
+    """The cost and the accuracy of one way to decode; tokens are those of all sequences."""
 
     name: str
     router_threshold: float | None
@@ -64,6 +52,7 @@ class Measurement:
     seconds: float
     accuracy: float
     llm_share: float
+    # Passes of the LLM that a sequence took part in: 1 when the LLM runs at every step.
     llm_passes_per_token: float
     tokens_per_second: float
 
@@ -78,12 +67,10 @@ class Report:
     interrupted: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the measurements for JSON."""
         facts = {"seed": self.seed, "problems": self.problems, "batch_size": BATCH_SIZE}
         return facts | {"complete": not self.interrupted, "rows": [asdict(one) for one in self.measurements]}
 
     def table(self) -> str:
-        """Return the measurements as a table, and their meaning."""
         from rich.box import SIMPLE
         from rich.console import Console
         from rich.table import Column, Table
@@ -106,7 +93,6 @@ class Report:
         return ("\nStopped.\n" if self.interrupted else "") + text.get().rstrip("\n")
 
     def meaning(self) -> str:
-        """Return the result in plain words."""
         slm, llm, *pairs = self.measurements
         best = max(pairs, key=lambda one: (one.accuracy, -one.llm_share))
         return (
@@ -119,18 +105,7 @@ class Report:
 
 
 def demo(*, visible: bool = True, **options: Any) -> Report:
-    """Let the shipped pair solve word problems, and measure both models alone and together.
-
-    Args:
-        visible: Print the first three problems and their solutions as they are generated.
-        **options: As in `DemoOptions`.
-
-    Returns:
-        The measurements; after Ctrl-C those that were complete.
-
-    Raises:
-        ValueError: when an option has no meaning.
-    """
+    """Solve word problems with the shipped pair, some visibly; the options are the fields of `DemoOptions`."""
     wanted = DemoOptions(**options)
     # Models this small gain nothing from a second thread, and lose everything when another program holds that core.
     torch.set_num_threads(1)
@@ -175,7 +150,6 @@ def export(path: str | Path, seed: int = 0, count: int = 200, split: str = "test
 
 
 def solve_visibly(model: CiterForCausalLM, tokenizer: Any, problem: Problem, number: int, threshold: float) -> None:
-    """Solve one problem, and print the solution as it is generated."""
     paint = Paint(sys.stdout)
     paint.dim(f"Problem {number}. {problem.prompt.strip()}")
     cache = CiterCache(model.config)
@@ -201,7 +175,6 @@ def measure(
     router_threshold: float | None = None,
     progress: Callable[[int], None] = lambda solved: None,
 ) -> Measurement:
-    """Solve problems, greedily and in batches, and count."""
     alone = {"SLM alone": model.slm, "LLM alone": model.llm}.get(name)
     correct = tokens = llm_tokens = llm_passes = 0
     seconds = 0.0
@@ -232,12 +205,10 @@ def measure(
 
 
 def label(name: str, router_threshold: float | None) -> str:
-    """Return the name of a measurement for people."""
     return name if router_threshold is None else f"{name} at {router_threshold:.3g}"
 
 
 def settings(model: CiterForCausalLM, max_new_tokens: int | None = None) -> Any:
-    """Return the generation settings that every model decodes with."""
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS)
     return config

@@ -11,9 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-Split = Literal["train", "validation", "test"]
+from typing import Any
 
 LARGEST = 99
 OPERATION = {"+": "add", "-": "take", "*": "multiply"}
@@ -45,7 +43,6 @@ class Problem:
 
 
 def problems(split: str, seed: int, count: int) -> Iterator[Problem]:
-    """Yield the first `count` problems of a split."""
     return (problem(split, seed, index) for index in range(count))
 
 
@@ -81,7 +78,6 @@ def _draw_steps(rng: random.Random) -> list[Step]:
 
 
 def _draw_step(value: int, rng: random.Random) -> Step:
-    """Draw one operation that keeps the value between 0 and 99."""
     operands = {
         "+": range(1, LARGEST - value + 1),
         "-": range(1, value + 1),
@@ -93,7 +89,7 @@ def _draw_step(value: int, rng: random.Random) -> Step:
     return Step(value, symbol, operand, after)
 
 
-def _split_of(steps: list[Step]) -> Split:
+def _split_of(steps: list[Step]) -> str:
     # hashlib, because `hash` of a string differs from one process to the next.
     tenth = int(hashlib.sha256("; ".join(map(str, steps)).encode()).hexdigest(), 16) % 10
     return "test" if tenth == 0 else "validation" if tenth == 1 else "train"

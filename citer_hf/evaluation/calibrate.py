@@ -1,7 +1,5 @@
 """`calibrate`: the threshold for a budget, an LLM share or a fraction of the LLM's accuracy."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,14 +31,13 @@ GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class CalibrateOptions(DecodeOptions):
-    """Options of `citer calibrate`."""
-
     llm_share: float | None = runs.option(None, "Share of the tokens that the LLM should decide.", "P")
     accuracy: float | None = runs.option(None, "Fraction of the LLM's accuracy to reach as cheaply as possible.", "P")
     write: bool = runs.option(False, "Write the threshold into MODEL, a directory.")
     out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.wanted) != 1:
             raise ValueError(f"llm_share, accuracy: expected exactly one, got {sorted(self.wanted) or 'neither'}.")
         for name, value in self.wanted.items():
@@ -49,7 +46,6 @@ class CalibrateOptions(DecodeOptions):
 
     @property
     def wanted(self) -> dict[str, float]:
-        """The budget, by its name."""
         budgets = {"llm_share": self.llm_share, "accuracy": self.accuracy}
         return {name: value for name, value in budgets.items() if value is not None}
 
@@ -80,9 +76,8 @@ class Calibration:
 
     def summary(self) -> str:
         """Return the threshold, LLM share and accuracy as text."""
-        low, high = self.llm_share_ci
-        text = f"router_threshold {self.threshold:.6g}: the LLM share is {self.llm_share:.1%}"
-        text += f" ({low:.1%} to {high:.1%})"
+        share, (low, high) = self.llm_share, self.llm_share_ci
+        text = f"router_threshold {self.threshold:.6g}: the LLM share is {share:.1%} ({low:.1%} to {high:.1%})"
         if self.accuracy is not None and self.accuracy_ci is not None:
             low, high = self.accuracy_ci
             text += f"\naccuracy {self.accuracy:.1%} ({low:.1%} to {high:.1%}) of {self.problems} problems"
@@ -138,10 +133,8 @@ def calibrate(
         examples: Problems like those that the pair will meet.
         checker: The checker that judges the outputs, or its name; needed for `accuracy`.
         tokenizer: Default: the pair's.
-        options: The fields of `CalibrateOptions`: exactly one of `llm_share` (the share of tokens that the LLM should
-            decide) and `accuracy` (the cheapest threshold that reaches this fraction of the LLM's accuracy); `write`
-            (write the threshold into the directory that the pair was loaded from), `out` (write it into a copy of that
-            directory), `max_new_tokens` (512), `batch_tokens` and `seed` (of the bootstrap).
+        options: The fields of `CalibrateOptions`: exactly one of `llm_share` and `accuracy`; `write` and `out` need a
+            pair that was loaded from a directory.
 
     Returns:
         The threshold and what decoding with it gave.
@@ -160,8 +153,8 @@ def calibrate(
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = None if checker is None else Grader(checker, examples, tokenizer)
     prompts = encode_prompts(model, examples, tokenizer)
-    with runs.progress_bar() as progress:
-        trials = _Trials(Evaluation(model, prompts, grader, settings, runs.Work(None, {}), progress))
+    with runs.work_in(None, {}) as work:
+        trials = _Trials(Evaluation(model, prompts, grader, settings, work))
         (budget, value), *_ = settings.wanted.items()
         found = trials.for_share(value) if budget == "llm_share" else trials.for_accuracy(value)
     data = [[asdict(example), prompt] for example, prompt in zip(examples, prompts, strict=True)]
@@ -169,8 +162,9 @@ def calibrate(
     if settings.write:
         found.write(directory)
     if settings.out is not None:
-        shutil.copytree(directory, settings.out)
-        found.write(settings.out)
+        with runs.beside(Path(settings.out)) as copy:
+            shutil.copytree(directory, copy)
+            found.write(copy)
     return found
 
 
@@ -232,24 +226,20 @@ class _Trials:
     def for_accuracy(self, fraction: float) -> Calibration:
         """Climb shares until one is accurate enough, then look for a cheaper one below."""
         of_llm = fmean(one.correct for one in self.llm)
-        failed = 0.0
-        for share in STAIRS:
-            found = self.at(share)
-            if (found.accuracy or 0) >= fraction * of_llm:
-                break
-            failed = share
-        else:
+
+        def is_enough(share: float) -> bool:
+            return (self.at(share).accuracy or 0) >= fraction * of_llm
+
+        share = next(filter(is_enough, STAIRS), None)
+        if share is None:
             best = max(self.tried.values(), key=lambda one: (one.accuracy or 0, -one.threshold))
             raise ValueError(
                 f"accuracy: no threshold reaches {fraction:.1%} of the LLM's accuracy ({of_llm:.1%}). The best is "
                 f"{best.threshold:.6g}, with an accuracy of {best.accuracy:.1%} and {best.llm_share:.1%} LLM tokens. "
                 "Ask for less, use the LLM alone, or train the router."
             )
-        for _ in range(HALVINGS if share > 0 else 0):
+        failed = max((one for one in STAIRS if one < share), default=share)
+        for _ in range(HALVINGS):
             middle = (failed + share) / 2
-            cheaper = self.at(middle)
-            if (cheaper.accuracy or 0) >= fraction * of_llm:
-                found, share = cheaper, middle
-            else:
-                failed = middle
-        return replace(found, llm_accuracy=of_llm)
+            failed, share = (failed, middle) if is_enough(middle) else (middle, share)
+        return replace(self.at(share), llm_accuracy=of_llm)

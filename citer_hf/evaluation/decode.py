@@ -1,11 +1,9 @@
 """Greedy decoding of many prompts in batches of like lengths, and the router's scores along given outputs."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +12,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from citer_hf.data.examples import Example
-from citer_hf.data.tokens import encode_prompt
+from citer_hf.data.tokens import encode
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.schedule import rows_to_wait_for
-from citer_hf.runs import option
+from citer_hf.runs import check_limits, option
 
 Alone = Literal["slm", "llm"]
 
@@ -32,24 +30,26 @@ STEP_RATIO = 0.3
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Options of commands that decode problems."""
-
     max_new_tokens: int = option(512, "Longest output, in tokens.", "N", min=1)
     batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
     seed: int = option(0, "Seed of the bootstrap.", "N")
 
+    def __post_init__(self) -> None:
+        check_limits(self)
+
     @property
     def sizes(self) -> dict[str, Any]:
-        """The keywords of `decode`."""
         return {"max_new_tokens": self.max_new_tokens, "batch_tokens": self.batch_tokens}
 
 
 class Output(NamedTuple):
-    """The output for one prompt; `seconds` are its share of its batch, by tokens."""
+    """The output for one prompt; `seconds` are its share of its batch, by tokens. Verdicts come with a checker."""
 
     tokens: list[int]
     to_llm: list[bool]
     seconds: float
+    correct: bool = False
+    extracted: bool = False
 
 
 def decode(
@@ -118,15 +118,8 @@ def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example], tokeniz
     """Return the tokens of the prompts, each of which leaves at least one place in the context."""
     if not examples:
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
-    limit = model.config.max_position_embeddings
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
-    for example, prompt in zip(examples, prompts, strict=True):
-        if not prompt or (limit is not None and len(prompt) >= limit):
-            raise ValueError(
-                f"row {example.row}: its prompt has {len(prompt)} tokens, expected at least 1 and fewer than the "
-                f"context of the pair, {limit}. Shorten the prompt or leave it out."
-            )
-    return prompts
+    limit, prompts = model.config.max_position_embeddings, [replace(example, response=None) for example in examples]
+    return [encode(prompt, tokenizer, limit, special_tokens(model)[0] or -1).prompt_ids for prompt in prompts]
 
 
 def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
@@ -209,12 +202,12 @@ def check_scores(name: str, scores: torch.Tensor) -> None:
         )
 
 
-def spread_thresholds(scores: np.ndarray, shares: Sequence[float]) -> list[float]:
+def spread_thresholds(scores: Sequence[float] | np.ndarray, shares: Sequence[float]) -> list[float]:
     """Return thresholds under which these shares of the scores lie, each once; none that sends no token."""
     thresholds = {threshold_for_share(scores, share) for share in shares}
-    return sorted(threshold for threshold in thresholds if threshold > scores.min())
+    return sorted(threshold for threshold in thresholds if threshold > np.min(scores))
 
 
-def threshold_for_share(scores: np.ndarray, share: float) -> float:
+def threshold_for_share(scores: Sequence[float] | np.ndarray, share: float) -> float:
     """Return the threshold under which a share of the scores lies, between two scores unless they are tied."""
     return float(np.quantile(scores, share, method="midpoint"))

@@ -1,14 +1,11 @@
 """`evaluate`: accuracy and cost of both models alone, and of routers at many thresholds, on the same problems."""
 
-from __future__ import annotations
-
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,32 +13,16 @@ from torch import nn
 
 from citer_hf import runs
 from citer_hf.costs import cost_of_model
-from citer_hf.data.checkers import Checker, Verdict, get_checker
+from citer_hf.data.checkers import Checker, Verdict, answer_of, get_checker
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, defer
 
-from .decode import (
-    Alone,
-    DecodeOptions,
-    batches,
-    decode,
-    encode_prompts,
-    score_outputs,
-    spread_thresholds,
-    with_router,
-)
+from . import decode as decoding
+from . import results as figures
+from .decode import Alone, DecodeOptions, Output, with_router
 from .plot import draw
-from .results import (
-    Point,
-    Results,
-    alone_cost,
-    bootstrap_interval,
-    make_results,
-    query_cost,
-    routed_cost,
-    scoring_cost,
-)
+from .results import Point, Results, alone_cost, bootstrap_interval
 
 # LLM shares at which points are wanted: close to each other where curves bend.
 SHARES = (0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
@@ -54,12 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateOptions(DecodeOptions):
-    """Options of `citer evaluate`."""
-
     shares: tuple[float, ...] = runs.option(SHARES, "LLM shares at which points are wanted.", "P,...")
     thresholds: tuple[float, ...] = runs.option((), "Thresholds of the pair's own router instead.", "X,...")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for share in self.shares:
             if not 0 < share < 1:
                 raise ValueError(f"shares: expected shares of LLM tokens above 0 and below 1, got {share!r}.")
@@ -80,10 +60,9 @@ def evaluate(
 ) -> Results:
     """Measure accuracy and cost of the SLM alone, the LLM alone, and routers at thresholds spread over LLM shares.
 
-    All decode greedily, the same problems in the same batches. Costs are those of each output decoded alone. An
-    interrupted run resumes when it is repeated with the same arguments and the same `out`; a complete one returns its
-    results. Under `accelerate launch`, each process calls this with an `out` that all of them see. The results are the
-    same for any number of processes; `seconds` are added up over them. The pair is left in evaluation mode.
+    All decode greedily, the same problems in the same batches. Costs are those of each output decoded alone. The same
+    call with the same `out` resumes an interrupted run, and returns the results of a complete one. Under `accelerate
+    launch`, processes divide the work and need one `out` that all of them see.
 
     Args:
         model: The pair.
@@ -94,10 +73,8 @@ def evaluate(
             setting). Their outputs are those of the models alone.
         out: Directory for `results.json`, `results.md` and `curve.png`; `out/.work` holds unfinished work.
         tokenizer: Default: the pair's.
-        options: The fields of `EvaluateOptions`: `shares` (LLM shares at which points are wanted; thresholds are
-            quantiles of a router's scores along the LLM's own outputs, so that resulting shares may differ),
-            `thresholds` (of the pair's own router instead), `max_new_tokens` (512), `batch_tokens` (prompt and new
-            tokens of all sequences of a batch) and `seed` (of the bootstrap).
+        options: The fields of `EvaluateOptions`. Thresholds for `shares` are quantiles of a router's scores along the
+            LLM's own outputs, so that resulting shares may differ.
 
     Returns:
         The points of every method, their figures and the provenance.
@@ -111,7 +88,7 @@ def evaluate(
     settings = EvaluateOptions(**options)
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = Grader(checker, examples, tokenizer)
-    prompts = encode_prompts(model, examples, tokenizer)
+    prompts = decoding.encode_prompts(model, examples, tokenizer)
     routers = {method_name(model): model.router} if routers is None else routers
     if settings.thresholds and all(router is not model.router for router in routers.values()):
         raise ValueError(f"thresholds: they are those of the pair's own router, which is not among {sorted(routers)}.")
@@ -131,14 +108,11 @@ def evaluate(
         runs.check_arguments(out, _arguments(finished.provenance), _arguments(provenance))
         return finished
 
-    work = runs.Work(out, _arguments(provenance))
-    with runs.progress_bar(shown=work.process == 0) as progress:
-        run = Evaluation(model, prompts, grader, settings, work, progress)
-        ends, methods = run.measure(routers, query_level, settings)
-    results = make_results(ends, methods, provenance | {"processes": work.processes})
-    if out is not None and work.process == 0:
-        write_report(results, out)
-    work.finish()
+    with runs.work_in(out, _arguments(provenance)) as work:
+        ends, methods = Evaluation(model, prompts, grader, settings, work).measure(routers, query_level, settings)
+        results = figures.make_results(ends, methods, provenance | {"processes": work.processes})
+        if out is not None and work.process == 0:
+            write_report(results, out)
     return results
 
 
@@ -170,13 +144,9 @@ class Grader:
     """A checker that judges every output of every problem once."""
 
     def __init__(self, checker: Checker | str, examples: Sequence[Example], tokenizer: Any):
-        for example in examples:
-            if not example.answer:
-                raise ValueError(
-                    f"row {example.row}: it has no answer for the checker to compare with. Add the field, or name its "
-                    "column (columns={'answer': 'COLUMN'}, --map answer=COLUMN)."
-                )
         self.name = checker if isinstance(checker, str) else name_of(checker)
+        for example in examples:
+            answer_of(self.name, example)
         self.checker = get_checker(checker) if isinstance(checker, str) else checker
         self.examples, self.tokenizer = examples, tokenizer
         self.grade = cache(self._grade)
@@ -192,8 +162,7 @@ CHECKER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, 
 
 def judge(checker: Checker, response: str, example: Example) -> Verdict:
     """Return the verdict of a checker, which may be a user's own, on one response."""
-    name = name_of(checker)
-    where = f"at row {example.row} of the data ({example.id!r})"
+    name, where = name_of(checker), f"at row {example.row} of the data ({example.id!r})"
     try:
         verdict = checker(response, example)
     except (*CHECKER_ERRORS, TypeError, ValueError) as error:
@@ -216,14 +185,6 @@ def name_of(checker: Checker) -> str:
 Way = tuple[CiterForCausalLM, float | None, Alone | None]
 
 
-class Judged(NamedTuple):
-    tokens: list[int]
-    to_llm: list[bool]
-    seconds: float
-    correct: bool
-    extracted: bool
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Decodes all problems in different ways and judges the outputs, where there is a grader."""
@@ -233,7 +194,6 @@ class Evaluation:
     grader: Grader | None
     options: DecodeOptions
     work: runs.Work
-    progress: runs.Progress
 
     def measure(
         self, routers: Mapping[str, nn.Module], per_query: Collection[str], options: EvaluateOptions
@@ -241,11 +201,18 @@ class Evaluation:
         """Return the points of both models alone, and those of every router at its thresholds."""
         # 1. Both models alone. Each runs once before, so that no point pays for what happens only once.
         for alone in ("slm", "llm", None):
-            decode(self.model, self.prompts[:2], max_new_tokens=2, alone=alone, router_threshold=0.5)
+            decoding.decode(self.model, self.prompts[:2], max_new_tokens=2, alone=alone, router_threshold=0.5)
         by_slm, by_llm = self.decode("models alone", [(self.model, None, "slm"), (self.model, None, "llm")])
+
         # 2. Thresholds. A router that decides once per prompt looks at the scores after the prompts alone.
-        self.progress.begin("scores", None)
-        first, thresholds = self.work.once("scores", lambda: self.scores(routers, per_query, options.shares, by_llm))
+        def scores() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+            tokens = [one.tokens for one in by_llm]
+            scores = decoding.score_outputs(self.model, routers, self.prompts, tokens, self.options.batch_tokens)
+            first = {name: [float(one[0]) for one in scores[name]] for name in routers if name in per_query}
+            along = {name: first[name] if name in first else np.concatenate(scores[name]) for name in routers}
+            return first, {name: decoding.spread_thresholds(one, options.shares) for name, one in along.items()}
+
+        first, thresholds = self.work.once("scores", scores)
         own = [name for name, router in routers.items() if router is self.model.router and options.thresholds]
         thresholds |= dict.fromkeys(own, sorted(set(options.thresholds)))
         # 3. The pair with every other router at each of its thresholds.
@@ -260,7 +227,8 @@ class Evaluation:
         }
         methods: dict[str, list[Point]] = {name: [] for name in routers}
         for name, router in routers.items():
-            cost = partial(query_cost if name in per_query else routed_cost, slm, llm, scoring_cost(router))
+            cost_of = figures.query_cost if name in per_query else figures.routed_cost
+            cost = partial(cost_of, slm, llm, figures.scoring_cost(router))
             for threshold in thresholds[name]:
                 if name in per_query:
                     deferred = defer(torch.tensor(first[name]), threshold).tolist()
@@ -270,50 +238,33 @@ class Evaluation:
                 methods[name].append(self.point(threshold, outputs, cost))
         return ends, methods
 
-    def scores(
-        self,
-        routers: Mapping[str, nn.Module],
-        per_query: Collection[str],
-        shares: Sequence[float],
-        outputs: Sequence[Judged],
-    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """Return the scores after the prompts, and thresholds: quantiles of the scores along outputs of the LLM."""
-        tokens = [one.tokens for one in outputs]
-        scores = score_outputs(self.model, routers, self.prompts, tokens, self.options.batch_tokens)
-        first = {name: [float(one[0]) for one in scores[name]] for name in routers if name in per_query}
-        along = {name: np.array(first[name]) if name in first else np.concatenate(scores[name]) for name in routers}
-        return first, {name: spread_thresholds(one, shares) for name, one in along.items()}
-
-    def decode(self, description: str, ways: Sequence[Way]) -> list[list[Judged]]:
+    def decode(self, description: str, ways: Sequence[Way]) -> list[list[Output]]:
         """Decode all problems in several ways; the processes divide the batches."""
         lengths, limit = [len(prompt) for prompt in self.prompts], self.model.config.max_position_embeddings
         # Every way decodes the same batches, in any number of processes.
-        parts = [places for places, _ in batches(lengths, limit=limit, **self.options.sizes)]
+        parts = [places for places, _ in decoding.batches(lengths, limit=limit, **self.options.sizes)]
         units = [(way, places) for way in ways for places in parts]
-        self.progress.begin(description, math.ceil(len(units) / self.work.processes))
-        done = iter(self.work.run(description, units, self.decode_batch, self.progress))
+        done = iter(self.work.run(description, units, self.decode_batch))
         order = np.argsort([place for places in parts for place in places])
         outputs = []
         for _ in ways:
-            of_way = [Judged(*output) for _ in parts for output in next(done)]
+            of_way = [Output(*output) for _ in parts for output in next(done)]
             outputs.append([of_way[index] for index in order])
         return outputs
 
-    def decode_batch(self, unit: tuple[Way, list[int]]) -> list[Judged]:
+    def decode_batch(self, unit: tuple[Way, list[int]]) -> list[Output]:
         (model, threshold, alone), places = unit
         prompts = [self.prompts[place] for place in places]
-        outputs = decode(model, prompts, router_threshold=threshold, alone=alone, **self.options.sizes)
-        grade = self.grader.grade if self.grader is not None else lambda place, tokens: Verdict(False, None)
-        verdicts = [grade(place, tuple(one.tokens)) for place, one in zip(places, outputs, strict=True)]
-        return [
-            Judged(*one, bool(verdict.correct), verdict.extracted is not None)
-            for one, verdict in zip(outputs, verdicts, strict=True)
-        ]
+        outputs = decoding.decode(model, prompts, router_threshold=threshold, alone=alone, **self.options.sizes)
+        if self.grader is None:
+            return outputs
+        verdicts = [self.grader.grade(place, tuple(one.tokens)) for place, one in zip(places, outputs, strict=True)]
+        found = [(bool(one.correct), one.extracted is not None) for one in verdicts]
+        return [Output(*one[:3], *verdict) for one, verdict in zip(outputs, found, strict=True)]
 
     def point(
-        self, threshold: float, outputs: Sequence[Judged], cost: Callable[[int, list[bool]], np.ndarray]
+        self, threshold: float, outputs: Sequence[Output], cost: Callable[[int, list[bool]], np.ndarray]
     ) -> Point:
-        """Add up the outputs and costs of all problems."""
         tokens = sum(len(one.tokens) for one in outputs)
         costs = [cost(len(prompt), one.to_llm) for prompt, one in zip(self.prompts, outputs, strict=True)]
         moved, operations = (np.sum(costs, axis=0) / tokens).tolist()

@@ -1,7 +1,5 @@
 """The plot of an evaluation: accuracy against cost."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

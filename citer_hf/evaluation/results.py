@@ -40,7 +40,6 @@ def alone_cost(model: ModelCost, prompt: int, tokens: int) -> np.ndarray:
 def routed_cost(
     slm: ModelCost, llm: ModelCost, scoring: np.ndarray, prompt: int, to_llm: Sequence[bool]
 ) -> np.ndarray:
-    """Return the cost of an output that is routed token by token."""
     cost, seen = alone_cost(slm, prompt, len(to_llm)) + scoring * len(to_llm), 0
     for place, by_llm in enumerate(to_llm, prompt):
         if by_llm:
@@ -134,7 +133,6 @@ def _area(ends: Mapping[str, Point], points: Sequence[Point], cost: Cost) -> flo
 
 
 def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, Any]:
-    """Return the figures of one method."""
     return {
         "auc": _area(ends, points, "llm_share"),
         "auc_bytes": _area(ends, points, "bytes"),
@@ -208,7 +206,6 @@ def _point(values: Mapping[str, Any]) -> Point:
 def make_results(
     ends: Mapping[str, Point], methods: Mapping[str, Sequence[Point]], provenance: Mapping[str, Any]
 ) -> Results:
-    """Put points in order and add the summary."""
     ordered = {name: sorted(points, key=lambda point: point.llm_share) for name, points in methods.items()}
     summary = {name: summarize(ends, points) for name, points in ordered.items()}
     return Results(dict(ends), ordered, summary, dict(provenance))

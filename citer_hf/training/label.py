@@ -9,50 +9,46 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from citer_hf import CiterForCausalLM
+from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import DataOptions, read_examples
 from citer_hf.data.tokens import Encoded, encode
-from citer_hf.evaluation.decode import BATCH_TOKENS, MOST_LOGITS, batches
+from citer_hf.evaluation import decode
 from citer_hf.evaluation.evaluate import judge, name_of
+from citer_hf.model.compat import CACHE
+from citer_hf.model.kv_layers import all_grow, growing_cache
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, top_logprobs
-from citer_hf.runs import Progress, Work, option, progress_bar, provenance, sha256_of
+from citer_hf.runs import Work, option, provenance, sha256_of, work_in
 
 from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, token_table, tokenizer_sha256, write_labels
-from .rollouts import RollOut, roll_out
 
 # Positions whose log-probabilities over the whole vocabulary are in memory at once.
 SLICE = 2048
+# After so many tokens, finished sequences leave the batch.
+STRETCH = 32
 
 
 @dataclass(frozen=True)
 class LabelOptions(DataOptions):
-    """Options of `label_preferences` and `citer label`."""
-
     router_threshold: float | None = option(
         None, "Of the roll-outs: 0 is the SLM alone, 2 the LLM alone. [default: the pair's]", metavar="X"
     )
     rollouts: int | None = option(None, "Roll-outs at most, where the router is unsure.", metavar="N", min=0)
     max_new_tokens: int | None = option(None, "Longest response. [default: 2 references]", metavar="N", min=1)
-    batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", metavar="N", min=1)
+    batch_tokens: int = option(decode.BATCH_TOKENS, "Tokens in a batch, padding included.", metavar="N", min=1)
     seed: int = option(0, "Decides between states of which the router is equally unsure.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.router_threshold is not None:
             as_threshold(self.router_threshold)
-        for name, least in (("rollouts", 0), ("max_new_tokens", 1), ("batch_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected a number from {least} up, got {value}.")
 
 
 def label_preferences(
@@ -102,14 +98,12 @@ def label_preferences(
     }
     shaping = {key: info[key] for key in ("checker", "data_sha256", "tokenizer_sha256", "router_sha256")}
     shaping |= {role: info[role]["sample_sha256"] for role in ("slm", "llm")}
-    work = Work(out, {**vars(settings), **shaping, "router": dict(model.config.router)})
-    with progress_bar(work.process == 0) as progress:
-        limits = (threshold, max_new_tokens, settings.batch_tokens)
-        policy = Policy(model, questions, check, *limits, work=work, progress=progress)
+    with work_in(out, {**vars(settings), **shaping, "router": dict(model.config.router)}) as work:
+        policy = Policy(model, questions, check, threshold, max_new_tokens, settings.batch_tokens, work)
         # 1. Both models along the references: a table per batch, a row per token.
-        most = min(settings.batch_tokens, MOST_LOGITS // model.vocab_size)
-        groups = [places for places, _ in batches([length(one) for one in questions], 0, None, most)]
-        table = pa.concat_tables(policy.run("reading", groups, policy.read))
+        most = min(settings.batch_tokens, decode.MOST_LOGITS // model.vocab_size)
+        groups = [places for places, _ in decode.batches([length(one) for one in questions], 0, None, most)]
+        table = pa.concat_tables(work.run("reading", groups, policy.read))
         names = ("question", "position", "case", "slm_token", "llm_token", "score")
         columns = {name: torch.tensor(table[name].to_numpy()) for name in names}
         # 2. Roll-outs at some tokens, and the answers of each model alone.
@@ -118,20 +112,19 @@ def label_preferences(
         tokens = least_sure(tokens, unsure.abs()[tokens], settings.rollouts, settings.seed)
         rollout, llm_rollout, extracted = policy.compare(columns, tokens)
         answers = {role: policy.answers(role) for role in ("slm", "llm")}
-    # 3. Labels, -1 where nothing is known.
-    case = columns["case"]
-    label = torch.where(case == BOTH_WRONG, rollout, (case == SLM_RIGHT).long())
-    outcomes = {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}
-    info["counts"] = {**count(case, rollout, answers), "unextracted": 1 - sum(extracted) / max(len(extracted), 1)}
-    if work.process == 0:
-        write_labels(out, info, table, outcomes, questions, answers)
-    del table
-    work.finish()
+        # 3. Labels, -1 where nothing is known.
+        case = columns["case"]
+        label = torch.where(case == BOTH_WRONG, rollout, (case == SLM_RIGHT).long())
+        outcomes = {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}
+        counts = count(case, rollout, answers)
+        info["counts"] = {**counts, "unextracted": 1 - sum(extracted) / max(len(extracted), 1)}
+        if work.process == 0:
+            write_labels(out, info, table, outcomes, questions, answers)
+        del table
     return Labels.load(out)
 
 
 def length(question: Encoded) -> int:
-    """Return the number of tokens of prompt and reference."""
     return len(question.prompt_ids) + len(question.response_ids)
 
 
@@ -142,7 +135,6 @@ def least_sure(tokens: torch.Tensor, unsure: torch.Tensor, budget: int | None, s
 
 
 def count(case: torch.Tensor, rollout: torch.Tensor, answers: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    """Count tokens, cases and roll-outs."""
     cases, made, right = (SLM_RIGHT, LLM_RIGHT, BOTH_WRONG), rollout >= 0, rollout == 1
     return {
         "questions": len(answers["slm"]),
@@ -173,12 +165,6 @@ class Policy:
     max_new_tokens: int
     batch_tokens: int
     work: Work
-    progress: Progress
-
-    def run(self, name: str, units: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
-        """Compute units of work, and show how far this process is with its own."""
-        self.progress.begin(name, math.ceil(len(units) / self.work.processes))
-        return self.work.run(name, units, compute, self.progress)
 
     @torch.inference_mode()
     def read(self, batch: Sequence[int]) -> Any:
@@ -230,10 +216,7 @@ class Policy:
     def compare(
         self, columns: Mapping[str, torch.Tensor], tokens: torch.Tensor, when: str = ""
     ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-        """Roll out the SLM's token at some tokens, and the LLM's where that fails.
-
-        Returns the outcomes of both over all tokens, -1 where there is none, and which roll-outs had an answer.
-        """
+        """Return outcomes of the SLM's token and, where it fails, the LLM's, -1 elsewhere, and which had an answer."""
         names = ("question", "position", "slm_token", "llm_token")
         states = torch.stack([columns[name][tokens] for name in names], dim=1).tolist()
         by_slm, by_llm = ([RollOut(one[0], one[1], one[action]) for one in states] for action in (2, 3))
@@ -246,7 +229,6 @@ class Policy:
         return rollout, llm_rollout, [extracted for _, extracted in made.values()]
 
     def answers(self, role: str) -> list[bool]:
-        """Return whether a model alone answers each question rightly."""
         whole = [RollOut(index, 0, -1) for index in range(len(self.questions))]
         alone = replace(self, threshold=SLM_ALONE if role == "slm" else LLM_ALONE)
         outcomes = alone.outcomes(f"answers of the {role.upper()}", whole)
@@ -256,8 +238,8 @@ class Policy:
         """Make roll-outs, and return for each whether its answer is right, and whether it has one."""
         asked = [self.questions[one.question] for one in wanted]
         lengths = [length(one) + min(len(one.response_ids), self.max_new_tokens) for one in asked]
-        groups = [places for places, _ in batches(lengths, 0, None, self.batch_tokens)]
-        judged = self.run(name, [[wanted[place] for place in places] for places in groups], self.judge)
+        groups = [places for places, _ in decode.batches(lengths, 0, None, self.batch_tokens)]
+        judged = self.work.run(name, [[wanted[place] for place in places] for places in groups], self.judge)
         return {
             wanted[place]: (correct, extracted)
             for places, outcomes in zip(groups, judged, strict=True)
@@ -265,10 +247,122 @@ class Policy:
         }
 
     def judge(self, batch: Sequence[RollOut]) -> list[tuple[bool, bool]]:
-        """Make a batch of roll-outs and judge their answers."""
         assert self.checker is not None
         written = roll_out(self.model, self.questions, batch, self.threshold, self.max_new_tokens)
         responses = self.model.load_tokenizer().batch_decode(written, skip_special_tokens=True)
         examples = [self.questions[one.question].example for one in batch]
         verdicts = [judge(self.checker, *one) for one in zip(responses, examples, strict=True)]
         return [(bool(one.correct), one.extracted is not None) for one in verdicts]
+
+
+# --- Roll-outs ------------------------------------------------------------------------------------------------------
+#
+# All states of a question lie along its reference answer. The policy reads prompt and reference once. Every roll-out
+# starts from a copy of its cache in which the tokens after the state are hidden; only the token of the action is new.
+
+
+class RollOut(NamedTuple):
+    """An action at a state: a token at a position of the reference; -1 leaves the action to the policy."""
+
+    question: int
+    position: int
+    token: int
+
+
+# A policy that has read prompts and references, one sequence per roll-out: model, cache, ids, mask, options.
+Prefixes = tuple[Any, Any, torch.Tensor, torch.Tensor, dict[str, Any]]
+
+
+def roll_out(
+    model: CiterForCausalLM,
+    questions: Sequence[Encoded],
+    batch: Sequence[RollOut],
+    router_threshold: float,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Take actions and let the policy, the pair at a threshold, write to the end; return whole responses."""
+    end_tokens, _ = decode.special_tokens(model)
+    # Responses up to the state, and the action.
+    responses = [[*questions[one.question].response_ids[: one.position], one.token] for one in batch]
+    responses = [response if one.token >= 0 else response[:-1] for one, response in zip(batch, responses, strict=True)]
+    short = [index for index, response in enumerate(responses) if len(response) < max_new_tokens]
+    going = [index for index in short if batch[index].token not in end_tokens]
+    if not going:
+        return responses
+    new_tokens = max_new_tokens - min(len(responses[index]) for index in going)
+    asked = [batch[index].question for index in going]
+    states = [(one, questions[one].prompt_ids + responses[index]) for one, index in zip(asked, going, strict=True)]
+    prefixes = shared_prefixes(model, questions, states, router_threshold)
+    if prefixes is None:
+        texts = [text for _, text in states]
+        # One batch, whatever its size: it was decode.cut before.
+        limits: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_tokens": 1 << 40}
+        written = [one.tokens for one in decode.decode(model, texts, router_threshold=router_threshold, **limits)]
+    else:
+        limit = model.config.max_position_embeddings
+        if limit is not None:
+            new_tokens = min(new_tokens, limit - int(prefixes[3].sum(dim=1).max()))
+        written = write_on(prefixes, end_tokens, new_tokens)
+    for index, tokens in zip(going, written, strict=True):
+        responses[index] = (responses[index] + tokens)[:max_new_tokens]
+    return responses
+
+
+@torch.inference_mode()
+def shared_prefixes(
+    model: CiterForCausalLM, questions: Sequence[Encoded], states: Sequence[tuple[int, list[int]]], threshold: float
+) -> Prefixes | None:
+    """Run the policy over the question of every state once; `None` where its cache cannot hide tokens."""
+    alone: Any = "slm" if threshold == SLM_ALONE else "llm" if threshold > 1 else None
+    policy = decode.greedy_view(model, alone)
+    cache = CiterCache(model.config) if alone is None else growing_cache(policy.config)
+    # 1. Prompts and references, padded on the left: ids [questions, width].
+    asked = sorted({question for question, _ in states})
+    texts = [questions[index].prompt_ids + questions[index].response_ids for index in asked]
+    width = max(map(len, texts))
+    device, padding = policy.device, decode.special_tokens(model)[1]
+    ids = torch.tensor([[padding] * (width - len(text)) + text for text in texts], device=device)
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
+    inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
+    if alone is None:
+        # Both models read: above 1, the LLM is always called.
+        model(ids, cache=cache, logits_to_keep=1, router_threshold=LLM_ALONE, **inputs)
+    else:
+        (model.run_slm if alone == "slm" else model.run_llm)(ids, cache, 1, **inputs)
+    if not all(map(all_grow, (cache.slm, cache.llm) if isinstance(cache, CiterCache) else (cache,))):
+        return None
+    # 2. One copy per roll-out, with what follows the state hidden, and the last token of the state to be read.
+    sequences = torch.tensor([asked.index(question) for question, _ in states], device=device)
+    cache.batch_select_indices(sequences)
+    first = (mask == 0).sum(dim=1)[sequences, None]
+    end = first + torch.tensor([[len(text) - 1] for _, text in states], device=device)
+    places = torch.arange(width, device=device)
+    last = torch.tensor([text[-1:] for _, text in states], device=device)
+    visible = torch.cat([(places >= first) & (places < end), torch.ones_like(last, dtype=torch.bool)], dim=1)
+    options = {"router_threshold": threshold, "waiting_rows": decode.steady_policy} if alone is None else {}
+    return policy, cache, torch.cat([ids[sequences], last], dim=1), visible.long(), options
+
+
+def write_on(prefixes: Prefixes, end_tokens: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    """Let the policy write from every state to the end."""
+    policy, cache, ids, mask, options = prefixes
+    written: list[list[int]] = [[] for _ in ids]
+    going = list(range(len(ids)))
+    while going and max_new_tokens > 0:
+        # States near the end of their answer are done soon, and need not be carried to the end of the others'.
+        stretch = min(STRETCH, max_new_tokens)
+        max_new_tokens -= stretch
+        output = policy.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=stretch, **{CACHE: cache}, **options
+        )
+        new = output[:, ids.shape[1] :]
+        for index, tokens in zip(going, decode.cut(new, decode.text_lengths(new, end_tokens)), strict=True):
+            written[index] += tokens
+        kept = [place for place, index in enumerate(going) if written[index][-1] not in end_tokens]
+        if not kept or not max_new_tokens:
+            break
+        going = [going[place] for place in kept]
+        chosen = torch.tensor(kept, device=ids.device)
+        ids, mask = output[chosen], torch.cat([mask, torch.ones_like(new)], dim=1)[chosen]
+        cache.batch_select_indices(chosen)
+    return written

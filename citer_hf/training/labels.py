@@ -128,6 +128,7 @@ class Labels:
 
         Raises:
             FileNotFoundError: when there are no finished labels.
+            ValueError: when log-probabilities or hidden states are not finite.
         """
         directory = Path(directory)
         if not (directory / INFO).is_file():
@@ -138,13 +139,21 @@ class Labels:
             )
         tokens, asked = (pq.read_table(directory / folder) for folder in ("data", "questions"))
         numbers = {name: index for index, name in enumerate(asked["question"].to_pylist())}
+        fields = zip(*(asked[name].to_pylist() for name in ("example", "prompt_ids", "reference_ids")), strict=True)
+        questions = [Encoded(Example(**json.loads(example)), *ids) for example, *ids in fields]
         columns = {name: tokens[name].fill_null(-1).to_numpy().astype(np.int64) for name in INTEGERS}
         columns |= {name: tokens[name].to_numpy() for name in LOGPROBS}
-        columns |= {name: vectors(tokens[name]) for name in VECTORS}
+        flat = {name: tokens[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in VECTORS}
+        columns |= {name: values.reshape(len(tokens), -1) for name, values in flat.items()}
+        for name in (*LOGPROBS, *VECTORS):
+            sums = columns[name].reshape(len(tokens), -1).sum(axis=1, dtype=np.float32)
+            for row in np.flatnonzero(~np.isfinite(sums))[:1]:
+                where = f"labels: {directory / 'data'}, row {row + 1}"
+                raise ValueError(f"{where}: {name} is NaN or infinite. Make the labels again with `citer label`.")
         return cls(
             directory=directory,
             info=read_json(directory / INFO),
-            questions=[question_of(row) for row in asked.to_pylist()],
+            questions=questions,
             slm_correct=torch.tensor(asked["slm_correct"].to_pylist()),
             llm_correct=torch.tensor(asked["llm_correct"].to_pylist()),
             question=torch.tensor([numbers[name] for name in tokens["question"].to_pylist()]),
@@ -180,20 +189,6 @@ class Labels:
             f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {self.directory}: cases 1, 2, 3 "
             f"are {cases}; {counts['positive_rollouts']:.1%} of the roll-outs are right."
         )
-
-
-def vectors(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column of vectors, `[tokens, width]`."""
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
-
-def question_of(row: dict[str, Any]) -> Encoded:
-    """Return a question as it was labelled."""
-    fields = json.loads(row["example"])
-    for name in ("messages", "choices"):
-        if fields[name] is not None:
-            fields[name] = tuple(tuple(one) if isinstance(one, list) else one for one in fields[name])
-    return Encoded(Example(**fields), row["prompt_ids"], row["reference_ids"])
 
 
 def tokenizer_sha256(model: CiterForCausalLM) -> str:

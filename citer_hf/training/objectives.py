@@ -1,7 +1,5 @@
 """What a router is trained to do: what is wanted of every token, and the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +12,6 @@ from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels
 
 @dataclass(frozen=True)
 class Objective:
-    """One way to train a router."""
-
     router: dict[str, Any]
     # [tokens]: 1 where the SLM's token is wanted, 0 for the LLM's, -1 for a token that does not count.
     targets: Callable[[Labels], torch.Tensor]

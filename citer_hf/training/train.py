@@ -5,32 +5,37 @@
 3. The pair is saved with its new router, its provenance and its training curve.
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Mapping
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils.hub import cached_file
 
-from citer_hf import CiterForCausalLM, runs
+from citer_hf import CiterConfig, CiterForCausalLM, runs
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decode import with_router
 from citer_hf.evaluation.evaluate import name_of
+from citer_hf.model.loading import load_router
 from citer_hf.model.routers import build_router, defer, hidden_size_of
 
 from .label import Policy, least_sure
 from .labels import Labels
-from .objectives import OBJECTIVES, Objective
+from .objectives import OBJECTIVES, QUERY, Objective
+
+logger = logging.getLogger(__name__)
 
 PROVENANCE = "provenance.json"
 # A further round's roll-outs send this share of the tokens to the LLM: a policy that cannot finish an answer says
@@ -48,8 +53,6 @@ RECALL = 0.95
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `train` and `citer train`."""
-
     objective: str = runs.option("citer-plus", "citer-plus, citer (the paper's), citer-s or co-llm.", metavar="NAME")
     rounds: int = runs.option(1, "Before every further round, roll out again with the new router.", metavar="N", min=1)
     data: Any = runs.option(None, "The data that was labelled, to be sure that it is the same.", metavar="FILE")
@@ -72,10 +75,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, got {self.objective!r}.")
-        for name, least in (("rounds", 1), ("rollouts", 0), ("epochs", 1), ("batch_size", 2), ("patience", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}.")
+        runs.check_limits(self)
         if self.rounds > 1 and not OBJECTIVES[self.objective].relabelled:
             raise ValueError(f"rounds: {self.objective!r} makes no roll-outs, so that further rounds change nothing.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -83,7 +83,7 @@ class TrainOptions:
 
 
 class NothingToLearn(ValueError):  # noqa: N818 - says what there is
-    """All labels are equal."""
+    pass
 
 
 def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     check = named if callable(named) else get_checker(named) if settings.rounds > 1 else None
     try:
         # Made here only to see that their libraries are installed.
-        for logger in get_reporting_integration_callbacks(settings.report_to):
-            logger()
+        for callback in get_reporting_integration_callbacks(settings.report_to):
+            callback()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"report_to: {error}") from error
     objective = OBJECTIVES[settings.objective]
@@ -125,31 +125,29 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     data = str(settings.data) if isinstance(settings.data, str | Path) else None
     settings = replace(settings, data=data, checker=name_of(named) if callable(named) else settings.checker)
     shaping = {key: value for key, value in vars(settings).items() if key not in ("data", "report_to")}
-    work = runs.Work(out, {**shaping, "labels_sha256": runs.sha256_of(labels.info)})
-    with runs.progress_bar(work.process == 0) as progress:
+    with runs.work_in(out, {**shaping, "labels_sha256": runs.sha256_of(labels.info)}) as work:
         limits = (labels.options["max_new_tokens"], labels.options["batch_tokens"])
-        policy = Policy(model, labels.questions, check, 0.0, *limits, work=work, progress=progress)
+        policy = Policy(model, labels.questions, check, 0.0, *limits, work=work)
         router, found = train_round(labels, settings, policy, 1)
         for number in range(2, settings.rounds + 1):
             labels = relabel(labels, settings, router, policy, number)
             router, found = train_round(labels, settings, policy, number)
-    pair = with_router(model, router)
-    pair.config = copy.deepcopy(model.config)
-    pair.config.router = {**objective.router, "hidden_size": hidden_size_of(model.slm)}
-    pair.config.router_threshold = found["validation"]["router_threshold"]
-    made = {
-        **runs.provenance(pair, settings),
-        "objective": settings.objective,
-        "rounds": settings.rounds,
-        "labels": {key: value for key, value in labels.info.items() if key not in ("versions", "counts")},
-        **found,
-    }
-    if work.process == 0:
-        pair.save_pretrained(out)
-        runs.write_json(out / PROVENANCE, made)
-        draw_training(made, out / "training.png")
-        keep_logs(work.folder, out / "logs")
-    work.finish()
+        pair = with_router(model, router)
+        pair.config = copy.deepcopy(model.config)
+        pair.config.router = {**objective.router, "hidden_size": hidden_size_of(model.slm)}
+        pair.config.router_threshold = found["validation"]["router_threshold"]
+        made = {
+            **runs.provenance(pair, settings),
+            "objective": settings.objective,
+            "rounds": settings.rounds,
+            "labels": {key: value for key, value in labels.info.items() if key not in ("versions", "counts")},
+            **found,
+        }
+        if work.process == 0:
+            pair.save_pretrained(out)
+            runs.write_json(out / PROVENANCE, made)
+            draw_training(made, out / "training.png")
+            keep_logs(work.folder, out / "logs")
     return made
 
 
@@ -167,7 +165,6 @@ def summary(made: Mapping[str, Any], out: str | Path) -> str:
 
 
 def check_data(labels: Labels, data: Any) -> None:
-    """Raise a `ValueError` unless the data holds the examples that were labelled."""
     found = read_examples(data, labels.options["columns"], split=labels.options["split"])
     missing = {one.example.id for one in labels.questions} - {one.id for one in found}
     if missing:
@@ -189,7 +186,6 @@ def train_round(labels: Labels, settings: TrainOptions, policy: Policy, number: 
         safetensors.torch.save_file(router.state_dict(), weights)
         return found
 
-    policy.progress.begin(name, None)
     found = policy.work.once(name, compute)
     router = build_router(objective.router, labels.hidden.shape[1]).eval()
     router.load_state_dict(safetensors.torch.load_file(weights))
@@ -223,19 +219,6 @@ def keep_logs(work: Path, logs: Path) -> None:
             file.replace(logs / path)
 
 
-class TokenDataset(Dataset[dict[str, torch.Tensor]]):
-    """Tokens as the router sees them; a batch is taken from the tensors at once."""
-
-    def __init__(self, columns: dict[str, torch.Tensor]):
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(self.columns["labels"])
-
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        return {name: values[indices] for name, values in self.columns.items()}
-
-
 class RouterInTraining(nn.Module):
     """The router with its loss, as `Trainer` wants it."""
 
@@ -246,7 +229,6 @@ class RouterInTraining(nn.Module):
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor, slm_logprob: torch.Tensor, llm_logprob: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Return the mean loss and the log-odds."""
         log_odds = self.router.log_odds(inputs)
         loss = self.objective.loss(log_odds, labels, slm_logprob, llm_logprob)
         return {"loss": loss.mean(), "logits": log_odds}
@@ -266,7 +248,8 @@ def train_router(
         "slm_logprob": labels.slm_logprob,
         "llm_logprob": labels.llm_logprob,
     }
-    training, validation = (TokenDataset({name: values[part] for name, values in columns.items()}) for part in parts)
+    # A dataset is a list of tokens, whose columns are taken from the tensors a batch at once.
+    training, validation = (part.tolist() for part in parts)
     # 2. One training for every learning rate.
     tried = []
     for rate in settings.learning_rates:
@@ -298,7 +281,7 @@ def train_router(
             args=arguments,
             train_dataset=training,
             eval_dataset=validation,
-            data_collator=lambda batch: batch,
+            data_collator=lambda batch: {name: values[batch] for name, values in columns.items()},
             callbacks=[EarlyStoppingCallback(settings.patience)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -397,3 +380,58 @@ def draw_training(made: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="loss per token", title=f"router trained with {made['objective']}")
     axes.legend(frameon=False)
     runs.save_figure(figure, path)
+
+
+# --- Routers to compare with in evaluations --------------------------------------------------------------------------
+
+TRAINED = {**OBJECTIVES, "query": QUERY}
+UNTRAINED = ("confidence", "entropy", "random")
+
+
+def baseline_routers(
+    model: CiterForCausalLM, labels_dir: str | Path, methods: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, nn.Module]:
+    """Return routers by the names of their methods, trained by one process, or of the kinds that need no training."""
+    known = [*TRAINED, *UNTRAINED]
+    unknown = sorted(set(methods or ()) - set(known))
+    if unknown:
+        raise ValueError(f"methods: there is no {unknown[0]!r}; expected some of {known}.")
+    labels = Labels.load(labels_dir)
+    labels.check_pair(model)
+    routers: dict[str, nn.Module] = {}
+    if runs.process_state().is_main_process:
+        with runs.progress_bar() as progress, runs.alone(), tempfile.TemporaryDirectory() as folder:
+            progress.begin("training", len(methods or known))
+            for name in methods or known:
+                try:
+                    if name in UNTRAINED:
+                        routers[name] = build_router({"type": name}, labels.hidden.shape[1])
+                    else:
+                        settings = TrainOptions(seed=seed)
+                        routers[name], _ = train_router(labels, TRAINED[name], settings, Path(folder, name))
+                except NothingToLearn as error:
+                    # An SLM that is never right alone leaves query-level routing nothing to learn.
+                    logger.warning("%s is left out. %s", name, error)
+                progress.advance()
+    with runs.explained():
+        (routers,) = broadcast_object_list([routers])
+    return {name: router.to(model.slm.device) for name, router in routers.items()}
+
+
+def router_of(directory: str | Path, model: CiterForCausalLM) -> tuple[str, nn.Module]:
+    """Return method and router of a directory that `citer train` has made for the same pair."""
+    directory = Path(directory)
+    method = method_of(str(directory)) if (directory / PROVENANCE).is_file() else None
+    if method is None:
+        raise FileNotFoundError(
+            f"--compare: {directory} has no {PROVENANCE} that names its method: expected a directory that "
+            "`citer train` has made."
+        )
+    router: Any = load_router(CiterConfig.from_pretrained(directory).router, model.slm.config, str(directory), {})
+    return method, router.eval().to(model.slm.device)
+
+
+def method_of(name: str) -> str | None:
+    """Return the method that a router was trained with, where `citer train` has noted it; `name`: path or id."""
+    file = cached_file(name, PROVENANCE, _raise_exceptions_for_missing_entries=False) if name else None
+    return json.loads(Path(file).read_text()).get("objective") if file else None

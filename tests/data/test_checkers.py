@@ -1,12 +1,12 @@
 """Checkers: what counts as a right answer."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,22 +18,15 @@ CHOICES = (("A", "a dog"), ("B", "The moon."), ("C", "I"), ("D", "water"))
 needs_math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
 
 
-def example(
-    answer: str | None, prompt: str = "Question?", choices: tuple[tuple[str, str], ...] | None = None
-) -> Example:
+def example(answer: str | None, prompt: str = "Question?", choices: Any = None) -> Example:
     return Example(id="1", row=1, prompt=prompt, answer=answer, choices=choices)
 
 
-def math(response: str, answer: str) -> Verdict:
-    return get_checker("math")(response, example(answer))
+def judge(checker: str, response: str, answer: str = "B") -> Verdict:
+    return get_checker(checker)(response, example(answer, choices=CHOICES))
 
 
-def choice(response: str, answer: str = "B") -> Verdict:
-    return get_checker("choice")(response, example(answer, choices=CHOICES))
-
-
-def exact(response: str, answer: str) -> Verdict:
-    return get_checker("exact")(response, example(answer))
+math, choice, exact = (partial(judge, checker) for checker in ("math", "choice", "exact"))
 
 
 @pytest.mark.parametrize(
@@ -79,15 +72,15 @@ def test_what_sympy_never_finishes_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert math(r"\boxed{10^{10^{10}}}", "5") == Verdict(False, "10^{10^{10}}")
     assert math(r"\boxed{x+1}", "1+x").correct
 
-
-@needs_math_verify
-def test_math_works_in_threads() -> None:
+    # In threads nothing is stopped.
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda number: math(rf"\boxed{{{number} + x}}", "x + 1").correct, range(4))
         assert list(found) == [False, True, False, False]
 
 
-def test_math_without_its_library_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checker_that_is_not_there_is_explained_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"there is no 'maths'. Choose math, choice, exact, or .*module:function"):
+        get_checker("maths")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"^math-verify is not installed: pip install 'citer-hf\[train\]'$"):
         get_checker("math")
@@ -141,53 +134,47 @@ def test_an_example_without_an_answer_is_refused(name: str) -> None:
         get_checker(name)("None", example("", choices=CHOICES))
 
 
-def test_an_unknown_checker_is_told_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"there is no 'maths'. Choose math, choice, exact, or .*module:function"):
-        get_checker("maths")
-
-
-class TestCustom:
-    """Checkers of the user's own."""
-
-    @pytest.fixture(autouse=True)
-    def own_module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        (tmp_path / "own_checks.py").write_text(
-            "def same(response, answer): return response.strip() == answer\n"
-            "def row(response, example): return example.row == 1\n"
-            "def silent(response, answer): return None\n"
-            "def vague(response, answer): return 'yes'\n"
-            "def lonely(response): return True\n"
-            "text = 'no function'\n"
-        )
-        (tmp_path / "half.py").write_text("1 +\n")
-        monkeypatch.chdir(tmp_path)
-        path = list(sys.path)
-        yield
-        assert sys.path == path
-        sys.modules.pop("own_checks", None)
-
-    def test_it_is_found_in_the_current_directory_and_sees_the_response_alone(self) -> None:
-        check = get_checker("own_checks:same")
-        assert check("Question? 5", example("5")) == Verdict(True, "5")
-        assert check("6", example("5")) == Verdict(False, "6")
-        assert get_checker("own_checks:row")("x", example(None)).correct
-        assert get_checker("own_checks:silent")("x", example("5")) == Verdict(False, None)
-        with pytest.raises(ValueError, match="row 1: it has no answer for the checker own_checks:same"):
-            check("x", example(None))
-        with pytest.raises(ValueError, match="row 1: expected True, False or None, got 'yes'"):
-            get_checker("own_checks:vague")("x", example("5"))
-
-    @pytest.mark.parametrize(
-        ("name", "message"),
-        [
-            ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
-            ("half:f", "SyntaxError"),
-            ("own_checks:nothing", "AttributeError: .*'nothing'"),
-            ("own_checks:text", "TypeError: 'no function' is not a callable"),
-            ("own_checks:lonely", "TypeError: too many positional arguments"),
-            (":f", "ValueError: Empty module name"),
-        ],
+@pytest.fixture
+def own_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module with checkers in the current directory."""
+    (tmp_path / "own_checks.py").write_text(
+        "def same(response, answer): return response.strip() == answer\n"
+        "def row(response, example): return example.row == 1\n"
+        "def silent(response, answer): return None\n"
+        "def vague(response, answer): return 'yes'\n"
+        "def lonely(response): return True\n"
+        "text = 'no function'\n"
     )
-    def test_a_name_that_cannot_be_called_is_explained(self, name: str, message: str) -> None:
+    (tmp_path / "half.py").write_text("1 +\n")
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield
+    assert sys.path == path
+    sys.modules.pop("own_checks", None)
+
+
+@pytest.mark.usefixtures("own_checks")
+def test_an_own_checker_is_found_in_the_current_directory_and_sees_the_response_alone() -> None:
+    check = get_checker("own_checks:same")
+    assert check("Question? 5", example("5")) == Verdict(True, "5")
+    assert check("6", example("5")) == Verdict(False, "6")
+    assert get_checker("own_checks:row")("x", example(None)).correct
+    assert get_checker("own_checks:silent")("x", example("5")) == Verdict(False, None)
+    with pytest.raises(ValueError, match="row 1: it has no answer for the checker own_checks:same"):
+        check("x", example(None))
+    with pytest.raises(ValueError, match="row 1: expected True, False or None, got 'yes'"):
+        get_checker("own_checks:vague")("x", example("5"))
+
+
+@pytest.mark.usefixtures("own_checks")
+def test_an_own_checker_that_cannot_be_called_is_explained() -> None:
+    for name, message in (
+        ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("half:f", "SyntaxError"),
+        ("own_checks:nothing", "AttributeError: .*'nothing'"),
+        ("own_checks:text", "TypeError: 'no function' is not a callable"),
+        ("own_checks:lonely", "TypeError: too many positional arguments"),
+        (":f", "ValueError: Empty module name"),
+    ):
         with pytest.raises(ValueError, match=f"checker {name}: expected module:function, .* got {message}"):
             get_checker(name)

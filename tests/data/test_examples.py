@@ -1,7 +1,5 @@
 """Reading the examples of a task."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -62,15 +60,12 @@ def test_the_reference_of_a_chat_is_its_last_turn_or_a_column(row: dict[str, Any
     assert only(row, needs=["response"]) == Example("1", 1, messages=(USER,), response="Hello")
 
 
-def test_columns_are_mapped() -> None:
+def test_columns_are_mapped_and_answers_become_text() -> None:
     row = {"q": "a", "r": "b", "final": 4, "key": 9, "cot": "unused"}
     example = only(row, columns={"prompt": "q", "response": "r", "answer": "final", "id": "key"})
     assert example == Example(id="9", row=1, prompt="a", response="b", answer="4")
     assert only({"prompt": "a", "cot": "b", "response": "c"}, columns={"response": "response"}).response == "c"
     assert only({"talk": [USER, ASSISTANT]}, columns={"messages": "talk"}).messages == (USER,)
-
-
-def test_answers_become_text() -> None:
     for answer, text in ((4.0, "4"), (4.5, "4.5"), (7, "7"), (" 4.0 ", "4.0")):
         assert only({"prompt": "a", "answer": answer}).answer == text
 
@@ -123,7 +118,7 @@ def test_gaps_are_named(gap: Any) -> None:
         read_examples([{"prompt": "a"}, {"prompt": gap}])
 
 
-def test_a_needed_field_without_a_column_is_explained() -> None:
+def test_a_needed_field_without_a_column_and_an_id_that_comes_twice_are_explained() -> None:
     for row, field, message in (
         ({"problem": "P", "solution": "none"}, "answer", r"answer is missing \(no .boxed\{\} in the solution\)"),
         ({"prompt": "a"}, "response", r"response is missing. If a column .*--map response=COLUMN"),
@@ -131,9 +126,6 @@ def test_a_needed_field_without_a_column_is_explained() -> None:
     ):
         with pytest.raises(ValueError, match=f"data, row 1: {message}"):
             read_examples([row], needs=[field])
-
-
-def test_ids_are_unique() -> None:
     with pytest.raises(ValueError, match="row 3: row 1 has the same id '5'"):
         read_examples([{"prompt": "a", "id": 5}, {"prompt": "b", "id": 6}, {"prompt": "c", "id": "5"}])
 
@@ -158,10 +150,7 @@ def test_csv_keeps_texts_as_they_are(tmp_path: Path) -> None:
     assert [example.prompt for example in examples] == ["a", "b\nc, d", "e", long]
     # pandas writes a column of whole numbers so when one is missing.
     assert [example.answer for example in examples] == ["007", "NA", "4", None]
-
-
-def test_csv_holds_choices_as_json(tmp_path: Path) -> None:
-    path = tmp_path / "task.csv"
+    # Fields with parts are JSON.
     path.write_text('question,choices,answerKey\nq,"' + json.dumps(CHOICES).replace('"', '""') + '",B\n')
     assert read_examples(path)[0].choices == (("A", "the sun"), ("B", "the moon"))
 
@@ -189,14 +178,11 @@ def test_broken_files_are_explained(tmp_path: Path, name: str, content: bytes, m
         read_examples(tmp_path / name)
 
 
-def test_a_file_that_is_not_there_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_data_and_a_file_that_is_not_there_are_explained(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("missing.jsonl", "missing", "./user/name", "a/b/c"):
         with pytest.raises(FileNotFoundError, match=rf"{name} does not exist. Give a file"):
             read_examples(name)
-
-
-def test_other_data_is_an_error() -> None:
     for data in (5, ["a"], {"prompt": ["a"]}):
         with pytest.raises(TypeError, match="data: expected the path of a file"):
             read_examples(data)
@@ -209,70 +195,63 @@ def test_a_limit_leaves_the_rest_unread_and_a_split_needs_splits(tmp_path: Path)
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": ""}]
     assert len(read_examples(lines(tmp_path / "a.jsonl", *rows), limit=2)) == 2
     for read in (lambda: read_examples(rows, limit=0), lambda: DataOptions(limit=0)):
-        with pytest.raises(ValueError, match="limit: expected at least one row, got 0"):
+        with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
             read()
     for data in (rows, tmp_path / "a.jsonl"):
         with pytest.raises(ValueError, match=r"split: .* has no splits, got 'test'"):
             read_examples(data, split="test")
 
 
-class TestDatasets:
-    """What goes through the library `datasets`."""
+ROWS = [{"prompt": "a", "answer": 4.0}, {"prompt": "b", "answer": None}]
 
-    rows = [{"prompt": "a", "answer": 4.0}, {"prompt": "b", "answer": None}]
 
-    @pytest.fixture
-    def datasets(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-        datasets = pytest.importorskip("datasets")
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        return datasets
+@pytest.fixture
+def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return datasets
 
-    def check(self, examples: list[Example]) -> None:
-        found = [(example.prompt, example.answer, example.row) for example in examples]
-        assert found == [("a", "4", 1), ("b", None, 2)]
 
-    def test_a_dataset_is_read(self, datasets: Any) -> None:
-        data = datasets.Dataset.from_list(self.rows)
-        self.check(read_examples(data))
-        self.check(read_examples(data.with_format("numpy")))
-        self.check(read_examples(datasets.DatasetDict({"train": data})))
-        with pytest.raises(ValueError, match="split: data has no splits"):
-            read_examples(data, split="train")
-        with pytest.raises(TypeError, match=r"without streaming\) .* got IterableDataset"):
-            read_examples(data.to_iterable_dataset())
+def check(examples: list[Example]) -> None:
+    found = [(example.prompt, example.answer, example.row) for example in examples]
+    assert found == [("a", "4", 1), ("b", None, 2)]
 
-    def test_parquet_is_read(self, datasets: Any, tmp_path: Path) -> None:
-        datasets.Dataset.from_list(self.rows).to_parquet(tmp_path / "a.parquet")
-        self.check(read_examples(tmp_path / "a.parquet"))
-        row = {"messages": [{**USER, "name": "x"}, ASSISTANT], "choices": CHOICES, "answer": "B"}
-        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "b.parquet")
-        (example,) = read_examples(tmp_path / "b.parquet")
-        assert (example.messages, example.response) == (({**USER, "name": "x"},), "Hello")
 
-    def test_a_saved_directory_is_read(self, datasets: Any, tmp_path: Path) -> None:
-        data = datasets.Dataset.from_list(self.rows)
-        datasets.DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(tmp_path / "two")
-        self.check(read_examples(tmp_path / "two", split="test"))
-        with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
-            read_examples(tmp_path / "two")
+def test_datasets_are_read_from_memory_from_parquet_and_from_a_directory(datasets: Any, tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list(ROWS)
+    two = datasets.DatasetDict({"train": data.select([0]), "test": data})
+    two.save_to_disk(tmp_path / "two")
+    data.to_parquet(tmp_path / "a.parquet")
+    for one in (data, data.with_format("numpy"), datasets.DatasetDict({"train": data}), tmp_path / "a.parquet"):
+        check(read_examples(one))
+    check(read_examples(tmp_path / "two", split="test"))
+    with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
+        read_examples(tmp_path / "two")
+    with pytest.raises(ValueError, match="split: data has no splits"):
+        read_examples(data, split="train")
+    with pytest.raises(TypeError, match=r"without streaming\) .* got IterableDataset"):
+        read_examples(data.to_iterable_dataset())
+    row = {"messages": [{**USER, "name": "x"}, ASSISTANT], "choices": CHOICES, "answer": "B"}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "b.parquet")
+    (example,) = read_examples(tmp_path / "b.parquet")
+    assert (example.messages, example.response) == (({**USER, "name": "x"},), "Hello")
 
-    def test_a_name_like_those_of_the_hub_is_loaded_by_name(
-        self, datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        repository = tmp_path / "user" / "name"
-        repository.mkdir(parents=True)
-        lines(repository / "train.jsonl", self.rows[0])
-        lines(repository / "test.jsonl", *self.rows)
-        monkeypatch.chdir(tmp_path)
-        self.check(read_examples("user/name", split="test"))
-        assert len(read_examples("user/name", split="test[:1]")) == 1
-        with pytest.raises(ValueError, match=r"user/name cannot be loaded.*Unknown split"):
-            read_examples("user/name", split="dev")
 
-        def unreachable(name: str, split: str | None) -> None:
-            raise ConnectionError(f"no way to {name} {split}")
+def test_a_name_like_those_of_the_hub_is_loaded_by_name(datasets: Any, tmp_path: Path, monkeypatch: Any):
+    repository = tmp_path / "user" / "name"
+    repository.mkdir(parents=True)
+    lines(repository / "train.jsonl", ROWS[0])
+    lines(repository / "test.jsonl", *ROWS)
+    monkeypatch.chdir(tmp_path)
+    check(read_examples("user/name", split="test"))
+    assert len(read_examples("user/name", split="test[:1]")) == 1
+    with pytest.raises(ValueError, match=r"user/name cannot be loaded.*Unknown split"):
+        read_examples("user/name", split="dev")
 
-        monkeypatch.setattr(datasets, "load_dataset", unreachable)
-        with pytest.raises(OSError, match=r"user/absent cannot be loaded .*: ConnectionError: no way .* test"):
-            read_examples("user/absent", split="test")
+    def unreachable(name: str, split: str | None) -> None:
+        raise ConnectionError(f"no way to {name} {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(OSError, match=r"user/absent cannot be loaded .*: ConnectionError: no way .* test"):
+        read_examples("user/absent", split="test")

@@ -1,7 +1,5 @@
 """Prompts and references in tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -36,9 +34,8 @@ def byte_level(**options: Any) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
+    training = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=400, **training)
     tokenizer.train_from_iterator(TEXTS * 20, trainer)
     return wrapped(tokenizer, **options)
 
@@ -58,16 +55,9 @@ def metaspace(kind: str) -> PreTrainedTokenizerFast:
     return wrapped(tokenizer, bos_token="<bos>", unk_token="<unk>")
 
 
-TOKENIZERS = {
-    "byte-level BPE": byte_level,
-    "Metaspace Unigram": lambda: metaspace("unigram"),
-    "Metaspace BPE": lambda: metaspace("bpe"),
-}
-
-
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=["byte-level", "unigram", "bpe"])
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    return TOKENIZERS[request.param]()
+    return byte_level() if request.param == "byte-level" else metaspace(request.param)
 
 
 def text_example(prompt: str, response: str | None = None, row: int = 1) -> Example:
@@ -94,9 +84,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
         ("a\n", "new line"),
     ],
 )
-def test_a_reference_continues_the_tokens_that_generation_is_given(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, response: str
-) -> None:
+def test_a_reference_continues_the_tokens_that_generation_is_given(tokenizer: Any, prompt: str, response: str) -> None:
     if "\n" in prompt + response and "<unk>" in tokenizer.convert_ids_to_tokens(tokenizer("\n").input_ids):
         pytest.skip("has no line break")
     encoded = encode(text_example(prompt, response), tokenizer, None)
@@ -179,9 +167,7 @@ def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
         (text_example("a", "b"), {"vocab_size": 4}, r"row 1: token 4 \('b'\) is not among the 4 that both"),
     ],
 )
-def test_tokens_beyond_context_or_vocabulary_are_an_error(
-    example: Example, options: dict[str, int], message: str
-) -> None:
+def test_tokens_beyond_context_or_vocabulary_are_an_error(example: Example, options: dict[str, int], message: str):
     limits: dict[str, Any] = {"max_length": None, **options}
     with pytest.raises(ValueError, match=message):
         encode(example, character_tokenizer(), **limits)
@@ -189,13 +175,10 @@ def test_tokens_beyond_context_or_vocabulary_are_an_error(
         encode(example, character_tokenizer(), limits["max_length"] + 1)
 
 
-def test_text_that_the_tokenizer_does_not_know_is_an_error() -> None:
-    with pytest.raises(ValueError, match="row 1: the tokenizer does not know all of the text"):
-        encode(text_example("hello", " w\u00f6rld"), metaspace("bpe"), None)
-
-
-def test_a_boundary_that_no_tokens_have_is_an_error() -> None:
+def test_text_and_a_boundary_that_no_tokens_have_are_an_error() -> None:
     words = Tokenizer(models.WordLevel({"<eos>": 0, "the": 1, "answer": 2, "ans": 3, "wer": 4}, unk_token="<eos>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(ValueError, match=r"row 1: the tokenizer joins .*'the ans', .*'wer'.* Put white space between"):
         encode(text_example("the ans", "wer"), wrapped(words), None)
+    with pytest.raises(ValueError, match="row 1: the tokenizer does not know all of the text"):
+        encode(text_example("hello", " w\u00f6rld"), metaspace("bpe"), None)

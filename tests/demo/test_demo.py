@@ -1,7 +1,5 @@
 """`citer demo`: its problems, its output, its measurements."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -16,10 +14,9 @@ import citer_hf.demo
 from citer_hf import CiterForCausalLM
 from citer_hf.demo import demo as module
 from citer_hf.demo.demo import demo, export, real_tokens, spread_thresholds
-from citer_hf.demo.problems import Problem, Split, Step, _split_of, drill, is_correct, problem, problems
+from citer_hf.demo.problems import Problem, Step, _split_of, drill, is_correct, problem, problems
 from tests.chat_pairs import invoke, save_demo_pair
 
-SPLITS: list[Split] = ["train", "validation", "test"]
 MANY = list(problems("train", 0, 200))
 
 
@@ -28,23 +25,16 @@ def steps_of(problem: Problem) -> list[Step]:
     return [Step(int(before), symbol, int(operand), int(after)) for before, symbol, operand, after in equations]
 
 
-def test_a_problem_depends_on_split_seed_and_index_alone() -> None:
+def test_a_problem_depends_on_split_seed_and_index_alone_and_shares_no_equations_with_another_split() -> None:
+    for split in ("train", "validation", "test"):
+        assert {_split_of(steps_of(told)) for told in problems(split, 1, 100)} == {split}
     assert list(problems("test", 5, 20)) == [problem("test", 5, index) for index in range(20)]
     with pytest.raises(ValueError, match=r"'dev'.*train, validation or test"):
         problem("dev", 0, 1)  # type: ignore[arg-type]
     # The shipped pair was trained on these.
-    assert problem("train", 0, 1) == Problem(
-        prompt="Zoe has 45 pencils. Then she uses 34 pencils. Later the number of pencils grows 4 times. "
-        "What is the number of pencils at the end?\n",
-        response="At first there are 45 pencils. 34 of the pencils are taken away, so 45 - 34 = 11 pencils. "
-        "The number grows 4 times, so now 11 * 4 = 44 pencils. So Zoe has 44 pencils now.",
-        answer="44",
-    )
-
-
-def test_no_chain_of_equations_is_in_two_splits() -> None:
-    for split in SPLITS:
-        assert {_split_of(steps_of(told)) for told in problems(split, 1, 100)} == {split}
+    told = problem("train", 0, 1)
+    assert told.prompt.startswith("Zoe has 45 pencils. Then she uses 34 pencils. Later the number of pencils grows 4 ")
+    assert told.response.endswith("so now 11 * 4 = 44 pencils. So Zoe has 44 pencils now.") and told.answer == "44"
 
 
 def test_the_answer_follows_from_the_equations_and_the_equations_from_the_prompt() -> None:
@@ -68,14 +58,9 @@ def test_the_answer_is_the_last_number_of_the_response() -> None:
     assert not is_correct("I do not know.", Problem("What?\n", "", ""))
 
 
-@pytest.fixture(scope="module")
-def demo_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_demo_pair(tmp_path_factory.mktemp("demo"))
-
-
 @pytest.fixture
-def tiny(demo_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", demo_pair)
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", save_demo_pair(tmp_path))
     monkeypatch.setattr(module, "MAX_NEW_TOKENS", 24)
 
 
@@ -92,9 +77,7 @@ def test_demo_streams_problems_and_prints_a_table() -> None:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(("threshold", "share", "alone"), [(0, "0 of", 0), (2, r"(\d+) of \1", 1)])
-def test_at_the_ends_of_the_threshold_one_model_is_alone(
-    threshold: float, share: str, alone: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_at_the_ends_of_the_threshold_one_model_is_alone(threshold: float, share: str, alone: int, capsys: Any):
     rows = demo(problems=1, router_threshold=threshold).as_dict()["rows"]
     pair, expected = rows[2], rows[alone]
     for key in ("name", "router_threshold", "seconds", "tokens_per_second"):
@@ -151,10 +134,8 @@ def test_export_writes_the_held_out_problems(tmp_path: Path) -> None:
     file = tmp_path / "problems.jsonl"
     result = invoke("demo", "--export", file, "--problems", 5, "--seed", 7)
     assert result.exit_code == 0 and not result.stdout
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines == [vars(told) for told in problems("test", 7, 5)]
-    assert list(lines[0]) == ["prompt", "response", "answer"]
     before = file.read_bytes()
+    assert [json.loads(line) for line in before.splitlines()] == [vars(told) for told in problems("test", 7, 5)]
     with pytest.raises(FileExistsError, match="exists already"):
         export(file)
     with pytest.raises(FileNotFoundError, match="is no directory"):
@@ -162,26 +143,18 @@ def test_export_writes_the_held_out_problems(tmp_path: Path) -> None:
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--router-threshold", "nan"], ["--export", "x", "--json"], ["--export", "/nowhere/at/all"]],
-    ids=str,
-)
-def test_options_without_a_meaning_are_errors(arguments: list[str]) -> None:
-    result = invoke("demo", *arguments)
-    assert result.exit_code in (1, 2) and not result.stdout
-    assert sum(line.startswith("Error: ") for line in result.stderr.splitlines()) == 1
+def test_options_without_a_meaning_are_errors() -> None:
+    for arguments in ("--router-threshold nan", "--export x --json", "--export /nowhere/at/all"):
+        result = invoke("demo", *arguments.split())
+        assert result.exit_code in (1, 2) and not result.stdout and result.stderr.count("Error: ") == 1
     with pytest.raises(ValueError, match="problems: expected at least 1, got 0"):
         demo(problems=0)
 
 
-def test_real_tokens_end_with_eos() -> None:
+def test_real_tokens_end_with_eos_and_thresholds_lie_around_the_shipped_one() -> None:
     new = torch.tensor([[5, 1, 0, 0], [5, 5, 5, 5], [1, 1, 1, 1], [5, 2, 1, 0]])
     assert real_tokens(new, 1).sum(1).tolist() == [2, 4, 1, 3]
     assert real_tokens(new, [1, 2]).sum(1).tolist() == [2, 4, 1, 2]
-
-
-def test_thresholds_lie_around_the_shipped_one() -> None:
     for shipped in (0.0, 0.5, 0.99, 1.0, 1.5):
         low, middle, high = spread_thresholds(shipped)
         assert 0 <= low <= middle == shipped and high <= 1

@@ -1,13 +1,11 @@
 """The script that trains the shipped pair, and the pair itself."""
 
-from __future__ import annotations
-
 import importlib.util
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import citer_hf.demo
@@ -44,34 +42,7 @@ def test_the_tokenizer_is_that_of_the_shipped_pair_and_lossless(script: Any) -> 
             assert tokenizer.decode(text) == told.prompt + told.response
 
 
-def test_a_chat_has_the_tokens_that_the_models_are_trained_on(script: Any) -> None:
-    tokenizer, (first, second) = script.build_tokenizer(), MANY[:2]
-    chat = [
-        {"role": "user", "content": first.prompt},
-        {"role": "assistant", "content": first.response},
-        {"role": "user", "content": second.prompt.strip()},
-    ]
-    tokens, labels = script.labelled(tokenizer, [first, second])
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert prompt == tokens[: len(prompt)]
-    assert tokens[len(prompt) :] == tokenizer(second.response + tokenizer.eos_token).input_ids
-    learned = [label for label in labels if label != script.IGNORED]
-    assert tokenizer.decode(learned) == "".join(told.response + tokenizer.eos_token for told in (first, second))
-
-
-def test_a_batch_is_made_from_its_number_alone(script: Any) -> None:
-    tokenizer, block = script.build_tokenizer(), script.BLOCK
-    forward, backward = (script.Batches(tokenizer, seed=3, count=block + 1, size=4) for _ in range(2))
-    made = {index: backward[index] for index in reversed(range(block + 1))}
-    for index in range(block + 1):
-        assert all(torch.equal(value, made[index][key]) for key, value in forward[index].items())
-    with pytest.raises(IndexError):
-        forward[block + 1]
-
-
-def test_the_script_trains_a_pair_that_decodes_with_a_cache(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_calls: Any
-) -> None:
+def test_trained_and_shipped_pairs_use_a_cache(script: Any, tmp_path: Path, monkeypatch: Any, count_calls: Any):
     small = script.Recipe(hidden_size=8, layers=1, heads=2, intermediate_size=8, steps=2, learning_rate=1e-3)
     monkeypatch.setattr(script, "RECIPES", {"slm": small, "llm": small})
     train, report = script.train, script.report
@@ -80,17 +51,9 @@ def test_the_script_trains_a_pair_that_decodes_with_a_cache(
     monkeypatch.setattr(script, "accuracy", lambda *rest: 0.5)
     script.main(["--out", str(tmp_path)])
     assert CiterForCausalLM.from_pretrained(tmp_path / "router").config.router_threshold == script.THRESHOLD
-    check_cache(tmp_path / "router", count_calls)
-
-
-def test_each_model_of_the_shipped_pair_decodes_with_a_cache(count_calls: Any) -> None:
-    check_cache(citer_hf.demo.DEMO_PAIR, count_calls)
-
-
-def check_cache(pair: Path, count_calls: Any) -> None:
-    """Check that both models keep keys and values when they are used alone, in forward passes and in `generate`."""
-    prompt = AutoTokenizer.from_pretrained(pair)(MANY[0].prompt, return_tensors="pt")
-    for role in ("slm", "llm"):
+    # Each model alone keeps keys and values, in forward passes and in `generate`.
+    for role, pair in product(("slm", "llm"), (tmp_path / "router", citer_hf.demo.DEMO_PAIR)):
+        prompt = AutoTokenizer.from_pretrained(pair)(MANY[0].prompt, return_tensors="pt")
         model = AutoModelForCausalLM.from_pretrained(pair / role)
         assert {"past_key_values", "cache"} & set(model(**prompt))
         lengths = count_calls(model)

@@ -1,10 +1,9 @@
 """The threshold for a budget keeps it, as decoding with that threshold shows, and is written where it may be."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,8 +15,8 @@ from citer_hf.evaluation import calibrate as module
 from citer_hf.evaluation.calibrate import Calibration, calibrate
 from citer_hf.evaluation.results import bootstrap_interval
 from tests.conftest import make_pair
-from tests.evaluation_data import LetterTokenizer, examples, has_letter
 from tests.reference import naive_generate
+from tests.training_data import LetterTokenizer, examples, has_letter
 
 NEW = 8
 EXAMPLES = examples((5, 9, 12, 7, 3, 9, 4, 6))
@@ -67,10 +66,7 @@ def test_an_accuracy_is_reached_as_cheaply_as_possible_or_an_error_names_the_bes
         ({"llm_share": float("nan")}, r"^llm_share: expected a number above 0 and below 1"),
         ({"accuracy": 1.0, "checker": has_letter}, r"^accuracy: expected a number above 0 and below 1"),
         ({"accuracy": 0.9}, r"^accuracy: it needs a checker"),
-        (
-            {"llm_share": 0.5, "write": True},
-            r"^write, out: expected a pair that was loaded from a directory, got ''",
-        ),
+        ({"llm_share": 0.5, "write": True}, r"^write, out: expected a pair that was loaded from a directory, got ''"),
     ],
 )
 def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):
@@ -120,7 +116,9 @@ def test_a_broken_repository_stays_as_it_is(tmp_path: Path):
     assert contents(tmp_path) == {Path("config.json"): b"{}", Path("provenance.json"): b"[1"}
 
 
-def test_calibrate_writes_into_the_directory_of_the_pair_or_into_a_copy(repository: Path, tmp_path: Path):
+def test_calibrate_writes_into_the_directory_of_the_pair_or_into_a_copy(
+    repository: Path, tmp_path: Path, monkeypatch: Any
+):
     pair, before = CiterForCausalLM.from_pretrained(repository), contents(repository)
     found = run(pair, llm_share=0.4, out=tmp_path / "new" / "copy")
     assert contents(repository) == before
@@ -132,6 +130,11 @@ def test_calibrate_writes_into_the_directory_of_the_pair_or_into_a_copy(reposito
     assert json.loads((repository / "config.json").read_text())["router_threshold"] == found.threshold
     with pytest.raises(FileExistsError, match=r"^out: .*copy exists already"):
         run(pair, llm_share=0.4, out=tmp_path / "new" / "copy")
+    # An interrupted copy leaves nothing behind.
+    monkeypatch.setattr(Calibration, "write", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(pair, llm_share=0.4, out=tmp_path / "new" / "other")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
 
 
 def test_the_installed_package_and_the_hubs_cache_are_never_written_into(repository: Path, monkeypatch: Any):

@@ -1,7 +1,5 @@
 """Decoding and scoring of many prompts equals decoding each alone, naively, whatever the generation settings are."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -10,10 +8,10 @@ import pytest
 import torch
 
 from citer_hf.evaluation.decode import decode, encode_prompts, score_outputs, spread_thresholds, with_router
-from citer_hf.model.routers import ConfidenceRouter, RandomRouter
+from citer_hf.model.routers import ConfidenceRouter, LinearRouter, RandomRouter
 from tests.conftest import make_pair, random_prompts
-from tests.evaluation_data import LetterTokenizer, examples
 from tests.reference import naive_generate
+from tests.training_data import LetterTokenizer, examples
 
 PROMPTS = random_prompts((5, 9, 12, 3, 7))
 
@@ -53,17 +51,13 @@ def test_generation_settings_of_the_models_take_no_part(alone: Any):
     assert other.generation_config == before
 
 
-def test_outputs_stop_where_the_context_is_full():
+def test_outputs_stop_where_the_context_is_full_and_a_prompt_that_fills_it_is_named_by_its_row():
     pair = make_pair("gpt2", "gpt2", max_position_embeddings=14)
     decoded = decode(pair, PROMPTS, router_threshold=0.5, max_new_tokens=8)
     for place, prompt in enumerate(PROMPTS):
         assert decoded[place].tokens == naive_generate(pair, prompt, min(8, 14 - len(prompt)), 0.5)[0]
-
-
-def test_a_prompt_that_fills_the_context_is_named_by_its_row():
-    pair = make_pair(max_position_embeddings=9)
-    with pytest.raises(ValueError, match=r"^row 12: its prompt has 9 tokens, .* context of the pair, 9"):
-        encode_prompts(pair, examples(), LetterTokenizer())
+    with pytest.raises(ValueError, match=r"^row 12: 14 tokens of prompt and a new one .* context of 14"):
+        encode_prompts(pair, examples((3, 14)), LetterTokenizer())
 
 
 def test_a_router_in_training_decides_as_in_evaluation():
@@ -74,16 +68,13 @@ def test_a_router_in_training_decides_as_in_evaluation():
     assert [one.to_llm for one in decode(pair.train(), PROMPTS, **options)] == expected
 
 
-class NanRouter(torch.nn.Module):
-    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return hidden[..., 0] * float("nan")
-
-
 def test_a_router_that_gives_nan_is_named(pair: Any):
-    with pytest.raises(ValueError, match=r"^router 'NanRouter': \d+ of \d+ scores are NaN"):
-        decode(with_router(pair, NanRouter()), PROMPTS, router_threshold=0.5, max_new_tokens=8)
+    router = LinearRouter(32)
+    torch.nn.init.constant_(router.score.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"^router 'LinearRouter': \d+ of \d+ scores are NaN"):
+        decode(with_router(pair, router), PROMPTS, router_threshold=0.5, max_new_tokens=8)
     with pytest.raises(ValueError, match=r"^router 'mine': \d+ of \d+ scores are NaN"):
-        score_outputs(pair, {"mine": NanRouter()}, PROMPTS, [[5, 6]] * len(PROMPTS))
+        score_outputs(pair, {"mine": router}, PROMPTS, [[5, 6]] * len(PROMPTS))
 
 
 def test_scores_along_outputs_are_those_of_decoding(pair: Any):

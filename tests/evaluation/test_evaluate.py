@@ -1,7 +1,5 @@
 """An evaluation: its numbers computed again naively, its errors, and its work after an interrupt."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -23,8 +21,8 @@ from citer_hf.evaluation.evaluate import evaluate, method_name
 from citer_hf.evaluation.results import Results, alone_cost, bootstrap_interval, routed_cost, scoring_cost
 from citer_hf.model.routers import EntropyRouter, LinearRouter, RandomRouter
 from tests.conftest import make_pair
-from tests.evaluation_data import LetterTokenizer, examples, has_letter
 from tests.reference import naive_generate, naive_logits
+from tests.training_data import LetterTokenizer, examples, has_letter
 
 NEW = 8
 EXAMPLES = examples()
@@ -42,14 +40,9 @@ def run(pair: Any, checker: Any = has_letter, examples: Any = EXAMPLES, **option
     return evaluate(pair, examples, checker, tokenizer=TOKENIZER, **options)
 
 
-def comparable(results: Results) -> dict[str, Any]:
+def comparable(results: Results) -> Any:
     """Return everything but times."""
-    values = json.loads(json.dumps(asdict(results)))
-    points = [*values["ends"].values(), *(one for method in values["methods"].values() for one in method)]
-    for one in points:
-        assert one.pop("seconds") > 0
-    values["provenance"].pop("date")
-    return values
+    return re.sub(r'"(seconds|date)": [^,]+', "", json.dumps(asdict(results)))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +64,7 @@ def test_points_are_what_decoding_each_problem_alone_gives(pair: Any, results: R
         tokens = sum(len(row[0]) for row in rows)
         assert point.accuracy == np.mean(correct)
         assert point.accuracy_ci == bootstrap_interval(correct, seed=0)
-        assert point.extracted == np.mean(["a" in text for text in texts])
+        assert point.extracted == np.mean(["e" in text for text in texts])
         assert point.llm_share == point.llm_calls == sum(sum(row[1]) for row in rows) / tokens
         assert [point.bytes, point.flops] == pytest.approx(np.sum(spent, axis=0) / tokens)
 
@@ -79,11 +72,11 @@ def test_points_are_what_decoding_each_problem_alone_gives(pair: Any, results: R
 @pytest.mark.parametrize(("end", "threshold"), [("slm", 0.0), ("llm", 2.0)])
 def test_the_ends_are_the_models_alone(pair: Any, results: Results, end: str, threshold: float):
     outputs, point = [naive_generate(pair, prompt, NEW, threshold)[0] for prompt in PROMPTS], results.ends[end]
-    lengths, cost = list(map(len, outputs)), cost_of_model(getattr(pair, end))
-    spent = [alone_cost(cost, len(prompt), length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    cost, tokens = cost_of_model(getattr(pair, end)), sum(map(len, outputs))
+    spent = sum(alone_cost(cost, len(prompt), len(one))[0] for prompt, one in zip(PROMPTS, outputs, strict=True))
     assert point.accuracy == np.mean(["y" in TOKENIZER.decode(output) for output in outputs])
     assert (point.threshold, point.llm_share) == (threshold, float(end == "llm"))
-    assert point.bytes == pytest.approx(np.sum(spent, axis=0)[0] / sum(lengths))
+    assert point.bytes == pytest.approx(spent / tokens)
 
 
 def test_a_query_level_router_chooses_among_the_texts_of_the_ends(pair: Any, results: Results):
@@ -131,20 +124,16 @@ class Interrupted:
         return has_letter(text, example)
 
 
-def test_an_interrupted_run_resumes_and_a_finished_one_returns_its_results(
-    pair: Any, tmp_path: Path, monkeypatch: Any
-):
-    whole = run(pair, checker=Interrupted(-1), out=tmp_path / "whole")
-    out = tmp_path / "out"
-    thresholds: list[Any] = []
-    decode = module.decode
+def test_an_interrupted_run_resumes_and_a_finished_one_is_returned(pair: Any, tmp_path: Path, monkeypatch: Any):
+    whole, out = run(pair, checker=Interrupted(-1), out=tmp_path / "whole"), tmp_path / "out"
+    thresholds, decode = [], module.decoding.decode
 
     def watched(*arguments: Any, **options: Any) -> Any:
         if options["max_new_tokens"] == NEW:
             thresholds.append(options["router_threshold"])
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(module, "decode", watched)
+    monkeypatch.setattr(module.decoding, "decode", watched)
     for at in (8, 14, 24):
         with pytest.raises(KeyboardInterrupt):
             run(pair, checker=Interrupted(at), out=out)
@@ -158,12 +147,8 @@ def test_an_interrupted_run_resumes_and_a_finished_one_returns_its_results(
     assert run(pair, checker=Interrupted(1), out=out) == resumed == Results.read(out / "results.json")
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_work_of_other_arguments_stays_as_it_is_and_the_difference_is_named(pair: Any, tmp_path: Path, finished: bool):
-    try:
-        run(pair, checker=Interrupted(-1 if finished else 14), out=tmp_path)
-    except KeyboardInterrupt:
-        assert not finished
+def test_results_of_other_arguments_stay_as_they_are_and_the_difference_is_named(pair: Any, tmp_path: Path):
+    run(pair, checker=Interrupted(-1), out=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     for change, named in (
         ({"max_new_tokens": NEW + 1}, "max_new_tokens was 8 and is 9"),
@@ -214,7 +199,7 @@ def test_the_provenance_names_router_base_models_and_data(pair: Any, tmp_path: P
     assert origin["routers_sha256"] == {"co-llm": origin["router_sha256"]}
     assert origin["slm"]["commit"] == "a" * 40 and origin["llm"]["commit"] is None
     assert (origin["problems"], origin["processes"], origin["options"]["shares"]) == (len(EXAMPLES), 1, [0.5])
-    assert origin["checker"] == "tests.evaluation_data:has_letter" and len(origin["data_sha256"]) == 64
+    assert origin["checker"] == "tests.training_data:has_letter" and len(origin["data_sha256"]) == 64
     assert str(Path.home()) not in json.dumps(origin) and str(tmp_path) not in json.dumps(origin)
 
 

@@ -1,21 +1,20 @@
 """`label_preferences`: every column computed again naively, interrupted runs, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from citer_hf.training import label as label_module
-from citer_hf.training import rollouts
-from citer_hf.training.label import label_preferences
+from citer_hf.training.label import RollOut, label_preferences, roll_out
 from citer_hf.training.labels import Labels
-from citer_hf.training.rollouts import RollOut, roll_out
 from tests import launching
 from tests.chat_pairs import invoke, save_demo_pair
 from tests.families import EOS
@@ -36,16 +35,21 @@ def content(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
-def labelled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Labels]:
-    model = task_pair(*request.param)
-    return model, label(model, tmp_path_factory.mktemp("labels") / "out")
-
-
 @pytest.fixture(scope="module")
-def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Labels]:
-    model = task_pair()
-    return model, label(model, tmp_path_factory.mktemp("labels") / "out")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Pairs and their labels, each made once."""
+    folder = tmp_path_factory.mktemp("labels")
+    return cache(lambda *pair: (model := task_pair(*pair), label(model, folder / "-".join(pair))))
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def labelled(request: pytest.FixtureRequest, made: Any) -> tuple[Any, Labels]:
+    return made(*request.param)
+
+
+@pytest.fixture
+def llamas(made: Any) -> tuple[Any, Labels]:
+    return made(*PAIRS[0])
 
 
 @torch.no_grad()
@@ -97,26 +101,22 @@ def test_outcomes_are_what_the_pair_writes_from_the_exact_state(labelled: tuple[
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]], ids="-".join)
-def test_copied_caches_and_whole_texts_give_the_same_rollouts(
-    pair: tuple[str, str], llamas: tuple[Any, Labels], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copied_caches_and_whole_texts_give_the_same_rollouts(pair: tuple[str, str], llamas: Any, monkeypatch: Any):
     model, questions = task_pair(*pair), llamas[1].questions
     wanted = [RollOut(index, place, 10 + place) for index in range(4) for place in range(5)]
     wanted += [RollOut(index, place, -1) for index in range(4) for place in (0, 3)] + [RollOut(0, 2, EOS)]
     shared = roll_out(model, questions, wanted, THRESHOLD, 30)
-    monkeypatch.setattr(rollouts, "STRETCH", 3)
+    monkeypatch.setattr(label_module, "STRETCH", 3)
     assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
-    monkeypatch.setattr(rollouts, "shared_prefixes", lambda *arguments: None)
+    monkeypatch.setattr(label_module, "shared_prefixes", lambda *arguments: None)
     assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
     assert max(map(len, shared)) <= 30 and len(set(map(len, shared))) > 1
 
 
 def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
     model, labels = llamas
-    options = {"split": "train", "cache_dir": str(tmp_path)}
-    tokens, questions = (
-        datasets.load_dataset(str(labels.directory), name, **options) for name in ("tokens", "questions")
-    )
+    where = {"path": str(labels.directory), "split": "train", "cache_dir": str(tmp_path)}
+    tokens, questions = (datasets.load_dataset(name=name, **where) for name in ("tokens", "questions"))
     assert tokens["position"] == labels.position.tolist() and len(questions) == len(labels.questions)
     assert tokens.features["hidden"].feature.dtype == "float16"
     assert {int(labels.reference_token[labels.question == index][-1]) for index in range(4)} == {EOS}
@@ -149,12 +149,7 @@ def test_a_budget_is_spent_where_the_router_is_least_sure(llamas: tuple[Any, Lab
     assert bool((some.label[(some.case == 3) & (some.rollout < 0)] == -1).all())
 
 
-# ---- interruptions --------------------------------------------------------------------------------------------------
-
-
-def test_an_interrupted_run_is_resumed_without_repeating_work(
-    llamas: tuple[Any, Labels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_path: Path, monkeypatch: Any) -> None:
     calls: list[int] = []
 
     def counted(*arguments: Any) -> Any:
@@ -189,32 +184,19 @@ def test_two_processes_give_the_labels_of_one(tmp_path: Path) -> None:
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rollouts": -1}, "rollouts: expected a number from 0 up, got -1"),
+        ({"rollouts": -1}, "rollouts: expected at least 0, got -1"),
         ({"router_threshold": 70}, "router_threshold: expected a number from 0 .* to 2"),
         ({"examples": [{"prompt": "a", "response": "b", "answer": ""}]}, "row 1.*answer"),
         ({"examples": [*task(1), {"prompt": "a", "response": "a" * 300, "answer": "b"}]}, "row 2.*301"),
     ],
 )
-def test_options_and_examples_that_cannot_be_used_are_refused(
-    llamas: tuple[Any, Labels], tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_used_is_refused(llamas: Any, tmp_path: Path, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         label(llamas[0], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_checker_that_fails_is_named_with_the_example(tmp_path: Path) -> None:
-    def broken(response: str, example: Any) -> Any:
-        raise KeyError("oops")
-
-    with pytest.raises(ValueError, match=r"checker .*broken: it raised KeyError.* at row \d of the data \('q\d'\)"):
-        label(task_pair(), tmp_path / "out", checker=broken)
 
 
 def test_pairs_that_cannot_label_are_refused(tmp_path: Path) -> None:
@@ -226,6 +208,16 @@ def test_pairs_that_cannot_label_are_refused(tmp_path: Path) -> None:
     model._tokenizer = None
     with pytest.raises(ValueError, match="expected a pair with a tokenizer"):
         label(model, tmp_path / "out")
+
+
+def test_labels_that_are_not_finite_are_named_by_their_row(llamas: Any, tmp_path: Path) -> None:
+    shutil.copytree(llamas[1].directory, tmp_path / "labels")
+    (file,) = (tmp_path / "labels" / "data").iterdir()
+    table = pq.read_table(file).to_pydict()
+    table["slm_logprob"][4] = float("nan")
+    pq.write_table(pa.table(table, pq.read_schema(file)), file)
+    with pytest.raises(ValueError, match=r"data, row 5: slm_logprob is NaN or infinite\. Make the labels again"):
+        Labels.load(tmp_path / "labels")
 
 
 def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Labels], tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Training routers: objectives by hand, the weights that are kept, rounds, resuming, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,31 +14,17 @@ from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.decode import with_router
 from citer_hf.model.routers import marginal
 from citer_hf.runs import file_sha256
-from citer_hf.training import baselines
-from citer_hf.training import train as train_module
-from citer_hf.training.baselines import baseline_routers, router_of
+from citer_hf.training import train as module
 from citer_hf.training.label import label_preferences
 from citer_hf.training.labels import Labels
 from citer_hf.training.objectives import OBJECTIVES, QUERY, co_llm_loss, preference_loss
-from citer_hf.training.train import (
-    NothingToLearn,
-    TrainOptions,
-    calibration_error,
-    divide,
-    router_inputs,
-    summary,
-    train,
-    train_router,
-)
+from citer_hf.training.train import TrainOptions, train, train_router
 from tests.training_data import has_letter, made_up_labels, naive_outcome, task, task_pair
 
 FEW = {"learning_rates": (1e-2,), "epochs": 4, "batch_size": 64, "patience": 2}
 QUICK = TrainOptions(**FEW)
 LABELS = made_up_labels()
 EVERYWHERE = range(len(LABELS.case))
-
-
-# ---- objectives -----------------------------------------------------------------------------------------------------
 
 
 def by_hand(name: str, labels: Labels, token: int) -> int:
@@ -62,9 +46,7 @@ def test_an_objective_wants_what_the_method_says(name: str) -> None:
     # At every second token no roll-out was made.
     labels = replace(LABELS, rollout=torch.where(LABELS.position % 2 == 0, LABELS.rollout, -1))
     assert OBJECTIVES[name].targets(labels).tolist() == [by_hand(name, labels, token) for token in EVERYWHERE]
-
-
-def test_query_level_routing_decides_at_the_prompts_last_token() -> None:
+    # Query-level routing decides at each prompt's last token.
     targets = QUERY.targets(LABELS)
     assert (targets >= 0).nonzero()[:, 0].tolist() == [20 * question for question in range(24)]
     assert targets[::20].tolist() == LABELS.slm_correct.tolist()
@@ -80,19 +62,16 @@ def test_losses_are_those_of_the_equations() -> None:
     assert torch.allclose(co_llm_loss(log_odds, label, slm[:, 3], llm[:, 3]), -likelihood, atol=1e-6)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["citer-plus", "co-llm"])
 def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "LARGEST_LOG_ODDS", 1e9)
+    monkeypatch.setattr(module, "LARGEST_LOG_ODDS", 1e9)
     settings = replace(QUICK, learning_rates=(3e-2, 1e-3), epochs=5, patience=5)
     objective = OBJECTIVES[name]
     router, found = train_router(LABELS, objective, settings, tmp_path)
-    targets, training, part = divide(LABELS, objective, settings)
+    targets, training, part = module.divide(LABELS, objective, settings)
     assert not set(LABELS.question[training].tolist()) & set(LABELS.question[part].tolist())
     with torch.no_grad():
-        log_odds = router.log_odds(router_inputs(LABELS, objective)[part])
+        log_odds = router.log_odds(module.router_inputs(LABELS, objective)[part])
         loss = objective.loss(log_odds, targets[part].float(), LABELS.slm_logprob[part], LABELS.llm_logprob[part])
     losses = [entry["eval_loss"] for entry in found["history"] if "eval_loss" in entry]
     assert len(losses) == 5 and found["validation"]["loss"] == min(losses)
@@ -100,21 +79,23 @@ def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path, monkeypa
 
 
 def test_a_router_learns_what_there_is_to_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "LARGEST_LOG_ODDS", 4.0)
+    monkeypatch.setattr(module, "LARGEST_LOG_ODDS", 4.0)
     labels, settings = made_up_labels(questions=80), replace(QUICK, epochs=15, patience=15)
     router, found = train_router(labels, OBJECTIVES["citer-plus"], settings, tmp_path)
     facts = found["validation"]
     assert facts["auc"] > 0.95 and facts["calibration_error"] < 0.2
     shares = [one["llm_share"] for one in facts["llm_share"]]
     assert shares == sorted(shares) and 0 < shares[0] < 0.05
-    targets, _, validation = divide(labels, OBJECTIVES["citer-plus"], settings)
+    targets, _, validation = module.divide(labels, OBJECTIVES["citer-plus"], settings)
     with torch.no_grad():
-        log_odds = router.log_odds(router_inputs(labels, OBJECTIVES["citer-plus"]))
+        log_odds = router.log_odds(module.router_inputs(labels, OBJECTIVES["citer-plus"]))
     needed = validation[targets[validation] == 0]
     assert float((torch.sigmoid(log_odds[needed]) < facts["router_threshold"]).float().mean()) >= 0.95
     # Scores do not saturate.
     assert float(log_odds.abs().sort().values[int(0.9 * len(log_odds))]) == pytest.approx(4.0, rel=1e-4)
-    text = summary(found, tmp_path)
+    scores, label = torch.tensor([0.05, 0.05, 0.95, 0.95]), torch.tensor([0.0, 1, 1, 1])
+    assert module.calibration_error(scores, label) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
+    text = module.summary(found, tmp_path)
     assert "held-out questions: AUC 0.9" in text and f"The router is in {tmp_path}." in text
 
 
@@ -126,9 +107,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_is_resumed_to_the_same_router(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_training_is_resumed_to_the_same_router(tmp_path: Path, monkeypatch: Any) -> None:
     whole, _ = train_router(LABELS, OBJECTIVES["citer"], QUICK, tmp_path / "whole")
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "interrupt", Interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -138,30 +117,20 @@ def test_an_interrupted_training_is_resumed_to_the_same_router(
         assert torch.equal(weight, resumed.state_dict()[name])
 
 
-def test_calibration_error_by_hand() -> None:
-    scores, label = torch.tensor([0.05, 0.05, 0.95, 0.95]), torch.tensor([0.0, 1, 1, 1])
-    assert calibration_error(scores, label) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
-
-
-def test_baselines_are_every_method_that_has_something_to_learn(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_baselines_are_every_method_that_has_something_to_learn(monkeypatch: Any, caplog: Any) -> None:
     pair, labels = task_pair(), LABELS
     monkeypatch.setattr(Labels, "load", classmethod(lambda cls, directory: labels))
     monkeypatch.setattr(Labels, "check_pair", lambda self, model: None)
-    monkeypatch.setattr(baselines, "TrainOptions", lambda seed: replace(QUICK, epochs=1, seed=seed))
-    routers = baseline_routers(pair, "labels")
+    monkeypatch.setattr(module, "TrainOptions", lambda seed: replace(QUICK, epochs=1, seed=seed))
+    routers = module.baseline_routers(pair, "labels")
     assert set(routers) == {*OBJECTIVES, "query", "confidence", "entropy", "random"}
     scores = [router(LABELS.hidden[:9].float(), torch.randn(9, 30)) for router in routers.values()]
     assert all(score.shape == (9,) and bool(((score >= 0) & (score <= 1)).all()) for score in scores)
     labels = replace(LABELS, slm_correct=torch.zeros_like(LABELS.slm_correct))
-    assert set(baseline_routers(pair, "labels", ["query", "co-llm", "random"])) == {"co-llm", "random"}
+    assert set(module.baseline_routers(pair, "labels", ["query", "co-llm", "random"])) == {"co-llm", "random"}
     assert "query is left out. labels: of the 21 labels" in caplog.text
     with pytest.raises(ValueError, match="methods: there is no 'rnd'; expected some of"):
-        baseline_routers(pair, "labels", ["rnd"])
-
-
-# ---- the whole ------------------------------------------------------------------------------------------------------
+        module.baseline_routers(pair, "labels", ["rnd"])
 
 
 @pytest.fixture(scope="module")
@@ -197,29 +166,27 @@ def test_training_leaves_a_router_repository(labelled: tuple[Any, Any], tmp_path
     assert loaded.config.router_threshold == pytest.approx(provenance["validation"]["router_threshold"])
     assert loaded.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4).shape[1] <= 7
     trained, _ = train_router(labels, OBJECTIVES[objective], QUICK, tmp_path / "again")
-    method, router = router_of(tmp_path / "out", pair)
+    method, router = module.router_of(tmp_path / "out", pair)
     assert method == objective
     for name, weight in trained.state_dict().items():
         assert torch.equal(weight, router.state_dict()[name]) and torch.equal(weight, loaded.router.state_dict()[name])
     with pytest.raises(FileNotFoundError, match=r"has no provenance\.json that names its method"):
-        router_of(labels.directory, pair)
+        module.router_of(labels.directory, pair)
 
 
-def test_a_further_round_rolls_out_its_cases_with_the_new_router(
-    labelled: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_further_round_rolls_out_its_cases_with_the_new_router(labelled: Any, tmp_path: Path, monkeypatch: Any):
     pair, labels = labelled
     seen: list[Any] = []
-    relabel = train_module.relabel
+    relabel = module.relabel
 
     def spy(*arguments: Any) -> Any:
         seen.append((arguments[2], relabel(*arguments)))
         return seen[-1][1]
 
-    monkeypatch.setattr(train_module, "relabel", spy)
+    monkeypatch.setattr(module, "relabel", spy)
     train(pair, labels, tmp_path / "out", objective="citer", rounds=2, checker=has_letter, **FEW)
     ((router, again),) = seen
-    scores = router.log_odds(router_inputs(labels, OBJECTIVES["citer"])).detach()
+    scores = router.log_odds(module.router_inputs(labels, OBJECTIVES["citer"])).detach()
     threshold = float(torch.sigmoid(scores.sort().values[len(scores) // 3]))
     policy = with_router(pair, router)
     assert torch.equal(again.rollout[labels.case != 3], labels.rollout[labels.case != 3])
@@ -228,12 +195,8 @@ def test_a_further_round_rolls_out_its_cases_with_the_new_router(
         assert int(again.rollout[token]) == expected
 
 
-def test_what_a_logger_writes_stays_in_the_output(
-    labelled: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_logger_writes_stays_in_the_output(labelled: Any, tmp_path: Path, monkeypatch: Any) -> None:
     class Writer(TrainerCallback):
-        """As TensorBoard's: one file in a folder."""
-
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             Path(args.output_dir, "runs").mkdir(exist_ok=True)
             Path(args.output_dir, "runs", "events").write_text(json.dumps(state.log_history))
@@ -257,17 +220,10 @@ def test_what_a_logger_writes_stays_in_the_output(
         ({"validation": 0.01}, "12 questions, too few to hold out 1.0%"),
     ],
 )
-def test_senseless_options_are_refused(
-    labelled: tuple[Any, Any], tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_senseless_options_and_equal_labels_are_refused(labelled: Any, tmp_path: Path, options: Any, message: str):
     with pytest.raises(ValueError, match=message):
         train(*labelled, tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_labels_that_nothing_can_be_learnt_from_are_refused(labelled: tuple[Any, Any], tmp_path: Path) -> None:
-    pair, labels = labelled
-    same = replace(labels, case=torch.ones_like(labels.case))
-    with pytest.raises(NothingToLearn, match="all are 1, so that there is nothing to learn"):
-        train(pair, same, tmp_path / "out")
+    same = replace(labelled[1], case=torch.ones_like(labelled[1].case))
+    with pytest.raises(module.NothingToLearn, match="all are 1, so that there is nothing to learn"):
+        train(labelled[0], same, tmp_path / "out")
     assert not (tmp_path / "out").exists()
