@@ -1,7 +1,5 @@
 """The command line: `citer COMMAND`. What takes long to import is imported by the command that needs it."""
 
-from __future__ import annotations
-
 import inspect
 import json as json_format
 import re

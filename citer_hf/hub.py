@@ -1,7 +1,5 @@
 """Sharing a router repository: its model card, and the push to the Hub in one commit."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Routers that exist already: files of the released code of CITER (`.pth`) and of R2R (`.pt`)."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle

@@ -1,7 +1,5 @@
 """From options dataclasses to the options of a command line."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

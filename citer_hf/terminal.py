@@ -1,7 +1,5 @@
 """Text in a terminal, as it is written, coloured by who wrote it."""
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Any, TextIO

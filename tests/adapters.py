@@ -1,7 +1,5 @@
 """Tiny models with random adapters of PEFT, in directories."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tiny random pairs with tokenizers, and what tests of the command line need."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Every cell is a comparison in fp32 with the naive reference or with the bare mod
 architecture paired with a tiny Llama.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What all tests share: tiny pairs, scripted routers, and a watch for deprecation notices."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path

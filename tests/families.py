@@ -1,7 +1,5 @@
 """Tiny models of many architectures, with random weights, made on the spot."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Files of every size come with the commit, as small ones do on the Hub. Xet, its 
 the tests switch it off in the client's process (`HF_HUB_DISABLE_XET=1`).
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Commands of `citer` in several processes, as users start them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

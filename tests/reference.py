@@ -1,7 +1,5 @@
 """The method written down naively: no cache, no padding, one row at a time. Everything else is compared with this."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

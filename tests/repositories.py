@@ -1,7 +1,5 @@
 """Tiny base models and routers on disk, with a tokenizer of one word per token."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

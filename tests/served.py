@@ -1,7 +1,5 @@
 """A server of a tiny pair, over real sockets, in a thread of the test's process."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time

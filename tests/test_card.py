@@ -1,7 +1,5 @@
 """The model card and what goes to the Hub with it: what tells of this router, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Chats: the caches live on, and what they hold is never another text than the chat's."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from typing import Any

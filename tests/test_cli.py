@@ -1,7 +1,5 @@
 """`citer`, as a user and as a script meet it: options, loading, errors, and `citer chat`."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

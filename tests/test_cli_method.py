@@ -1,7 +1,5 @@
 """`citer label`, `train`, `evaluate` and `calibrate`, from the command line."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Costs of a forward pass: counted from a configuration and from a model, and compared with torch's own count."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Routers on a Hub: pushed and loaded by the unmodified client, in processes of their own, against a local server."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

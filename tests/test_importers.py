@@ -1,7 +1,5 @@
 """Routers of CITER's and R2R's released code: what becomes of their files, compared with the description of them."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

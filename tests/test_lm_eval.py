@@ -1,7 +1,5 @@
 """EleutherAI's evaluation harness, unmodified: `lm_eval --model hf` on a router directory."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Several processes measure, label and train the same as one, and a killed one costs nothing."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time

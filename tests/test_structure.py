@@ -1,7 +1,5 @@
 """Imports: what the package brings along and registers, and which part may import which (arrows go down only)."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The streamer: every character once, painted by its writer."""
 
-from __future__ import annotations
-
 import io
 import re
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """A new release of a dependency that breaks `pip install citer-hf` is noticed here first."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

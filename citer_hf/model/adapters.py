@@ -1,7 +1,5 @@
 """Adapters (PEFT) of a base model: where their files are, putting them into a loaded model, saving them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """Which batches may be decoded with rows that move at their own pace."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """CiterCache: two KV caches, the tokens that the LLM has not seen yet, and the record of routing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

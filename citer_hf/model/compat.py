@@ -1,7 +1,5 @@
 """Everything that depends on a version of transformers, torch or huggingface_hub; each shim names what ends it."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Mapping

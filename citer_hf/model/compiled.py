@@ -1,7 +1,5 @@
 """Which passes are compiled, and where compiled passes and the memory that they are bound to are kept."""
 
-from __future__ import annotations
-
 import threading
 import types
 import weakref

@@ -1,7 +1,5 @@
 """CiterConfig: which SLM, which LLM, which router, which threshold."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What one call of `generate` asks for, and what the loops over one row and over many share."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """How `generate` drives two models: which cache it makes, which sequences are finished, where the record starts."""
 
-from __future__ import annotations
-
 import copy
 from contextvars import ContextVar
 from functools import partial

@@ -1,7 +1,5 @@
 """Loading: a pair from two models, a router repository from disk or the Hub."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os

@@ -1,7 +1,5 @@
 """Attention masks for rows that stand at different places."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Decoding of one row: transformers' loop for greedy decoding and sampling, without what a pair does not need."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The two base models of a pair: where they are, loading them, and whether they fit together."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

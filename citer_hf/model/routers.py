@@ -1,7 +1,5 @@
 """Routers: which kinds there are, and the one place where a score becomes a decision."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

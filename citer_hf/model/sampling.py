@@ -1,7 +1,5 @@
 """The random numbers of sampling, a generator for each sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

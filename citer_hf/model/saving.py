@@ -1,7 +1,5 @@
 """Saving a pair as a router repository, all or nothing, and uploading it."""
 
-from __future__ import annotations
-
 import copy
 import os
 import re

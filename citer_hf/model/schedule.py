@@ -1,7 +1,5 @@
 """How many rows should wait for the LLM before it is called: the policy of batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache, partial
 from math import comb, sqrt

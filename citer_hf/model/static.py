@@ -1,7 +1,5 @@
 """Decoding with static caches: for GPUs, where launching a small model's kernels takes longer than running them."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from typing import Any, TypeGuard

@@ -1,7 +1,5 @@
 """What the static path reads and writes: keys, values and the state of every row, at addresses that never change."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """An OpenAI-compatible server of a pair."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..model.routers import as_threshold

@@ -1,7 +1,5 @@
 """One answer: how it is generated, what it took, and its JSON, whole and in pieces."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

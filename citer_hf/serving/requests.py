@@ -1,7 +1,5 @@
 """From a request to what generates its answers: prompt tokens, settings, processors, parser."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from typing import Any

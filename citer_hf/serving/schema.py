@@ -1,7 +1,5 @@
 """Fields of a request, and the errors that a client is told: both as OpenAI has them."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 import fastapi

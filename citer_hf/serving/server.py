@@ -1,7 +1,5 @@
 """`citer serve`: an OpenAI-compatible server of a pair."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """`citer bench`: the comparison, its report, interruptions, failures, and the options that it takes."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

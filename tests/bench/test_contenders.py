@@ -1,7 +1,5 @@
 """The contenders of the bench: forced shares, the loops, counted passes, prompts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

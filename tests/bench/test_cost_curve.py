@@ -1,7 +1,5 @@
 """The costs of a step: measured, interpolated, and the break-even share that follows."""
 
-from __future__ import annotations
-
 import pytest
 
 from citer_hf import CiterForCausalLM

@@ -1,7 +1,5 @@
 """`docs/benchmarks/gpu.py`, tried with small models on a CPU: on a GPU it fills in `docs/performance.md`."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import shlex

@@ -1,7 +1,5 @@
 """`citer bench --simulate`: projections from two configurations."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Without one, `CITER_TEST_DEVICE=cpu` runs what can be run.
 """
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -1,7 +1,5 @@
 """Adapters of PEFT on a base model: every way to give one, saving them, and those that cannot work."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapters on a Hub: each repository at its own commit, with its own revision, in processes of their own."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Input to `forward` and `generate` that means nothing."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Sequences of a batch move at their own pace and get the texts that they get alone, in fewer calls of the LLM."""
 
-from __future__ import annotations
-
 import gc
 import time
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """A column of prompts through a pipeline, through `map` and through a trainer: the text of each row alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

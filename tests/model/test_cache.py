@@ -1,7 +1,5 @@
 """CiterCache and its layers: cropped, reordered, copied, repeated, and never at odds with the two models."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

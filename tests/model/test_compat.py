@@ -1,7 +1,5 @@
 """Both names of the cache, on every supported version of transformers, and nothing deprecated by our own calls."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """Passes of static decoding are traced as a whole, and once. That needs no accelerator: a compiler sees the same."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

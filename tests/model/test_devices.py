@@ -1,7 +1,5 @@
 """Pairs that are quantized, offloaded, copied, or whose LLM is divided among processes."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Every architecture, both loops of batches, growing and static caches: compared with the naive loop, bare models."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

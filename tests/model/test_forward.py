@@ -1,7 +1,5 @@
 """`forward`: what it returns for every combination of inputs, and what it does not run."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

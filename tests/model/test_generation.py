@@ -1,7 +1,5 @@
 """`generate` with settings that people publish, keep and combine: the pair does what the plain model does."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """Making, saving and loading pairs, on disk."""
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Nothing in a step but attention grows with the text; threads share a model; long runs keep their speed."""
 
-from __future__ import annotations
-
 import gc
 import os
 import statistics

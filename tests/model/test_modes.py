@@ -1,7 +1,5 @@
 """Every decoding mode of `generate`."""
 
-from __future__ import annotations
-
 import string
 
 import pytest

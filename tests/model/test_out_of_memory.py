@@ -1,7 +1,5 @@
 """Out of memory inside `generate` and `forward`: the error keeps its type, names the model and what helps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A router repository where `citer_hf` is not installed: the code that lies beside the weights."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

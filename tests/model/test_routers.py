@@ -1,7 +1,5 @@
 """The routers: scores in [0, 1], equal to the published formulas."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -3,8 +3,6 @@
 `python -m tests.model.test_sample` wrote it; the code of the core was left out.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

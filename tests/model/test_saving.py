@@ -1,7 +1,5 @@
 """What is saved is what was there: references, generation settings, stale files, marks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

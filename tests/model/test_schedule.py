@@ -1,7 +1,5 @@
 """How many sequences wait before the LLM is called."""
 
-from __future__ import annotations
-
 import itertools
 import random
 

@@ -1,7 +1,5 @@
 """What a router's files cannot do: lead elsewhere, run code of base models; and a token is written nowhere."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What `help()` and type checkers learn about the methods of a pair."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any, get_type_hints

@@ -1,7 +1,5 @@
 """`cache_implementation="static"` gives what a growing cache gives, in every mode that can use it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

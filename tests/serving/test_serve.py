@@ -1,7 +1,5 @@
 """`citer serve`, asked by the real OpenAI client over real sockets."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What `citer serve` does not do: every refusal is a 4xx or a 503 in OpenAI's form that says what to change."""
 
-from __future__ import annotations
-
 import json
 import logging
 import socket
