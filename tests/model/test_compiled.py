@@ -280,9 +280,11 @@ def test_a_text_written_in_inference_mode_leaves_room_for_others():
 
 def test_a_pass_that_was_compiled_too_often_runs_as_it_is(warned):
     model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
-    for seed in range(10):
-        model.router.seed = seed
-        assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
+    # transformers 5.17 raises the limit of the process when it reads a prompt in chunks.
+    with torch._dynamo.config.patch(cache_size_limit=2):
+        for seed in range(4):
+            model.router.seed = seed
+            assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
     assert len([one for one in warned() if one.startswith("cache_implementation")]) == 1
 
 
