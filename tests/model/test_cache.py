@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from citer_hf import CiterCache
 from citer_hf.model.compat import cache_argument
 from citer_hf.model.kv_layers import GrowingLayer
-from tests.conftest import ScriptedRouter, make_pair, random_prompts
+from tests.conftest import make_pair, random_prompts
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -103,25 +103,6 @@ def test_positions_given_late_are_completed(pair):
     read(pair, cache, text[:, 5:], router_threshold=0.0, position_ids=torch.arange(5, 9)[None])
     ids, positions = cache.unseen_tokens()
     assert torch.equal(ids, text) and positions.tolist() == [list(range(9))]
-
-
-def test_the_record_holds_tensors_of_the_step_and_nothing_is_read_until_asked(pair, monkeypatch):
-    reads = []
-    item = torch.Tensor.__bool__
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: reads.append(1) or item(self))
-    cache = filled(pair, torch.tensor(random_prompts((9,))), 9)
-    reads.clear()
-    read(pair, cache, torch.tensor([[5]]), router_threshold=0.5)
-    assert len(reads) == 1, "the decision itself, and nothing else, waits for the device"
-
-
-def test_crop_of_the_record_keeps_the_decision_that_follows_the_text():
-    model = make_pair(router=ScriptedRouter(torch.tensor([[0, 1, 1, 0, 1]])))
-    cache = CiterCache(model.config)
-    text = torch.tensor(random_prompts((5,)))
-    read(model, cache, text)
-    cache.crop(-2)
-    assert cache.routing.to_llm.tolist() == [[False, True, True]]
 
 
 def test_what_a_cache_cannot_do_is_refused(pair):

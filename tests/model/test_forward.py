@@ -136,18 +136,6 @@ def test_the_router_stays_fp32_until_the_whole_model_is_cast(dtype, text):
     assert output.router_scores.dtype == output.logits.dtype == dtype
 
 
-@pytest.mark.parametrize("lengths", [(200,), (5, 9, 12)])
-@pytest.mark.parametrize("role", ["slm", "llm"])
-def test_the_head_multiplies_the_last_positions_in_one_piece(pair, role, lengths):
-    heads = []
-    hook = getattr(pair, role).lm_head.register_forward_pre_hook(
-        lambda module, inputs: heads.append((tuple(inputs[0].shape[:2]), inputs[0].is_contiguous()))
-    )
-    pair(**left_padded(random_prompts(lengths)), logits_to_keep=1, router_threshold=2.0)
-    hook.remove()
-    assert heads == [((len(lengths), 1), True)]
-
-
 def test_another_head_may_be_put_on_the_slm(text):
     model = make_pair(router="confidence")
     model.slm.lm_head = torch.nn.Linear(model.slm.lm_head.in_features, model.slm.lm_head.out_features, bias=False)
