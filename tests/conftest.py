@@ -74,27 +74,6 @@ def make_pair(
 
 
 @pytest.fixture
-def loop_taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
-    """Returns a function that names the loop of our own that the last `generate` took: `rows`, `static` or nothing."""
-    import citer_hf.model.generation as module
-
-    taken: list[str] = []
-
-    def noting(name: str, original: Any) -> Any:
-        return lambda *args, **kwargs: taken.append(name) or original(*args, **kwargs)
-
-    for name in ("rows", "static"):
-        monkeypatch.setattr(module, f"decode_{name}", noting(name, getattr(module, f"decode_{name}")))
-
-    def last() -> str:
-        result = "".join(taken[-1:])
-        taken.clear()
-        return result
-
-    return last
-
-
-@pytest.fixture
 def warned(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     """Returns a function that gives the warnings about static caches, as a process sees them that has just begun."""
     transformers.utils.logging.warning_once.cache_clear()

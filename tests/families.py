@@ -22,7 +22,7 @@ SHAPE = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 
 # Name of the family: its configuration class and what it adds to the shape.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,24 +38,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
-    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, "head_dim": 8, **EXPERTS}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, **MOE}),
     "qwen3_next": (
         "Qwen3NextConfig",
         {
             "num_experts": 4,
-            "head_dim": 8,
             "shared_expert_intermediate_size": 16,
             "layer_types": ["linear_attention", "full_attention"],
             **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            **EXPERTS,
+            **MOE,
         },
     ),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
 }
 
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 LOW_RANK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6}
 GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 # More architectures, which the table of `compatibility.py` leaves out.

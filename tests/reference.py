@@ -37,9 +37,12 @@ def naive_generate(
 Texts = list[tuple[list[int], list[bool], list[float], torch.Tensor]]
 
 
-def naive_texts(model: Any, rows: list[list[int]], steps: int, eos: Sequence[int]) -> Texts:
+def naive_texts(
+    model: Any, rows: list[list[int]], steps: int, eos: Sequence[int], thresholds: Sequence[float] = ()
+) -> Texts:
     """What the naive loop gives for each sequence of a batch."""
-    return [naive_generate(model, row, steps, model.config.router_threshold, eos=eos) for row in rows]
+    thresholds = thresholds or [model.config.router_threshold] * len(rows)
+    return [naive_generate(model, row, steps, threshold, eos) for row, threshold in zip(rows, thresholds)]  # noqa: B905
 
 
 def assert_sequences(output: Any, rows: list[list[int]], expected: Texts) -> None:

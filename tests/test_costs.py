@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from citer_hf.costs import ModelCost, cost_of_config, cost_of_model, flops
 from citer_hf.model.compat import cache_argument
-from tests.families import FAMILIES, tiny_config, tiny_model
+from tests.families import EVERY, FAMILIES, tiny_config, tiny_model
 
 # In these, attention and matrix products are all that counts; the others also run convolutions or scans.
 PLAIN = [family for family in FAMILIES if family not in ("qwen3_next", "lfm2")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_configuration_costs_what_the_model_costs(family: str):
     config = tiny_config(family)
     assert cost_of_config(config, bits=32, kv_bits=32) == cost_of_model(tiny_model(family))
@@ -35,7 +35,7 @@ def test_operations_are_those_that_torch_counts(family: str, context: int, token
     assert flops(cost_of_model(model), tokens, context) == pytest.approx(expected, rel=0.005)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3"])
 def test_keys_and_values_are_as_large_as_the_cache_that_the_model_fills(family: str):
     model = tiny_model(family)
     cost = cost_of_model(model)
@@ -47,13 +47,9 @@ def test_keys_and_values_are_as_large_as_the_cache_that_the_model_fills(family: 
 
 
 def test_compressed_keys_and_values_are_expanded_for_attention():
-    cost = cost_of_config(tiny_deepseek(), bits=32, kv_bits=32)
-    model = AutoModelForCausalLM.from_config(tiny_deepseek(), dtype=torch.float32).eval()
-    assert cost == cost_of_model(model)
-    cache = DynamicCache(config=model.config)
-    read(model, 7, cache)
-    assert cost.kv_bytes_read(7) == cache_bytes(cache)
-    assert flops(cost, 1, 7) - flops(cost, 1, 0) == 2 * 7 * 2 * 4 * (8 + 4 + 8)
+    cost = cost_of_model(tiny_model("deepseek_v3"))
+    # Two layers, four heads, and for each the widths of keys (8 + 4) and values (6).
+    assert flops(cost, 1, 7) - flops(cost, 1, 0) == 2 * 7 * 2 * 4 * (8 + 4 + 6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -129,20 +125,3 @@ def read(model: Any, tokens: int, cache: Any) -> None:
 def cache_bytes(cache: Any) -> int:
     layers = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-
-
-def tiny_deepseek() -> Any:
-    from transformers import DeepseekV3Config
-
-    attention = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    }
-    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return DeepseekV3Config(
-        **shape, **attention, **experts, num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=16
-    )

@@ -23,7 +23,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluation(data: Path, out: Path) -> list[Any]:
     sizes = ["--max-new-tokens", 40, "--batch-tokens", 700, "--device-map", "cpu"]
-    return ["-m", "citer_hf.cli", "evaluate", "demo", "--data", data, "--checker", "math", "--out", out, *sizes]
+    data_and_out = ["--data", data, "--checker", "math", "--out", out, "--shares", "0.1,0.4"]
+    return ["-m", "citer_hf.cli", "evaluate", "demo", *data_and_out, *sizes]
 
 
 def measured(out: Path) -> tuple[str, int]:
@@ -40,17 +41,13 @@ def measured(out: Path) -> tuple[str, int]:
 @pytest.fixture(scope="module")
 def results_of_one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("one") / "out"
-    run(ONE, *evaluation(data, out), "--shares", "0.1,0.4")
+    run(ONE, *evaluation(data, out))
     return measured(out)[0]
 
 
-@pytest.mark.parametrize(
-    "launcher", [TWO, pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["accelerate", "torchrun"]
-)
-def test_two_processes_measure_what_one_does(
-    data: Path, results_of_one: str, tmp_path: Path, launcher: list[str]
-) -> None:
-    said = run(launcher, *evaluation(data, tmp_path / "out"), "--shares", "0.1,0.4")
+@pytest.mark.parametrize("launcher", [TWO, pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+def test_two_processes_measure_what_one_does(data: Path, results_of_one: str, tmp_path: Path, launcher: Any) -> None:
+    said = run(launcher, *evaluation(data, tmp_path / "out"))
     values, processes = measured(tmp_path / "out")
     assert processes == 2
     assert values == results_of_one
@@ -61,7 +58,7 @@ def test_two_processes_measure_what_one_does(
 def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(
     data: Path, results_of_one: str, tmp_path: Path
 ) -> None:
-    arguments = [*evaluation(data, tmp_path / "out"), "--shares", "0.1,0.4"]
+    arguments = evaluation(data, tmp_path / "out")
     process = start(TWO, *arguments)
     work = tmp_path / "out" / ".work" / "models alone"
     while process.poll() is None and len(list(work.glob("*.json"))) < 2:
@@ -91,11 +88,8 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     for name, launcher in (("one", ONE), ("two", TWO)):
         router, out = tmp_path / name / "router", tmp_path / name / "out"
         run(launcher, *citer, "train", "demo", "--labels", tmp_path / "labels", "--out", router, "--device-map", "cpu")
-        baselines = ["--baselines", tmp_path / "labels", "--methods", "co-llm,random", "--shares", "0.3"]
-        baselines += ["--checker", "math"]
-        run(
-            launcher, *citer, "evaluate", router, "--data", test, "--checker", "math", "--out", out, *sizes, *baselines
-        )
+        baselines = ["--baselines", tmp_path / "labels", "--methods", "co-llm,random", "--checker", "math"]
+        run(launcher, *citer, "evaluate", router, "--data", test, "--out", out, *sizes, *baselines, "--shares", 0.3)
         found[name] = (load_file(router / "model.safetensors"), *measured(out))
     (ours, values, processes), (of_one, values_of_one, _) = found["two"], found["one"]
     assert processes == 2

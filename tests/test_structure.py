@@ -85,10 +85,8 @@ print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)]._
 def test_the_core_imports_only_torch_transformers_and_itself(file):
     allowed = {"torch", "transformers", "accelerate", *sys.stdlib_module_names}
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                assert node.level == 1 and (PACKAGE / "model" / f"{node.module}.py").is_file()
-            else:
-                assert node.module.split(".")[0] in allowed
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and (PACKAGE / "model" / f"{node.module}.py").is_file()
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert {str(name).split(".")[0] for name in names} <= allowed

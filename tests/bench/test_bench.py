@@ -11,7 +11,7 @@ import torch
 
 from citer_hf import CiterForCausalLM
 from citer_hf.bench import bench as module
-from citer_hf.bench.bench import BenchOptions, as_device, bench
+from citer_hf.bench.bench import as_device, bench
 from citer_hf.bench.contenders import Decoders
 from citer_hf.bench.plot import draw
 from tests.chat_pairs import QUICK_BENCH, invoke
@@ -54,8 +54,8 @@ def test_the_report_adds_up() -> None:
 
 
 def test_a_bare_pair_has_the_default_shares(saved: Path) -> None:
-    result = invoke("bench", "--slm", saved / "slm", "--llm", saved / "llm", "--no-assisted", *QUICK_BENCH, "--json")
-    report = json.loads(result.stdout)
+    bare = ("--slm", saved / "slm", "--llm", saved / "llm")
+    report = json.loads(invoke("bench", *bare, "--no-assisted", *QUICK_BENCH, "--json").stdout)
     assert [row["share"] for row in report["rows"] if row["kind"] == "CITER"] == [0, 0.2, 0.5, 1]
     assert "assisted generation" not in [row["name"] for row in report["rows"]]
 
@@ -179,23 +179,7 @@ def test_a_failure_of_assisted_generation_leaves_the_report_complete(
     assert report.error is None and report.as_dict()["complete"] and "assisted generation failed: " in report.table()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shares": (0, 1.5)}, "--shares: .* got 1.5"),
-        ({"thresholds": (70,)}, "--thresholds: .* got 70"),
-        ({"batch_size": 0}, "--batch-size: .* got 0"),
-        ({"cache_implementation": "paged"}, "--cache-implementation: .* got 'paged'"),
-    ],
-)
-def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BenchOptions(**options)
-
-
-def test_an_unknown_device_is_refused_and_the_default_exists() -> None:
-    with pytest.raises(ValueError, match=r"--device: .*cpu.*got 'toaster'"):
-        as_device("toaster")
+def test_the_default_device_exists() -> None:
     assert torch.device(as_device(None)) and as_device("auto") == "auto"
 
 
@@ -203,6 +187,11 @@ def test_an_unknown_device_is_refused_and_the_default_exists() -> None:
     ("arguments", "said"),
     [
         (["demo", "--shares", "half"], ("--shares", "half")),
+        (["demo", "--shares", "0,1.5"], ("--shares", "1.5")),
+        (["demo", "--thresholds", "70"], ("--thresholds", "70")),
+        (["demo", "--batch-size", "0"], ("--batch-size", "0")),
+        (["demo", "--cache-implementation", "paged"], ("--cache-implementation", "paged")),
+        (["demo", "--device", "toaster"], ("--device", "cpu", "toaster")),
         (["demo", "--prompt-length", "300"], ("--prompt-length", "300", "256")),
         (["demo", "--plot", "speed.bmp"], ("--plot", "speed.bmp", ".png")),
         (["demo", "--plot", "/nowhere/at/all.png"], ("--plot", "/nowhere/at")),

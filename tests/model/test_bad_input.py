@@ -10,7 +10,7 @@ import transformers
 
 from citer_hf import CiterConfig, CiterForCausalLM
 from citer_hf.model.routers import as_threshold
-from tests.conftest import left_padded, random_prompts
+from tests.conftest import random_prompts
 from tests.families import tiny_model
 
 TEXT = torch.tensor(random_prompts((6, 6)))
@@ -50,14 +50,10 @@ def test_embeddings_no_input_and_misspelt_keywords_are_errors(pair):
         pair(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="input_ids: expected token ids"):
         pair()
+    with pytest.raises(ValueError, match="inputs_embeds: the two models"):
+        pair.generate(input_ids=TEXT, max_new_tokens=2, inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="router_treshold"):
         pair.generate(input_ids=TEXT, max_new_tokens=2, router_treshold=0.5)
-
-
-def test_a_cache_of_another_batch_is_refused_by_generate(pair):
-    output = pair.generate(input_ids=TEXT, max_new_tokens=2, return_dict_in_generate=True)
-    with pytest.raises(ValueError, match="this cache holds 2 sequences, but input_ids has 1"):
-        pair.generate(**left_padded(random_prompts((12,))), past_key_values=output.past_key_values, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["MambaConfig", "RwkvConfig"])

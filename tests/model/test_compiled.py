@@ -4,7 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +16,25 @@ from transformers.utils import logging as transformers_logging
 
 from citer_hf import CiterCache
 from citer_hf.model.compiled import prepare_thread
-from tests.conftest import left_padded, make_pair, random_prompts
-from tests.model.test_static import GREEDY, ROWS, SAMPLING, STATIC, Every
+from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
+from tests.model.test_static import GREEDY, ROWS, SAMPLING, STATIC
 
 GRAPHS: list[Any] = []
+ALIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def note_graph(graph: Any, inputs: list[torch.Tensor]) -> Any:
     """A compiler that compiles nothing."""
     GRAPHS.append(graph)
+    ALIVE.add(graph)
     return graph.forward
+
+
+def kept() -> int:
+    """How many of all compiled passes are still there."""
+    GRAPHS.clear()
+    gc.collect()
+    return len(ALIVE)
 
 
 def compiling(backend: Any = note_graph, mode: str = "default", **options: Any) -> dict[str, Any]:
@@ -39,63 +48,51 @@ def compiling(backend: Any = note_graph, mode: str = "default", **options: Any) 
 def nothing_is_compiled_yet() -> Iterator[None]:
     torch._dynamo.reset()
     GRAPHS.clear()
+    ALIVE.clear()
     transformers_logging.warning_once.cache_clear()
     yield
     torch._dynamo.reset()
 
 
 LLM_ALONE = {**GREEDY, "router_threshold": 2.0, "eos_token_id": None}
-
-
 SLM_ALONE = {**GREEDY, "router_threshold": 0.0, "eos_token_id": None}
 
 
-@pytest.mark.parametrize("router", ["confidence", {"type": "mlp", "batch_norm": True}])
-def test_the_router_is_in_the_step_of_the_slm(router, warned):
-    model = make_pair(router=router, hidden_size=48)
-    batch = left_padded(random_prompts(ROWS))
-    plain = model.generate(**batch, **GREEDY)
-    assert torch.equal(plain, model.generate(**batch, **GREEDY, **compiling(), router_threshold=0.5))
-    # Two models, and each pass whole.
-    assert 2 <= len(GRAPHS) <= 5 and not warned()
-
-
-@pytest.mark.parametrize(("slm", "llm"), [("gpt2", "gemma3"), ("qwen3_moe", "mistral_sliding")])
-def test_each_pass_is_traced_once_for_many_texts(slm, llm, warned):
-    model = make_pair(slm, llm)
+@pytest.mark.parametrize(
+    ("slm", "llm", "router"),
+    [("gpt2", "gemma3", "confidence"), ("qwen3_moe", "mistral_sliding", {"type": "mlp", "batch_norm": True})],
+)
+def test_each_pass_with_the_router_in_it_is_traced_once_for_many_texts(slm, llm, router, warned):
+    model = make_pair(slm, llm, router)
     wanted = {**GREEDY, "max_new_tokens": 30, "eos_token_id": [2, 9]}
-    seen = []
-    for lengths, mode in ((ROWS, GREEDY), (ROWS, SAMPLING), ((4, 4, 2, 3), GREEDY), ((30, 2, 1, 9), GREEDY)):
+    for lengths, mode in ((ROWS, GREEDY), (ROWS, SAMPLING), ((30, 2, 1, 9), GREEDY)):
         batch = left_padded(random_prompts(lengths))
         set_seed(0)
         plain = model.generate(**batch, **{**wanted, **mode})
         set_seed(0)
-        assert torch.equal(plain, model.generate(**batch, **{**wanted, **mode}, **compiling()))
-        seen.append(len(GRAPHS))
+        # Whatever the compiler is told, every pass has one length.
+        options = compiling(dynamic=mode is SAMPLING or None)
+        assert torch.equal(plain, model.generate(**batch, **{**wanted, **mode}, **options))
     # An SLM step, and catch-ups of at most four lengths.
-    assert seen[-1] <= 5 and not warned()
+    assert 2 <= len(GRAPHS) <= 5 and not warned()
     GRAPHS.clear()
     model.generate(**batch, **wanted, **compiling())
     assert not GRAPHS
 
 
-def test_one_row_and_a_batch_are_compiled_apart_and_kept(warned):
-    model = make_pair(hidden_size=48)
-    counts = []
-    for rows in ((9,), ROWS, (5,), (3, 4, 5, 6)):
-        model.generate(**left_padded(random_prompts(rows)), **LLM_ALONE, **compiling())
-        counts.append(len(GRAPHS))
-    assert counts == [2, 4, 4, 4] and not warned()
-
-
-def test_a_longer_text_takes_the_place_of_shorter_ones():
+def test_what_is_compiled_is_kept_by_batch_size_and_serves_shorter_texts(warned):
     model = make_pair(hidden_size=48, max_position_embeddings=600)
-    prompt = torch.tensor(random_prompts((9,)))
     counts = []
-    for options in ({}, {"max_cache_len": 400}, {"max_cache_len": 300}, {}):
-        model.generate(prompt, **LLM_ALONE, **compiling(), **options)
+    for rows, options in (
+        ((9,), {}),
+        (ROWS, {}),
+        ((5,), {"max_cache_len": 400}),
+        ((7,), {"max_cache_len": 300}),
+        (ROWS, {}),
+    ):
+        model.generate(**left_padded(random_prompts(rows)), **LLM_ALONE, **compiling(), **options)
         counts.append(len(GRAPHS))
-    assert counts == [2, 4, 4, 4], "what was made for 400 tokens serves all that follow"
+    assert counts == [2, 4, 6, 6, 6] and not warned()
 
 
 def test_what_a_graph_writes_is_at_a_fixed_address():
@@ -112,7 +109,7 @@ def test_what_a_graph_writes_is_at_a_fixed_address():
 
 
 def test_a_router_of_ones_own_runs_as_it_is(warned):
-    model = make_pair(router=Every(3), hidden_size=48)
+    model = make_pair(router=ScriptedRouter(torch.tensor([[0, 0, 1]])), hidden_size=48)
     prompt = torch.tensor(random_prompts((9,)))
     plain = model.generate(prompt, **GREEDY)
     calls, model.router.calls = model.router.calls, 0
@@ -165,17 +162,17 @@ def test_a_copy_of_a_model_begins_with_nothing_compiled(tmp_path):
         assert len(GRAPHS) == 1
 
 
-def test_threads_that_share_a_model_give_what_one_gives():
+@pytest.mark.parametrize("options", [dict, compiling], ids=["growing", "compiled"])
+def test_threads_that_share_a_model_give_what_one_gives(options):
     model = make_pair("llama", "gemma2")
-    prompts = [torch.tensor([row]) for row in random_prompts((4, 7, 9, 12, 5, 6, 8, 11))]
+    prompts = [torch.tensor([row]) for row in random_prompts((4, 7, 9, 12))]
 
     def generate(prompt: torch.Tensor) -> Any:
-        return model.generate(prompt, **GREEDY, **compiling(), return_dict_in_generate=True)
+        return model.generate(prompt, **GREEDY, **options(), return_dict_in_generate=True)
 
     alone = [model.generate(prompt, **GREEDY, return_dict_in_generate=True) for prompt in prompts]
-    generate(prompts[0])
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(generate, prompts * 2))
+        together = list(pool.map(generate, prompts * 3))
     for index, output in enumerate(together):
         expected = alone[index % len(prompts)]
         assert torch.equal(output.sequences, expected.sequences)
@@ -199,73 +196,33 @@ def test_what_was_returned_is_not_overwritten_by_the_next_text():
     assert torch.equal(again, model.generate(text, **wanted))
 
 
-def test_an_error_in_the_middle_leaves_a_cache_that_no_later_text_overwrites():
-    model = make_pair(hidden_size=48)
-    cache = CiterCache(model.config, max_cache_len=64)
-    prompt = torch.tensor(random_prompts((9,)))
-
-    def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] > 14:
-            raise RuntimeError("the lights went out")
-        return scores
-
-    options = {key: value for key, value in compiling().items() if key != "cache_implementation"}
-    with pytest.raises(RuntimeError, match="the lights"):
-        model.generate(prompt, **SLM_ALONE, **options, past_key_values=cache, logits_processor=[broken])
-    model.generate(prompt.flip(1), **SLM_ALONE, **compiling())
-    text = torch.cat([prompt, torch.tensor([[7, 8]])], dim=1)
-    again = model.generate(text, past_key_values=cache, **GREEDY)
-    assert torch.equal(again, model.generate(text, **GREEDY))
-
-
-class Made:
-    """What a compiler has made."""
-
-    def __init__(self, graph: Any):
-        self.forward = graph.forward
-
-
-def counted() -> tuple[Callable[..., Any], weakref.WeakSet[Made]]:
-    """A compiler that compiles nothing, and what of all that it has made is still there."""
-    alive: weakref.WeakSet[Made] = weakref.WeakSet()
-
-    def compiler(graph: Any, inputs: list[torch.Tensor]) -> Any:
-        made = Made(graph)
-        alive.add(made)
-        return lambda *args: made.forward(*args)
-
-    return compiler, alive
+def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    if input_ids.shape[1] > 14:
+        raise RuntimeError("the lights went out")
+    return scores
 
 
 def test_compiled_passes_of_forgotten_batch_sizes_are_freed():
-    model, (backend, alive) = make_pair(hidden_size=48), counted()
-    for rows in (1, 2, 3, 4):
-        model.generate(**left_padded(random_prompts((4,) * rows)), **SLM_ALONE, **compiling(backend))
-    most = len(alive)
-    for rows in (5, 6, 7, 1):
-        model.generate(**left_padded(random_prompts((4,) * rows)), **SLM_ALONE, **compiling(backend))
-    gc.collect()
-    assert len(alive) == most == 4
+    model = make_pair(hidden_size=48)
+    for rows in (1, 2, 3, 4, 5, 6, 1):
+        model.generate(**left_padded(random_prompts((4,) * rows)), **SLM_ALONE, **compiling())
+    assert kept() == 4
 
 
-def test_compiled_passes_go_with_their_model_and_with_an_error():
-    model, (backend, alive) = make_pair(hidden_size=48), counted()
-    prompt = torch.tensor(random_prompts((9,)))
-
-    def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] > 10:
-            raise RuntimeError("the lights went out")
-        return scores
-
+def test_compiled_passes_go_with_an_error_whose_cache_no_later_text_overwrites_and_with_their_model():
+    model = make_pair(hidden_size=48)
+    prompt, cache = torch.tensor(random_prompts((9,))), CiterCache(model.config, max_cache_len=64)
+    config = {"compile_config": compiling()["compile_config"]}
     with pytest.raises(RuntimeError, match="the lights"):
-        model.generate(prompt, **SLM_ALONE, **compiling(backend), logits_processor=[broken])
-    gc.collect()
-    assert not alive
-    model.generate(prompt, **SLM_ALONE, **compiling(backend))
-    assert alive
-    del model
-    gc.collect()
-    assert not alive
+        model.generate(prompt, **SLM_ALONE, **config, past_key_values=cache, logits_processor=[broken])
+    assert kept() == 0
+    model.generate(prompt.flip(1), **SLM_ALONE, **compiling())
+    assert kept() == 1
+    text = torch.cat([prompt, torch.tensor([[7, 8]])], dim=1)
+    again = model.generate(text, past_key_values=cache, **GREEDY)
+    assert torch.equal(again, model.generate(text, **GREEDY))
+    del model, cache
+    assert kept() == 0
 
 
 def test_a_text_written_in_inference_mode_leaves_room_for_others():
@@ -278,16 +235,12 @@ def test_a_text_written_in_inference_mode_leaves_room_for_others():
 
 def test_a_pass_that_was_compiled_too_often_runs_as_it_is(warned):
     model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
-    for seed in range(10):
-        model.router.seed = seed
-        assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
+    # transformers 5.17 raises the limit of the process when it reads a prompt in chunks.
+    with torch._dynamo.config.patch(cache_size_limit=2):
+        for seed in range(4):
+            model.router.seed = seed
+            assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
     assert len([one for one in warned() if one.startswith("cache_implementation")]) == 1
-
-
-def test_passes_have_one_length_whatever_the_compiler_is_told(warned):
-    model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
-    assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling(dynamic=True)))
-    assert GRAPHS and not warned()
 
 
 def test_any_thread_may_record_graphs():

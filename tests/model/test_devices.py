@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,8 @@ def test_a_copy_shares_nothing_and_copies_generate_at_once(bases: Path) -> None:
     tensors = [{one.data_ptr() for one in each.state_dict().values()} for each in (model, *replicas)]
     assert sum(map(len, tensors)) == len(set().union(*tensors))
     assert replicas[0].compiled_steps is not model.compiled_steps
-    found: list[Any] = [None] * len(replicas)
-
-    def generate(number: int) -> None:
-        found[number] = replicas[number].generate(TEXT, **GREEDY)
-
-    threads = [threading.Thread(target=generate, args=(number,)) for number in range(len(replicas))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda one: one.generate(TEXT, **GREEDY), replicas))
     assert all(torch.equal(one, expected) for one in found)
     with torch.no_grad():
         for weight in replicas[0].parameters():

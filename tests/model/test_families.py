@@ -1,16 +1,20 @@
-"""Every architecture, both loops of batches, growing and static caches: compared with the naive loop, bare models."""
+"""One matrix, architecture x router x batch x cache: compared with the naive loop, and with the bare models."""
+
+from itertools import cycle
 
 import pytest
 import torch
 
-from citer_hf.model.batch_support import why_not_placed
 from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
 from tests.families import EVERY, FAMILIES
 from tests.reference import assert_sequences, naive_logits, naive_texts
 
-ROWS = random_prompts((3, 11, 7, 9))
+BATCHES = [random_prompts((9,)), random_prompts((3, 11, 7, 9))]
+ROWS = BATCHES[1]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+# Their masks cannot be made by us, so that the sequences of a batch move together, and caches grow.
 MOVE_TOGETHER = ("bloom", "qwen3_next", "lfm2")
+ROUTERS = ["random", "confidence", "entropy", "linear", "r2r", {"type": "mlp", "batch_norm": True}]
 # Both as one model, as the SLM and as the LLM; those of the table in mixed pairs, too.
 PAIRS = [
     *(("llama", family) for family in FAMILIES if family != "llama"),
@@ -22,17 +26,21 @@ PAIRS = [
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_a_batch_equals_the_naive_loop_with_any_cache_and_any_number_of_waiting_sequences(name, loop_taken):
-    model = make_pair(name, name, threshold=0.4)
-    expected = naive_texts(model, ROWS, 12, (2, 9))
-    apart = not why_not_placed(model.slm)
-    assert apart == (name not in MOVE_TOGETHER)
-    for cache, waiting, loop in ((None, 1, ""), (None, 4, "rows"), ("static", None, "static")):
-        options = {"waiting_rows": waiting, "cache_implementation": cache, "output_logits": True}
-        output = model.generate(**left_padded(ROWS), **GREEDY, **options, eos_token_id=[2, 9])
-        assert loop_taken() == (loop if apart else "")
-        assert_sequences(output, ROWS, expected)
+@pytest.mark.parametrize(("name", "router"), list(zip(EVERY, cycle(ROUTERS))))
+def test_a_batch_equals_the_naive_loop_with_any_cache_and_any_number_of_waiting_sequences(name, router, warned):
+    model = make_pair(name, name, router)
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([ROWS[1]]), use_cache=False).router_scores
+    model.config.router_threshold = float(scores[0, :-1].median())
+    for rows in BATCHES:
+        expected, calls = naive_texts(model, rows, 12, (2, 9)), []
+        for cache, waiting in ((None, 1), (None, 4), ("static", None)):
+            options = {"waiting_rows": waiting, "cache_implementation": cache, "output_logits": True}
+            output = model.generate(**left_padded(rows), **GREEDY, **options, eos_token_id=[2, 9])
+            assert_sequences(output, rows, expected)
+            calls.append(output.cache.routing.llm_calls)
+        assert bool(warned()) == (name in MOVE_TOGETHER), "a static cache that cannot be is warned of"
+        assert router != "random" or len(rows) == 1 or calls[1] < calls[0]
 
 
 @pytest.mark.parametrize(("slm", "llm"), PAIRS)
@@ -42,8 +50,10 @@ def test_a_mixed_pair_equals_the_naive_loop_with_and_without_a_cache_and_its_mod
     assert_sequences(output, ROWS, naive_texts(model, ROWS, 12, (2,)))
     assert torch.equal(output.sequences, model.generate(**batch, **GREEDY, use_cache=False).sequences)
     for threshold, alone in ((0.0, model.slm), (1.5, model.llm)):
-        ours = model.generate(**batch, **GREEDY, router_threshold=threshold).sequences
-        assert torch.equal(ours, alone.generate(**batch, **GREEDY).sequences)
+        expected = alone.generate(**batch, **GREEDY).sequences
+        for cache in ("dynamic", "static"):
+            options = {"router_threshold": threshold, "cache_implementation": cache}
+            assert torch.equal(model.generate(**batch, **GREEDY, **options).sequences, expected)
     with torch.no_grad():
         whole = model(input_ids=torch.tensor([ROWS[1]]), use_cache=False)
     for position in range(0, 11, 2):
@@ -57,24 +67,29 @@ def test_a_mixed_pair_equals_the_naive_loop_with_and_without_a_cache_and_its_mod
 def test_a_catch_up_over_many_tokens_equals_reading_them_at_once(slm, llm):
     script = torch.tensor([[0, 0, 1, 0, 0, 0, 0, 0, 0, 1]])
     model = make_pair(slm, llm, router=ScriptedRouter(script))
-    model.generation_config.eos_token_id = None
-    prompt = random_prompts((9,))[0]
-    wanted = {**GREEDY, "max_new_tokens": 20, "output_logits": True}
-    output = model.generate(input_ids=torch.tensor([prompt]), **wanted)
+    wanted = {**GREEDY, "max_new_tokens": 20, "output_logits": True, "eos_token_id": None}
+    output = model.generate(input_ids=torch.tensor(BATCHES[0]), **wanted)
     assert output.past_key_values.routing.llm_calls == 4
-    text = output.sequences[0].tolist()
     for step in range(20):
         writer = model.llm if script[0, step % 10] else model.slm
         with torch.no_grad():
-            expected = writer(torch.tensor([text[: 9 + step]]), use_cache=False).logits[0, -1]
+            expected = writer(output.sequences[:, : 9 + step], use_cache=False).logits[0, -1]
         torch.testing.assert_close(output.logits[step][0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_eager_attention_gives_the_same(cache, loop_taken):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("llm", ["mistral_sliding", "gemma3"])
+def test_an_llm_with_windows_that_reads_late_misses_nothing(llm, cache):
+    """A sequence that waits while the others write more than a window sees what lies before its own end."""
+    model = make_pair("llama", llm, {"type": "random", "seed": 1}, threshold=0.08)
+    wanted = {**GREEDY, "max_new_tokens": 40, "waiting_rows": 99, "cache_implementation": cache, "eos_token_id": None}
+    assert_sequences(model.generate(**left_padded(ROWS), **wanted), ROWS, naive_texts(model, ROWS, 40, ()))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_eager_attention_gives_the_same(cache):
     model = make_pair(hidden_size=48)
     for part in (model.slm, model.llm):
         part.set_attn_implementation("eager")
     output = model.generate(**left_padded(ROWS), **GREEDY, eos_token_id=None, cache_implementation=cache)
-    assert loop_taken()
     assert_sequences(output, ROWS, naive_texts(model, ROWS, 12, ()))

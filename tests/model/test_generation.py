@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +70,9 @@ def test_published_settings_do_what_they_do_with_the_plain_model(plain, model, b
 
 
 def test_a_cache_that_a_pair_lacks_gives_one_warning(model, caplog):
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        model.generation_config.cache_implementation = "offloaded_hybrid"
-        for _ in range(2):
-            model.generate(**ONE, **SHORT)
-    finally:
-        logger.removeHandler(caplog.handler)
+    model.generation_config.cache_implementation = "offloaded_hybrid"
+    for _ in range(2):
+        model.generate(**ONE, **SHORT)
     told = [record.getMessage() for record in caplog.records if "Its dynamic cache is used" in record.getMessage()]
     assert len(told) == 1 and "cache_implementation='offloaded_hybrid'" in told[0]
 

@@ -31,23 +31,15 @@ def test_a_score_is_a_probability_for_every_position(kind, shape, dtype):
     assert ((scores >= 0) & (scores <= 1)).all()
 
 
-@pytest.mark.parametrize("kind", ["confidence", "entropy"])
-def test_impossible_tokens_do_not_spoil_a_score(kind):
+def test_confidence_and_entropy_are_those_of_the_distribution_and_impossible_tokens_do_not_spoil_them():
     hidden, logits = states(3)
     logits[:, 5:] = -torch.inf
-    scores = build_router({"type": kind}, HIDDEN)(hidden, logits)
-    assert torch.isfinite(scores).all()
-    if kind == "confidence":
-        torch.testing.assert_close(scores, logits.softmax(-1).amax(-1))
-
-
-def test_entropy_runs_from_a_uniform_to_a_certain_distribution():
-    certain = torch.full((VOCAB,), -100.0)
-    certain[3] = 100.0
-    scores = build_router({"type": "entropy"}, HIDDEN)(
-        torch.zeros(2, HIDDEN), torch.stack([torch.zeros(VOCAB), certain])
-    )
-    torch.testing.assert_close(scores, torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
+    logits[1] = 0.0
+    logits[2, 3] = 100.0
+    confidence, entropy = (build_router({"type": kind}, HIDDEN)(hidden, logits) for kind in ("confidence", "entropy"))
+    torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
+    torch.testing.assert_close(entropy[1:], torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
+    assert 0 < entropy[0] < 1
 
 
 def test_a_linear_router_is_a_linear_layer_and_a_sigmoid():

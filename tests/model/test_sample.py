@@ -1,7 +1,4 @@
-"""A repository that version 1 of the format wrote: every later version loads it, and never writes it anew.
-
-`python -m tests.model.test_sample` wrote it; the code of the core was left out.
-"""
+"""A repository that version 1 of the format wrote (its code left out): every later version loads it."""
 
 import json
 import shutil
@@ -17,28 +14,7 @@ from citer_hf import CiterForCausalLM
 from tests.conftest import random_prompts
 
 SAMPLE = Path(__file__).parents[1] / "data" / "router_v1"
-SPEC = {"type": "mlp", "batch_norm": True, "top_logprobs": 3}
 TEXT = torch.tensor(random_prompts((12,)))
-
-
-def write_sample() -> None:
-    from tests.repositories import save_base_models
-
-    work = SAMPLE.parent / "work"
-    save_base_models(work, small=8, large=16)
-    torch.manual_seed(0)
-    pair = CiterForCausalLM.from_pair(work / "slm", work / "llm", router=SPEC, router_threshold=0.625)
-    for name, tensor in pair.router.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.uniform_(0.5, 1.0) if "var" in name else tensor.uniform_(-0.4, 0.4)
-    with torch.no_grad():
-        # Scores that differ, half of them on either side of 0.5.
-        pair.router.score.weight *= 10
-        pair.router.score.bias -= torch.logit(pair(input_ids=TEXT).router_scores).median()
-    pair.save_pretrained(SAMPLE, save_base_models=True)
-    for file in SAMPLE.glob("*.py"):
-        file.unlink()
-    shutil.rmtree(work)
 
 
 def scores_by_hand(model: CiterForCausalLM) -> torch.Tensor:
@@ -93,7 +69,3 @@ def test_a_repository_of_a_newer_version_loads_with_one_warning(tmp_path):
     assert len(caught) == 1
     ours = CiterForCausalLM.from_pretrained(SAMPLE)
     assert torch.equal(newer(input_ids=TEXT).logits, ours(input_ids=TEXT).logits)
-
-
-if __name__ == "__main__":
-    write_sample()

@@ -7,51 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer, set_seed
+from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from citer_hf import CiterCache
-from citer_hf.model.static_memory import BUCKETS
-from tests.conftest import left_padded, make_pair, random_prompts
-from tests.model.test_modes import PROCESSORS, single
-from tests.reference import assert_sequences, naive_texts
+from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
+from tests.model.test_modes import single
 
 STATIC = {"cache_implementation": "static"}
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 SAMPLING = {**GREEDY, "do_sample": True}
 ROWS = (3, 11, 7, 9)
-
-
-@pytest.mark.parametrize("length", [1, 9, 40])
-def test_one_row_is_that_of_the_naive_loop(pair, length, loop_taken):
-    rows = random_prompts((length,))
-    output = pair.generate(torch.tensor(rows), **GREEDY, **STATIC, eos_token_id=None, return_dict_in_generate=True)
-    assert loop_taken() == "static"
-    assert_sequences(output, rows, naive_texts(pair, rows, 20, ()))
-
-
-@pytest.mark.parametrize("lengths", [(9,), ROWS])
-@pytest.mark.parametrize("threshold", [0.0, 1.5])
-def test_the_ends_of_the_threshold_are_the_two_models(pair, lengths, threshold, loop_taken):
-    batch = left_padded(random_prompts(lengths))
-    ours = pair.generate(**batch, **GREEDY, **STATIC, router_threshold=threshold)
-    assert loop_taken() == "static"
-    assert torch.equal(ours, (pair.slm if threshold == 0 else pair.llm).generate(**batch, **GREEDY))
-
-
-ONE_ROW = ("top_k", "repetition_penalty", "guidance")
-
-
-@pytest.mark.parametrize(
-    ("name", "lengths"), [*((name, ROWS) for name in PROCESSORS), *((one, (9,)) for one in ONE_ROW)]
-)
-def test_a_processor_acts_as_with_a_growing_cache(pair, name, lengths, loop_taken):
-    batch, options = left_padded(random_prompts(lengths)), {**SAMPLING, **PROCESSORS[name], "eos_token_id": [2, 9]}
-    set_seed(0)
-    plain = pair.generate(**batch, **options)
-    set_seed(0)
-    assert torch.equal(plain, pair.generate(**batch, **options, **STATIC))
-    # Guidance runs the model a second time, for all rows at once.
-    assert (loop_taken() == "static") == (name != "guidance" or len(lengths) == 1)
 
 
 class Shown(TextStreamer):
@@ -69,19 +34,19 @@ class Shown(TextStreamer):
         self.ended = True
 
 
-def test_a_streamer_gets_every_token_and_who_wrote_it(pair, loop_taken):
-    cache = CiterCache(pair.config, max_cache_len=64)
+@pytest.mark.parametrize("length", [None, 64])
+def test_a_streamer_gets_every_token_and_who_wrote_it(pair, length):
+    cache = CiterCache(pair.config, max_cache_len=length)
     shown = Shown(cache)
     output = pair.generate(**single(), **GREEDY, streamer=shown, past_key_values=cache, return_dict_in_generate=True)
-    assert loop_taken() == "static" and shown.ended
-    assert shown.tokens == output.sequences[0, 9:].tolist()
+    assert shown.ended and shown.tokens == output.sequences[0, 9:].tolist()
     assert shown.by_llm == cache.routing.to_llm[0].tolist() and len(cache.routing) == 20
     plain = pair.generate(**single(), **GREEDY, return_dict_in_generate=True)
     assert torch.equal(plain.past_key_values.routing.to_llm, cache.routing.to_llm)
 
 
 @pytest.mark.parametrize("options", [{}, STATIC])
-def test_a_processor_and_a_criterion_of_ones_own_see_each_token_of_one_row_once(pair, options, loop_taken):
+def test_a_processor_and_a_criterion_of_ones_own_see_each_token_of_one_row_once(pair, options, warned):
     seen: list[torch.Tensor] = []
 
     def note(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -96,42 +61,46 @@ def test_a_processor_and_a_criterion_of_ones_own_see_each_token_of_one_row_once(
     mine = {"logits_processor": LogitsProcessorList([note]), "stopping_criteria": StoppingCriteriaList([at_fifteen])}
     wanted = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
     output = pair.generate(**single(), **wanted, **mine, **options)
-    assert loop_taken() == ("static" if options else "")
-    assert output.sequences.shape[1] == 15 and len(seen) == len(output.logits) == 6
+    assert not warned() and output.sequences.shape[1] == 15 and len(seen) == len(output.logits) == 6
     assert all(torch.equal(ours, step) for ours, step in zip(seen, output.logits, strict=True))
 
 
-@pytest.mark.parametrize(("name", "lengths"), [("llama", (9,)), ("gemma3", ROWS)])
-def test_a_chat_goes_on_statically_and_the_cache_grows(name, lengths, loop_taken):
-    model = make_pair(name, name)
-    batch = left_padded(random_prompts(lengths))
+@pytest.mark.parametrize("options", [{}, STATIC], ids=["growing", "static"])
+@pytest.mark.parametrize(
+    ("name", "lengths", "threshold"), [("llama", (9,), 0.0), ("llama", (9,), 0.5), ("gemma3", ROWS, 2.0)]
+)
+def test_a_chat_goes_on_with_the_returned_cache(name, lengths, threshold, options, count_calls):
+    model, cache = make_pair(name, name, threshold=threshold), None
+    batch, steps = left_padded(random_prompts(lengths)), count_calls(model.slm)
     wanted = {**GREEDY, "eos_token_id": None, "return_dict_in_generate": True}
-    cache = None
     for turn in range(2):
-        options = STATIC if cache is None else {"past_key_values": cache}
-        output = model.generate(**batch, **wanted, **options)
-        assert loop_taken() == "static", "a static cache stays one"
         fresh = model.generate(**batch, **wanted)
+        steps.clear()
+        given = options if cache is None else {"past_key_values": cache}
+        output = model.generate(**batch, **wanted, **given)
+        assert not turn or steps[0] == 3, "the last token, which no model has read yet, and the two new ones"
         assert torch.equal(output.sequences, fresh.sequences)
         assert torch.equal(output.past_key_values.routing.to_llm, fresh.past_key_values.routing.to_llm)
         cache, length = output.past_key_values, output.sequences.shape[1]
-        assert cache.get_max_length() == length - 1, f"turn {turn}: room for what was asked for, as in transformers"
+        assert cache.get_max_length() == (length - 1 if options else -1), "capacity for what was asked for, no more"
         assert cache.get_seq_length() == cache.slm.get_seq_length() == length - 1
         assert cache.llm.get_seq_length() == cache.llm_length <= length - 1
-        follow = torch.full((len(lengths), 2), 7)
+        text = torch.cat([output.sequences, torch.full((len(lengths), 2), 7)], dim=1)
         mask = torch.cat([batch["attention_mask"], torch.ones(len(lengths), 22, dtype=torch.long)], dim=1)
-        batch = {"input_ids": torch.cat([output.sequences, follow], dim=1), "attention_mask": mask}
+        batch = {"input_ids": text, "attention_mask": mask}
 
 
 def test_the_length_may_be_given(pair):
     for options in ({**STATIC, "max_cache_len": 200}, {"past_key_values": CiterCache(pair.config, max_cache_len=200)}):
         output = pair.generate(**single(), **GREEDY, **options, return_dict_in_generate=True)
         assert output.past_key_values.get_max_length() == 200
-    assert CiterCache(pair.config).get_max_length() == -1
+    for length in (0, "x"):
+        with pytest.raises(ValueError, match="max_cache_len: expected a number of tokens from 1"):
+            pair.generate(**single(), **GREEDY, **STATIC, max_cache_len=length)
 
 
 @pytest.mark.parametrize("length", [None, 32])
-def test_a_copied_prefix_serves_many_prompts(pair, length, loop_taken):
+def test_a_copied_prefix_serves_many_prompts(pair, length):
     prefix = random_prompts((7,))[0]
     cache = CiterCache(pair.config, max_cache_len=length)
     with torch.no_grad():
@@ -139,46 +108,26 @@ def test_a_copied_prefix_serves_many_prompts(pair, length, loop_taken):
     for seed in (1, 2):
         text = torch.tensor([prefix + random_prompts((4,), seed)[0]])
         ours = pair.generate(input_ids=text, past_key_values=copy.deepcopy(cache), **GREEDY)
-        assert loop_taken() == ("static" if length else "")
         assert torch.equal(ours, pair.generate(input_ids=text, **GREEDY))
     assert cache.get_seq_length() == 7
 
 
-def test_the_prompt_may_be_read_in_chunks(pair, loop_taken):
-    batch = left_padded(random_prompts())
-    chunked = pair.generate(**batch, **GREEDY, **STATIC, prefill_chunk_size=4)
-    assert loop_taken() == "static"
-    assert torch.equal(pair.generate(**batch, **GREEDY), chunked)
-
-
-class Every(nn.Module):
-    """Sends every so manieth token to the LLM, by the call."""
-
-    def __init__(self, period: int):
-        super().__init__()
-        self.period, self.calls = period, 0
-
-    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return torch.full(hidden.shape[:-1], float(self.calls % self.period != 0))
-
-
-@pytest.mark.parametrize("period", [1, 3, 70])
-def test_catch_ups_have_a_few_lengths(period, count_calls):
-    model = make_pair(router=Every(period), hidden_size=48)
-    plain = model.generate(**single(), **{**GREEDY, "max_new_tokens": 160}, eos_token_id=None)
-    model.router.calls = 0
-    lengths, steps = count_calls(model.llm), count_calls(model.slm)
-    static = model.generate(**single(), **{**GREEDY, "max_new_tokens": 160}, **STATIC, eos_token_id=None)
-    assert torch.equal(static, plain)
-    # The first call reads the prompt. Longer ones than the longest length are read as they are.
-    assert set(lengths[1:]) <= {*BUCKETS, 70} and set(steps[1:]) == {1}
+@pytest.mark.parametrize("period", [1, 70])
+def test_catch_ups_of_any_length_give_the_same_text(period):
+    model = make_pair(router=ScriptedRouter(torch.arange(period)[None] == period - 1), hidden_size=48)
+    texts = []
+    for options in ({}, STATIC):
+        model.router.calls = 0
+        texts.append(model.generate(**single(), **GREEDY | {"max_new_tokens": 160}, **options, eos_token_id=None))
+    assert torch.equal(*texts)
 
 
 class Constant(nn.Module):
     """A router that is always as sure."""
 
-    dtype = torch.float32
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return torch.full(hidden.shape[:-1], 0.7, dtype=self.dtype)
@@ -187,18 +136,10 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threshold", [0.7, torch.full((4,), 0.7)])
 def test_a_score_that_just_reaches_the_threshold_is_the_slms(dtype, threshold):
-    model, batch = make_pair(router=Constant(), hidden_size=48), left_padded(random_prompts(ROWS))
-    model.router.dtype = dtype
+    model, batch = make_pair(router=Constant(dtype), hidden_size=48), left_padded(random_prompts(ROWS))
     for options in ({}, {"waiting_rows": 1}, STATIC):
-        wanted = {**GREEDY, **options, "eos_token_id": None, "return_dict_in_generate": True}
-        output = model.generate(**batch, **wanted, router_threshold=threshold)
-        assert output.past_key_values.routing.llm_share == 0
-
-
-@pytest.mark.parametrize("length", [0, "x"])
-def test_room_that_is_no_number_of_tokens_is_refused(pair, length):
-    with pytest.raises(ValueError, match="max_cache_len: expected a number of tokens from 1"):
-        pair.generate(**single(), **GREEDY, **STATIC, max_cache_len=length)
+        wanted = {**GREEDY, **options, "return_dict_in_generate": True, "router_threshold": threshold}
+        assert model.generate(**batch, **wanted).past_key_values.routing.llm_share == 0
 
 
 @pytest.mark.parametrize("mode", [SAMPLING, {**GREEDY, "repetition_penalty": 1.3}])
@@ -222,34 +163,38 @@ def test_the_host_waits_once_per_pass(pair, mode, lengths, count_calls, monkeypa
     assert more_waited - waited == more_passes - passes
 
 
+def sees_all_rows(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    assert len(input_ids) == len(ROWS)
+    return scores
+
+
 def never(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+    return torch.zeros(len(ROWS), dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"num_beams": 2}, "beams"),
-        ({"logits_processor": LogitsProcessorList([lambda input_ids, scores: scores])}, "processor of your own"),
+        ({"logits_processor": LogitsProcessorList([sees_all_rows])}, "processor of your own"),
         ({"stopping_criteria": StoppingCriteriaList([never])}, "criterion of your own"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
+        ({"output_hidden_states": True}, "hidden states"),
     ],
 )
-def test_what_cannot_be_static_grows_and_says_so_once(pair, options, reason, loop_taken, warned):
-    batch = left_padded(random_prompts(ROWS))
-    plain = pair.generate(**batch, **GREEDY, **options)
+def test_what_cannot_be_static_grows_and_says_so_once(pair, options, reason, warned):
+    batch, wanted = left_padded(random_prompts(ROWS)), {**GREEDY, **options, "return_dict_in_generate": True}
+    plain = pair.generate(**batch, **wanted)
     for _ in range(2):
-        static = pair.generate(**batch, **GREEDY, **STATIC, **options)
-    assert loop_taken() != "static"
+        static = pair.generate(**batch, **wanted, **STATIC)
     assert len(warned()) == 1 and reason in warned()[0]
-    assert torch.equal(*(one if isinstance(one, torch.Tensor) else one.sequences for one in (plain, static)))
+    assert torch.equal(plain.sequences, static.sequences)
 
 
-def test_a_model_that_transformers_does_not_compile_grows(monkeypatch, loop_taken, warned):
+def test_a_model_that_transformers_does_not_compile_grows(monkeypatch, warned):
     model = make_pair("llama", "qwen2")
     monkeypatch.setattr(type(model.llm), "_can_compile_fullgraph", False)
     model.generate(**single(), **GREEDY, **STATIC)
-    assert loop_taken() != "static" and "qwen2" in warned()[0]
+    assert len(warned()) == 1 and "qwen2" in warned()[0]
 
 
 def test_what_transformers_refuses_with_a_static_cache_is_refused(pair):
