@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-# The aims are 11 500 lines for the package and 10 000 for the tests; these ceilings sink with every cut.
-FILE, PACKAGE, TESTS = 450, 12_200, 12_050
+# Lines; the package is to have at most 9 500 with the one decode loop.
+FILE, PACKAGE, TESTS = 450, 11_500, 10_350
 
 
 def lines(*patterns: str) -> dict[str, int]:

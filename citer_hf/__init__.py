@@ -1,7 +1,5 @@
 """Two language models that decode as one: a small one for the easy tokens, a large one for the critical ones."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """A chat with a pair in the terminal: `citer chat`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from contextlib import suppress
@@ -14,25 +12,17 @@ import torch
 from .model.cache import CiterCache
 from .model.modeling import CiterForCausalLM
 from .model.routers import as_threshold
-from .runs import option
+from .runs import CommandOptions, option
 from .terminal import Paint, WriterStreamer, legend
 
 
 @dataclass(frozen=True)
-class ChatOptions:
-    """Options of `citer chat`."""
-
+class ChatOptions(CommandOptions):
     router_threshold: float | None = option(
         None, "The SLM's token stands when its score reaches this. [default: the router's own]", metavar="X"
     )
-    max_new_tokens: int = option(512, "Longest answer, in tokens.", metavar="N")
+    max_new_tokens: int = option(512, "Longest answer, in tokens.", metavar="N", min=1)
     system: str | None = option(None, "System message.", metavar="TEXT")
-
-    def __post_init__(self) -> None:
-        if self.router_threshold is not None:
-            as_threshold(self.router_threshold)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}.")
 
 
 @dataclass
@@ -46,7 +36,7 @@ class Turn:
     read: int = 0
     kept: int = 0
 
-    def add(self, other: Turn) -> None:
+    def add(self, other: "Turn") -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -193,8 +183,7 @@ def chat(model: CiterForCausalLM, **options: Any) -> None:
     chosen = ChatOptions(**options)
     tokenizer = model.load_tokenizer()
     if tokenizer is None:
-        path = model.name_or_path
-        raise ValueError(f"{path} has no tokenizer. Save one there: tokenizer.save_pretrained({path!r}).")
+        raise ValueError(f"{model.name_or_path} has no tokenizer. Save one there: tokenizer.save_pretrained(...).")
     conversation = Conversation(model, tokenizer, chosen)
     print(f"{legend(sys.stdout)} Threshold {conversation.router_threshold:g}. /help lists the commands.")
     prompt = ""

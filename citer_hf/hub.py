@@ -33,8 +33,6 @@ HIDDEN = (".*", "*/.*", "*__pycache__/*")
 
 @dataclass(frozen=True)
 class PushOptions:
-    """Options of `citer push` and of `push`."""
-
     private: bool = option(False, "Make a new repository private.")
     create_pr: bool = option(False, "Open a pull request instead.")
     revision: str | None = option(None, "The branch to push to. [default: the main one]", metavar="NAME")

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from .model.configuration import router_width
 from .model.loading import end_at_union
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, reference_to
-from .model.routers import build_router, hidden_size_of
-from .runs import option, provenance, write_json
+from .model.routers import build_router
+from .runs import CommandOptions, option, provenance, write_json
 
 # Parts of the tensors' names in the files and here, to be replaced in this order.
 CITER_NAMES = {"mlp.0.": "expand.", "mlp.1.": "norm.", "mlp.4.": "contract.", "linear.": "score."}
@@ -32,9 +33,7 @@ R2R_NAMES = {
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
-    """Options of `citer convert` and of `convert`."""
-
+class ConvertOptions(CommandOptions):
     router_threshold: float | None = option(
         None, "The threshold to start with. [default: R2R's own, 0.5 for CITER's]", metavar="X"
     )
@@ -78,7 +77,7 @@ def convert(
     configs = {role: base_config(role, sources[role], keywords) for role in ROLES}
     with torch.device("meta"):
         models = {role: AutoModelForCausalLM.from_config(configs[role], **keywords) for role in ROLES}
-    router = build_router(spec, hidden_size_of(models["slm"]))
+    router = build_router(spec, router_width(models["slm"].config))
     try:
         router.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,7 +1,5 @@
 """Long runs: files that are whole or absent, work that can be resumed, one progress bar, provenance."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib
@@ -21,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
+from .model.routers import as_threshold
+
 logger = logging.getLogger(__name__)
 
 # --- Options of a command ------------------------------------------------------------------------------------------
@@ -31,13 +31,17 @@ def option(default: Any, help: str, metavar: str | None = None, flag: str | None
     return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "flag": flag, **limits})
 
 
-def check_limits(options: Any, of_command: bool = False) -> None:
-    """Raise `ValueError` for an option below the `min` of its field; the command line finds it by itself."""
-    for field in dataclasses.fields(options):
-        value, least = getattr(options, field.name), field.metadata.get("min")
-        if None not in (value, least) and not value >= least:
-            name = "--" + field.name.replace("_", "-") if of_command else field.name
-            raise ValueError(f"{name}: expected at least {least}, got {value}.")
+@dataclasses.dataclass(frozen=True)
+class CommandOptions:
+    """Base class of the options of a command, which are checked where they are made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata.get("min")
+            if None not in (value, least) and not value >= least:
+                raise ValueError(f"{field.name}: expected at least {least}, got {value}.")
+            if field.name == "router_threshold" and value is not None:
+                as_threshold(value)
 
 
 # --- Files ---------------------------------------------------------------------------------------------------------
@@ -109,7 +113,7 @@ WORK, ARGUMENTS = ".work", "arguments.json"
 class Work:
     """Results of units of work (tables of pyarrow, or JSON), kept in `out/.work` and divided among processes."""
 
-    progress: Progress
+    progress: "Progress"
 
     def __init__(self, out: Path | None, arguments: Mapping[str, Any]):
         self.process, self.processes = 0, 1
@@ -165,9 +169,7 @@ class Work:
             raise FileNotFoundError(f"{self.folder / name}: unit {number} is gone. Run the same command to resume.")
         if path.suffix == ".json":
             return read_json(path)["value"]
-        import pyarrow.parquet as pq
-
-        return pq.read_table(path, memory_map=True)
+        return importlib.import_module("pyarrow.parquet").read_table(path, memory_map=True)
 
 
 @contextmanager
@@ -194,10 +196,8 @@ def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str,
 
 
 def write_table(table: Any, path: Path) -> None:
-    import pyarrow.parquet as pq
-
     with atomic_write(path) as file:
-        pq.write_table(table, file)
+        importlib.import_module("pyarrow.parquet").write_table(table, file)
 
 
 # --- Progress -------------------------------------------------------------------------------------------------------

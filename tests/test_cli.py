@@ -219,7 +219,7 @@ def test_demo_is_the_name_of_the_shipped_pair(
         ("chat {pair} --llm device_map=cuda:99", 1, "got 'cuda:99'"),
         ("chat {pair} --slm-quantization q4", 1, "--slm-quantization: expected nf4 or int8, got 'q4'"),
         ("chat {pair} --router-threshold 70", 1, "70"),
-        ("chat {pair} --max-new-tokens 0", 1, "max_new_tokens"),
+        ("chat {pair} --max-new-tokens 0", 2, "--max-new-tokens"),
         ("chat {pair} --max-new-tokens x", 2, "valid integer"),
         ("chat {pair} --slm abacus=3", 1, "abacus"),
         ("chat {tmp}", 1, "{tmp}"),

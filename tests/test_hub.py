@@ -348,6 +348,7 @@ model.push_to_hub("me/elsewhere", save_base_models=True)
 """
 
 
+@pytest.mark.slow
 def test_the_example_of_the_card_runs_where_the_package_is_not_installed(client, loaded):
     said = client.run(WITHOUT_THE_PACKAGE, prelude="", home="fourth", HF_TOKEN=TOKEN)
     assert said["module"].startswith("transformers_modules.") and said["text"]

@@ -145,6 +145,7 @@ def test_longer_texts_than_the_smaller_context_are_cut_there(home):
     assert HFLM(pretrained=short, tokenizer=short.load_tokenizer()).max_length == 100
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_the_code_in_the_repository(home, tmp_path):
     arguments = f"pretrained={home / 'router'},trust_remote_code=True,router_threshold=1.5,dtype=float32"
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--device", "cpu"]

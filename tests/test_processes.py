@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.launching import ONE, TORCHRUN, TWO, run, start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,7 +47,7 @@ def results_of_one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return measured(out)[0]
 
 
-@pytest.mark.parametrize("launcher", [TWO, pytest.param(TORCHRUN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", [TWO, TORCHRUN])
 def test_two_processes_measure_what_one_does(data: Path, results_of_one: str, tmp_path: Path, launcher: Any) -> None:
     said = run(launcher, *evaluation(data, tmp_path / "out"))
     values, processes = measured(tmp_path / "out")
@@ -77,7 +79,6 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(
     assert measured(tmp_path / "out")[0] == results_of_one
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     citer, train, test = ("-m", "citer_hf.cli"), tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     run(ONE, *citer, "demo", "--export", train, "--problems", 30, "--split", "train")

@@ -13,7 +13,7 @@ PACKAGE = Path(citer_hf.__file__).parent
 BASE = {"", "runs", "costs", "model"}
 # What each part may import beside itself; "" is the package's own `__init__`.
 ALLOWED = {
-    "runs": {""},
+    "runs": {"", "model"},
     "options": set(),
     "terminal": set(),
     "costs": {"model"},

@@ -16,7 +16,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.costs import ModelCost, cost_of_model
 from citer_hf.model.generation import CACHE_IMPLEMENTATIONS
 from citer_hf.model.routers import as_threshold
-from citer_hf.runs import Progress, check_limits, machine, option, progress_bar
+from citer_hf.runs import CommandOptions, Progress, machine, option, progress_bar
 
 from . import contenders as ways
 from .contenders import ALONE, ASSISTED, FLOOR, SLM, Batch, Contender
@@ -29,7 +29,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(CommandOptions):
     shares: tuple[float, ...] | None = option(
         None, "Send these shares of the tokens to the LLM. [default: 0,0.2,0.5,1, or none with --thresholds]", "P,..."
     )
@@ -53,7 +53,7 @@ class BenchOptions:
             [as_threshold(threshold) for threshold in self.thresholds]
         except ValueError as error:
             raise ValueError(f"--thresholds: {error}") from None
-        check_limits(self, of_command=True)
+        super().__post_init__()
         if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
             known = ", ".join(CACHE_IMPLEMENTATIONS)
             raise ValueError(f"--cache-implementation: expected one of {known}, got {self.cache_implementation!r}.")
@@ -62,10 +62,7 @@ class BenchOptions:
 def as_device(name: str | None) -> str:
     """Return the device to run on: the one given (`auto` for all), or the first accelerator, or the CPU."""
     kind = torch.accelerator.current_accelerator(check_available=True)
-    there = ["cpu"] if kind is None else [f"{kind.type}:{one}" for one in range(torch.accelerator.device_count())]
-    if name not in (None, "auto", "cpu", *there) and f"{name}:0" not in there:
-        raise ValueError(f"--device: expected auto, cpu or one of {', '.join(there)}, got {name!r}.")
-    return name or there[0]
+    return name or ("cpu" if kind is None else f"{kind.type}:0")
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:

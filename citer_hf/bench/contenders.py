@@ -262,7 +262,8 @@ class BareModel:
         cache = StaticCache(model.config, max_cache_len=longest) if static else DynamicCache(config=model.config)
         compiles = static and model.device.type == "cuda" and not model.generation_config.disable_compile
         self.step = model.get_compiled_call(None) if compiles else model
-        self.keywords = {**cache_argument(model, cache), "use_cache": True, **last_logits_only(model)}
+        self.keywords = {**cache_argument(model, cache), "use_cache": True}
+        self.keywords |= {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         # Without padding the models count positions by themselves.
         self.mask = self.positions = None
         if not bool(batch.attention_mask.all()):
@@ -282,11 +283,6 @@ class BareModel:
         logits = run(input_ids=text[:, self.seen : end].to(self.model.device), **keywords).logits
         self.seen = end
         return logits[:, -1, :vocab_size].argmax(-1).to(text.device)
-
-
-def last_logits_only(model: PreTrainedModel) -> dict[str, int]:
-    """Return the keyword with which a model computes the last position's logits alone, where it has one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 @contextmanager

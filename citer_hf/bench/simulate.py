@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from citer_hf.costs import ModelCost, cost_of_config
 from citer_hf.model.configuration import context_length
-from citer_hf.runs import check_limits, option
+from citer_hf.runs import CommandOptions, option
 
 from .cost_curve import CATCH_UPS, CostCurve
 
@@ -27,7 +27,7 @@ OVERHEAD = 1e-3
 
 
 @dataclass(frozen=True)
-class SimulateOptions:
+class SimulateOptions(CommandOptions):
     gpu: str | None = option(None, f"The machine: {', '.join(DEVICES)}.", "NAME")
     bandwidth: float | None = option(None, "Memory bandwidth of the machine; overrides --gpu.", "GB/S", min=1e-9)
     slm_bits: float = option(16, "Bits per weight of the SLM, such as 16, 8 or 4.5.", "N", min=1)
@@ -39,7 +39,7 @@ class SimulateOptions:
     max_new_tokens: int = option(64, "New tokens of each sequence.", "N", min=1)
 
     def __post_init__(self) -> None:
-        check_limits(self, of_command=True)
+        super().__post_init__()
         if not all(0 <= share <= 1 for share in self.shares):
             raise ValueError(f"--shares: expected numbers from 0 to 1, got {', '.join(map(str, self.shares))}.")
 

@@ -12,7 +12,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
-from ..runs import check_limits, import_extra, option
+from ..runs import CommandOptions, import_extra, option
 
 Messages = tuple[dict[str, str], ...]
 Choices = tuple[tuple[str, str], ...]
@@ -57,15 +57,12 @@ class Example:
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(CommandOptions):
     columns: Mapping[str, str] | None = option(
         None, "The column of a field. May be repeated.", metavar="FIELD=COLUMN", flag="--map"
     )
     split: str | None = option(None, "Which split of the data.", metavar="NAME")
     limit: int | None = option(None, "Use the first N examples only.", metavar="N", min=1)
-
-    def __post_init__(self) -> None:
-        check_limits(self)
 
 
 def read_examples(

@@ -13,11 +13,11 @@ import torch
 
 import citer_hf.demo
 
+from ..data.tokens import real_tokens
 from ..model.cache import CiterCache
 from ..model.modeling import CiterForCausalLM
-from ..model.routers import as_threshold
 from ..model.schedule import rows_to_wait_for
-from ..runs import atomic_write, check_limits, option, progress_bar
+from ..runs import CommandOptions, atomic_write, option, progress_bar
 from ..terminal import Paint, WriterStreamer, legend
 from .problems import Problem, is_correct, problems
 
@@ -27,15 +27,10 @@ MAX_NEW_TOKENS = 160
 
 
 @dataclass(frozen=True)
-class DemoOptions:
+class DemoOptions(CommandOptions):
     seed: int = option(0, "Another seed gives other problems.")
     problems: int = option(200, "Held-out problems to measure on.", metavar="N", min=1)
     router_threshold: float | None = option(None, "The SLM's token stands when its score reaches this.", metavar="X")
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        if self.router_threshold is not None:
-            as_threshold(self.router_threshold)
 
 
 @dataclass(frozen=True)
@@ -212,12 +207,6 @@ def settings(model: CiterForCausalLM, max_new_tokens: int | None = None) -> Any:
     config = copy.deepcopy(model.generation_config)
     config.update(do_sample=False, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS)
     return config
-
-
-def real_tokens(new: torch.Tensor, eos_token_id: int | list[int]) -> torch.Tensor:
-    """Return which tokens are text: those up to the first EOS, and EOS."""
-    ends = torch.isin(new, torch.as_tensor(eos_token_id, device=new.device))
-    return (ends.cumsum(dim=1) - ends.long()) == 0
 
 
 def spread_thresholds(shipped: float) -> list[float]:

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from citer_hf.data.examples import Example
-from citer_hf.data.tokens import encode
+from citer_hf.data.tokens import encode, real_tokens
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.schedule import rows_to_wait_for
-from citer_hf.runs import check_limits, option
+from citer_hf.runs import CommandOptions, option
 
 Alone = Literal["slm", "llm"]
 
@@ -29,17 +29,10 @@ STEP_RATIO = 0.3
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class DecodeOptions(CommandOptions):
     max_new_tokens: int = option(512, "Longest output, in tokens.", "N", min=1)
     batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
     seed: int = option(0, "Seed of the bootstrap.", "N")
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        return {"max_new_tokens": self.max_new_tokens, "batch_tokens": self.batch_tokens}
 
 
 class Output(NamedTuple):
@@ -86,7 +79,7 @@ def _decode_batch(
     output = generator.generate(input_ids=ids, attention_mask=mask, **options)
     new = output.sequences[:, width:]  # [batch, new]
     # Reading the lengths waits for the device.
-    lengths = text_lengths(new, end_tokens)
+    lengths = real_tokens(new, end_tokens).sum(dim=1).tolist()
     per_token = (time.perf_counter() - began) / sum(lengths)
     to_llm = [[alone == "llm"] * length for length in lengths]
     if alone is None:
@@ -151,12 +144,6 @@ def special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
 def steady_policy(unfinished: int, llm_share: float, step_ratio: float) -> int:
     """Choose how many sequences wait for the LLM as `generate` does, but not by measured times."""
     return rows_to_wait_for(unfinished, llm_share, STEP_RATIO)
-
-
-def text_lengths(new: torch.Tensor, end_tokens: Sequence[int]) -> list[int]:
-    """Return the length of each output of `[batch, new]`: up to its first end token, which counts."""
-    ends = torch.isin(new, torch.tensor(end_tokens, dtype=new.dtype, device=new.device))
-    return ((ends.cumsum(dim=1) - ends.long()) == 0).sum(dim=1).tolist()
 
 
 def cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:

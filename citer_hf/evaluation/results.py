@@ -1,7 +1,5 @@
 """Results of an evaluation: costs of outputs, points of accuracy against cost, figures of curves, and tables."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -165,7 +163,7 @@ class Results:
         write_json(Path(path), asdict(self))
 
     @classmethod
-    def read(cls, path: str | Path) -> Results:
+    def read(cls, path: str | Path) -> "Results":
         """Load the `results.json` at `path`, also of earlier versions, whose provenance has other keys.
 
         Raises:

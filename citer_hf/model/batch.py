@@ -1,7 +1,5 @@
 """Decoding of a batch whose rows do not wait for each other: those that need the LLM wait, the others go on."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 
@@ -22,7 +20,7 @@ def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: Wa
     return write_rows(Rows(model, decoding), logits, policy)
 
 
-def write_rows(rows: Rows, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
+def write_rows(rows: "Rows", logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
     rows.write(range(rows.batch), logits[:, -1])
     while rows.unfinished:
         writing: list[int] = []

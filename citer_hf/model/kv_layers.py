@@ -1,7 +1,5 @@
 """Layers of keys and values that are written in place: for one length, and for rows of different lengths."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 
@@ -88,7 +86,7 @@ def growing_cache(config: PreTrainedConfig | None) -> DynamicCache:
 class RowsLayer(DynamicLayer):
     """Keys and values of rows that move at their own pace: every row is written where its own text ends."""
 
-    def __init__(self, layer: Any, rows: RowsCache):
+    def __init__(self, layer: Any, rows: "RowsCache"):
         super().__init__()
         self.layer = layer
         # A cycle would keep the keys and values of many texts until Python happens to look for cycles.

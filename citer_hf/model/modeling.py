@@ -1,7 +1,5 @@
 """CiterForCausalLM: a small and a large language model that generate as one."""
 
-from __future__ import annotations
-
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +14,11 @@ from transformers.utils.generic import can_return_tuple
 from .cache import CiterCache, check_cache
 from .compat import CACHE, BothCacheNames, given_cache, is_out_of_memory, keywords_of, out_of_memory
 from .compiled import CompiledSteps
-from .configuration import CiterConfig
+from .configuration import CiterConfig, router_width
 from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin
 from .loading import CiterLoadingMixin
 from .references import check_pair
-from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer, hidden_size_of, marginal
+from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer, marginal
 from .saving import CiterSharingMixin
 
 SLM_OUTPUTS = ("hidden_states", "attentions")
@@ -102,7 +100,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         config.slm_config, config.llm_config = slm.config, llm.config
         config._attn_implementation_internal = slm.config._attn_implementation
         self.vocab_size = config.vocab_size
-        self.router = router if router is not None else build_router(config.router, hidden_size_of(slm))
+        self.router = router if router is not None else build_router(config.router, router_width(slm.config))
         if hasattr(self.router, "bind"):
             self.router.bind(slm)  # type: ignore[operator]
         if router is not None and config.router["type"] == CUSTOM_ROUTER:
@@ -136,7 +134,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         """The SLM, which processes every token: what transformers asks of a base model (embeddings) is there."""
         return self.slm
 
-    def train(self, mode: bool = True) -> CiterForCausalLM:
+    def train(self, mode: bool = True) -> "CiterForCausalLM":
         """Set the router to training or evaluation; the base models stay in evaluation."""
         super().train(mode)
         self.slm.eval()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
@@ -42,12 +41,6 @@ def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.T
     by_slm = slm_logits.float().log_softmax(-1) + p_slm.clamp_min(tiny).log()
     by_llm = llm_logits.float().log_softmax(-1) + (1 - p_slm).clamp_min(tiny).log()
     return torch.logaddexp(by_slm, by_llm)
-
-
-def hidden_size_of(model: PreTrainedModel) -> int:
-    """Return the width of the input of a model's output embeddings, which is what a router sees."""
-    head: Any = model.get_output_embeddings()
-    return int(getattr(head, "in_features", None) or model.config.get_text_config().hidden_size)
 
 
 class Router(nn.Module):

@@ -26,7 +26,8 @@ def prompts_of(tokenizer: Any, request: Any, vocabulary: int) -> list[list[int]]
     is_chat = isinstance(request, ChatRequest)
     prompts = [chat_prompt(tokenizer, request)] if is_chat else text_prompts(tokenizer, request, vocabulary)
     if not all(prompts):
-        raise RequestError("prompt: it has no tokens; the models need at least one.", param="prompt")
+        param = "messages" if is_chat else "prompt"
+        raise RequestError(f"{param}: the prompt has no tokens; the models need at least one.", param=param)
     return prompts
 
 

@@ -7,8 +7,6 @@
 3. Both are joined into Parquet shards with a card.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +17,12 @@ import torch
 from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import DataOptions, read_examples
-from citer_hf.data.tokens import Encoded, encode
+from citer_hf.data.tokens import Encoded, encode, real_tokens
 from citer_hf.evaluation import decode
 from citer_hf.evaluation.evaluate import judge, name_of
 from citer_hf.model.compat import CACHE
 from citer_hf.model.kv_layers import all_grow, growing_cache
-from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, as_threshold, top_logprobs
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, top_logprobs
 from citer_hf.runs import Work, option, provenance, sha256_of, work_in
 
 from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, token_table, tokenizer_sha256, write_labels
@@ -44,11 +42,6 @@ class LabelOptions(DataOptions):
     max_new_tokens: int | None = option(None, "Longest response. [default: 2 references]", metavar="N", min=1)
     batch_tokens: int = option(decode.BATCH_TOKENS, "Tokens in a batch, padding included.", metavar="N", min=1)
     seed: int = option(0, "Decides between states of which the router is equally unsure.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.router_threshold is not None:
-            as_threshold(self.router_threshold)
 
 
 def label_preferences(
@@ -234,7 +227,7 @@ class Policy:
         outcomes = alone.outcomes(f"answers of the {role.upper()}", whole)
         return [outcomes[one][0] for one in whole]
 
-    def outcomes(self, name: str, wanted: Sequence[RollOut]) -> dict[RollOut, tuple[bool, bool]]:
+    def outcomes(self, name: str, wanted: Sequence["RollOut"]) -> dict["RollOut", tuple[bool, bool]]:
         """Make roll-outs, and return for each whether its answer is right, and whether it has one."""
         asked = [self.questions[one.question] for one in wanted]
         lengths = [length(one) + min(len(one.response_ids), self.max_new_tokens) for one in asked]
@@ -246,7 +239,7 @@ class Policy:
             for place, (correct, extracted) in zip(places, outcomes, strict=True)
         }
 
-    def judge(self, batch: Sequence[RollOut]) -> list[tuple[bool, bool]]:
+    def judge(self, batch: Sequence["RollOut"]) -> list[tuple[bool, bool]]:
         assert self.checker is not None
         written = roll_out(self.model, self.questions, batch, self.threshold, self.max_new_tokens)
         responses = self.model.load_tokenizer().batch_decode(written, skip_special_tokens=True)
@@ -295,7 +288,7 @@ def roll_out(
     prefixes = shared_prefixes(model, questions, states, router_threshold)
     if prefixes is None:
         texts = [text for _, text in states]
-        # One batch, whatever its size: it was decode.cut before.
+        # One batch, whatever its size: it was cut before.
         limits: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_tokens": 1 << 40}
         written = [one.tokens for one in decode.decode(model, texts, router_threshold=router_threshold, **limits)]
     else:
@@ -356,7 +349,8 @@ def write_on(prefixes: Prefixes, end_tokens: Sequence[int], max_new_tokens: int)
             input_ids=ids, attention_mask=mask, max_new_tokens=stretch, **{CACHE: cache}, **options
         )
         new = output[:, ids.shape[1] :]
-        for index, tokens in zip(going, decode.cut(new, decode.text_lengths(new, end_tokens)), strict=True):
+        lengths = real_tokens(new, end_tokens).sum(dim=1).tolist()
+        for index, tokens in zip(going, decode.cut(new, lengths), strict=True):
             written[index] += tokens
         kept = [place for place, index in enumerate(going) if written[index][-1] not in end_tokens]
         if not kept or not max_new_tokens:

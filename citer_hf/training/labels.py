@@ -4,8 +4,6 @@ A directory of labels is a `datasets` repository: Parquet shards in `data/` (a r
 `questions/` (a row per question), a card, and `labels.json`, the last file, with what the labels were made with.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +118,7 @@ class Labels:
     llm_rollout: torch.Tensor  # the same for the LLM's token, where the SLM's has failed
 
     @classmethod
-    def load(cls, directory: str | Path) -> Labels:
+    def load(cls, directory: str | Path) -> "Labels":
         """Load a directory of labels.
 
         Args:

@@ -28,8 +28,9 @@ from citer_hf.data.checkers import Checker, get_checker
 from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decode import with_router
 from citer_hf.evaluation.evaluate import name_of
+from citer_hf.model.configuration import router_width
 from citer_hf.model.loading import load_router
-from citer_hf.model.routers import build_router, defer, hidden_size_of
+from citer_hf.model.routers import build_router, defer
 
 from .label import Policy, least_sure
 from .labels import Labels
@@ -52,7 +53,7 @@ RECALL = 0.95
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(runs.CommandOptions):
     objective: str = runs.option("citer-plus", "citer-plus, citer (the paper's), citer-s or co-llm.", metavar="NAME")
     rounds: int = runs.option(1, "Before every further round, roll out again with the new router.", metavar="N", min=1)
     data: Any = runs.option(None, "The data that was labelled, to be sure that it is the same.", metavar="FILE")
@@ -75,7 +76,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {sorted(OBJECTIVES)}, got {self.objective!r}.")
-        runs.check_limits(self)
+        super().__post_init__()
         if self.rounds > 1 and not OBJECTIVES[self.objective].relabelled:
             raise ValueError(f"rounds: {self.objective!r} makes no roll-outs, so that further rounds change nothing.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -134,7 +135,7 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
             router, found = train_round(labels, settings, policy, number)
         pair = with_router(model, router)
         pair.config = copy.deepcopy(model.config)
-        pair.config.router = {**objective.router, "hidden_size": hidden_size_of(model.slm)}
+        pair.config.router = {**objective.router, "hidden_size": router_width(model.slm.config)}
         pair.config.router_threshold = found["validation"]["router_threshold"]
         made = {
             **runs.provenance(pair, settings),

@@ -46,8 +46,8 @@ def test_a_batch_calls_the_llm_when_any_sequence_needs_it() -> None:
     ("options", "message"),
     [
         ({}, "--gpu: .* h100, .*--bandwidth, got None"),
-        ({"gpu": "h100", "slm_bits": 0}, "--slm-bits: .* got 0"),
-        ({"gpu": "h100", "tensor_parallel": 0}, "--tensor-parallel: .* got 0"),
+        ({"gpu": "h100", "slm_bits": 0}, "slm_bits: .* got 0"),
+        ({"gpu": "h100", "tensor_parallel": 0}, "tensor_parallel: .* got 0"),
         ({"gpu": "h100", "shares": (1.2,)}, "--shares: .* got 1.2"),
         (
             {"gpu": "h100", "prompt_length": 200, "max_new_tokens": 57},

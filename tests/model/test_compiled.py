@@ -80,6 +80,7 @@ def test_each_pass_with_the_router_in_it_is_traced_once_for_many_texts(slm, llm,
     assert not GRAPHS
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_kept_by_batch_size_and_serves_shorter_texts(warned):
     model = make_pair(hidden_size=48, max_position_embeddings=600)
     counts = []
@@ -202,6 +203,7 @@ def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return scores
 
 
+@pytest.mark.slow
 def test_compiled_passes_of_forgotten_batch_sizes_are_freed():
     model = make_pair(hidden_size=48)
     for rows in (1, 2, 3, 4, 5, 6, 1):
@@ -225,6 +227,7 @@ def test_compiled_passes_go_with_an_error_whose_cache_no_later_text_overwrites_a
     assert kept() == 0
 
 
+@pytest.mark.slow
 def test_a_text_written_in_inference_mode_leaves_room_for_others():
     model, prompt = make_pair(hidden_size=48), torch.tensor(random_prompts((9,)))
     plain = model.generate(prompt, **GREEDY)
@@ -233,6 +236,7 @@ def test_a_text_written_in_inference_mode_leaves_room_for_others():
     assert torch.equal(plain, model.generate(prompt, **GREEDY, **compiling()))
 
 
+@pytest.mark.slow
 def test_a_pass_that_was_compiled_too_often_runs_as_it_is(warned):
     model, prompt = make_pair(), torch.tensor(random_prompts((9,)))
     # transformers 5.17 raises the limit of the process when it reads a prompt in chunks.

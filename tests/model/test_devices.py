@@ -139,6 +139,7 @@ print("SAME")
 """
 
 
+@pytest.mark.slow
 def test_a_router_is_trained_by_replicas_as_by_one_model_with_the_whole_batch(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DATA_PARALLEL)
@@ -166,6 +167,7 @@ print("SAME")
 """
 
 
+@pytest.mark.slow
 def test_an_llm_that_two_processes_share_writes_the_same_on_both(bases: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers.distributed")
     script = tmp_path / "script.py"

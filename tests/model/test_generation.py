@@ -1,7 +1,6 @@
 """`generate` with settings that people publish, keep and combine: the pair does what the plain model does."""
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +218,3 @@ def test_a_text_goes_on_with_and_without_autocast(model, first):
             )
         text, cache = output.sequences, output.past_key_values
     assert text.shape == (1, 6 + 3 * 6)
-
-
-# ---- what a reader and a type checker see ------------------------------------------------------------------------
-
-
-def test_generate_documents_its_own_keywords():
-    parameters = inspect.signature(CiterForCausalLM.generate).parameters
-    for name in ("inputs", "generation_config", "router_threshold", "waiting_rows"):
-        assert f"            {name}: " in str(CiterForCausalLM.generate.__doc__) and name in parameters
-    assert parameters["router_threshold"].annotation == "float | torch.Tensor | None"

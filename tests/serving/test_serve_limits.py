@@ -226,7 +226,7 @@ def test_an_empty_prompt_begins_with_the_first_token_where_there_is_one() -> Non
 
 @pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 0), ("max_waiting", -1)])
 def test_limits_that_mean_nothing_are_refused(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected a number from {value + 1} up, got {value}"):
+    with pytest.raises(ValueError, match=f"{name}: expected at least {value + 1}, got {value}"):
         ServeOptions(**{name: value})
 
 
