@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 # Lines; the package is to have at most 9 500 with the one decode loop.
-FILE, PACKAGE, TESTS = 450, 11_500, 10_350
+FILE, PACKAGE, TESTS = 450, 11_500, 10_000
 
 
 def lines(*patterns: str) -> dict[str, int]:

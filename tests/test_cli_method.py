@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from citer_hf import CiterForCausalLM
 from citer_hf.hub import method_of
 from citer_hf.runs import file_sha256, read_json
 from citer_hf.training import train as train_module
@@ -70,19 +69,6 @@ def test_routers_of_other_directories_are_compared(work: Path, tmp_path: Path) -
     # The card of each router shows the points of its own, and none those of other routers.
     for directory, method in ((work / "router", "citer-plus"), (other, "co-llm"), (work / "pair", None)):
         assert method_of(results, file_sha256(directory / "model.safetensors"), "mlp") == method
-
-
-def test_a_threshold_for_a_budget_is_written_into_the_router(work: Path) -> None:
-    before = (work / "router" / "model.safetensors").read_bytes()
-    data = ("--data", work / "test.jsonl", "--max-new-tokens", 20, "--llm-share", 0.5)
-    result = invoke("calibrate", work / "router", *data, "--write")
-    assert result.exit_code == 0, result.output
-    assert "router_threshold" in result.stdout
-    provenance = json.loads((work / "router" / "provenance.json").read_text())
-    assert provenance["objective"] == "citer-plus" and provenance["calibration"]["wanted"] == {"llm_share": 0.5}
-    loaded = CiterForCausalLM.from_pretrained(work / "router")
-    assert loaded.config.router_threshold == provenance["calibration"]["threshold"]
-    assert (work / "router" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

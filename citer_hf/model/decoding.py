@@ -6,12 +6,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.generation import (
-    EosTokenCriteria,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from .cache import CiterCache
 from .compat import CACHE, CiterGenerateOutput

@@ -83,11 +83,7 @@ class CiterSharingMixin:
             self.push_to_hub(repo_id, save_base_models=save_base_models, **options)
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        save_base_models: bool = False,
-        max_shard_size: int | str = "50GB",
-        **kwargs: Any,
+        self, repo_id: str, save_base_models: bool = False, max_shard_size: int | str = "50GB", **kwargs: Any
     ) -> str:
         """Save the pair and upload it to the Hub; where `citer_hf` is imported, with a model card.
 

@@ -29,15 +29,6 @@ def test_multiple_choice_lists_the_choices_in_the_prompt_and_has_no_reference() 
     assert example == Example("q7", 1, prompt, answer="A", choices=(("A", "the sun"), ("B", "the moon")))
 
 
-def test_math_takes_the_answer_from_the_last_box_with_its_braces() -> None:
-    solution = r"First \boxed{1}, then \boxed{\frac{1}{2} \} x}."
-    example = only({"problem": "Half?", "solution": solution}, needs=["answer", "response"])
-    assert (example.prompt, example.response, example.answer) == ("Half?", " " + solution, r"\frac{1}{2} \} x")
-    assert only({"problem": "P", "solution": r"\boxed{1}", "answer": 2.0}).answer == "2"
-    mapped = {"problem": "P", "worked": r"\boxed{3}"}
-    assert only(mapped, columns={"response": "worked"}, needs=["answer"]).answer == "3"
-
-
 def test_a_chain_of_thought_follows_its_prompt_with_one_space() -> None:
     for prompt, cot, response in (("Why?", "So", " So"), ("a\n", "b", "b"), ("a", "\nb", "\nb")):
         example = only({"prompt": prompt, "cot": cot, "answerKey": "A", "choices": CHOICES})

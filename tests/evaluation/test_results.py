@@ -1,9 +1,6 @@
 """Costs of outputs pass by pass; intervals, areas, costs of an accuracy and comparisons, by hand on small curves."""
 
-import runpy
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,26 +53,6 @@ def test_what_cannot_be_said_is_left_open():
     table = make_results(alike, {"mine": [point(0.5, 0.5)]}, {}).table().splitlines()
     assert table[-1].split(" | ")[:2] == ["| mine  ", "   –"]
     assert len({len(line) for line in table if line.startswith("|")}) == 2
-
-
-def test_the_mean_of_runs_is_taken_at_equal_shares(tmp_path: Path, monkeypatch: Any, capsys: Any):
-    worse = [point(0.2, 0.4), point(0.8, 0.9)]
-    curves = {"one": {"citer": CURVE, "entropy": CURVE, "worse": worse}, "two": {"citer": worse}}
-    for name, methods in curves.items():
-        (tmp_path / name).mkdir()
-        origin = {"problems": 9, "router_sha256": "ab", "options": {"shares": [0.2, 0.4]}}
-        make_results(ENDS, methods, origin).write(tmp_path / name / "results.json")
-    script, mean = str(REPOSITORY / "docs" / "benchmarks" / "average.py"), tmp_path / "mean"
-    directories = [str(tmp_path / name) for name in curves]
-    monkeypatch.setattr(sys, "argv", [script, *directories, "--shipped", "citer", "--out", str(mean)])
-    runpy.run_path(script, run_name="__main__")
-    methods = Results.read(mean / "results.json").methods
-    assert (methods["citer"][0].llm_share, methods["citer"][0].accuracy) == pytest.approx((0.2, 0.55))
-    # A method that one run lacks is the mean of the others.
-    assert methods["entropy"][1].accuracy == pytest.approx(0.9)
-    # 90 % of the LLM's accuracy at shares of 0.4 and 0.8, at 460 and 820 bytes; 0.9 against 0.567 at equal cost.
-    said = capsys.readouterr().out
-    assert "citer against worse" in said and "saved: 50.0% / 43.9% at 90%" in said and "+33.3 / +33.3" in said
 
 
 def test_results_come_back_as_they_were_written_also_by_earlier_versions(tmp_path: Path):

@@ -4,12 +4,10 @@ Without one, `CITER_TEST_DEVICE=cpu` runs what can be run.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from transformers import set_seed
 
 from citer_hf.bench.bench import as_device, bench
 from tests.conftest import left_padded, make_pair, random_prompts
@@ -47,28 +45,10 @@ def test_sequences_are_those_of_the_naive_loop(placed, lengths, cache, waiting_r
     assert_naive(placed, random_prompts(lengths), cache_implementation=cache, waiting_rows=waiting_rows)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_sampled_text_comes_back_with_its_seed(placed, cache):
-    texts = []
-    for seed in (1, 1, 2):
-        set_seed(seed)
-        wanted = {**GREEDY, "do_sample": True, "eos_token_id": None, "cache_implementation": cache}
-        texts.append(placed.generate(**on_device(random_prompts(ROWS)), **wanted).tolist())
-    assert texts[0] == texts[1] != texts[2]
-
-
 def test_passes_that_were_recorded_serve_other_texts(placed):
     """A graph reads and writes the same addresses again: what an earlier text has left there must not be seen."""
     for seed, lengths in enumerate((ROWS, (4, 4, 2, 3), (30, 2, 1, 9), ROWS)):
         assert_naive(placed, random_prompts(lengths, seed), cache_implementation="static")
-
-
-def test_two_threads_write_with_one_model(placed):
-    wanted = {**GREEDY, "eos_token_id": None, "cache_implementation": "static"}
-    prompts = [torch.tensor(random_prompts((9,), seed), device=DEVICE) for seed in range(6)]
-    alone = [placed.generate(prompt, **wanted).tolist() for prompt in prompts]
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(lambda prompt: placed.generate(prompt, **wanted).tolist(), prompts)) == alone
 
 
 @pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="events and peaks of memory are CUDA's")

@@ -1,6 +1,5 @@
 """Sequences of a batch move at their own pace and get the texts that they get alone, in fewer calls of the LLM."""
 
-import gc
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -203,24 +202,6 @@ def test_a_hook_on_the_pair_or_a_changed_forward_sees_every_step(pair):
 def test_a_number_of_waiting_rows_that_means_nothing_is_refused(pair, waiting):
     with pytest.raises(ValueError, match="waiting_rows: expected"):
         pair.generate(**left_padded(random_prompts()), **GREEDY, waiting_rows=waiting)
-
-
-@pytest.mark.parametrize(("rows", "cache"), [(1, "dynamic"), (3, "dynamic"), (3, "static")])
-def test_no_keys_and_values_are_left_to_the_garbage_collector(pair: Any, rows: int, cache: str) -> None:
-    batch = left_padded(random_prompts()[:rows])
-    gc.collect()
-    gc.disable()
-    try:
-        pair.generate(**batch, max_new_tokens=6, do_sample=False, router_threshold=0.5, cache_implementation=cache)
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        # Compilers of earlier tests leave tensors of their own kind, which hold nothing.
-        left = [one for one in gc.garbage if type(one) is torch.Tensor]
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
-    assert not left
 
 
 # ---- limits and ends ----

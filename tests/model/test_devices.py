@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +89,6 @@ def test_a_pair_that_accelerate_offloads_writes_the_same(tmp_path: Path, router:
     assert {weight.device.type for weight in model.parameters()} == {"meta"}
     for text, one in zip((TEXT, texts), expected, strict=True):
         assert torch.equal(model.generate(text, **GREEDY), one)
-
-
-def test_a_copy_shares_nothing_and_copies_generate_at_once(bases: Path) -> None:
-    model = from_pair(bases)
-    expected = model.generate(TEXT, **GREEDY)
-    replicas = [copy.deepcopy(model) for _ in range(3)]
-    tensors = [{one.data_ptr() for one in each.state_dict().values()} for each in (model, *replicas)]
-    assert sum(map(len, tensors)) == len(set().union(*tensors))
-    assert replicas[0].compiled_steps is not model.compiled_steps
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda one: one.generate(TEXT, **GREEDY), replicas))
-    assert all(torch.equal(one, expected) for one in found)
-    with torch.no_grad():
-        for weight in replicas[0].parameters():
-            weight.zero_()
-    assert torch.equal(model.generate(TEXT, **GREEDY), expected)
 
 
 def test_a_copy_of_a_router_that_reads_the_slms_embeddings_reads_the_copys() -> None:

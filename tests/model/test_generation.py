@@ -1,8 +1,9 @@
 """`generate` with settings that people publish, keep and combine: the pair does what the plain model does."""
 
 import copy
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
+import citer_hf
 from citer_hf import CiterForCausalLM
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import tiny_model
@@ -218,3 +220,26 @@ def test_a_text_goes_on_with_and_without_autocast(model, first):
             )
         text, cache = output.sequences, output.past_key_values
     assert text.shape == (1, 6 + 3 * 6)
+
+
+# ---- what `help()` and type checkers learn ----
+
+OWN = {
+    "from_pair": ("slm", "llm", "router", "router_threshold"),
+    "from_pretrained": ("pretrained_model_name_or_path", "config"),
+    "generate": ("inputs", "generation_config", "router_threshold", "waiting_rows"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_our_keywords_are_documented_and_typed_and_so_is_what_comes_back(name: str) -> None:
+    method = getattr(CiterForCausalLM, name)
+    hints, text = get_type_hints(method), str(inspect.getdoc(method))
+    assert inspect.signature(method).parameters.keys() >= set(OWN[name])
+    for keyword in OWN[name]:
+        assert hints[keyword] is not Any and f"\n    {keyword}: " in text
+    returned = hints["return"]
+    assert returned is not Any
+    # Loading returns the class that was asked.
+    assert name == "generate" or hints["cls"] == type[returned]
+    assert (Path(citer_hf.__file__).parent / "py.typed").is_file()

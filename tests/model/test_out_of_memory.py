@@ -67,19 +67,3 @@ def test_another_error_is_left_as_it_is() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError) as caught:
         pair(torch.tensor(random_prompts((6,))), use_cache=False)
     assert caught.value is error
-
-
-def test_accelerate_still_finds_a_batch_size_that_fits() -> None:
-    from accelerate.utils import find_executable_batch_size
-
-    tried: list[int] = []
-
-    def work(batch_size: int) -> None:
-        tried.append(batch_size)
-        pair = make_pair()
-        if batch_size > 2:
-            failing_at(pair.slm, 1, ERRORS["accelerator"])
-        pair.generate(torch.tensor(random_prompts((6,) * batch_size)), max_new_tokens=2)
-
-    find_executable_batch_size(work, starting_batch_size=4)()
-    assert tried[0] == 4 and tried[-1] <= 2

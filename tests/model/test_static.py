@@ -1,12 +1,10 @@
 """`cache_implementation="static"` gives what a growing cache gives, in every mode that can use it."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from citer_hf import CiterCache
@@ -122,47 +120,6 @@ def test_catch_ups_of_any_length_give_the_same_text(period):
     assert torch.equal(*texts)
 
 
-class Constant(nn.Module):
-    """A router that is always as sure."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return torch.full(hidden.shape[:-1], 0.7, dtype=self.dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threshold", [0.7, torch.full((4,), 0.7)])
-def test_a_score_that_just_reaches_the_threshold_is_the_slms(dtype, threshold):
-    model, batch = make_pair(router=Constant(dtype), hidden_size=48), left_padded(random_prompts(ROWS))
-    for options in ({}, {"waiting_rows": 1}, STATIC):
-        wanted = {**GREEDY, **options, "return_dict_in_generate": True, "router_threshold": threshold}
-        assert model.generate(**batch, **wanted).past_key_values.routing.llm_share == 0
-
-
-@pytest.mark.parametrize("mode", [SAMPLING, {**GREEDY, "repetition_penalty": 1.3}])
-@pytest.mark.parametrize("lengths", [(9,), ROWS])
-def test_the_host_waits_once_per_pass(pair, mode, lengths, count_calls, monkeypatch):
-    steps, calls, waits = count_calls(pair.slm), count_calls(pair.llm), []
-
-    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: waits.append(1) or original(*args, **kwargs)
-
-    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "nonzero"):
-        monkeypatch.setattr(torch.Tensor, name, noting(getattr(torch.Tensor, name)))
-    counts = []
-    for tokens in (8, 20):
-        for one in (steps, calls, waits):
-            one.clear()
-        options = {**mode, "max_new_tokens": tokens, "eos_token_id": None}
-        pair.generate(**left_padded(random_prompts(lengths)), **options, **STATIC)
-        counts.append((len(steps) + len(calls), len(waits)))
-    (passes, waited), (more_passes, more_waited) = counts
-    assert more_waited - waited == more_passes - passes
-
-
 def sees_all_rows(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     assert len(input_ids) == len(ROWS)
     return scores
@@ -190,13 +147,13 @@ def test_what_cannot_be_static_grows_and_says_so_once(pair, options, reason, war
     assert torch.equal(plain.sequences, static.sequences)
 
 
+def test_what_transformers_refuses_with_a_static_cache_is_refused(pair):
+    with pytest.raises(ValueError, match="cache_implementation"):
+        pair.generate(**single(), **GREEDY, **STATIC, past_key_values=CiterCache(pair.config))
+
+
 def test_a_model_that_transformers_does_not_compile_grows(monkeypatch, warned):
     model = make_pair("llama", "qwen2")
     monkeypatch.setattr(type(model.llm), "_can_compile_fullgraph", False)
     model.generate(**single(), **GREEDY, **STATIC)
     assert len(warned()) == 1 and "qwen2" in warned()[0]
-
-
-def test_what_transformers_refuses_with_a_static_cache_is_refused(pair):
-    with pytest.raises(ValueError, match="cache_implementation"):
-        pair.generate(**single(), **GREEDY, **STATIC, past_key_values=CiterCache(pair.config))

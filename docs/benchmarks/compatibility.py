@@ -1,4 +1,4 @@
-"""Fills docs/compatibility.md by running: `python -m tests.compatibility`.
+"""Fills docs/compatibility.md by running: `python -m docs.benchmarks.compatibility`.
 
 Every cell is a comparison in fp32 with the naive reference or with the bare models, on a tiny random model of the
 architecture paired with a tiny Llama.
@@ -21,7 +21,7 @@ from tests.model.test_families import (
     test_a_mixed_pair_equals_the_naive_loop_with_and_without_a_cache_and_its_models_at_the_ends,
 )
 
-PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
+PAGE = Path(__file__).parents[1] / "compatibility.md"
 Options = Callable[[Any, torch.Tensor], dict[str, Any]]
 
 
