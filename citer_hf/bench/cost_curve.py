@@ -99,7 +99,7 @@ def measure_curve(
 
 def _timed_pass(model: PreTrainedModel, tokens: torch.Tensor, length: int) -> Callable[[int], float]:
     """Return a function that times a pass over some tokens behind a cache of this length."""
-    tokens, keywords = tokens.to(model.device), {"use_cache": True}
+    tokens, keywords = tokens.to(model.device), dict[str, Any](use_cache=True)
     keywords |= {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     cache = DynamicCache(config=model.config)
     model(input_ids=tokens[:, :length], **cache_argument(model, cache), **keywords)
