@@ -247,6 +247,7 @@ LOAD = """
     moved = CiterForCausalLM.from_pretrained("me/router", revision=commits[0], llm_revision="same", token=TOKEN)
     held = CiterForCausalLM.from_pretrained("me/held", token=TOKEN)
     loaded = CiterForCausalLM.from_pair(model.slm, "me/llm", router=model.router, llm_revision="same", token=TOKEN)
+    said["given"] = loaded.config.slm_reference
     runs = [base_models(pair) for pair in (model, moved, held, loaded)]
     said["commits"] = [[run[role]["commit"] for role in ("slm", "llm")] for run in runs]
     load = CiterForCausalLM.from_pretrained
@@ -292,6 +293,8 @@ def test_a_pair_saved_again_says_where_its_models_are_or_came_from(client, loade
     same = {**first, "origin_revision": llm.branches["same"]}
     # What was loaded from another directory may be anything.
     assert loaded["origins"] == {"whole": first, "moved": same, "local": {"subfolder": "llm"}}
+    # A model that was loaded before the pair was made.
+    assert loaded["given"] == {"name_or_path": "me/slm", "revision": head_of(client, "me/slm")}
     held = files(client, "me/held")
     assert json.loads(held["config.json"])["llm_reference"] == first
     assert "base_model:\n- me/slm\n- me/llm\n" in held["README.md"].decode()

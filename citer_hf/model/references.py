@@ -180,7 +180,9 @@ def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None
     elif not isinstance(source, nn.Module):
         reference["revision"] = commit_of(name, keywords) or keywords.get("revision", "")
     elif REPOSITORY_ID.fullmatch(name):
-        reference["revision"] = getattr(source.config, "_commit_hash", None) or ""
+        # transformers 5.24 does not note the commit: what lies in the cache is compared when the pair is saved.
+        found = getattr(source.config, "_commit_hash", None)
+        reference["revision"] = found or commit_of(name, {"cache_dir": keywords.get("cache_dir")}) or ""
     else:
         return None
     reference |= {key: keywords[key] for key in REFERENCE_KEYS[1:] if keywords.get(key)}
