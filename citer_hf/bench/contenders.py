@@ -262,8 +262,7 @@ class BareModel:
         cache = StaticCache(model.config, max_cache_len=longest) if static else DynamicCache(config=model.config)
         compiles = static and model.device.type == "cuda" and not model.generation_config.disable_compile
         self.step = model.get_compiled_call(None) if compiles else model
-        self.keywords = {**cache_argument(model, cache), "use_cache": True}
-        self.keywords |= {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self.keywords = {**cache_argument(model, cache), **pass_keywords(model)}
         # Without padding the models count positions by themselves.
         self.mask = self.positions = None
         if not bool(batch.attention_mask.all()):
@@ -283,6 +282,11 @@ class BareModel:
         logits = run(input_ids=text[:, self.seen : end].to(self.model.device), **keywords).logits
         self.seen = end
         return logits[:, -1, :vocab_size].argmax(-1).to(text.device)
+
+
+def pass_keywords(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the keywords of a pass with a cache; the last position's logits alone, where the model can do that."""
+    return {"use_cache": True, **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from citer_hf import CiterForCausalLM
 from citer_hf.model.compat import cache_argument
 
-from .contenders import random_batch
+from .contenders import pass_keywords, random_batch
 
 CATCH_UPS = (1, 2, 3, 4, 8, 16, 32)
 TRIALS = 5
@@ -99,8 +99,7 @@ def measure_curve(
 
 def _timed_pass(model: PreTrainedModel, tokens: torch.Tensor, length: int) -> Callable[[int], float]:
     """Return a function that times a pass over some tokens behind a cache of this length."""
-    tokens, keywords = tokens.to(model.device), dict[str, Any](use_cache=True)
-    keywords |= {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    tokens, keywords = tokens.to(model.device), pass_keywords(model)
     cache = DynamicCache(config=model.config)
     model(input_ids=tokens[:, :length], **cache_argument(model, cache), **keywords)
 

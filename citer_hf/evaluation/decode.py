@@ -34,6 +34,10 @@ class DecodeOptions(CommandOptions):
     batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
     seed: int = option(0, "Seed of the bootstrap.", "N")
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"max_new_tokens": self.max_new_tokens, "batch_tokens": self.batch_tokens}
+
 
 class Output(NamedTuple):
     """The output for one prompt; `seconds` are its share of its batch, by tokens. Verdicts come with a checker."""

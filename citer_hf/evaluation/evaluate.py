@@ -242,8 +242,7 @@ class Evaluation:
         """Decode all problems in several ways; the processes divide the batches."""
         lengths, limit = [len(prompt) for prompt in self.prompts], self.model.config.max_position_embeddings
         # Every way decodes the same batches, in any number of processes.
-        longest, most = self.options.max_new_tokens, self.options.batch_tokens
-        parts = [places for places, _ in decoding.batches(lengths, longest, limit, most)]
+        parts = [places for places, _ in decoding.batches(lengths, limit=limit, **self.options.sizes)]
         units = [(way, places) for way in ways for places in parts]
         done = iter(self.work.run(description, units, self.decode_batch))
         order = np.argsort([place for places in parts for place in places])
@@ -256,8 +255,7 @@ class Evaluation:
     def decode_batch(self, unit: tuple[Way, list[int]]) -> list[Output]:
         (model, threshold, alone), places = unit
         prompts = [self.prompts[place] for place in places]
-        sizes = {"max_new_tokens": self.options.max_new_tokens, "batch_tokens": self.options.batch_tokens}
-        outputs = decoding.decode(model, prompts, router_threshold=threshold, alone=alone, **sizes)
+        outputs = decoding.decode(model, prompts, router_threshold=threshold, alone=alone, **self.options.sizes)
         if self.grader is None:
             return outputs
         verdicts = [self.grader.grade(place, tuple(one.tokens)) for place, one in zip(places, outputs, strict=True)]

@@ -145,8 +145,8 @@ class Labels:
         columns |= {name: values.reshape(len(tokens), -1) for name, values in flat.items()}
         for name in (*LOGPROBS, *VECTORS):
             sums = columns[name].reshape(len(tokens), -1).sum(axis=1, dtype=np.float32)
-            for row in np.flatnonzero(~np.isfinite(sums))[:1]:
-                where = f"labels: {directory / 'data'}, row {row + 1}"
+            if not np.isfinite(sums).all():
+                where = f"labels: {directory / 'data'}, row {np.isfinite(sums).argmin() + 1}"
                 raise ValueError(f"{where}: {name} is NaN or infinite. Make the labels again with `citer label`.")
         return cls(
             directory=directory,
