@@ -309,7 +309,7 @@ def evaluate(
     options: Annotated[Options, Of("evaluation.evaluate.EvaluateOptions")],
     baselines: Annotated[Path | None, flag("DIR", "Labels, to train and measure every other method on.")] = None,
     compare: Annotated[list[Path] | None, flag("DIR", "Another router of `citer train`. May be repeated.")] = None,
-    methods: Annotated[str | None, flag("NAME,...", "With --baselines: these alone. [default: all]")] = None,
+    methods: Annotated[str | None, flag("NAME,...", "Of the other methods, these alone; some need no labels.")] = None,
 ) -> None:
     """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot."""
     from .data.examples import read_examples
@@ -318,7 +318,7 @@ def evaluate(
 
     examples, model = read_examples(data, needs=("answer",), **reading), load_pair(pair)
     routers = {method_of(str(model.name_or_path)) or method_name(model): model.router}
-    if baselines is not None:
+    if baselines is not None or methods is not None:
         chosen = None if methods is None else methods.split(",")
         routers = baseline_routers(model, baselines, chosen, options.get("seed", 0)) | routers
     routers |= dict(router_of(directory, model) for directory in compare or ())
@@ -353,32 +353,25 @@ class BenchPairOptions(PairOptions):
 def bench(
     pair: Annotated[Options, Of("cli.BenchPairOptions")],
     options: Annotated[Options, Of("bench.bench.BenchOptions")],
-    simulation: Annotated[Options, Of("bench.simulate.SimulateOptions")],
     json: Json = False,
-    plot: Annotated[Path | None, flag("FILE", "Draw the speed-up against the LLM share: .png, .svg or .pdf.")] = None,
     simulate: Annotated[bool, flag(None, "Run nothing: project the speed on a machine.", "--simulate")] = False,
 ) -> None:
     """Measure how fast a pair decodes, beside each model alone and the least that its decisions can cost."""
     from .bench import bench as benches
-    from .bench import plot as plots
     from .bench import simulate as projections
 
     wanted = PairOptions(**pair)
     if simulate:
-        if "thresholds" in options or plot is not None:
-            raise ValueError("--thresholds, --plot: --simulate runs nothing; give --shares, or leave --simulate out.")
-        found = projections.simulate(*wanted.configs(), **simulation)
+        if "thresholds" in options:
+            raise ValueError("--thresholds: --simulate runs nothing; give --shares, or leave --simulate out.")
+        found = projections.simulate(*wanted.configs(), **options)
         typer.echo(json_format.dumps(found, indent=2) if json else projections.table(found))
         return
-    if simulation.keys() & {"gpu", "bandwidth"}:
+    if options.keys() & {"gpu", "bandwidth"}:
         raise ValueError("--gpu, --bandwidth: they have no effect without --simulate. Add it, or leave them out.")
-    if plot is not None:
-        plots.check_plot(plot)
     pair["device_map"] = benches.as_device(pair.get("device_map"))
     report = benches.bench(load_pair(pair), wanted.model or " + ".join(map(str, wanted.names)), **options)
     typer.echo(json_format.dumps(report.as_dict(), indent=2) if json else report.table())
-    if plot is not None:
-        plots.draw(report.as_dict(), plot)
     if report.error is not None:
         raise ValueError(report.error)
     raise typer.Exit(INTERRUPTED if report.interrupted else 0)

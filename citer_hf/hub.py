@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).with_name("card.md")
 GENERATED = "<!-- Written by citer_hf from the files beside it. Remove this line to keep what you change below. -->"
 TAGS = ("citer", "token-level-routing")
 # The files that tell of a router: each JSON file names the router by its sha256, the others belong to that file.
-FACTS = {"provenance.json": ("training.png",), "results.json": ("results.md", "curve.png")}
+FACTS = {"provenance.json": (), "results.json": ("results.md", "curve.png")}
 ALL_FACTS = tuple(name for json, others in FACTS.items() for name in (json, *others))
 # What may be left on the Hub of a router that is replaced; files that are uploaded are not deleted.
 OF_A_ROUTER = ("*.safetensors", "*.safetensors.index.json", "citer/*", "*_citer.py", "slm*/*", "llm*/*")
@@ -177,8 +177,8 @@ def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | N
     provenance = told.get("provenance", told)
     for run in provenance.get("runs") or [provenance]:
         for method, sha256 in (run.get("routers_sha256") or {}).items():
-            # Routers without weights are known by their kind.
-            if sha256 == router and (router is not None or method == kind):
+            # Routers without weights are known by their kind. A method may be "KIND, veto X".
+            if sha256 == router and (router is not None or str(method).partition(",")[0] == kind):
                 return str(method)
         is_known = router is not None or (run.get("router") or {}).get("type") == kind
         if run.get("router_sha256", "") == router and is_known:

@@ -83,17 +83,6 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: expected a JSON object, got {found}. Write the file again.")
 
 
-def new_figure(inches: tuple[float, float]) -> Any:
-    """Return an empty matplotlib figure that needs no display."""
-    return import_extra("matplotlib.figure", "plot").Figure(figsize=inches, layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as `.png`, `.svg` or `.pdf`, whole or not at all."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
-
-
 def import_extra(library: str, extra: str) -> ModuleType:
     """Return a library of an optional extra, or raise one line that says how to install it."""
     try:

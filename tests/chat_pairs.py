@@ -45,9 +45,7 @@ def character_tokenizer(
     )
 
 
-def chat_pair(
-    slm: str = "llama", llm: str = "llama", template: str | None = TEMPLATE, **options: Any
-) -> CiterForCausalLM:
+def chat_pair(slm: str = "llama", llm: str = "llama", template: Any = TEMPLATE, **options: Any) -> Any:
     """A tiny pair with a tokenizer, half of whose tokens are the LLM's, and which never ends an answer by itself."""
     model = make_pair(slm, llm, router="random", **options)
     model._tokenizer = character_tokenizer(template)

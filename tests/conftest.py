@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from citer_hf import CiterConfig, CiterForCausalLM
 from tests.families import PAD, VOCAB, tiny_model
+from tests.repositories import save_base_models
 
 torch.set_num_threads(1)
 
@@ -95,15 +96,22 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_demo_pair(tmp_path_factory.mktemp("bench"))
 
 
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a small and a large model and their tokenizer. Not to be changed."""
+    folder = tmp_path_factory.mktemp("bases")
+    save_base_models(folder)
+    return folder
+
+
 @pytest.fixture
 def small_machine(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `citer bench demo` take the tiny pair, and measure the bandwidth of memory in no time."""
     import citer_hf.demo
-    from citer_hf.bench import bench, cost_curve
+    from citer_hf.bench import bench
 
     monkeypatch.setattr(citer_hf.demo, "DEMO_PAIR", saved)
     monkeypatch.setattr(bench, "BUFFER", 1 << 20)
-    monkeypatch.setattr(cost_curve, "TRIALS", 1)
 
 
 @pytest.fixture

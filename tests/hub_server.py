@@ -122,9 +122,7 @@ class Hub:
         kind = {"uploadMode": "regular", "shouldIgnore": False}
         return Answer({"files": [{"path": file["path"], **kind} for file in body["files"]]})
 
-    def commit(
-        self, user: str | None, name: str, revision: str, query: dict[str, Any], raw: bytes, **_: Any
-    ) -> Answer:
+    def commit(self, user: Any, name: str, revision: str, query: Any, raw: bytes, **_: Any) -> Answer:
         repository, files = self.repository(name, user), dict(self.files(name, revision, user)[1])
         for operation in map(json.loads, raw.splitlines()):
             value = operation["value"]

@@ -11,6 +11,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from tests.families import VOCAB, tiny_model
 
 TEXT = torch.arange(5, 17)[None]
+# A process in which the package cannot be imported, and says so if anything tries.
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "citer_hf":
+            raise ImportError("citer_hf is not installed here")
+
+sys.meta_path.insert(0, Missing())
+"""
 
 
 def word_tokenizer(words: int = VOCAB, prefix: str = "w") -> PreTrainedTokenizerFast:

@@ -14,7 +14,6 @@ from citer_hf.demo import DEMO_PAIR
 from citer_hf.hub import ALL_FACTS, GENERATED, facts_of, push, push_model, write_card
 from citer_hf.runs import file_sha256, provenance, router_sha256
 from tests.chat_pairs import invoke
-from tests.repositories import save_base_models
 
 CONFIG = {
     "model_type": "citer",
@@ -137,17 +136,6 @@ def test_a_card_is_written_again_unless_a_person_wrote_it_and_keeps_the_metadata
     assert card.text.count(GENERATED) == 1 and "88.0%" in card.text
 
 
-# --- Which files tell of the router ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base models."""
-    folder = tmp_path_factory.mktemp("models")
-    save_base_models(folder)
-    return folder
-
-
 def make_pair(root: Path, router: Any = "mlp", seed: int = 0, **options: Any) -> CiterForCausalLM:
     torch.manual_seed(seed)
     return CiterForCausalLM.from_pair(root / "slm", root / "llm", router=router, **options)
@@ -158,8 +146,8 @@ def make_pair(root: Path, router: Any = "mlp", seed: int = 0, **options: Any) ->
     [({"type": "mlp", "batch_norm": True}, {}), ("linear", {"dtype": torch.bfloat16}), ("confidence", {})],
     ids=str,
 )
-def test_a_saved_router_has_the_sha256_that_runs_name(root, tmp_path, router, options):
-    pair = make_pair(root, router, **options)
+def test_a_saved_router_has_the_sha256_that_runs_name(bases, tmp_path, router, options):
+    pair = make_pair(bases, router, **options)
     pair.save_pretrained(tmp_path)
     loaded = CiterForCausalLM.from_pretrained(tmp_path, **options)
     shas = {provenance(one)["router_sha256"] for one in (pair, loaded)}
@@ -169,11 +157,11 @@ def test_a_saved_router_has_the_sha256_that_runs_name(root, tmp_path, router, op
 
 def test_the_provenance_of_the_shipped_pair_is_of_its_router():
     found = facts_of(DEMO_PAIR, DEMO_PAIR.joinpath, "here")
-    assert set(found) == {"provenance.json", "training.png"}
+    assert set(found) == {"provenance.json"}
 
 
-def test_of_several_routers_the_card_shows_the_one_that_is_here(root, directory):
-    pair, other = make_pair(root, router_threshold=0.75), make_pair(root, seed=1)
+def test_of_several_routers_the_card_shows_the_one_that_is_here(bases, directory):
+    pair, other = make_pair(bases, router_threshold=0.75), make_pair(bases, seed=1)
     pair.save_pretrained(directory)
     here, there = router_sha256(pair.router), router_sha256(other.router)
     put(directory, results=results({"citer-plus": there, "co-llm": here, "confidence": None}))
@@ -186,8 +174,8 @@ def test_of_several_routers_the_card_shows_the_one_that_is_here(root, directory)
 
 
 @pytest.mark.parametrize("told", [{"router_sha256": "0" * 64}, {"router_sha256": None}, {}], ids=str)
-def test_files_of_other_routers_are_left_out_with_one_warning(root, directory, caplog, told):
-    make_pair(root).save_pretrained(directory)
+def test_files_of_other_routers_are_left_out_with_one_warning(bases, directory, caplog, told):
+    make_pair(bases).save_pretrained(directory)
     routers = {"citer": told["router_sha256"]} if "router_sha256" in told else {}
     put(directory, results=results(routers, **told), provenance={"objective": "citer-plus", **told})
     (directory / "curve.png").write_bytes(b"")
@@ -203,9 +191,6 @@ def test_files_of_other_routers_are_left_out_with_one_warning(root, directory, c
 def test_a_router_without_weights_is_known_by_its_kind(directory, kind, shown):
     put(directory, results=results({kind: None}), provenance={"router_sha256": None, "router": {"type": kind}})
     assert (card_of(directory).data.eval_results is not None) is shown
-
-
-# --- What is not pushed ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,12 +212,12 @@ def test_what_nobody_else_could_load_is_not_pushed(directory, config, message):
     assert "no router directory: it has no config.json" in invoke("push", directory, "me/router").stderr
 
 
-def test_a_link_out_of_the_directory_is_not_pushed(root, directory, tmp_path):
+def test_a_link_out_of_the_directory_is_not_pushed(bases, directory, tmp_path):
     (tmp_path / "secret").write_text("{}")
     (directory / "results.json").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match="is a link out of the directory"):
         push(directory, "me/router")
-    make_pair(root, "confidence").save_pretrained(directory)
+    make_pair(bases, "confidence").save_pretrained(directory)
     pair = CiterForCausalLM.from_pretrained(directory)
     pair.save_pretrained(tmp_path / "new", save_base_models=True)
     with pytest.raises(ValueError, match="is a link out of the directory"):

@@ -25,9 +25,7 @@ def ask(conversation: Conversation, text: str) -> str:
     return conversation.messages[-1]["content"]
 
 
-def fresh_answer(
-    model: CiterForCausalLM, messages: list[dict[str, str]], template: str | None, threshold: float
-) -> str:
+def fresh_answer(model: Any, messages: list[dict[str, str]], template: str | None, threshold: float) -> str:
     """The answer of a plain `generate` that reads the whole chat."""
     tokenizer = model.load_tokenizer()
     text = plain_text(messages)
@@ -65,11 +63,12 @@ def test_what_the_caches_hold_is_not_read_again(template: str | None, count_call
     turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
     assert conversation.cache is cache
     assert turn.kept == length and turn.read < 25
-    for lengths in (slm, llm):
-        assert lengths == [turn.read] + [1] * 11
+    assert slm[0] == turn.read and set(slm[1:]) == {1}
+    # The LLM processes the drafts too.
+    assert turn.read <= llm[0] < turn.read + 12
 
 
-@pytest.mark.parametrize(("slm", "is_cropped"), [("llama", True), ("mistral_sliding", False)])
+@pytest.mark.parametrize(("slm", "is_cropped"), [("llama", True), ("mistral_sliding", True), ("lfm2", False)])
 def test_text_that_was_rewritten_is_taken_back_from_the_caches_or_the_caches_are_dropped(
     slm: str, is_cropped: bool
 ) -> None:
@@ -94,7 +93,7 @@ def test_counts_add_up_and_a_reset_keeps_the_system_message_alone() -> None:
     conversation = converse(chat_pair(), system="be kind")
     ask(conversation, MESSAGES[0])
     first = conversation.last
-    assert first.tokens == 12 and 0 < first.llm_tokens == first.llm_calls < 12 and first.kept == 0
+    assert first.tokens == 12 and 0 < first.llm_calls <= first.llm_tokens < 12 and first.kept == 0
     ask(conversation, MESSAGES[1])
     assert conversation.total.tokens == 24 and conversation.last.kept == first.read + 11
     assert conversation.total.llm_tokens == first.llm_tokens + conversation.last.llm_tokens
@@ -128,11 +127,9 @@ def test_the_end_of_the_context(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("error", "told"), [(KeyboardInterrupt, "(stopped;"), (torch.OutOfMemoryError("no"), "Out of memory")], ids=str
 )
-def test_an_interrupted_answer_stays_in_the_chat_which_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Any, told: str
-) -> None:
+def test_an_interrupted_answer_stays_in_the_chat_which_goes_on(monkeypatch, capsys, error, told):
     model = chat_pair()
-    conversation, forward, calls = converse(model), model.slm.forward, []
+    conversation, forward, calls = converse(model, router_threshold=0.0), model.slm.forward, []
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -145,7 +142,7 @@ def test_an_interrupted_answer_stays_in_the_chat_which_goes_on(
         answer(conversation, MESSAGES[0])
     assert told in "".join(capsys.readouterr()) and len(conversation.messages[-1]["content"]) == 3
     before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
-    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.5)
+    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.0)
 
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from citer_hf.training import train as train_module
 from citer_hf.training.train import TrainOptions
 from tests.chat_pairs import invoke, save_demo_pair
 
-BASELINES = {"citer", "citer-s", "co-llm", "query", "confidence", "entropy", "random"}
+BASELINES = {"citer", "citer-s", "co-llm", "query", "confidence", "entropy", "random", "bild", "speculative"}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,7 @@ def has_digit(response: str, answer: str) -> bool | None:
     return answer[-1] in response if response else None
 
 
-def test_three_commands_give_curves_of_every_method(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_three_commands_give_curves_of_every_method(work, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "TrainOptions", partial(TrainOptions, learning_rates=(1e-2,), epochs=1))
     out = tmp_path / "results"
     data = ("--data", work / "test.jsonl", "--checker", f"{__name__}:has_digit", "--max-new-tokens", 20)
@@ -49,9 +47,10 @@ def test_three_commands_give_curves_of_every_method(
     assert result.exit_code == 0, result.output
     values = json.loads((out / "results.json").read_text())
     assert set(values["methods"]) == BASELINES | {"citer-plus"} and set(values["ends"]) == {"slm", "llm"}
-    keys = {"threshold", "accuracy", "accuracy_ci", "llm_share", "llm_calls", "bytes", "flops", "seconds"}
+    keys = {"threshold", "veto", "accuracy", "accuracy_ci", "llm_share", "llm_calls", "bytes", "flops", "seconds"}
     points = [one for method in values["methods"].values() for one in method]
     assert all(keys <= set(one) for one in points) and values["ends"]["llm"]["llm_share"] == 1
+    assert {one["veto"] for one in points if one not in values["methods"]["bild"]} == {0}
     assert {file.name for file in out.iterdir()} == {"results.json", "results.md", "curve.png"}
     assert invoke(*arguments).exit_code == 0
 
@@ -62,13 +61,20 @@ def test_routers_of_other_directories_are_compared(work: Path, tmp_path: Path) -
     assert invoke(*train, "--out", other).exit_code == 0
     data = ("--data", work / "test.jsonl", "--checker", "math", "--max-new-tokens", 8, "--shares", "0.5")
     out = tmp_path / "results"
-    result = invoke("evaluate", work / "router", *data, "--out", out, "--compare", other)
+    others = ("--compare", other, "--methods", "bild,speculative", "--vetoes", "0,0.3")
+    result = invoke("evaluate", work / "router", *data, "--out", out, *others)
     assert result.exit_code == 0, result.output
     results = read_json(out / "results.json")
-    assert set(results["methods"]) == {"citer-plus", "co-llm"}
+    names = {"citer-plus", "citer-plus, veto 0.3", "co-llm", "co-llm, veto 0.3", "bild", "speculative"}
+    assert set(results["methods"]) == names
+    assert {one["veto"] for name in names for one in results["methods"][name] if "0.3" in name or name == "bild"} == {
+        0.3
+    }
     # The card of each router shows the points of its own, and none those of other routers.
     for directory, method in ((work / "router", "citer-plus"), (other, "co-llm"), (work / "pair", None)):
         assert method_of(results, file_sha256(directory / "model.safetensors"), "mlp") == method
+    told = {"routers_sha256": {"bild": None, "confidence, veto 0.3": None}}
+    assert method_of(told, None, "confidence") == "confidence, veto 0.3"
 
 
 @pytest.mark.parametrize(
@@ -81,8 +87,12 @@ def test_routers_of_other_directories_are_compared(work: Path, tmp_path: Path) -
             "evaluate {work}/pair --data {work}/test.jsonl --checker math --out {tmp}/x --compare {work}/pair",
             "--compare",
         ),
+        (
+            "evaluate {work}/pair --data {work}/test.jsonl --checker math --out {tmp}/x --methods bild,co-llm",
+            "there is no 'co-llm' without labels",
+        ),
         ("calibrate {work}/pair --data {work}/test.jsonl", "expected exactly one"),
-        ("calibrate demo --data {work}/test.jsonl --llm-share 0.2 --write", "out"),
+        ("calibrate demo --data {work}/test.jsonl --llm-share 0.2 --write", "Copy the directory"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(work: Path, tmp_path: Path, arguments: str, message: str) -> None:

@@ -72,10 +72,7 @@ def test_of_experts_a_token_reads_those_that_it_visits():
     # Half of four experts each: two tokens visit three of them on average, many tokens visit all.
     assert cost.weight_bytes_read(2) == cost.weight_bytes + cost.expert_bytes / 4
     assert cost.weight_bytes_read(100) == pytest.approx(cost.resident_bytes - 61 * 32 * 4)
-
-
-def test_a_convolution_is_no_expert():
-    # Two layers of four experts, each with three matrices.
+    # A convolution is no expert: two layers of four experts, each with three matrices.
     assert cost_of_model(tiny_model("qwen3_next")).expert_bytes == 4 * 2 * 4 * 3 * 32 * 16
 
 

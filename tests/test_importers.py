@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from citer_hf import CiterForCausalLM
 from citer_hf.importers import convert, read_router, threshold_from_divergence
@@ -20,6 +19,7 @@ from citer_hf.runs import file_sha256
 from tests.chat_pairs import character_tokenizer, invoke
 from tests.conftest import make_pair, random_prompts
 from tests.families import tiny_model
+from tests.reference import mlp_score
 
 HIDDEN, EMBEDDING, TOP, VOCAB = 32, 24, 20, 61
 # Widths of the blocks' inputs, and of the last one's output; what lies between is three times as wide.
@@ -74,16 +74,12 @@ def r2r_file(tensors: dict[str, torch.Tensor], threshold: Any = THRESHOLD) -> di
 
 def citer_reference(tensors: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     """`p_slm` as CITER's released code computes it in evaluation."""
-    x = functional.linear(hidden, tensors["mlp.0.weight"], tensors["mlp.0.bias"])
-    x = (x - tensors["mlp.1.running_mean"]) / torch.sqrt(tensors["mlp.1.running_var"] + 1e-5)
-    x = torch.relu(x * tensors["mlp.1.weight"] + tensors["mlp.1.bias"])
-    x = functional.linear(x, tensors["mlp.4.weight"], tensors["mlp.4.bias"])
-    return torch.sigmoid(functional.linear(x, tensors["linear.weight"], tensors["linear.bias"]))[..., 0]
+    ours = {"mlp.0": "expand", "mlp.1": "norm", "mlp.4": "contract", "linear": "score"}
+    names = {key: key.rpartition(".") for key in tensors}
+    return mlp_score({f"{ours[layer]}.{name}": tensors[key] for key, (layer, _, name) in names.items()}, hidden)
 
 
-def r2r_reference(
-    tensors: dict[str, torch.Tensor], hidden: torch.Tensor, logits: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
+def r2r_reference(tensors: Any, hidden: Any, logits: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """P(divergent) as R2R's released code computes it in evaluation."""
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -151,9 +147,6 @@ def converted(bases: Path, file: Path) -> Path:
     return out
 
 
-# --- What the router says -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("shape", "half"), [((), False), ((2, 3), True)])
 def test_citers_router_scores_as_in_the_released_code(tmp_path, shape, half):
     tensors = {key: value.half() if half and value.dim() else value for key, value in citer_state_dict().items()}
@@ -193,25 +186,19 @@ def test_decisions_are_r2rs_but_for_the_last_digit_up_to_one_half(threshold):
         assert [p for p in (0, 0.5, 1) if bool(1 - torch.tensor(float(p)) < ours)] == deferred
 
 
-# --- The repository -------------------------------------------------------------------------------------------------
-
-
-def test_a_converted_router_says_where_it_came_from_and_is_not_untrained(converted, file):
+def test_a_converted_router_has_the_weights_of_the_file_and_says_where_it_came_from(converted, file):
+    model = CiterForCausalLM.from_pretrained(converted)
+    spec, expected, _ = read_router(file)
+    assert model.router.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.router.state_dict().items())
+    assert model.generate(torch.tensor(random_prompts((9,))), max_new_tokens=2).shape == (1, 11)
     provenance, config = (json.loads((converted / f"{name}.json").read_text()) for name in ("provenance", "config"))
     origin = provenance["converted_from"]
     assert origin["file"] == file.name and len(origin["sha256"]) == 64
     assert provenance["router_sha256"] == file_sha256(converted / "model.safetensors")
-    assert config["router"] == read_router(file)[0]
+    assert config["router"] == spec
     assert config["router_threshold"] == (0.5 if file.suffix == ".pth" else threshold_from_divergence(THRESHOLD))
     assert not (converted / "slm").exists() and (converted / "tokenizer.json").is_file()
-
-
-def test_a_converted_router_loads_with_the_weights_of_the_file(converted, file):
-    model = CiterForCausalLM.from_pretrained(converted)
-    _, expected, _ = read_router(file)
-    assert model.router.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.router.state_dict().items())
-    assert model.generate(torch.tensor(random_prompts((9,))), max_new_tokens=2).shape == (1, 11)
 
 
 def test_an_r2r_router_follows_a_resized_vocabulary_and_is_no_owner_of_the_table(converted, file):
@@ -234,8 +221,6 @@ def test_a_file_without_a_threshold_needs_one_and_nothing_is_overwritten(bases, 
     again = invoke(*arguments, "--router-threshold", 0.7)
     assert again.exit_code == 1 and "exists already" in again.stderr and again.stderr.count("\n") == 1
 
-
-# --- What is refused ------------------------------------------------------------------------------------------------
 
 CITER, R2R = citer_state_dict(), r2r_state_dict()
 

@@ -47,9 +47,8 @@ def results_of_one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return measured(out)[0]
 
 
-@pytest.mark.parametrize("launcher", [TWO, TORCHRUN])
-def test_two_processes_measure_what_one_does(data: Path, results_of_one: str, tmp_path: Path, launcher: Any) -> None:
-    said = run(launcher, *evaluation(data, tmp_path / "out"))
+def test_two_processes_measure_what_one_does(data: Path, results_of_one: str, tmp_path: Path) -> None:
+    said = run(TORCHRUN, *evaluation(data, tmp_path / "out"))
     values, processes = measured(tmp_path / "out")
     assert processes == 2
     assert values == results_of_one
@@ -57,9 +56,7 @@ def test_two_processes_measure_what_one_does(data: Path, results_of_one: str, tm
     assert not (tmp_path / "out" / ".work").exists()
 
 
-def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(
-    data: Path, results_of_one: str, tmp_path: Path
-) -> None:
+def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(data, results_of_one, tmp_path):
     arguments = evaluation(data, tmp_path / "out")
     process = start(TWO, *arguments)
     work = tmp_path / "out" / ".work" / "models alone"
@@ -79,13 +76,18 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(
     assert measured(tmp_path / "out")[0] == results_of_one
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_label_and_train_what_one_does(tmp_path: Path) -> None:
     citer, train, test = ("-m", "citer_hf.cli"), tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     run(ONE, *citer, "demo", "--export", train, "--problems", 30, "--split", "train")
     run(ONE, *citer, "demo", "--export", test, "--problems", 6)
     sizes = ["--max-new-tokens", 40, "--device-map", "cpu"]
-    run(ONE, *citer, "label", "demo", "--data", train, "--checker", "math", "--out", tmp_path / "labels", *sizes)
-    found = {}
+    label = [*citer, "label", "demo", "--data", train, "--checker", "math", *sizes, "--out"]
+    found, labels = {}, []
+    for name, launcher in (("labels", ONE), ("labels of two", TWO)):
+        run(launcher, *label, tmp_path / name)
+        files = (file for file in (tmp_path / name).rglob("*") if file.is_file())
+        labels.append({file.relative_to(tmp_path / name): file.read_bytes() for file in files})
+    assert labels[0] == labels[1]
     for name, launcher in (("one", ONE), ("two", TWO)):
         router, out = tmp_path / name / "router", tmp_path / name / "out"
         run(launcher, *citer, "train", "demo", "--labels", tmp_path / "labels", "--out", router, "--device-map", "cpu")

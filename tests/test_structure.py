@@ -25,7 +25,7 @@ ALLOWED = {
     "hub": BASE,
     "serving": BASE | {"data"},
     "chat": BASE | {"data", "terminal"},
-    "demo": BASE | {"data", "terminal"},
+    "demo": BASE | {"data", "evaluation", "terminal"},
     "bench": BASE | {"data"},
 }
 

@@ -26,7 +26,7 @@ def record(to_llm: list[bool]) -> Any:
     """A cache with the record of one sequence, as far as the streamer looks at it."""
     routing, one = Routing(start=7), torch.ones((1, 1))
     for index, by_llm in enumerate(to_llm):
-        routing.add(7 + index, one, torch.tensor([[by_llm]]), one.bool())
+        routing.add(7 + index, one, torch.tensor([[by_llm]]), ~one.bool(), ~one.bool(), one.bool())
     return SimpleNamespace(routing=routing)
 
 

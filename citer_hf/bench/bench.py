@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,15 +16,25 @@ import transformers
 from citer_hf import CiterForCausalLM
 from citer_hf.costs import ModelCost, cost_of_model
 from citer_hf.model.generation import CACHE_IMPLEMENTATIONS
-from citer_hf.model.routers import as_threshold
+from citer_hf.model.routers import as_threshold, as_veto
 from citer_hf.runs import CommandOptions, Progress, machine, option, progress_bar
 
 from . import contenders as ways
-from .contenders import ALONE, ASSISTED, FLOOR, SLM, Batch, Contender
-from .cost_curve import CostCurve, measure_curve, seconds
+from .contenders import ALONE, ASSISTED, ENSEMBLE, FLOOR, SLM, Batch, Contender
 
 # Bytes that are read and copied to measure the bandwidth of memory.
 BUFFER = 256 << 20
+SHARES = (0.0, 0.2, 0.5)
+# Published memory bandwidth in GB/s, for projections. The CPU: two channels of DDR5-5200.
+DEVICES = {
+    "h200": 4800,
+    "h100": 3350,
+    "a100-80gb": 2039,
+    "a100-40gb": 1555,
+    "l40s": 864,
+    "rtx4090": 1008,
+    "cpu-ddr5": 83,
+}
 # Errors of one contender, which do not keep the others from being measured.
 FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 
@@ -31,10 +42,14 @@ FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 @dataclass(frozen=True)
 class BenchOptions(CommandOptions):
     shares: tuple[float, ...] | None = option(
-        None, "Send these shares of the tokens to the LLM. [default: 0,0.2,0.5,1, or none with --thresholds]", "P,..."
+        None, "Flag these shares of the tokens. [default: 0,0.2,0.5, or none with --thresholds]", "P,..."
+    )
+    agreement: float | None = option(
+        None, "Let the LLM agree with this share of the tokens that --shares flags. [default: as it does]", "A"
     )
     thresholds: tuple[float, ...] = option((), "Let the pair's own router decide at these thresholds.", "X,...")
-    prompts: str | None = option(None, 'One prompt a line, a JSON list of texts, or examples with a "prompt".', "FILE")
+    veto: float | None = option(None, "The LLM's veto. [default: the pair's with --thresholds, 0 with --shares]", "X")
+    prompts: str | None = option(None, 'One prompt a line, or examples with a "prompt".', "FILE")
     prompt_length: int = option(128, "Length of synthetic prompts, in tokens.", "N", min=1)
     batch_size: int = option(1, "Sequences that are decoded together.", "N", min=1)
     max_new_tokens: int = option(64, "New tokens of each sequence.", "N", min=1)
@@ -42,17 +57,21 @@ class BenchOptions(CommandOptions):
     warmup: int = option(1, "Repetitions before the timed ones.", "N", min=0)
     cache_implementation: str | None = option(None, "As for `generate`, such as static.", "NAME")
     seed: int = option(0, "Seed of synthetic prompts and forced shares.")
-    released_loop: bool = option(False, "Also time the loop of the method's released code.")
-    assisted: bool = option(True, "Time transformers' assisted generation.")
+    assisted: bool = option(True, "Time transformers' assisted generation, lossless and lossy.")
+    gpu: str | None = option(None, f"With --simulate, the machine: {', '.join(DEVICES)}.", "NAME")
+    bandwidth: float | None = option(None, "Its memory bandwidth; overrides --gpu.", "GB/S", min=1e-9)
+    slm_bits: float = option(16, "Bits per weight of the SLM there, such as 16, 8 or 4.5.", "N", min=1)
+    llm_bits: float = option(16, "Bits per weight of the LLM there.", "N", min=1)
+    tensor_parallel: int = option(1, "Devices that share the LLM there.", "N", min=1)
 
     def __post_init__(self) -> None:
-        for share in self.shares or ():
-            if not 0 <= share <= 1:
-                raise ValueError(f"--shares: expected numbers from 0 (SLM alone) to 1 (LLM alone), got {share:g}.")
+        if not all(0 <= one <= 1 for one in (*(self.shares or ()), self.agreement or 0.0)):
+            raise ValueError(f"--shares, --agreement: expected 0 to 1, got {self.shares} and {self.agreement}.")
         try:
             [as_threshold(threshold) for threshold in self.thresholds]
+            as_veto(self.veto or 0.0)
         except ValueError as error:
-            raise ValueError(f"--thresholds: {error}") from None
+            raise ValueError(f"--thresholds, --veto: {error}") from None
         super().__post_init__()
         if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
             known = ", ".join(CACHE_IMPLEMENTATIONS)
@@ -63,6 +82,19 @@ def as_device(name: str | None) -> str:
     """Return the device to run on: the one given (`auto` for all), or the first accelerator, or the CPU."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     return name or ("cpu" if kind is None else f"{kind.type}:0")
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the time that something takes, from idle accelerators to idle accelerators."""
+    # The two models may be on different devices.
+    accelerators = range(0 if device.type == "cpu" else torch.accelerator.device_count())
+    for index in accelerators:
+        torch.accelerator.synchronize(index)
+    start = time.perf_counter()
+    work()
+    for index in accelerators:
+        torch.accelerator.synchronize(index)
+    return time.perf_counter() - start
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -86,19 +118,18 @@ class Report:
     # At a position every sequence of the batch gets a token.
     positions: int = 0
     rows: list[Contender] = field(default_factory=list)
-    curve: CostCurve | None = None
     notes: list[str] = field(default_factory=list)
     interrupted: bool = False
 
     @property
     def error(self) -> str | None:
         """The first failure of a contender, except of assisted generation, which not every pair can do."""
-        failed = (f"{row.name}: {row.error}" for row in self.rows if row.error and row.kind != ASSISTED)
+        failed = (
+            f"{row.name}: {row.error}" for row in self.rows if row.error and row.kind not in (ASSISTED, ENSEMBLE)
+        )
         return next(failed, None)
 
     def as_dict(self) -> dict[str, Any]:
-        share = None if self.curve is None else self.curve.break_even()
-        slower = "the pair is slower than the LLM alone at every share"
         return {
             "model": self.model,
             "complete": not self.interrupted and self.error is None,
@@ -107,9 +138,6 @@ class Report:
             "options": self.options,
             "machine": self.machine or None,
             "rows": [self._row(row) for row in self.rows],
-            "cost_curve": None if self.curve is None else self.curve.as_dict(),
-            "break_even_llm_share": share,
-            "break_even_reason": slower if self.curve is not None and share is None else None,
             "notes": self.notes,
         }
 
@@ -118,6 +146,7 @@ class Report:
         floors = [one for one in self.rows if one.kind == FLOOR != row.kind and one.setting == setting]
         moved, bandwidth = row.counts.get("bytes_moved"), self.machine.get("memory_bandwidth")
         fraction = moved / statistics.median(row.seconds) / bandwidth if row.seconds and moved else None
+        passes = row.counts.get("llm_passes_per_position")
         return {
             "name": row.name,
             "kind": row.kind,
@@ -132,6 +161,7 @@ class Report:
             "speedup": ratios(self.rows[0].seconds, row.seconds),
             "relative_to_floor": ratios(row.seconds, floors[0].seconds) if floors else None,
             **{name: row.counts.get(name) for name in COUNTS},
+            "tokens_per_llm_pass": self.options["batch_size"] / passes if passes else None,
             "bandwidth_fraction": fraction,
         }
 
@@ -163,7 +193,6 @@ class Report:
                 f"{text.get().rstrip()}"
             )
         parts += [f"{row['name']} failed: {row['error']}" for row in rows if row["error"]]
-        parts += [] if self.curve is None else [str(self.curve)]
         return "\n".join(parts + [f"Note: {note}" for note in self.notes])
 
 
@@ -179,6 +208,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "llm_share": ("LLM\nshare", "{:.1%}".format),
     "llm_passes_per_position": ("LLM\npasses", "{:.2f}".format),
     "slm_passes_per_position": ("SLM\npasses", "{:.2f}".format),
+    "tokens_per_llm_pass": ("tokens /\nLLM pass", "{:.3g}".format),
     "mb_per_position": ("MB\nmoved", "{:,.4g}".format),
     "bandwidth_fraction": ("of band-\nwidth", "{:.0%}".format),
     "peak_memory_bytes": ("peak\nGB", lambda value: f"{value / 1e9:.2f}"),
@@ -189,12 +219,8 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> R
     """Measure how fast a pair decodes; the options are the fields of `BenchOptions`. Ctrl-C keeps what is measured."""
     wanted = BenchOptions(**options)
     batches = _batches(model, wanted)
-    lengths, limit = [batch.length for batch in batches], model.config.max_position_embeddings
-    if limit is not None and max(lengths) + wanted.max_new_tokens > limit:
-        raise ValueError(
-            f"--prompt-length, --max-new-tokens: a prompt of {max(lengths)} tokens and {wanted.max_new_tokens} new "
-            f"ones exceed the pair's context of {limit} tokens (max_position_embeddings). Give fewer of either."
-        )
+    lengths = [batch.length for batch in batches]
+    check_context(max(lengths), wanted.max_new_tokens, model.config.max_position_embeddings)
     dtypes = {role: str(getattr(model, role).dtype).removeprefix("torch.") for role in ("slm", "llm")}
     report = Report(name or model.name_or_path, {**asdict(wanted), "prompt_length": lengths, "dtype": dtypes})
     try:
@@ -203,6 +229,15 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> R
     except KeyboardInterrupt:
         report.interrupted = True
     return report
+
+
+def check_context(prompt: int, new_tokens: int, limit: int | None) -> None:
+    """Raise an error where prompts and new tokens exceed a pair's context."""
+    if limit is not None and prompt + new_tokens > limit:
+        raise ValueError(
+            f"--prompt-length, --max-new-tokens: a prompt of {prompt} tokens and {new_tokens} new ones exceed the "
+            f"pair's context of {limit} tokens (max_position_embeddings). Give fewer of either."
+        )
 
 
 def _batches(model: CiterForCausalLM, wanted: BenchOptions) -> list[Batch]:
@@ -220,13 +255,13 @@ def _batches(model: CiterForCausalLM, wanted: BenchOptions) -> list[Batch]:
 def _measure(
     model: CiterForCausalLM, wanted: BenchOptions, batches: list[Batch], report: Report, progress: Progress
 ) -> None:
-    decoders = ways.Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed)
+    decoders = ways.Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed, wanted.agreement)
     alone = wanted.batch_size == 1
     if wanted.assisted and not alone:
         report.notes.append("assisted generation was not measured: transformers has it for batch_size = 1 alone.")
-    default = () if wanted.thresholds else (0.0, 0.2, 0.5, 1.0)
-    settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds)
-    contenders = decoders.contenders(settings, not alone, wanted.assisted and alone, wanted.released_loop)
+    default = () if wanted.thresholds else SHARES
+    settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds, wanted.veto)
+    contenders = decoders.contenders(settings, wanted.assisted and alone)
     progress.begin("citer bench", len(contenders) * (1 + wanted.warmup + wanted.repeats))
     report.machine = describe_machine(model.slm.device)
     # 1. One run of each contender is not timed: hooks count its passes.
@@ -234,20 +269,13 @@ def _measure(
     report.positions = len(batches) * wanted.max_new_tokens
     for contender in contenders:
         report.rows.append(contender)
-        with _errors_to(partial(setattr, contender, "error")):
+        with _errors_to(contender):
             contender.counts = _counts(model, costs, contender, batches, wanted)
         progress.advance()
-    # 2. Single passes of both models.
-    length, limit = batches[0].length, model.config.max_position_embeddings
-    longest = None if limit is None else limit - length
-    with _errors_to(lambda error: report.notes.append(f"Single passes were not measured: {error}")):
-        report.curve = measure_curve(model, length, wanted.batch_size, longest, wanted.seed)
-    if wanted.cache_implementation == "static":
-        report.notes.append("Single passes, and so the break-even, were timed without compilation.")
-    # 3. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
+    # 2. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
     for repetition in range(-wanted.warmup, wanted.repeats):
         for contender in contenders:
-            with _errors_to(partial(setattr, contender, "error")):
+            with _errors_to(contender):
                 run = partial(contender.run, batches, wanted.max_new_tokens)
                 taken = [] if contender.error else [seconds(batches[0].input_ids.device, run)]
                 contender.seconds += taken if repetition >= 0 else []
@@ -284,7 +312,7 @@ def _counts(
         outputs = contender.run(batches, wanted.max_new_tokens)
     by_llm = sum(int(to_llm.sum()) for _, to_llm in outputs if to_llm is not None)
     positions = len(batches) * wanted.max_new_tokens
-    known = {ALONE: 1.0, SLM: 0.0, ASSISTED: None}
+    known = {ALONE: 1.0, SLM: 0.0, ASSISTED: None, ENSEMBLE: None}
     return {
         "llm_share": known.get(contender.kind, by_llm / positions / wanted.batch_size),
         "slm_passes_per_position": len(passes[0]) / positions,
@@ -297,9 +325,9 @@ def _counts(
 
 
 @contextmanager
-def _errors_to(note: Callable[[str], object]) -> Iterator[None]:
+def _errors_to(contender: Contender) -> Iterator[None]:
     """Note an error as text, so that the others are measured."""
     try:
         yield
     except FAILURES as error:
-        note(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        contender.error = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,11 +1,11 @@
 """The contenders of the bench: every way to decode the same number of tokens after the same prompts."""
 
+import copy
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,30 @@ from citer_hf import CiterForCausalLM
 from citer_hf.data.examples import SUFFIXES, Example, read_examples
 from citer_hf.data.tokens import encode_prompt
 from citer_hf.model.compat import cache_argument
+from citer_hf.model.modeling import SlmOutput, keep
+from citer_hf.model.schedule import Pace
 
-ALONE, SLM, ASSISTED = "LLM alone", "SLM alone", "assisted generation"
-CITER, LOCK_STEP, FLOOR, RELEASED = "CITER", "CITER in lock-step", "floor", "released loop"
+ALONE, SLM, ASSISTED, ENSEMBLE = "LLM alone", "SLM alone", "assisted generation", "assisted, ensemble"
+LOSSLESS, CITER, PLAIN, FLOOR = "CITER, lossless", "CITER", "CITER, max_drafts 0", "floor"
+# Weight of the SLM in the distribution that transformers' lossy assisted generation verifies with.
+ENSEMBLE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the pair decides: by a forced LLM share, or by its own router at a threshold."""
+    """How the pair decides: by a forced LLM share, or by its own router at a threshold, and with which veto."""
 
     label: str
     router_threshold: float
     share: float | None = None
+    veto: float | None = None
 
 
-def settings_of(shares: Sequence[float], thresholds: Sequence[float]) -> list[Setting]:
-    """Return each setting once, in the order given; the threshold of a forced router is the share itself."""
-    # A forced score close to 1 could be rounded to 1.
-    forced = [Setting(f"share {share:g}", 2.0 if share == 1 else share, share) for share in shares]
-    return list(dict.fromkeys([*forced, *(Setting(f"threshold {one:g}", one) for one in thresholds)]))
+def settings_of(shares: Sequence[float], thresholds: Sequence[float], veto: float | None = None) -> list[Setting]:
+    """Return each setting once, in the order given; without a veto, the pair's own one is for thresholds alone."""
+    dial = {0.0: 0.0, 1.0: 2.0}
+    forced = [Setting(f"share {one:g}", dial.get(one, 0.5), one, veto or 0.0) for one in shares]
+    return list(dict.fromkeys([*forced, *(Setting(f"threshold {one:g}", one, None, veto) for one in thresholds)]))
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,8 @@ def padded_batches(token_ids: list[list[int]], sequences: int) -> list[Batch]:
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of the prompts in a file: examples, a JSON list of texts, or one prompt a line."""
-    values = None
-    if path.suffix == ".json":
-        with suppress(OSError, ValueError):
-            values = json.loads(path.read_text(encoding="utf-8-sig"))
-    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        examples = [Example(str(row), row, value) for row, value in enumerate(values, 1)]
-    elif path.suffix in SUFFIXES:
+    """Return the tokens of the prompts in a file: examples, or one prompt a line."""
+    if path.suffix in SUFFIXES:
         examples = read_examples(path)
     else:
         try:
@@ -90,28 +89,66 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
     return [encode_prompt(example, tokenizer) for example in examples]
 
 
-class ForcedRouter(nn.Module):
-    """A router whose scores are known beforehand, given in the order of the calls."""
+@dataclass(frozen=True)
+class Plan:
+    """What is known beforehand, `[sequences, new_tokens]`: flagged places, and with an agreement all tokens."""
 
-    def __init__(self, scores: torch.Tensor):
-        super().__init__()
-        self.scores, self.given = scores, 0
+    prompts: torch.Tensor  # numbers of tokens, [sequences, 1]
+    flagged: torch.Tensor
+    tokens: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, batch: Batch, new_tokens: int, share: float, agreement: float | None, vocab_size: int, seed: int
+    ) -> "Plan":
+        """Return a plan with this share of flagged tokens and this agreement, as exactly as the length allows."""
+        # Batch 1 of seed 0 differs from batch 0 of seed 1.
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + batch.number) % (1 << 63))
+        shape = len(batch.input_ids), new_tokens
+        count = shape[0] * shape[1]
+        rank = ((torch.rand(count, generator=generator).argsort() + 0.5) / count).view(shape)
+        slm = torch.randint(vocab_size, shape, generator=generator)
+        llm = (slm + (rank < share * (1 - (agreement or 0)))) % vocab_size
+        device = batch.input_ids.device
+        tokens = {} if agreement is None else {"slm": slm.to(device), "llm": llm.to(device)}
+        return cls(batch.attention_mask.sum(1, keepdim=True), (rank < share).to(device), tokens)
+
+
+class ForcedRouter(nn.Module):
+    """The router of a forced pair, whose hidden states are the scores."""
 
     def forward(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the next scores, one for each position of `hidden` `[..., H]`."""
-        shape = hidden.shape[:-1]
-        if self.given + shape.numel() > self.scores.numel():
-            self.given = 0
-        self.given += shape.numel()
-        return self.scores[self.given - shape.numel() : self.given].view(shape).to(hidden.device)
+        return hidden[..., 0]
 
 
-def forced_scores(tokens: int, seed: int = 0, batch: int = 0) -> torch.Tensor:
-    """Return scores of which `router_threshold=p` sends the share p to the LLM, as exactly as the length allows."""
-    # Batch 1 of seed 0 differs from batch 0 of seed 1. Sequences that wait for the LLM are scored again: four turns.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + batch) % (1 << 63))
-    order = torch.rand(4, tokens, generator=generator).argsort(dim=1)
-    return ((order + 0.5) / tokens).flatten()
+class ForcedPair(CiterForCausalLM):
+    """A pair that follows a plan: a decision is that of a place of a sequence, however often it is made."""
+
+    plan: Plan
+
+    def run_slm(
+        self, input_ids: torch.Tensor, cache: Any = None, logits_to_keep: int | torch.Tensor = 0, **inputs: Any
+    ) -> SlmOutput:
+        slm = super().run_slm(input_ids, cache, logits_to_keep, **inputs)
+        flagged = self._force("slm", slm.logits, cache, keep(inputs["position_ids"], logits_to_keep))
+        return slm._replace(hidden=(~flagged).float()[..., None])
+
+    def run_llm(
+        self, input_ids: torch.Tensor, cache: Any = None, logits_to_keep: int | torch.Tensor = 0, **inputs: Any
+    ) -> torch.Tensor:
+        logits = super().run_llm(input_ids, cache, logits_to_keep, **inputs)
+        self._force("llm", logits, cache, keep(inputs["position_ids"], logits_to_keep))
+        return logits
+
+    def _force(self, role: str, logits: torch.Tensor, cache: Any, positions: torch.Tensor) -> torch.Tensor:
+        """Make the planned tokens behind these positions the likeliest, and return whether they are flagged."""
+        slots = getattr(getattr(cache, "at", None), "slots", None) or slice(None)
+        flagged = self.plan.flagged[slots]
+        number = (positions + 1 - self.plan.prompts[slots]).clamp(0, flagged.shape[1] - 1)
+        if self.plan.tokens:
+            tokens = self.plan.tokens[role][slots].gather(1, number)
+            logits.scatter_(-1, tokens[..., None], torch.finfo(logits.dtype).max / 2)
+        return flagged.gather(1, number)
 
 
 @contextmanager
@@ -156,29 +193,35 @@ class Contender:
 
 @dataclass
 class Decoders:
-    """All ways to decode with a pair. The loops repeat the decisions that the pair made in its first run."""
+    """All ways to decode with a pair. The floor repeats the decisions that the pair made in its first run."""
 
     model: CiterForCausalLM
     new_tokens: int
     cache_implementation: str | None = None
     seed: int = 0
+    agreement: float | None = None
     decisions: dict[tuple[Setting, int], torch.Tensor] = field(default_factory=dict)
+    # What is measured with one setting does not decide in another.
+    paces: dict[Any, Pace] = field(default_factory=dict)
 
-    def contenders(
-        self, settings: Sequence[Setting], lock_step: bool = False, assisted: bool = False, released_loop: bool = False
-    ) -> list[Contender]:
+    def contenders(self, settings: Sequence[Setting], assisted: bool = False) -> list[Contender]:
         slm, llm = self.model.slm, self.model.llm
         found = [Contender(ALONE, partial(self.alone, llm)), Contender(SLM, partial(self.alone, slm))]
         if assisted:
-            found.append(Contender(ASSISTED, partial(self.alone, llm, assistant_model=slm, cache_implementation=None)))
+            by_slm = partial(self.alone, llm, assistant_model=slm, cache_implementation=None)
+            found.append(Contender(ASSISTED, by_slm))
+            if hasattr(llm.generation_config, "assistant_ensemble_weight"):
+                found.append(Contender(ENSEMBLE, partial(by_slm, assistant_ensemble_weight=ENSEMBLE_WEIGHT)))
+        found.append(Contender(LOSSLESS, partial(self.citer, Setting(LOSSLESS, 2.0))))
         for setting in settings:
             found.append(Contender(CITER, partial(self.citer, setting), setting))
-            if lock_step:
-                found.append(Contender(LOCK_STEP, partial(self.citer, setting, waiting_rows=1), setting))
+            found.append(Contender(PLAIN, partial(self.citer, setting, max_drafts=0), setting))
             found.append(Contender(FLOOR, partial(self.floor, setting), setting))
-            if released_loop:
-                found.append(Contender(RELEASED, partial(self.released, setting), setting))
         return found
+
+    @cached_property
+    def forced(self) -> ForcedPair:
+        return ForcedPair(copy.deepcopy(self.model.config), self.model.slm, self.model.llm, ForcedRouter()).eval()
 
     def alone(self, model: PreTrainedModel, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
         prompt, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
@@ -187,27 +230,24 @@ class Decoders:
         return output[:, batch.length :], None
 
     def citer(self, setting: Setting, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
-        """Decode with `generate` of the pair; with keywords, repeat the decisions of the pair without them."""
-        own = self.model.router
-        if setting.share is not None and keywords:
-            # In lock-step scores are asked for column by column.
-            self.model.router = ForcedRouter((~self.decided(setting, batch)).T.flatten().float())
-        elif setting.share is not None:
-            self.model.router = ForcedRouter(
-                forced_scores(len(batch.input_ids) * self.new_tokens, self.seed, batch.number)
-            )
-        try:
-            output: Any = self.model.generate(
-                batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=new_tokens,
-                cache_implementation=self.cache_implementation,
-                router_threshold=setting.router_threshold,
-                return_dict_in_generate=True,
-                **keywords,
-            )
-        finally:
-            self.model.router = own
+        """Decode with `generate` of the pair."""
+        model = self.model
+        if setting.share is not None:
+            model = self.forced
+            model.generation_config = self.model.generation_config
+            size = model.vocab_size
+            model.plan = Plan.of(batch, self.new_tokens, setting.share, self.agreement, size, self.seed)
+        model.pace = self.paces.setdefault((setting, *keywords), Pace())
+        output: Any = model.generate(
+            batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=new_tokens,
+            cache_implementation=self.cache_implementation,
+            router_threshold=setting.router_threshold,
+            llm_veto=setting.veto,
+            return_dict_in_generate=True,
+            **keywords,
+        )
         to_llm = output.past_key_values.routing.to_llm
         self.decisions.setdefault((setting, batch.number), to_llm)
         return output.sequences[:, batch.length :], to_llm
@@ -236,23 +276,6 @@ class Decoders:
             text[:, end] = tokens
         return text[:, batch.length :], to_llm
 
-    def released(self, setting: Setting, batch: Batch, new_tokens: int) -> Output:
-        """Decode as the method's released code does, by its description: one call of `generate` for each token."""
-        to_llm, slm, llm = self.decided(setting, batch), self.model.slm, self.model.llm
-        text, mask = batch.input_ids, batch.attention_mask
-        cache = cache_argument(slm, DynamicCache(config=slm.config))
-        for step in range(new_tokens):
-            output = slm.generate(text, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True, **cache)
-            tokens = output.sequences[:, -1]
-            rows = to_llm[:, step].nonzero().squeeze(1).to(text.device)
-            if rows.numel():
-                prompt, seen = text[rows].to(llm.device), mask[rows].to(llm.device)
-                from_llm = llm.generate(prompt, attention_mask=seen, max_new_tokens=1, use_cache=False)
-                tokens[rows] = from_llm[:, -1].to(tokens.device)
-            text = torch.cat([text, tokens[:, None]], dim=1)
-            mask = nn.functional.pad(mask, (0, 1), value=1)
-        return text[:, batch.length :], to_llm
-
 
 class BareModel:
     """One model and its cache, without `generate`."""
@@ -262,7 +285,9 @@ class BareModel:
         cache = StaticCache(model.config, max_cache_len=longest) if static else DynamicCache(config=model.config)
         compiles = static and model.device.type == "cuda" and not model.generation_config.disable_compile
         self.step = model.get_compiled_call(None) if compiles else model
-        self.keywords = {**cache_argument(model, cache), **pass_keywords(model)}
+        self.keywords = {**cache_argument(model, cache), "use_cache": True}
+        if model._supports_logits_to_keep():
+            self.keywords["logits_to_keep"] = 1
         # Without padding the models count positions by themselves.
         self.mask = self.positions = None
         if not bool(batch.attention_mask.all()):
@@ -282,11 +307,6 @@ class BareModel:
         logits = run(input_ids=text[:, self.seen : end].to(self.model.device), **keywords).logits
         self.seen = end
         return logits[:, -1, :vocab_size].argmax(-1).to(text.device)
-
-
-def pass_keywords(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the keywords of a pass with a cache; the last position's logits alone, where the model can do that."""
-    return {"use_cache": True, **({"logits_to_keep": 1} if model._supports_logits_to_keep() else {})}
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .examples import Example, Messages
 
 # What a tokenizer may merge with a text that follows; only what comes after it is used.
@@ -51,12 +49,6 @@ def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
     """Encode a prompt as `generate` is given it: after what the tokenizer puts before a text, such as BOS."""
     special, text = _prompt(example, tokenizer)
     return special + _ids(tokenizer, text)
-
-
-def real_tokens(new: torch.Tensor, end_tokens: int | Sequence[int]) -> torch.Tensor:
-    """Return which of the new tokens `[batch, new]` are text: those up to the first end token, which counts."""
-    ends = torch.isin(new, torch.tensor(end_tokens, dtype=new.dtype, device=new.device))
-    return (ends.cumsum(dim=1) - ends.long()) == 0
 
 
 def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:

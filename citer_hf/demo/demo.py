@@ -1,27 +1,26 @@
 """`citer demo`: the shipped pair solves word problems, some of them visibly, and all of them against the clock."""
 
-import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import citer_hf.demo
 
-from ..data.tokens import real_tokens
+from ..evaluation.decode import Alone, decode, with_router
 from ..model.cache import CiterCache
 from ..model.modeling import CiterForCausalLM
-from ..model.schedule import rows_to_wait_for
+from ..model.routers import LLM_ALONE, ConfidenceRouter
 from ..runs import CommandOptions, atomic_write, option, progress_bar
 from ..terminal import Paint, WriterStreamer, legend
 from .problems import Problem, is_correct, problems
 
-BATCH_SIZE = 100
+SLOTS = 100
 STREAMED = 3
 MAX_NEW_TOKENS = 160
 
@@ -33,12 +32,23 @@ class DemoOptions(CommandOptions):
     router_threshold: float | None = option(None, "The SLM's token stands when its score reaches this.", metavar="X")
 
 
+class Way(NamedTuple):
+    """A way to decode: a pair at a threshold and a veto, or one of its models alone."""
+
+    name: str
+    pair: CiterForCausalLM
+    router_threshold: float | None = None
+    llm_veto: float = 0.0
+    alone: Alone | None = None
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """The cost and the accuracy of one way to decode; tokens are those of all sequences."""
+    """The cost and the accuracy of one way to decode; tokens and passes are those of all sequences, each by itself."""
 
     name: str
     router_threshold: float | None
+    llm_veto: float
     problems: int
     correct: int
     tokens: int
@@ -47,14 +57,13 @@ class Measurement:
     seconds: float
     accuracy: float
     llm_share: float
-    # Passes of the LLM that a sequence took part in: 1 when the LLM runs at every step.
     llm_passes_per_token: float
     tokens_per_second: float
 
 
 @dataclass
 class Report:
-    """The measurements of a demo: SLM alone, LLM alone, and the pair at each threshold."""
+    """The measurements of a demo: each model alone, the pair, a router without training, and the LLM's own text."""
 
     seed: int
     problems: int
@@ -62,7 +71,7 @@ class Report:
     interrupted: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        facts = {"seed": self.seed, "problems": self.problems, "batch_size": BATCH_SIZE}
+        facts = {"seed": self.seed, "problems": self.problems, "slots": SLOTS}
         return facts | {"complete": not self.interrupted, "rows": [asdict(one) for one in self.measurements]}
 
     def table(self) -> str:
@@ -72,14 +81,13 @@ class Report:
 
         if self.interrupted and not self.measurements:
             return "\nStopped before anything was measured."
-        size = min(BATCH_SIZE, self.problems)
-        title = f"{self.problems} held-out problems (seed {self.seed}), solved in batches of {size}"
-        headers = ("accuracy", "tokens from\nthe LLM", "LLM forward\npasses / token", "tokens / s")
-        columns = [Column(header, justify="right") for header in headers]
-        table = Table("", *columns, title=title, box=SIMPLE, title_justify="left")
+        title = f"{self.problems} held-out problems (seed {self.seed}), {min(SLOTS, self.problems)} at a time"
+        headers = ("accuracy", "tokens\nfrom LLM", "LLM passes\n/ token", "tokens / s")
+        table = Table("", *(Column(header, justify="right") for header in headers), title=title, box=SIMPLE)
+        table.title_justify = "left"
         for one in self.measurements:
-            cells = (f"{one.accuracy:.1%}", f"{one.llm_share:.1%}", f"{one.llm_passes_per_token:.2f}")
-            table.add_row(label(one.name, one.router_threshold), *cells, f"{one.tokens_per_second:,.0f}")
+            cells = (f"{one.accuracy:.1%}", f"{one.llm_share:.1%}", f"{one.llm_passes_per_token:.3f}")
+            table.add_row(label(one), *cells, f"{one.tokens_per_second:,.0f}")
         console = Console()
         with console.capture() as text:
             console.print(table)
@@ -88,14 +96,12 @@ class Report:
         return ("\nStopped.\n" if self.interrupted else "") + text.get().rstrip("\n")
 
     def meaning(self) -> str:
-        slm, llm, *pairs = self.measurements
-        best = max(pairs, key=lambda one: (one.accuracy, -one.llm_share))
+        slm, llm, pair, untrained, lossless = self.measurements
+        solved = [f"{one.accuracy:.0%} with {one.llm_passes_per_token:.2f}" for one in (pair, untrained)]
         return (
-            f"At threshold {best.router_threshold:.3g} the pair solves {best.accuracy:.0%} of the problems with "
-            f"{best.llm_share:.0%} of the tokens from the LLM; the SLM alone solves {slm.accuracy:.0%}, the LLM alone "
-            f"{llm.accuracy:.0%}. It writes {best.tokens_per_second / llm.tokens_per_second:.2f} times as fast as the "
-            "LLM alone here: texts that need the LLM wait for each other, so that it runs "
-            f"{best.llm_passes_per_token:.2f} times per token. With models this small Python takes most of the time."
+            f"The SLM alone solves {slm.accuracy:.0%} of the problems and the LLM alone {llm.accuracy:.0%} with one "
+            f"pass for each token; the {label(pair)} solves {solved[0]} LLM passes per token, {label(untrained)} "
+            f"without any training {solved[1]}, and the LLM's own text takes {lossless.llm_passes_per_token:.2f}."
         )
 
 
@@ -107,9 +113,7 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
     model = CiterForCausalLM.from_pretrained(citer_hf.demo.DEMO_PAIR)
     tokenizer = model.load_tokenizer()
     chosen = list(problems("test", wanted.seed, wanted.problems))
-    shipped, threshold = model.default_threshold, wanted.router_threshold
-    runs: list[tuple[str, float | None]] = [("SLM alone", None), ("LLM alone", None)]
-    runs += [("pair", one) for one in (spread_thresholds(shipped) if threshold is None else [threshold])]
+    threshold = model.default_threshold if wanted.router_threshold is None else wanted.router_threshold
     report = Report(wanted.seed, len(chosen), [])
     try:
         if visible:
@@ -118,18 +122,34 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
             print("Two models write word problems' solutions together:", sizes)
             print(f"{legend(sys.stdout)}\n")
             for number, problem in enumerate(chosen[:STREAMED], 1):
-                solve_visibly(model, tokenizer, problem, number, shipped if threshold is None else threshold)
-        # Every model runs once before the clock does.
-        inputs = tokenizer(chosen[0].prompt, return_tensors="pt").to(model.device)
-        for part in (model.slm, model.llm, model):
-            part.generate(**inputs, generation_config=settings(model, max_new_tokens=2))
+                solve_visibly(model, tokenizer, problem, number, threshold)
         with progress_bar(sys.stderr.isatty()) as bar:
-            for name, one in runs:
-                bar.begin(label(name, one), len(chosen))
-                report.measurements.append(measure(model, tokenizer, chosen, name, one, bar.advance))
+            ways = ways_to_decode(model, threshold)
+            bar.begin("measuring", len(ways))
+            for way in ways:
+                # Everything runs once before the clock does.
+                measure(way, tokenizer, chosen[:1])
+                report.measurements.append(measure(way, tokenizer, chosen))
+                bar.advance()
     except KeyboardInterrupt:
         report.interrupted = True
     return report
+
+
+def ways_to_decode(model: CiterForCausalLM, threshold: float) -> list[Way]:
+    """Return each model alone, the pair at a threshold, a router that needs no training, and the lossless end."""
+    return [
+        Way("SLM alone", model, alone="slm"),
+        Way("LLM alone", model, alone="llm"),
+        Way("pair", model, threshold, model.default_veto),
+        Way("confidence", with_router(model, ConfidenceRouter(1)), 0.5, 0.3),
+        Way("lossless", model, LLM_ALONE),
+    ]
+
+
+def label(one: Way | Measurement) -> str:
+    threshold = "" if one.router_threshold is None else f" at {one.router_threshold:.3g}"
+    return one.name + threshold + (f", veto {one.llm_veto:g}" if one.llm_veto else "")
 
 
 def export(path: str | Path, seed: int = 0, count: int = 200, split: str = "test") -> None:
@@ -150,7 +170,7 @@ def solve_visibly(model: CiterForCausalLM, tokenizer: Any, problem: Problem, num
     cache = CiterCache(model.config)
     streamer = WriterStreamer(tokenizer, cache, paint)
     inputs = tokenizer(problem.prompt, return_tensors="pt").to(model.device)
-    options: dict[str, Any] = {"generation_config": settings(model), "router_threshold": threshold}
+    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "router_threshold": threshold}
     try:
         model.generate(**inputs, **options, past_key_values=cache, streamer=streamer)
     except KeyboardInterrupt:
@@ -162,55 +182,24 @@ def solve_visibly(model: CiterForCausalLM, tokenizer: Any, problem: Problem, num
     paint.dim(f"({verdict}; {by_llm} of {len(streamer.tokens)} tokens from the LLM)\n")
 
 
-def measure(
-    model: CiterForCausalLM,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    name: str,
-    router_threshold: float | None = None,
-    progress: Callable[[int], None] = lambda solved: None,
-) -> Measurement:
-    alone = {"SLM alone": model.slm, "LLM alone": model.llm}.get(name)
-    correct = tokens = llm_tokens = llm_passes = 0
-    seconds = 0.0
-    for start in range(0, len(problems), BATCH_SIZE):
-        batch = problems[start : start + BATCH_SIZE]
-        inputs = tokenizer([problem.prompt for problem in batch], padding=True, return_tensors="pt").to(model.device)
-        cache, options = CiterCache(model.config), {"generation_config": settings(model)}
-        if alone is None:
-            options |= {"past_key_values": cache, "router_threshold": router_threshold}
-            # As `generate` chooses, but not by measured times: counts are reproducible.
-            options["waiting_rows"] = lambda unfinished, share, _: rows_to_wait_for(unfinished, share, 0.3)
-        began = time.perf_counter()
-        output = (alone or model).generate(**inputs, **options)
-        seconds += time.perf_counter() - began
+def measure(way: Way, tokenizer: Any, problems: Sequence[Problem]) -> Measurement:
+    prompts = [tokenizer(problem.prompt).input_ids for problem in problems]
+    began = time.perf_counter()
+    outputs = decode(
+        way.pair,
+        prompts,
+        router_threshold=way.router_threshold or 0.0,
+        llm_veto=way.llm_veto,
+        max_new_tokens=MAX_NEW_TOKENS,
+        alone=way.alone,
+        batch_tokens=SLOTS * (max(map(len, prompts)) + MAX_NEW_TOKENS),
+    )
+    seconds = time.perf_counter() - began
 
-        new = output[:, inputs.input_ids.shape[1] :]  # [batch, generated]
-        real = real_tokens(new, model.generation_config.eos_token_id)
-        by_llm = cache.routing.to_llm if alone is None else torch.full_like(real, alone is model.llm)
-        calls = cache.routing.llm_calls if alone is None else int(by_llm.any()) * new.shape[1]
-        tokens += int(real.sum())
-        llm_tokens += int((by_llm & real).sum())
-        llm_passes += round(calls / new.shape[1] * int(real.sum()))
-        correct += sum(map(is_correct, tokenizer.batch_decode(new, skip_special_tokens=True), batch))
-        progress(len(batch))
-    counts = (len(problems), correct, tokens, llm_tokens, llm_passes, seconds)
-    shares = (correct / len(problems), llm_tokens / max(tokens, 1), llm_passes / max(tokens, 1), tokens / seconds)
-    return Measurement(name, router_threshold, *counts, *shares)
-
-
-def label(name: str, router_threshold: float | None) -> str:
-    return name if router_threshold is None else f"{name} at {router_threshold:.3g}"
-
-
-def settings(model: CiterForCausalLM, max_new_tokens: int | None = None) -> Any:
-    config = copy.deepcopy(model.generation_config)
-    config.update(do_sample=False, max_new_tokens=max_new_tokens or MAX_NEW_TOKENS)
-    return config
-
-
-def spread_thresholds(shipped: float) -> list[float]:
-    """Return the shipped threshold between a lower and a higher one, a tenth and ten times its odds."""
-    odds = shipped / (1 - shipped) if shipped < 1 else 99.0
-    low, high = (round(one / (1 + one), 3) for one in (odds / 10, odds * 10))
-    return [low, shipped, high]
+    texts = tokenizer.batch_decode([one.tokens for one in outputs], skip_special_tokens=True)
+    correct = sum(map(is_correct, texts, problems))
+    tokens = sum(len(one.tokens) for one in outputs)
+    llm_tokens, passes = sum(sum(one.to_llm) for one in outputs), sum(len(one.passes["llm"]) for one in outputs)
+    counts = (len(problems), correct, tokens, llm_tokens, passes, seconds)
+    shares = (correct / len(problems), llm_tokens / tokens, passes / tokens, tokens / seconds)
+    return Measurement(way.name, way.router_threshold, way.llm_veto, *counts, *shares)

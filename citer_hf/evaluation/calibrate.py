@@ -1,6 +1,5 @@
 """`calibrate`: the threshold for a budget, an LLM share or a fraction of the LLM's accuracy."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -34,7 +33,6 @@ class CalibrateOptions(DecodeOptions):
     llm_share: float | None = runs.option(None, "Share of the tokens that the LLM should decide.", "P")
     accuracy: float | None = runs.option(None, "Fraction of the LLM's accuracy to reach as cheaply as possible.", "P")
     write: bool = runs.option(False, "Write the threshold into MODEL, a directory.")
-    out: Path | None = runs.option(None, "Copy MODEL, a directory, here and write the threshold into the copy.", "DIR")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,14 +105,19 @@ class Calibration:
             runs.write_json(directory / name, found[name] | change)
 
 
-def _check_directory(directory: Path) -> None:
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory}: expected a router repository on this machine, with a config.json.")
+def _check_directory(name: str | Path) -> None:
+    directory = Path(name)
+    if not str(name) or not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"write: expected a router repository on this machine, with a config.json, got {str(name)!r}. Save the "
+            "pair with model.save_pretrained(DIR) and load it from there."
+        )
     parents = (directory.resolve(), *directory.resolve().parents)
     if PACKAGE in parents or any(parent.name.startswith("models--") for parent in parents):
         owner = "the installed package" if PACKAGE in parents else "the Hub's cache"
         raise ValueError(
-            f"write: {directory} is part of {owner}. Pass out=DIR (--out DIR) to write the threshold into a copy."
+            f"write: {directory} is part of {owner}, which must not be changed. Copy the directory, and calibrate "
+            "the copy."
         )
 
 
@@ -133,8 +136,8 @@ def calibrate(
         examples: Problems like those that the pair will meet.
         checker: The checker that judges the outputs, or its name; needed for `accuracy`.
         tokenizer: Default: the pair's.
-        options: The fields of `CalibrateOptions`: exactly one of `llm_share` and `accuracy`; `write` and `out` need a
-            pair that was loaded from a directory.
+        options: The fields of `CalibrateOptions`: exactly one of `llm_share` and `accuracy`; `write` needs a pair
+            that was loaded from a directory.
 
     Returns:
         The threshold and what decoding with it gave.
@@ -142,14 +145,14 @@ def calibrate(
     Raises:
         ValueError: for options out of range, an `accuracy` without a checker or that no threshold reaches, unusable
             problems, or a pair whose directory must not or cannot be written into.
-        FileExistsError: when `out` exists.
+        FileNotFoundError: when the pair to write into was not loaded from a directory.
     """
     settings = CalibrateOptions(**options)
     if settings.accuracy is not None and checker is None:
         raise ValueError("accuracy: it needs a checker, which judges whether an output answers a problem.")
-    directory = Path(model.name_or_path)
-    if settings.write or settings.out is not None:
-        _check_places(model.name_or_path, settings)
+    if settings.write:
+        # Before hours of work.
+        _check_directory(model.name_or_path)
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = None if checker is None else Grader(checker, examples, tokenizer)
     prompts = encode_prompts(model, examples, tokenizer)
@@ -160,27 +163,8 @@ def calibrate(
     data = [[asdict(example), prompt] for example, prompt in zip(examples, prompts, strict=True)]
     found = replace(found, wanted=settings.wanted, data_sha256=runs.sha256_of(data))
     if settings.write:
-        found.write(directory)
-    if settings.out is not None:
-        with runs.beside(Path(settings.out)) as copy:
-            shutil.copytree(directory, copy)
-            found.write(copy)
+        found.write(model.name_or_path)
     return found
-
-
-def _check_places(name: str, settings: CalibrateOptions) -> None:
-    """Raise an error for a directory that cannot be written or copied, before hours of work."""
-    directory = Path(name)
-    if not name or not directory.is_dir():
-        raise ValueError(
-            f"write, out: expected a pair that was loaded from a directory, got {name!r}, which is none. "
-            "Save the pair with model.save_pretrained(DIR) and load it from there."
-        )
-    if settings.write:
-        _check_directory(directory)
-    out = None if settings.out is None else Path(settings.out).resolve()
-    if out is not None and (out.exists() or directory.resolve() in out.parents):
-        raise FileExistsError(f"out: {out} exists already, or lies in {directory}. Choose another directory.")
 
 
 class _Trials:
@@ -189,25 +173,27 @@ class _Trials:
     def __init__(self, run: Evaluation):
         self.run = run
         self.tried: dict[float, Calibration] = {}
-        (self.llm,) = run.decode("LLM alone", [(run.model, None, "llm")])
+        (self.llm,) = run.decode("LLM alone", [(run.model, 0.0, 0.0, "llm")])
         tokens, routers = [one.tokens for one in self.llm], {"of the pair": run.model.router}
-        (scores,) = score_outputs(run.model, routers, run.prompts, tokens, run.options.batch_tokens).values()
+        (scores,) = score_outputs(run.model, routers, run.prompts, tokens).values()
         self.scores = np.concatenate(scores)
 
     def at(self, share: float) -> Calibration:
         """Decode with the threshold under which a share of the scores along the LLM's outputs lies."""
         threshold = threshold_for_share(self.scores, share) if share > 0 else 0.0
         if threshold not in self.tried:
-            (outputs,) = self.run.decode(f"threshold {threshold:.9g}", [(self.run.model, threshold, None)])
+            dials = (threshold, self.run.model.default_veto, None)
+            (outputs,) = self.run.decode(f"threshold {threshold:.9g}", [(self.run.model, *dials)])
+            point = self.run.point(*dials[:2], outputs)
             by_llm, lengths = [sum(one.to_llm) for one in outputs], [len(one.to_llm) for one in outputs]
-            correct, seed = [float(one.correct) for one in outputs], self.run.options.seed
+            judged = self.run.grader is not None
             self.tried[threshold] = Calibration(
                 threshold=threshold,
-                llm_share=sum(by_llm) / sum(lengths),
-                llm_share_ci=bootstrap_interval(by_llm, lengths, seed=seed),
+                llm_share=point.llm_share,
+                llm_share_ci=bootstrap_interval(by_llm, lengths, seed=self.run.options.seed),
                 problems=len(outputs),
-                accuracy=None if self.run.grader is None else fmean(correct),
-                accuracy_ci=None if self.run.grader is None else bootstrap_interval(correct, seed=seed),
+                accuracy=point.accuracy if judged else None,
+                accuracy_ci=point.accuracy_ci if judged else None,
             )
         return self.tried[threshold]
 

@@ -1,8 +1,8 @@
-"""Greedy decoding of many prompts in batches of like lengths, and the router's scores along given outputs."""
+"""Greedy decoding of many prompts, which stream through the engine's slots, and the router's scores along outputs."""
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -12,103 +12,127 @@ from torch import nn
 from transformers import GenerationConfig
 
 from citer_hf.data.examples import Example
-from citer_hf.data.tokens import encode, real_tokens
+from citer_hf.data.tokens import encode
+from citer_hf.model.cache import CiterCache
+from citer_hf.model.engine import Engine
 from citer_hf.model.modeling import CiterForCausalLM
-from citer_hf.model.schedule import rows_to_wait_for
+from citer_hf.model.routers import SLM_ALONE, ConfidenceRouter
+from citer_hf.model.sampling import Stops
+from citer_hf.model.schedule import Pace
+from citer_hf.model.sequence import Sequence as Text
+from citer_hf.model.sequence import Settled
+from citer_hf.model.slots import keeps_slots
 from citer_hf.runs import CommandOptions, option
 
 Alone = Literal["slm", "llm"]
 
-# Prompt and new tokens of all sequences of a batch: bounds the memory for keys and values.
+# Prompt and new tokens of all slots: bounds the memory for keys and values.
 BATCH_TOKENS = 1 << 14
-# Logits of a batch that is scored, in numbers: 1 GB in fp32.
-MOST_LOGITS = 1 << 28
-# Time of an SLM step over that of an LLM call. A measured ratio would differ from run to run, and with it the shapes
-# of the batches and the last bits of the scores.
-STEP_RATIO = 0.3
+# Time of an LLM call over that of an SLM step. A measured ratio would differ from run to run, and with it the passes,
+# their costs and the last bits of the scores.
+CALL_RATIO = 10.0
+# A unit of work has so many times as many sequences as there are slots, which are mostly full then.
+UNIT = 4
 
 
 @dataclass(frozen=True)
 class DecodeOptions(CommandOptions):
     max_new_tokens: int = option(512, "Longest output, in tokens.", "N", min=1)
-    batch_tokens: int = option(BATCH_TOKENS, "Tokens in a batch, padding included.", "N", min=1)
+    batch_tokens: int = option(BATCH_TOKENS, "Tokens, prompts included, that are decoded at once.", "N", min=1)
     seed: int = option(0, "Seed of the bootstrap.", "N")
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"max_new_tokens": self.max_new_tokens, "batch_tokens": self.batch_tokens}
 
 
 class Output(NamedTuple):
-    """The output for one prompt; `seconds` are its share of its batch, by tokens. Verdicts come with a checker."""
+    """The output for one prompt.
+
+    `seconds` are its share, by tokens, of the time of all; `passes` the places of its tokens in each pass of a model.
+    """
 
     tokens: list[int]
     to_llm: list[bool]
     seconds: float
-    correct: bool = False
-    extracted: bool = False
+    passes: dict[str, list[tuple[int, int]]]
 
 
 def decode(
     model: CiterForCausalLM,
     prompts: Sequence[Sequence[int]],
     *,
-    router_threshold: float | None = None,
-    max_new_tokens: int,
+    router_threshold: float = SLM_ALONE,
+    llm_veto: float = 0.0,
+    max_new_tokens: int | Sequence[int],
     alone: Alone | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Output]:
     """Decode every prompt greedily, with the pair or with one of its models alone, and none of their own settings."""
     model.eval()
-    outputs: dict[int, Output] = {}
-    limit = model.config.max_position_embeddings
-    for places, new_tokens in batches([len(prompt) for prompt in prompts], max_new_tokens, limit, batch_tokens):
-        batch = [prompts[place] for place in places]
-        done = _decode_batch(model, batch, new_tokens, alone, router_threshold)
-        outputs.update(zip(places, done, strict=True))
-    return [outputs[place] for place in range(len(prompts))]
+    limit, ends = model.config.max_position_embeddings, end_tokens(model)
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    if not prompts:
+        return []
+    lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
+    dials = (SLM_ALONE, 0.0) if alone else (router_threshold, llm_veto)
+    sequences = [
+        Text(list(prompt), Stops(length if limit is None else min(length, limit), ends), *dials)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    began, pair = time.perf_counter(), only(model, alone) if alone else model
+    cache = CiterCache(pair.config)
+    if keeps_slots(cache.slm) and keeps_slots(cache.llm):
+        engine = Engine(pair, min(slots_for(max(lengths), batch_tokens), len(prompts)), cache, pace=Pace(CALL_RATIO))
+        for one in sequences:
+            engine.submit(one)
+        engine.run()
+    else:
+        for one in sequences:
+            generate(pair, one)
+    for one in sequences:
+        if one.error is not None:
+            raise one.error
+    per_token = (time.perf_counter() - began) / sum(len(one.record) for one in sequences)
+    if not alone:
+        check_scores(
+            type(model.router).__name__, torch.tensor([step.score for one in sequences for step in one.record])
+        )
+    return [
+        Output(
+            tokens=one.generated,
+            to_llm=[step.to_llm or alone == "llm" for step in one.record],
+            seconds=per_token * len(one.record),
+            passes={"slm": [], "llm": [], alone: one.passes["slm"]} if alone else one.passes,
+        )
+        for one in sequences
+    ]
 
 
-def _decode_batch(
-    model: CiterForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int, alone: Alone | None, threshold: Any
-) -> Iterator[Output]:
-    generator, (end_tokens, padding) = greedy_view(model, alone), special_tokens(model)
-    device = model.slm.device if alone is None else generator.device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[padding] * (width - len(one)) + list(one) for one in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
-    options = {"router_threshold": threshold, "waiting_rows": steady_policy} if alone is None else {}
-    options |= {"max_new_tokens": new_tokens, "return_dict_in_generate": True}
-    began = time.perf_counter()
-    output = generator.generate(input_ids=ids, attention_mask=mask, **options)
-    new = output.sequences[:, width:]  # [batch, new]
-    # Reading the lengths waits for the device.
-    lengths = real_tokens(new, end_tokens).sum(dim=1).tolist()
-    per_token = (time.perf_counter() - began) / sum(lengths)
-    to_llm = [[alone == "llm"] * length for length in lengths]
-    if alone is None:
-        routing = output.past_key_values.routing
-        check_scores(type(model.router).__name__, routing.scores)
-        to_llm = cut(routing.to_llm, lengths)
-    return map(Output, cut(new, lengths), to_llm, [per_token * length for length in lengths])
+def generate(model: CiterForCausalLM, one: Text) -> None:
+    """Decode with transformers' loop, for models that cannot take tokens back."""
+    view, prompt = copy.copy(model), torch.tensor([one.tokens], device=model.slm.device)
+    view.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(one.stops.end_tokens) or None)
+    view.generation_config.update(pad_token_id=0, max_length=one.stops.max_length, return_dict_in_generate=True)
+    output: Any = view.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        router_threshold=one.threshold,
+        llm_veto=one.veto,
+        generation_config=view.generation_config,
+    )
+    routing, seen = output.past_key_values.routing, dict.fromkeys(("slm", "llm"), 0)
+    for score, to_llm in zip(routing.scores[0].tolist(), routing.to_llm[0].tolist(), strict=True):
+        one.tokens.append(int(output.sequences[0, one.end]))
+        one.record.append(Settled(score, to_llm))
+        for role in ("slm", "llm") if to_llm else ("slm",):
+            one.passes[role].append((seen[role], one.end - 1))
+            seen[role] = one.end - 1
 
 
-def batches(
-    lengths: Sequence[int], max_new_tokens: int, limit: int | None, batch_tokens: int
-) -> Iterator[tuple[list[int], int]]:
-    """Group prompts of like lengths, the longest first, so that memory that is too small shows at once."""
-    places: list[int] = []
-    new_tokens = 0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        own = max_new_tokens if limit is None else min(max_new_tokens, limit - lengths[place])
-        full = bool(places) and (len(places) + 1) * (lengths[places[0]] + new_tokens) > batch_tokens
-        if places and (own != new_tokens or full):
-            yield places, new_tokens
-            places = []
-        places.append(place)
-        new_tokens = own
-    if places:
-        yield places, new_tokens
+def slots_for(longest: int, batch_tokens: int) -> int:
+    """Return how many sequences, the longest of which has so many tokens, are decoded at once."""
+    return max(batch_tokens // longest, 1)
+
+
+def cut(whole: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [whole[start : start + size] for start in range(0, len(whole), size)]
 
 
 def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
@@ -116,7 +140,7 @@ def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example], tokeniz
     if not examples:
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
     limit, prompts = model.config.max_position_embeddings, [replace(example, response=None) for example in examples]
-    return [encode(prompt, tokenizer, limit, special_tokens(model)[0] or -1).prompt_ids for prompt in prompts]
+    return [encode(prompt, tokenizer, limit, end_tokens(model) or -1).prompt_ids for prompt in prompts]
 
 
 def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
@@ -126,33 +150,19 @@ def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
     return other
 
 
-def greedy_view(model: CiterForCausalLM, alone: Alone | None = None) -> Any:
-    """Return the pair, or one of its models, with settings that decode greedily and do nothing else."""
-    # `generate` fills settings that are not given from the model's own: a copy of the model, without its weights,
-    # has none.
-    view = copy.copy(model if alone is None else getattr(model, alone))
-    end_tokens, padding = special_tokens(model)
-    view.generation_config = GenerationConfig(do_sample=False, eos_token_id=end_tokens or None, pad_token_id=padding)
-    return view
+def only(model: CiterForCausalLM, role: Alone) -> CiterForCausalLM:
+    """Return a pair that is one model of the given one: at threshold 0, its SLM decodes alone."""
+    one, other = getattr(model, role), with_router(model, ConfidenceRouter(1))
+    other._modules |= {"slm": one, "llm": one}
+    other.config = copy.copy(model.config)
+    other.config.slm_config = other.config.llm_config = one.config
+    return other
 
 
-def special_tokens(model: CiterForCausalLM) -> tuple[list[int], int]:
-    """Return the end tokens and the padding of the pair, which both models alone use too."""
-    config: Any = model.generation_config
-    end = config.eos_token_id
-    end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
-    padding = config.pad_token_id
-    return end_tokens, int(padding if padding is not None else end_tokens[0] if end_tokens else 0)
-
-
-def steady_policy(unfinished: int, llm_share: float, step_ratio: float) -> int:
-    """Choose how many sequences wait for the LLM as `generate` does, but not by measured times."""
-    return rows_to_wait_for(unfinished, llm_share, STEP_RATIO)
-
-
-def cut(values: torch.Tensor, lengths: Sequence[int]) -> list[list[Any]]:
-    """Return each sequence of a tensor `[batch, tokens]` up to its length."""
-    return [sequence[:length] for sequence, length in zip(values.tolist(), lengths, strict=True)]
+def end_tokens(model: CiterForCausalLM) -> list[int]:
+    """Return the end tokens of the pair, at which both models alone end too."""
+    end: Any = model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 @torch.no_grad()
@@ -161,25 +171,16 @@ def score_outputs(
     routers: Mapping[str, nn.Module],
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
-    batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, list[np.ndarray]]:
     """Return every router's scores of the new tokens of each given output; the SLM runs once over each."""
-    scores: dict[str, list[np.ndarray]] = {name: [np.empty(0)] * len(outputs) for name in routers}
-    sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
-    most = min(batch_tokens, MOST_LOGITS // model.vocab_size)
-    device = model.slm.device
-    for places, _ in batches([len(sequence) for sequence in sequences], 0, None, most):
-        # Padding is on the right, where no token sees it.
-        batch = [sequences[place] for place in places]
-        width = max(map(len, batch))
-        ids = torch.tensor([[*one, *[0] * (width - len(one))] for one in batch], device=device)
-        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in batch], device=device)
-        slm = model.run_slm(ids, attention_mask=mask, position_ids=torch.arange(width, device=device)[None])
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in routers}
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([[*prompt, *output[:-1]]], device=model.slm.device)
+        slm = model.run_slm(ids, logits_to_keep=len(output))
         for name, router in routers.items():
-            values = router.eval()(slm.hidden, slm.logits).float()  # [batch, width]
+            values = router.eval()(slm.hidden, slm.logits).float()  # [1, output]
             check_scores(name, values)
-            for place, value, sequence in zip(places, values.cpu().numpy(), batch, strict=True):
-                scores[name][place] = value[len(sequence) - len(outputs[place]) : len(sequence)]
+            scores[name].append(values[0].cpu().numpy())
     return scores
 
 

@@ -1,33 +1,39 @@
 """`evaluate`: accuracy and cost of both models alone, and of routers at many thresholds, on the same problems."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from citer_hf import runs
-from citer_hf.costs import cost_of_model
+from citer_hf.costs import ModelCost, cost_of_model
 from citer_hf.data.checkers import Checker, Verdict, answer_of, get_checker
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
-from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, defer
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, as_veto, defer
 
 from . import decode as decoding
 from . import results as figures
-from .decode import Alone, DecodeOptions, Output, with_router
+from .decode import Alone, DecodeOptions, with_router
 from .plot import draw
-from .results import Point, Results, alone_cost, bootstrap_interval
+from .results import Point, Results, bootstrap_interval
 
 # LLM shares at which points are wanted: close to each other where curves bend.
 SHARES = (0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 # The methods of routers whose kind does not name one.
 METHODS = {"mlp": "citer", "linear": "co-llm"}
+# Baselines with a veto of their own, of the confidence router: fallback and rollback at several thresholds (BiLD,
+# arXiv 2302.07863), and speculative decoding (arXiv 2211.17192), whose threshold is above every score.
+BILD, SPECULATIVE = "bild", "speculative"
+OWN_VETO = {BILD: 0.3, SPECULATIVE: 0.0}
+# The method whose router decides once per prompt.
+QUERY = "query"
 RESULTS = "results.json"
 
 logger = logging.getLogger(__name__)
@@ -37,6 +43,9 @@ logger = logging.getLogger(__name__)
 class EvaluateOptions(DecodeOptions):
     shares: tuple[float, ...] = runs.option(SHARES, "LLM shares at which points are wanted.", "P,...")
     thresholds: tuple[float, ...] = runs.option((), "Thresholds of the pair's own router instead.", "X,...")
+    vetoes: tuple[float, ...] = runs.option(
+        (), "The LLM's vetoes, at each of which thresholds are swept. [default: the pair's]", "X,..."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +54,8 @@ class EvaluateOptions(DecodeOptions):
                 raise ValueError(f"shares: expected shares of LLM tokens above 0 and below 1, got {share!r}.")
         for threshold in self.thresholds:
             as_threshold(threshold)
+        for veto in self.vetoes:
+            as_veto(veto)
 
 
 def evaluate(
@@ -53,24 +64,23 @@ def evaluate(
     checker: Checker | str,
     *,
     routers: Mapping[str, nn.Module] | None = None,
-    query_level: Collection[str] = ("query",),
     out: str | Path | None = None,
     tokenizer: Any = None,
     **options: Any,
 ) -> Results:
     """Measure accuracy and cost of the SLM alone, the LLM alone, and routers at thresholds spread over LLM shares.
 
-    All decode greedily, the same problems in the same batches. Costs are those of each output decoded alone. The same
-    call with the same `out` resumes an interrupted run, and returns the results of a complete one. Under `accelerate
-    launch`, processes divide the work and need one `out` that all of them see.
+    All decode greedily. Costs are those of the passes in which an output took part, as if no other took part in them.
+    The same call with the same `out` resumes an interrupted run, and returns the results of a complete one. Under
+    `accelerate launch`, processes divide the work and need one `out` that all of them see.
 
     Args:
         model: The pair.
         examples: The problems, each with an answer.
         checker: The checker that judges the outputs, or its name; see `docs/data.md`.
-        routers: The routers by the names of their methods. Default: the pair's own.
-        query_level: Names of routers that decide once per prompt, by their score after its last token (RouteLLM's
-            setting). Their outputs are those of the models alone.
+        routers: The routers by the names of their methods. Default: the pair's own. Two names have dials of their own:
+            `bild` a veto of 0.3, `speculative` the threshold 2. The router `query` decides once per prompt, by its
+            score after the last token (RouteLLM's setting); its outputs are those of the models alone.
         out: Directory for `results.json`, `results.md` and `curve.png`; `out/.work` holds unfinished work.
         tokenizer: Default: the pair's.
         options: The fields of `EvaluateOptions`. Thresholds for `shares` are quantiles of a router's scores along the
@@ -86,6 +96,7 @@ def evaluate(
         FileExistsError: when `out` holds anything else.
     """
     settings = EvaluateOptions(**options)
+    settings = replace(settings, vetoes=tuple(dict.fromkeys(settings.vetoes)) or (model.default_veto,))
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     grader = Grader(checker, examples, tokenizer)
     prompts = decoding.encode_prompts(model, examples, tokenizer)
@@ -98,8 +109,11 @@ def evaluate(
         "problems": len(examples),
         "checker": grader.name,
         "data_sha256": runs.sha256_of(data),
-        "routers_sha256": {name: runs.router_sha256(router) for name, router in routers.items()},
-        "query_level": sorted(set(query_level) & set(routers)),
+        "routers_sha256": {
+            method: runs.router_sha256(router)
+            for name, router in routers.items()
+            for method in methods_of(name, settings.vetoes)
+        },
         "dtypes": [str(part.dtype).removeprefix("torch.") for part in (model.slm, model.llm)],
     }
     out = None if out is None else Path(out)
@@ -109,7 +123,7 @@ def evaluate(
         return finished
 
     with runs.work_in(out, _arguments(provenance)) as work:
-        ends, methods = Evaluation(model, prompts, grader, settings, work).measure(routers, query_level, settings)
+        ends, methods = Evaluation(model, prompts, grader, settings, work).measure(routers, settings)
         results = figures.make_results(ends, methods, provenance | {"processes": work.processes})
         if out is not None and work.process == 0:
             write_report(results, out)
@@ -133,9 +147,16 @@ def method_name(model: CiterForCausalLM) -> str:
     return UNTRAINED if model.router_is_untrained else METHODS.get(kind, kind)
 
 
+def methods_of(name: str, vetoes: Iterable[float]) -> dict[str, float]:
+    """Return the methods that a router is measured as, with their vetoes."""
+    if name == QUERY or name in OWN_VETO:
+        return {name: OWN_VETO.get(name, 0.0)}
+    return {f"{name}, veto {veto:g}" if veto else name: veto for veto in vetoes}
+
+
 def _arguments(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return what results depend on."""
-    names = ("checker", "data_sha256", "routers_sha256", "query_level", "dtypes")
+    names = ("checker", "data_sha256", "routers_sha256", "dtypes")
     models = {f"{role}_sha256": (provenance.get(role) or {}).get("sample_sha256") for role in ("slm", "llm")}
     return {**(provenance.get("options") or {}), **models, **{name: provenance.get(name) for name in names}}
 
@@ -181,8 +202,20 @@ def name_of(checker: Checker) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-# A way to decode all problems: a pair, and a threshold or one of its models alone.
-Way = tuple[CiterForCausalLM, float | None, Alone | None]
+class Graded(NamedTuple):
+    """A judged output, with the LLM passes and the cost (bytes, operations) that it took."""
+
+    tokens: list[int]
+    to_llm: list[bool]
+    seconds: float
+    llm_passes: int
+    cost: list[float]
+    correct: bool = False
+    extracted: bool = False
+
+
+# A way to decode all problems: a pair, and a threshold and a veto or one of its models alone.
+Way = tuple[CiterForCausalLM, float, float, Alone | None]
 
 
 @dataclass(frozen=True)
@@ -195,90 +228,104 @@ class Evaluation:
     options: DecodeOptions
     work: runs.Work
 
+    @cached_property
+    def costs(self) -> dict[str, ModelCost]:
+        return {"slm": cost_of_model(self.model.slm), "llm": cost_of_model(self.model.llm)}
+
     def measure(
-        self, routers: Mapping[str, nn.Module], per_query: Collection[str], options: EvaluateOptions
+        self, routers: Mapping[str, nn.Module], options: EvaluateOptions
     ) -> tuple[dict[str, Point], dict[str, list[Point]]]:
-        """Return the points of both models alone, and those of every router at its thresholds."""
+        """Return the points of both models alone, and those of every router at its thresholds and vetoes."""
         # 1. Both models alone. Each runs once before, so that no point pays for what happens only once.
-        for alone in ("slm", "llm", None):
-            decoding.decode(self.model, self.prompts[:2], max_new_tokens=2, alone=alone, router_threshold=0.5)
-        by_slm, by_llm = self.decode("models alone", [(self.model, None, "slm"), (self.model, None, "llm")])
+        alone: list[Way] = [(self.model, SLM_ALONE, 0.0, "slm"), (self.model, SLM_ALONE, 0.0, "llm")]
+        for way in (*alone, (self.model, 0.5, 0.0, None)):
+            decoding.decode(way[0], self.prompts[:2], router_threshold=way[1], alone=way[3], max_new_tokens=2)
+        by_slm, by_llm = self.decode("models alone", alone)
+        ends = {"slm": self.point(SLM_ALONE, 0.0, by_slm), "llm": self.point(LLM_ALONE, 0.0, by_llm)}
 
         # 2. Thresholds. A router that decides once per prompt looks at the scores after the prompts alone.
         def scores() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
             tokens = [one.tokens for one in by_llm]
-            scores = decoding.score_outputs(self.model, routers, self.prompts, tokens, self.options.batch_tokens)
-            first = {name: [float(one[0]) for one in scores[name]] for name in routers if name in per_query}
+            scores = decoding.score_outputs(self.model, routers, self.prompts, tokens)
+            first = {name: [float(one[0]) for one in scores[name]] for name in routers if name == QUERY}
             along = {name: first[name] if name in first else np.concatenate(scores[name]) for name in routers}
             return first, {name: decoding.spread_thresholds(one, options.shares) for name, one in along.items()}
 
         first, thresholds = self.work.once("scores", scores)
         own = [name for name, router in routers.items() if router is self.model.router and options.thresholds]
         thresholds |= dict.fromkeys(own, sorted(set(options.thresholds)))
-        # 3. The pair with every other router at each of its thresholds.
-        pairs = {name: with_router(self.model, routers[name]) for name in routers if name not in per_query}
-        ways: list[Way] = [(pairs[name], threshold, None) for name in pairs for threshold in thresholds[name]]
+        thresholds |= {name: [LLM_ALONE] for name in routers if name == SPECULATIVE}
+        # 3. The pair with every other router at each of its thresholds and vetoes.
+        known = [(name, *one) for name in routers for one in methods_of(name, options.vetoes).items()]
+        dials = [(name, method, threshold, veto) for name, method, veto in known for threshold in thresholds[name]]
+        pairs = {name: with_router(self.model, router) for name, router in routers.items()}
+        ways: list[Way] = [(pairs[name], *dial, None) for name, _, *dial in dials if name != QUERY]
         routed = iter(self.decode("routers at thresholds", ways))
         # 4. Points.
-        slm, llm = cost_of_model(self.model.slm), cost_of_model(self.model.llm)
-        ends = {
-            "slm": self.point(SLM_ALONE, by_slm, lambda prompt, to_llm: alone_cost(slm, prompt, len(to_llm))),
-            "llm": self.point(LLM_ALONE, by_llm, lambda prompt, to_llm: alone_cost(llm, prompt, len(to_llm))),
-        }
-        methods: dict[str, list[Point]] = {name: [] for name in routers}
-        for name, router in routers.items():
-            cost_of = figures.query_cost if name in per_query else figures.routed_cost
-            cost = partial(cost_of, slm, llm, figures.scoring_cost(router))
-            for threshold in thresholds[name]:
-                if name in per_query:
-                    deferred = defer(torch.tensor(first[name]), threshold).tolist()
-                    outputs = [two if later else one for one, two, later in zip(by_slm, by_llm, deferred, strict=True)]
-                else:
-                    outputs = next(routed)
-                methods[name].append(self.point(threshold, outputs, cost))
+        methods: dict[str, list[Point]] = {method: [] for _, method, _ in known}
+        for name, method, threshold, veto in dials:
+            chosen = self.per_query(first[name], threshold, routers[name], by_slm, by_llm) if name in first else None
+            outputs = chosen or next(routed)
+            methods[method].append(self.point(threshold, veto, outputs))
         return ends, methods
 
-    def decode(self, description: str, ways: Sequence[Way]) -> list[list[Output]]:
-        """Decode all problems in several ways; the processes divide the batches."""
-        lengths, limit = [len(prompt) for prompt in self.prompts], self.model.config.max_position_embeddings
-        # Every way decodes the same batches, in any number of processes.
-        parts = [places for places, _ in decoding.batches(lengths, limit=limit, **self.options.sizes)]
-        units = [(way, places) for way in ways for places in parts]
-        done = iter(self.work.run(description, units, self.decode_batch))
-        order = np.argsort([place for places in parts for place in places])
+    def per_query(
+        self, scores: list[float], threshold: float, router: nn.Module, by_slm: list[Graded], by_llm: list[Graded]
+    ) -> list[Graded]:
+        """Return outputs of the models alone, chosen after the SLM's pass over the prompt."""
+        deferred, scoring = defer(torch.tensor(scores), threshold).tolist(), figures.scoring_cost(router)
         outputs = []
-        for _ in ways:
-            of_way = [Output(*output) for _ in parts for output in next(done)]
-            outputs.append([of_way[index] for index in order])
+        for prompt, small, large, later in zip(self.prompts, by_slm, by_llm, deferred, strict=True):
+            chosen, more = (large, figures.pass_cost(self.costs["slm"], 0, len(prompt))) if later else (small, 0)
+            outputs.append(chosen._replace(cost=(chosen.cost + scoring + more).tolist()))
         return outputs
 
-    def decode_batch(self, unit: tuple[Way, list[int]]) -> list[Output]:
-        (model, threshold, alone), places = unit
-        prompts = [self.prompts[place] for place in places]
-        outputs = decoding.decode(model, prompts, router_threshold=threshold, alone=alone, **self.options.sizes)
-        if self.grader is None:
-            return outputs
-        verdicts = [self.grader.grade(place, tuple(one.tokens)) for place, one in zip(places, outputs, strict=True)]
-        found = [(bool(one.correct), one.extracted is not None) for one in verdicts]
-        return [Output(*one[:3], *verdict) for one, verdict in zip(outputs, found, strict=True)]
+    def decode(self, description: str, ways: Sequence[Way]) -> list[list[Graded]]:
+        """Decode all problems in several ways; the processes divide units of problems that follow each other."""
+        longest = max(map(len, self.prompts)) + self.options.max_new_tokens
+        # The units do not depend on the number of processes.
+        size = decoding.UNIT * decoding.slots_for(longest, self.options.batch_tokens)
+        parts = decoding.cut(range(len(self.prompts)), size)
+        done = iter(self.work.run(description, [(way, part) for way in ways for part in parts], self.decode_unit))
+        return [[Graded(*output) for _ in parts for output in next(done)] for _ in ways]
 
-    def point(
-        self, threshold: float, outputs: Sequence[Output], cost: Callable[[int, list[bool]], np.ndarray]
-    ) -> Point:
+    def decode_unit(self, unit: tuple[Way, Sequence[int]]) -> list[Graded]:
+        (model, threshold, veto, alone), places = unit
+        outputs = decoding.decode(
+            model,
+            [self.prompts[place] for place in places],
+            router_threshold=threshold,
+            llm_veto=veto,
+            alone=alone,
+            max_new_tokens=self.options.max_new_tokens,
+            batch_tokens=self.options.batch_tokens,
+        )
+        # Every pass of the SLM is followed by a score.
+        scoring = figures.scoring_cost(model.router) * (alone is None)
+        graded = []
+        for place, (tokens, to_llm, seconds, passes) in zip(places, outputs, strict=True):
+            cost = sum(figures.cost_of_passes(self.costs[role], passes[role]) for role in self.costs)
+            cost = (cost + scoring * len(passes["slm"])).tolist()
+            verdict = (False, False)
+            if self.grader is not None:
+                found = self.grader.grade(place, tuple(tokens))
+                verdict = (bool(found.correct), found.extracted is not None)
+            graded.append(Graded(tokens, to_llm, seconds, len(passes["llm"]), cost, *verdict))
+        return graded
+
+    def point(self, threshold: float, veto: float, outputs: Sequence[Graded]) -> Point:
         tokens = sum(len(one.tokens) for one in outputs)
-        costs = [cost(len(prompt), one.to_llm) for prompt, one in zip(self.prompts, outputs, strict=True)]
-        moved, operations = (np.sum(costs, axis=0) / tokens).tolist()
+        moved, operations = (np.sum([one.cost for one in outputs], axis=0) / tokens).tolist()
         correct = [one.correct for one in outputs]
-        share = sum(sum(one.to_llm) for one in outputs) / tokens
         return Point(
             threshold=threshold,
             accuracy=sum(correct) / len(outputs),
             accuracy_ci=bootstrap_interval(correct, seed=self.options.seed),
-            llm_share=share,
-            # An output that is decoded alone takes a pass for every token of the LLM.
-            llm_calls=share,
+            llm_share=sum(sum(one.to_llm) for one in outputs) / tokens,
+            llm_calls=sum(one.llm_passes for one in outputs) / tokens,
             bytes=moved,
             flops=operations,
             seconds=sum(one.seconds for one in outputs) / tokens,
             extracted=sum(one.extracted for one in outputs) / len(outputs),
+            veto=veto,
         )

@@ -3,27 +3,34 @@
 from pathlib import Path
 from typing import Any
 
-from citer_hf.runs import new_figure, save_figure
+from citer_hf.runs import atomic_write, import_extra
 
 from .results import Results
 
 # Okabe and Ito's colours, which people who are colour-blind tell apart; marks carry the same information.
 COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#000000", "#888888")
-MARKS = "os^DvPX*"
-INCHES = (11.5, 6.0)
+MARKS = "os^DvPX"
+INCHES = (15.0, 6.0)
 LEVEL = 0.95
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw accuracy against LLM share and against bytes per token, into a file that is whole or not there."""
-    figure = new_figure(INCHES)
-    left, right = figure.subplots(1, 2, sharey=True)
+    """Draw accuracy against LLM tokens, LLM passes and bytes, into a file that is whole or not there."""
+    # A figure that needs no display.
+    figure = import_extra("matplotlib.figure", "plot").Figure(figsize=INCHES, layout="constrained")
     largest = results.ends["llm"].bytes
     scale, unit = next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if largest >= size), (1e3, "kB"))
-    _draw_curves(left, results, "llm_share", 0.01)
-    _draw_curves(right, results, "bytes", scale)
-    left.set(xlabel="tokens that the LLM decides (%)", ylabel="problems answered right (%)")
-    right.set(xlabel=f"memory traffic per token, decoded alone ({unit})")
+    costs = {
+        "llm_share": (0.01, "tokens that the LLM decides (%)"),
+        "llm_calls": (1.0, "LLM passes per token"),
+        "bytes": (scale, f"memory traffic per token, decoded alone ({unit})"),
+    }
+    panels = figure.subplots(1, len(costs), sharey=True)
+    for axes, (cost, (size, label)) in zip(panels, costs.items(), strict=True):
+        _draw_curves(axes, results, cost, size)
+        axes.set(xlabel=label)
+    left = panels[0]
+    left.set(ylabel="problems answered right (%)")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     # Results of earlier versions call the pair `model`.
@@ -31,7 +38,8 @@ def draw(results: Results, path: Path) -> None:
     name, problems = (origin.get("router") or origin.get("model") or {}).get("name"), origin.get("problems")
     title = "Accuracy and cost" + (f" of {name}" if name else "") + (f", {problems} problems" if problems else "")
     figure.suptitle(f"{title}; shaded: 95 % intervals", x=0.01, ha="left", fontsize=11)
-    save_figure(figure, path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
 
 
 def _draw_curves(axes: Any, results: Results, cost: str, scale: float) -> None:
@@ -43,7 +51,12 @@ def _draw_curves(axes: Any, results: Results, cost: str, scale: float) -> None:
         low, high = ([point.accuracy_ci[side] * 100 for point in points] for side in (0, 1))
         axes.fill_between(costs, low, high, color=colour, alpha=0.13, linewidth=0)
         accuracies, measured = [point.accuracy * 100 for point in points], [*range(1, len(points) - 1)]
-        axes.plot(costs, accuracies, color=colour, marker=mark, markersize=5.5, markevery=measured, label=name)
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": mark,
+            "ls": "--" if of_method and of_method[0].veto else "-",
+        }
+        axes.plot(costs, accuracies, **style, markersize=5.5, markevery=measured, label=name)
     for end, name, place in ((slm, "SLM alone", (9, -14)), (llm, "LLM alone", (-9, 9))):
         x, y = getattr(end, cost) / scale, end.accuracy * 100
         errors = [[y - end.accuracy_ci[0] * 100], [end.accuracy_ci[1] * 100 - y]]

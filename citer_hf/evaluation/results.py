@@ -12,45 +12,33 @@ from torch import nn
 from citer_hf.costs import ModelCost, flops
 from citer_hf.runs import read_json, write_json
 
-Cost = Literal["llm_share", "bytes"]
+Cost = Literal["llm_share", "llm_calls", "bytes"]
+
+# What the figures of a cost are called.
+COSTS: dict[Cost, str] = {"llm_share": "share", "llm_calls": "calls", "bytes": "bytes"}
 
 # LLM shares at which accuracies are compared.
 MATCHED_SHARES = (0.05, 0.1, 0.2, 0.3)
+# Percentages of the LLM's accuracy whose costs are compared.
+LEVELS = (95, 98)
 
-# --- Costs of outputs, each an array [bytes moved, operations] -------------------------------------------------------
+# --- Costs, each an array [bytes moved, operations] ------------------------------------------------------------------
 #
-# Every output is decoded alone, with a cache for each model (CITER, section 4.1).
+# Those of the passes in which an output took part, as if no other took part in them; each model has a cache.
 
 
 @cache
-def pass_cost(model: ModelCost, tokens: int, context: int) -> np.ndarray:
-    """Return the cost of a pass over tokens behind others in the cache; logits of the last one are computed."""
-    return np.array([model.bytes_moved(1, tokens, context), flops(model, tokens, context)])
+def pass_cost(model: ModelCost, start: int, end: int) -> np.ndarray:
+    """Return the cost of a pass over the tokens at some places, with logits of the last one."""
+    return np.array([model.bytes_moved(1, end - start, start), flops(model, end - start, start)])
 
 
-@cache
-def alone_cost(model: ModelCost, prompt: int, tokens: int) -> np.ndarray:
-    """Return the cost of an output of one model: a pass over the prompt, and over each new token but the last."""
-    steps = [pass_cost(model, 1, context) for context in range(prompt, prompt + tokens - 1)]
-    return np.sum([pass_cost(model, prompt, 0), *steps], axis=0)
-
-
-def routed_cost(
-    slm: ModelCost, llm: ModelCost, scoring: np.ndarray, prompt: int, to_llm: Sequence[bool]
-) -> np.ndarray:
-    cost, seen = alone_cost(slm, prompt, len(to_llm)) + scoring * len(to_llm), 0
-    for place, by_llm in enumerate(to_llm, prompt):
-        if by_llm:
-            # The LLM catches up with all tokens since its last pass.
-            cost, seen = cost + pass_cost(llm, place - seen, seen), place
-    return cost
-
-
-def query_cost(slm: ModelCost, llm: ModelCost, scoring: np.ndarray, prompt: int, to_llm: Sequence[bool]) -> np.ndarray:
-    """Return the cost of an output of one model, which is chosen after the SLM's pass over the prompt."""
-    if not to_llm[0]:
-        return alone_cost(slm, prompt, len(to_llm)) + scoring
-    return pass_cost(slm, prompt, 0) + scoring + alone_cost(llm, prompt, len(to_llm))
+def cost_of_passes(model: ModelCost, passes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the cost of passes; the first counts from the first token on, which another output may have shared."""
+    return np.sum(
+        [np.zeros(2), *(pass_cost(model, start if number else 0, end) for number, (start, end) in enumerate(passes))],
+        axis=0,
+    )
 
 
 def scoring_cost(router: nn.Module) -> np.ndarray:
@@ -73,6 +61,7 @@ class Point:
     flops: float
     seconds: float
     extracted: float
+    veto: float = 0.0
 
 
 def bootstrap_interval(
@@ -118,28 +107,21 @@ def cost_at(
     return float(np.interp(wanted, accuracies[crossing], costs[crossing]))
 
 
-def _area(ends: Mapping[str, Point], points: Sequence[Point], cost: Cost) -> float | None:
-    """Return the area under accuracy against cost, both 0 for the SLM alone and 1 for the LLM alone."""
-    slm, llm = ends["slm"], ends["llm"]
-    if llm.accuracy == slm.accuracy or getattr(llm, cost) <= getattr(slm, cost):
+def _area(ends: Mapping[str, Point], points: Sequence[Point]) -> float | None:
+    """Return the area under accuracy, 0 for the SLM alone and 1 for the LLM alone, against the LLM share."""
+    slm, llm = ends["slm"].accuracy, ends["llm"].accuracy
+    if llm == slm:
         return None
-    costs, accuracies = _curve(ends, points, cost)
-    costs = (costs - getattr(slm, cost)) / (getattr(llm, cost) - getattr(slm, cost))
-    accuracies = (accuracies - slm.accuracy) / (llm.accuracy - slm.accuracy)
+    shares, accuracies = _curve(ends, points, "llm_share")
     heights = (accuracies[1:] + accuracies[:-1]) / 2
-    return float((np.diff(costs) * heights)[costs[:-1] >= 0].sum())
+    return float((np.diff(shares) * (heights - slm)).sum() / (llm - slm))
 
 
 def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, Any]:
-    return {
-        "auc": _area(ends, points, "llm_share"),
-        "auc_bytes": _area(ends, points, "bytes"),
-        "share_at_95": cost_at(ends, points, 0.95),
-        "share_at_98": cost_at(ends, points, 0.98),
-        "bytes_at_95": cost_at(ends, points, 0.95, "bytes"),
-        "bytes_at_98": cost_at(ends, points, 0.98, "bytes"),
-        "accuracy_at": {str(share): accuracy_at(ends, points, share) for share in MATCHED_SHARES},
-    }
+    figures: dict[str, Any] = {"auc": _area(ends, points)}
+    for cost, name in COSTS.items():
+        figures |= {f"{name}_at_{level}": cost_at(ends, points, level / 100, cost) for level in LEVELS}
+    return figures | {"accuracy_at": {str(share): accuracy_at(ends, points, share) for share in MATCHED_SHARES}}
 
 
 @dataclass(frozen=True)
@@ -187,10 +169,10 @@ class Results:
         every += [("LLM alone", self.ends["llm"])]
         problems = self.provenance.get("problems", "several")
         parts = {
-            f"Points of {problems} problems; MB and MFLOP as each output decodes alone": [
+            f"Points of {problems} problems; MB and MFLOP as if each output were decoded alone": [
                 _point_row(name, point) for name, point in every
             ],
-            "LLM tokens and MB for 95 / 98 % of the LLM's accuracy, and accuracy at shares of LLM tokens": [
+            "LLM tokens, passes and MB for 95 / 98 % of the LLM's accuracy, and accuracy at shares of LLM tokens": [
                 _curve_row(name, figures) for name, figures in self.summary.items()
             ],
         }
@@ -214,9 +196,11 @@ def _point_row(name: str, point: Point) -> dict[str, str]:
     return {
         "method": name,
         "threshold": "" if point.threshold is None else f"{point.threshold:.5g}",
+        "veto": f"{point.veto:g}",
         "accuracy": f"{point.accuracy:.1%}",
         "95 % interval": f"{low:.1%}–{high:.1%}",
         "LLM tokens": f"{point.llm_share:.1%}",
+        "LLM passes / token": f"{point.llm_calls:.3f}",
         "MB / token": f"{point.bytes / 1e6:.4g}",
         "MFLOP / token": f"{point.flops / 1e6:.4g}",
         "ms / token": f"{point.seconds * 1e3:.3g}",
@@ -224,11 +208,13 @@ def _point_row(name: str, point: Point) -> dict[str, str]:
 
 
 def _curve_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
-    shares, megabytes = ([figures[f"{cost}_at_{level}"] for level in (95, 98)] for cost in ("share", "bytes"))
+    # Results of earlier versions have no figures of passes.
+    shares, calls, megabytes = ([figures.get(f"{name}_at_{level}") for level in LEVELS] for name in COSTS.values())
     return {
         "method": name,
         "area": "–" if figures["auc"] is None else f"{figures['auc']:.3f}",
         "LLM tokens": " / ".join("–" if one is None else f"{one:.1%}" for one in shares),
+        "passes / token": " / ".join("–" if one is None else f"{one:.3f}" for one in calls),
         "MB / token": " / ".join("–" if one is None else f"{one / 1e6:.4g}" for one in megabytes),
         **{f"at {float(share):.0%}": f"{accuracy:.1%}" for share, accuracy in figures["accuracy_at"].items()},
     }

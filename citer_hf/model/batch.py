@@ -1,333 +1,223 @@
-"""Decoding of a batch whose rows do not wait for each other: those that need the LLM wait, the others go on."""
+"""How one call of `generate` fills the engine with its batch, and what it hands back."""
 
-import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.generation import LogitsProcessorList
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
-from .batch_support import processor_of_row, reads_no_text
-from .decoding import Decoding
-from .kv_layers import RowsCache
-from .masks import attention_masks, mask_kinds
-from .routers import defer
-from .sampling import Draws
-from .schedule import Pace, WaitingPolicy, pressure, rows_to_wait_for
+from .cache import CiterCache, check_cache
+from .compat import CACHE, CiterGenerateOutput
+from .engine import CHUNK, Engine
+from .routers import as_threshold, as_veto
+from .sampling import Choice, Stops, default_generator, looks_at_one_sequence, processors_of
+from .sequence import Sequence
+from .slots import keeps_slots
 
-
-def decode_rows(model: Any, decoding: Decoding, logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
-    return write_rows(Rows(model, decoding), logits, policy)
-
-
-def write_rows(rows: "Rows", logits: torch.Tensor, policy: WaitingPolicy | None = None) -> Any:
-    rows.write(range(rows.batch), logits[:, -1])
-    while rows.unfinished:
-        writing: list[int] = []
-        if rows.moving:
-            logits, writing = rows.read_with_slm()
-        if rows.waiting and rows.enough_wait(policy):
-            by_llm = rows.read_with_llm()
-            logits = by_llm if not writing else torch.where(rows.mark(rows.waiting), by_llm, logits)
-            writing, rows.waiting = writing + rows.waiting, []
-        rows.write(writing, logits)
-    return rows.finish()
+# Keywords of `_sample` and of `forward` that the engine understands.
+KNOWN_KEYWORDS = {"attention_mask", "logits_to_keep", "position_ids", "use_cache", "streamer", "synced_gpus", CACHE}
+KNOWN_KEYWORDS |= {"router_threshold", "llm_veto", "default_veto", "max_drafts"}
 
 
-class Rows:
-    """Where each row of the batch is, and what was decided about its tokens."""
+def why_not_decoded(
+    model: Any,
+    prompt: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    settings: GenerationConfig,
+    kwargs: dict[str, Any],
+) -> str:
+    """Return why only transformers' loop, which calls `forward` for every token, does what is asked; "" if not so."""
+    cache, batch = kwargs.get(CACHE), len(prompt)
+    if cache is None or kwargs.get("use_cache") is False:
+        return "there is no cache"
+    if not (keeps_slots(cache.slm) and keeps_slots(cache.llm)):
+        return "the cache of a model, or one of its layers, cannot take tokens back"
+    if settings.output_attentions or settings.output_hidden_states:
+        return "hidden states or attentions are asked for, token by token"
+    if settings.is_assistant or kwargs.get("synced_gpus"):
+        return "the pair is another model's assistant, or moves in step with other processes"
+    if model.forward_is_observed():
+        return "a hook, or a changed method, sees every call of `forward`"
+    unknown = set(kwargs) - KNOWN_KEYWORDS
+    if unknown or any(
+        one is not None and one.dim() != 2 for one in map(kwargs.get, ("attention_mask", "position_ids"))
+    ):
+        return f"a mask or positions are not two-dimensional, or keywords are for `forward` ({sorted(unknown)})"
+    if batch > 1 and kwargs.get("streamer") is not None:
+        return "a streamer gets the tokens of a batch together"
+    if criteria.max_length is None:
+        return "the text has no greatest length"
+    if not all(looks_at_one_sequence(one, batch) for one in processors):
+        return "a processor of your own, or guidance, may look across the batch or count its calls"
+    if batch > 1 and not Stops.of(criteria).look_at_one_sequence:
+        return "a stopping criterion of your own may look across the batch, or nothing but a criterion ends a sequence"
+    return ""
 
-    def __init__(self, model: Any, decoding: Decoding):
-        self.model, self.decoding, self.cache = model, decoding, decoding.cache
-        prompt = decoding.input_ids
-        self.device = prompt.device
-        self.batch, self.width = prompt.shape
-        self.columns = decoding.stops.max_length - self.width
-        pad = decoding.settings._pad_token_tensor
-        # One column more, for tokens that nobody gets.
-        padding = prompt.new_zeros((self.batch, self.columns + 1)) + (0 if pad is None else pad.to(prompt))
-        self.text = torch.cat([prompt, padding], dim=1)
-        self.start = self.cache.get_seq_length()
-        self.first_position = decoding.next_positions()
-        self.readable = self._readable_places()
-        self.slm_cache = self._room_for_rows(self.cache.slm)
-        self.llm_cache: RowsCache | None = None
-        self.draws: Draws | None = None
-        self.pace = Pace()
-        self.written = [0] * self.batch
-        self.seen_by_llm = [0] * self.batch
-        self.waiting: list[int] = []
-        self.unfinished = list(range(self.batch))
-        # p_slm and the writer of every token but the first, which the forward pass over the prompt has recorded.
-        self.scores: list[list[float]] = [[] for _ in range(self.batch)]
-        self.to_llm: list[list[bool]] = [[] for _ in range(self.batch)]
-        self._tokens_decided = self._tokens_deferred = 0
 
-    def _readable_places(self) -> torch.Tensor:
-        """Which places of each row hold text that the SLM has read, bool `[batch, start + columns]`."""
-        readable = torch.zeros((self.batch, self.start + self.columns), dtype=torch.bool, device=self.device)
-        mask = self.decoding.attention_mask
-        readable[:, : self.start] = True if mask is None else mask[:, : self.start].bool()
-        return readable
+def decode(
+    model: Any,
+    prompt: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    settings: GenerationConfig,
+    kwargs: dict[str, Any],
+) -> CiterGenerateOutput | torch.Tensor:
+    """Decode the batch of one call of `generate`."""
+    cache, streamer = kwargs[CACHE], kwargs.get("streamer")
+    check_cache(cache, len(prompt))
+    # 1. The batch as sequences, and as many slots.
+    sequences = sequences_of(model, prompt, processors, Stops.of(criteria), settings, kwargs)
+    longest = sequences[0].begin + sequences[0].stops.max_length - sequences[0].length
+    if cache.max_cache_len is not None:
+        # The last token of the longest sequence is processed by no model.
+        cache.max_cache_len = max(cache.max_cache_len, longest - 1)
+    fixed = None if cache.max_cache_len is None else max(cache.max_cache_len, longest)
+    if streamer is not None:
+        sequences[0].on_settled = lambda one: streamer.put(torch.tensor([one.last]))
+    cache.routing.follow([one.record for one in sequences])
+    workspace: Any = model.compiled_steps.workspace(model, settings, len(prompt), fixed) if fixed else nullcontext()
+    with model._optimize_model_for_decode(), workspace as work:
+        chunk = settings.prefill_chunk_size or CHUNK
+        engine = Engine(model, len(prompt), cache, fixed, chunk, model.pace, work)
+        if work is not None:
+            work.take(cache)
+        # 2. The loop; an error ends the call, and leaves the cache as it was.
+        try:
+            for one in sequences:
+                engine.submit(one)
+            while engine.busy:
+                engine.step()
+                for one in sequences:
+                    if one.error is not None:
+                        raise one.error
+            if settings.do_sample and len(prompt) == 1:
+                default_generator(engine.device).set_state(sequences[0].choice.state)
+        finally:
+            cache.routing.settle(prompt.device)
+            if streamer is not None:
+                streamer.end()
+        # 3. What goes on with the cache finds both models where all sequences have been.
+        new = hand_back(engine, cache, prompt, sequences, settings)
+        if work is not None:
+            work.give_back(cache)
+    text = torch.cat([prompt, new], dim=1)
+    if not settings.return_dict_in_generate:
+        return text
+    return CiterGenerateOutput(
+        sequences=text,
+        scores=stacked(sequences, 1) if settings.output_scores else None,
+        logits=stacked(sequences, 0) if settings.output_logits else None,
+        **{CACHE: cache},
+    )
 
-    @property
-    def moving(self) -> bool:
-        return len(self.waiting) < len(self.unfinished)
 
-    @property
-    def llm_share(self) -> float:
-        """Share of the tokens that the LLM writes, as seen so far; a fifth before anything was seen."""
-        return (self._tokens_deferred + 1) / (self._tokens_decided + 5)
-
-    def enough_wait(self, policy: WaitingPolicy | None) -> bool:
-        """Whether the LLM should be called now: when enough rows wait, or no row can go on without it."""
-        if not self.moving:
-            return True
-        seen = len(self.unfinished), self.llm_share, self.pace.ratio
-        enough = rows_to_wait_for(*seen, self.pace.growth, self.columns) if policy is None else policy(*seen)
-        return pressure(self._written_of(self.waiting), self._written_of(self.unfinished)) >= enough
-
-    def _written_of(self, rows: list[int]) -> list[int]:
-        return [self.written[row] for row in rows]
-
-    def mark(self, rows: list[int]) -> torch.Tensor:
-        return torch.tensor([[row in rows] for row in range(self.batch)]).to(self.device, non_blocking=True)
-
-    # ---- reading ------------------------------------------------------------------------------------------------
-
-    def read_with_slm(self) -> tuple[torch.Tensor, list[int]]:
-        """Let the SLM read the last token of every row, and decide about the next of those that move."""
-        began = time.perf_counter()
-        last = torch.tensor(self.written, device=self.device)[:, None] - 1
-        self.readable.scatter_(1, self.start + last, True)
-        logits, scores = self._slm_pass(last, max(self.written))
-        decisions = defer(scores, self.decoding.threshold).squeeze(1).tolist()
-        kept_scores = scores.squeeze(1).tolist()
-        self.pace.note("slm", time.perf_counter() - began)
-        moving = [row for row in self.unfinished if row not in self.waiting]
-        return logits[:, -1], self._decided(moving, kept_scores, decisions)
-
-    def _decided(self, moving: list[int], scores: list[float], decisions: list[bool]) -> list[int]:
-        """Note what was decided about the rows that move, and return those whose next token the SLM writes."""
-        for row in moving:
-            self.scores[row].append(scores[row])
-            self.to_llm[row].append(decisions[row])
-        joining = [row for row in moving if decisions[row]]
-        self._tokens_decided += len(moving)
-        self._tokens_deferred += len(joining)
-        self.waiting = self.waiting + joining
-        return [row for row in moving if not decisions[row]]
-
-    def _slm_pass(self, columns: torch.Tensor, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the tokens in these columns `[batch, tokens]`; return logits and `p_slm` at all of them."""
-        self.slm_cache.make_room(self.start + filled)
-        self.slm_cache.places = self.start + columns
-        mask = self._mask("slm", self.slm_cache, self.slm_cache.places)
-        ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
-        inputs = {"attention_mask": mask, "position_ids": positions}
-        with self.decoding.reading():
-            slm = self.model.run_slm(ids, self.slm_cache, columns.shape[1], **inputs)
-            return slm.logits, self.model.router(slm.hidden, slm.logits)
-
-    def read_with_llm(self) -> torch.Tensor:
-        """Let the LLM read what it has not seen of every unfinished row."""
-        if self.cache.llm_length < self.start and not self._read_prompts_alone():
-            return self._read_prompts_with_llm()
-        if self.llm_cache is None:
-            self.llm_cache = self._room_for_rows(self.cache.llm)
-        began = time.perf_counter()
-        written = torch.tensor(self.written, device=self.device)[:, None]
-        seen = torch.tensor(self.seen_by_llm, device=self.device)[:, None]
-        unseen = max(self.written[row] - self.seen_by_llm[row] for row in self.unfinished)
-        # The last tokens of all rows stand in one column, so that one column of logits is enough.
-        columns = written - unseen + torch.arange(unseen, device=self.device)
-        unread = columns >= seen
-        # What only fills up the rectangle sees what the last token sees: anything but nothing, which would be NaN.
-        sees = torch.where(unread, columns, written - 1)
-        self.llm_cache.make_room(self.start + max(self.written))
-        self.llm_cache.places = torch.where(unread, self.start + columns, self.llm_cache.nowhere)
-        mask = self._mask("llm", self.llm_cache, self.start + sees)
-        columns = columns.clamp(min=0)
-        ids, positions = self.text.gather(1, self.width + columns), self.first_position + columns
-        with self.decoding.reading():
-            logits = self.model.run_llm(ids, self.llm_cache, 1, attention_mask=mask, position_ids=positions)[:, -1]
-        self._note_call()
-        if logits.device.type != "cpu":
-            torch.accelerator.synchronize(logits.device)
-        self.pace.note("llm", time.perf_counter() - began, unseen)
-        return logits
-
-    def _read_prompts_alone(self) -> bool:
-        """Let the LLM read the prompts by a pass of their own, where it has to, and say whether it did."""
-        cache = self.cache
-        windows = any(getattr(layer, "sliding_window", None) is not None for layer in cache.llm.layers)
-        together = len(set(self.written)) == 1 and len(self.unfinished) == self.batch
-        if not windows or together:
-            return False
-        ids, positions = cache.unseen_tokens()
-        mask = self.readable[:, : self.start].to(ids.dtype)
-        self.model.run_llm(ids, cache.llm, 1, attention_mask=mask, position_ids=positions)
-        cache.mark_seen()
-        cache.routing.llm_calls += 1
-        return True
-
-    def _read_prompts_with_llm(self) -> torch.Tensor:
-        """The same, when it has not seen the prompts yet, which all end at one place."""
-        cache, written = self.cache, max(self.written)
-        ids, positions = cache.unseen_tokens()
-        if positions is None:
-            positions = torch.arange(cache.llm_length, self.start, device=self.device)[None]
-        positions = positions.expand(self.batch, -1)
-        later = (self.first_position + torch.arange(written, device=self.device)).expand(self.batch, -1)
-        columns = sorted({self.written[row] for row in self.unfinished})
-        kept = torch.tensor(columns, device=self.device) - 1 + ids.shape[1]
-        logits = self.model.run_llm(
-            torch.cat([ids, self.text[:, self.width : self.width + written]], dim=1),
-            cache.llm,
-            kept,
-            attention_mask=self.readable[:, : self.start + written].to(ids.dtype),
-            position_ids=torch.cat([positions, later], dim=1),
+def sequences_of(
+    model: Any,
+    prompt: torch.Tensor,
+    processors: LogitsProcessorList,
+    stops: Stops,
+    settings: GenerationConfig,
+    kwargs: dict[str, Any],
+) -> list[Sequence]:
+    cache, mask, (batch, width) = kwargs[CACHE], kwargs.get("attention_mask"), prompt.shape
+    begin, length, llm_length = cache.routing.start, cache.get_seq_length(), cache.llm_length
+    # 1. Which places hold tokens, and their positions.
+    shown = torch.ones((batch, begin), dtype=torch.bool) if mask is None else mask[:, :begin].bool().cpu()
+    positions = (shown.long().cumsum(dim=1) - 1).clamp(min=0)
+    given = kwargs.get("position_ids")
+    if given is not None:
+        count = min(given.shape[1], begin)
+        positions[:, begin - count :] = given[:, given.shape[1] - count :].cpu()
+    # 2. What the LLM has not seen of the cached tokens, and what is new to both: from place `llm_length` on.
+    new = prompt[:, width - (begin - length) :].cpu()
+    if llm_length < length:
+        unseen, their_positions = cache.unseen_tokens()
+        new = torch.cat([unseen.cpu(), new], dim=1)
+        if their_positions is not None:
+            positions[:, llm_length:length] = their_positions.cpu()
+    # 3. Settings, for each sequence.
+    threshold, veto = kwargs.get("router_threshold"), kwargs.get("llm_veto", kwargs.get("default_veto"))
+    thresholds = per_sequence(
+        as_threshold(model.config.router_threshold if threshold is None else threshold, batch), batch
+    )
+    vetoes = per_sequence(as_veto(model.config.llm_veto if veto is None else veto, batch), batch)
+    keeps_logits = settings.return_dict_in_generate and (settings.output_logits or settings.output_scores)
+    generators: list[Any] = [None] * batch
+    if settings.do_sample:
+        generators = [torch.Generator(model.slm.device) for _ in range(batch)]
+        seed = int(torch.randint(2**62, ())) if batch > 1 else 0
+        for index, generator in enumerate(generators):
+            generator.manual_seed(seed + index)
+        if batch == 1:
+            # A single sequence draws what transformers draws.
+            generators[0].set_state(default_generator(model.slm.device).get_state())
+    sequences = []
+    for index in range(batch):
+        places = shown[index].tolist()
+        first = places.index(True) if True in places else 0
+        origin = max(llm_length, first)
+        sequences.append(
+            Sequence(
+                tokens=new[index, origin - llm_length :].tolist(),
+                stops=stops,
+                threshold=thresholds[index],
+                veto=vetoes[index],
+                max_drafts=kwargs.get("max_drafts"),
+                choice=Choice(processors_of(processors, index), generators[index]),
+                keeps_logits=bool(keeps_logits),
+                prompt=prompt[index : index + 1],
+                origin=origin,
+                first=first,
+                positions=positions[index, origin:].tolist(),
+                shown=None if all(places[first:]) else places,
+                slot=index,
+                seen={"slm": max(length, first), "llm": origin},
+            )
         )
-        cache.mark_seen()
-        self._note_call()
-        self.llm_cache = self._room_for_rows(cache.llm)
-        self.llm_cache.hand_back(self.start)
-        chosen = [columns.index(self.written[row]) if row in self.unfinished else 0 for row in range(self.batch)]
-        return logits[torch.arange(self.batch, device=self.device), torch.tensor(chosen, device=self.device)]
+    return sequences
 
-    def _note_call(self) -> None:
-        self.cache.routing.llm_calls += 1
-        for row in self.unfinished:
-            self.seen_by_llm[row] = self.written[row]
 
-    def _room_for_rows(self, cache: Cache) -> RowsCache:
-        return RowsCache(cache, cache.get_seq_length() + min(self.columns, 64) + 1)
+def per_sequence(value: float | torch.Tensor, batch: int) -> list[float]:
+    return value[:, 0].tolist() if isinstance(value, torch.Tensor) else [value] * batch
 
-    def _mask(self, model: str, cache: RowsCache, last: torch.Tensor) -> Any:
-        kinds = mask_kinds(getattr(self.model, model), [layer.window for layer in cache.layers])
-        return attention_masks(kinds, self.readable[:, : cache.visible], last)
 
-    # ---- writing ------------------------------------------------------------------------------------------------
+def hand_back(
+    engine: Engine, cache: CiterCache, prompt: torch.Tensor, sequences: list[Sequence], settings: GenerationConfig
+) -> torch.Tensor:
+    """Leave in the cache what all sequences have in common; return the new tokens `[batch, new]`, padded."""
+    begin, longest = sequences[0].begin, max(len(one.record) for one in sequences)
+    padding = 0 if settings._pad_token_tensor is None else int(settings._pad_token_tensor)
+    rows = [one.generated + [padding] * (longest - len(one.record)) for one in sequences]
+    # The last token has been processed by no model. The LLM may have seen less of one sequence than of another.
+    length, llm_length = begin + longest - 1, cache.llm_length
+    if engine.calls["llm"]:
+        llm_length = min(length, *(one.seen["llm"] for one in sequences))
+    for role, end in (("slm", length), ("llm", llm_length)):
+        for layer in engine.caches[role].layers:
+            layer.show(end)
+    unseen, positions = [], []
+    for one, row in zip(sequences, rows, strict=True):
+        padded = [padding] * max(one.origin - llm_length, 0)
+        start = max(llm_length, one.origin)
+        unseen.append(padded + (one.tokens[: one.begin - one.origin] + row)[start - one.origin : length - one.origin])
+        positions.append([0] * len(padded) + one.position(start, length))
+    ids, places = (torch.tensor(rows, device=prompt.device) for rows in (unseen, positions))
+    cache.resume(len(sequences), length, llm_length, ids, places)
+    cache.routing.slm_calls, cache.routing.llm_calls = engine.calls["slm"], engine.calls["llm"]
+    return torch.tensor(rows, device=prompt.device)
 
-    def write(self, writing: Any, logits: torch.Tensor) -> None:
-        if not writing:
-            return
-        began = time.perf_counter()
-        chosen = list(writing)
-        raw = self._raw(logits)
-        processed = self._processed(chosen, raw)
-        tokens = self._choose(chosen, processed)
-        self._append(chosen, raw, processed, tokens, tokens.tolist())
-        self.pace.note_writing(time.perf_counter() - began)
 
-    def _raw(self, logits: torch.Tensor) -> torch.Tensor:
-        # A copy where processors may change it.
-        return logits.to(dtype=torch.float32, device=self.device, copy=bool(self.decoding.processors))
-
-    def _append(
-        self, rows: list[int], raw: torch.Tensor, processed: torch.Tensor, tokens: torch.Tensor, ids: list[int]
-    ) -> None:
-        """Add a token to each of some rows: `tokens`, or `ids` as the host knows them, of all rows."""
-        self._keep(rows, raw, processed)
-        self._put(rows, tokens, ids)
-        for row in rows:
-            self.written[row] += 1
-            if self._has_ended(row, ids[row]):
-                self.unfinished.remove(row)
-
-    def _put(self, rows: list[int], tokens: torch.Tensor, ids: list[int]) -> None:
-        places = [self.columns] * self.batch
-        for row in rows:
-            places[row] = self.written[row]
-        columns = self.width + torch.tensor(places).to(self.device, non_blocking=True)
-        self.text.scatter_(1, columns[:, None], tokens[:, None])
-
-    def _has_ended(self, row: int, token: int) -> bool:
-        stops = self.decoding.stops
-        return stops.reached(self.width + self.written[row], token) or (
-            bool(stops.others) and stops.met(self._text_of(row))
+def stacked(sequences: list[Sequence], part: int) -> tuple[torch.Tensor, ...]:
+    """Return raw or processed logits, `[batch, vocabulary]` for each step; zeros where a sequence has ended."""
+    longest = max((one.record for one in sequences), key=len)
+    return tuple(
+        torch.stack(
+            [
+                one.record[step].kept[part] if step < len(one.record) else torch.zeros_like(like.kept[part])
+                for one in sequences
+            ]
         )
-
-    def _text_of(self, row: int) -> torch.Tensor:
-        return self.text[row : row + 1, : self.width + self.written[row]]
-
-    def _processed(self, rows: list[int], raw: torch.Tensor) -> torch.Tensor:
-        """Let the processors see each row with its own text, which differs in length."""
-        processors = self.decoding.processors
-        if not processors:
-            return raw
-        if all(map(reads_no_text, processors)):
-            if len(rows) == self.batch:
-                return processors(self.text[:, : self.width], raw)
-            index = self._index(rows)
-            return raw.index_copy(0, index, processors(self.text[index, : self.width], raw[index]))
-        processed = raw.clone()
-        for row in rows:
-            of_row = LogitsProcessorList([processor_of_row(one, row) for one in processors])
-            processed[row] = of_row(self._text_of(row), raw[row : row + 1])[0]
-        return processed
-
-    def _choose(self, rows: list[int], scores: torch.Tensor) -> torch.Tensor:
-        """Return the likeliest token of each row, or one drawn, `[batch]`; those of other rows mean nothing."""
-        if not self.decoding.settings.do_sample:
-            return scores.argmax(dim=-1)
-        if self.draws is None:
-            self.draws = Draws(self.batch, scores.device)
-        if len(rows) == self.batch:
-            return self.draws.choose(scores.softmax(dim=-1), dict(enumerate(self.written)))
-        # Going through the whole vocabulary again for rows that get no token takes as long as a small model's step.
-        index = self._index(rows)
-        drawn = self.draws.choose(scores[index].softmax(dim=-1), {row: self.written[row] for row in rows})
-        return drawn.new_zeros(self.batch).index_copy(0, index, drawn)
-
-    def _index(self, rows: list[int]) -> torch.Tensor:
-        return torch.tensor(rows).to(self.device, non_blocking=True)
-
-    def _keep(self, rows: list[int], raw: torch.Tensor, processed: torch.Tensor) -> None:
-        decoding = self.decoding
-        for kept, values, wanted in (
-            (decoding.logits, raw, decoding.keeps_logits),
-            (decoding.scores, processed, decoding.keeps_scores),
-        ):
-            for row in rows if wanted else ():
-                if self.written[row] == len(kept):
-                    kept.append(torch.zeros_like(values))
-                kept[self.written[row]][row] = values[row]
-
-    # ---- the end ------------------------------------------------------------------------------------------------
-
-    @property
-    def cache_is_wanted(self) -> bool:
-        return bool(self.decoding.settings.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False))
-
-    def finish(self) -> Any:
-        """Hand back texts, cache and record. What follows the end of a row is empty in the cache: mask it."""
-        length = max(self.written)
-        text = self.text[:, : self.width + length].clone()
-        if self.cache_is_wanted:
-            self._hand_back_caches(length - 1)
-            self._record(length)
-        return self.decoding.result(text)
-
-    def _hand_back_caches(self, columns: int) -> None:
-        """Leave in the cache what all rows have read, and what the LLM has not seen of some as unseen by it."""
-        cache = self.cache
-        self.slm_cache.hand_back(self.start + columns)
-        seen, llm_length = 0, cache.llm_length
-        if self.llm_cache is not None:
-            seen = min(*self.seen_by_llm, columns)
-            llm_length = self.start + seen
-            self.llm_cache.hand_back(llm_length)
-        ids = self.text[:, self.width + seen : self.width + columns].clone()
-        positions = self.first_position + torch.arange(seen, columns, device=self.device)
-        cache.resume(self.start + columns, llm_length, ids, positions)
-
-    def _record(self, length: int) -> None:
-        if length > 1:
-            scores, to_llm = torch.zeros(self.batch, length - 1), torch.zeros(self.batch, length - 1, dtype=torch.bool)
-            for row, written in enumerate(self.written):
-                scores[row, : written - 1] = torch.tensor(self.scores[row])
-                to_llm[row, : written - 1] = torch.tensor(self.to_llm[row])
-            unfinished = torch.arange(1, length) < torch.tensor(self.written)[:, None]
-            record = (part.to(self.device) for part in (scores, to_llm, unfinished))
-            self.cache.routing.add(self.start + 1, *record)
+        for step, like in enumerate(longest)
+    )

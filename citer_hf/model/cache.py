@@ -1,12 +1,13 @@
 """CiterCache: two KV caches, the tokens that the LLM has not seen yet, and the record of routing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
 
 from .compat import reset_cache
-from .kv_layers import growing_cache
+from .slots import SlotCache
 
 
 class CiterCache(Cache):
@@ -17,10 +18,10 @@ class CiterCache(Cache):
 
     Args:
         config: The `CiterConfig` of the model.
-        slm: A cache for the SLM. Default: a `DynamicCache` whose layers append in place.
+        slm: A cache for the SLM. Default: a `DynamicCache` whose layers keep a slot for each sequence.
         llm: A cache for the LLM. Default: the same.
-        max_cache_len: Tokens to make room for once and for all, as `StaticCache` of transformers does: `generate` then
-            takes its static path, and raises the number where a text needs more. Default: the cache grows.
+        max_cache_len: Tokens to allocate memory for at once, as `StaticCache` of transformers does: `generate` then
+            compiles its passes on an accelerator, and raises the number where it needs more. Default: it grows.
 
     Attributes:
         routing: Who wrote each token since the last call of `generate` (or since the cache was made).
@@ -36,8 +37,8 @@ class CiterCache(Cache):
         llm: Cache | None = None,
         max_cache_len: int | None = None,
     ):
-        self.slm = slm if slm is not None else growing_cache(getattr(config, "slm_config", None))
-        self.llm = llm if llm is not None else growing_cache(getattr(config, "llm_config", None))
+        self.slm = slm if slm is not None else SlotCache(getattr(config, "slm_config", None))
+        self.llm = llm if llm is not None else SlotCache(getattr(config, "llm_config", None))
         self.llm_length = 0
         self.max_cache_len = max_cache_len
         self.routing = Routing()
@@ -67,11 +68,12 @@ class CiterCache(Cache):
         self.llm_length = self._length
         self._unseen = []
 
-    def resume(self, length: int, llm_length: int, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
-        """Set the lengths after sequences have moved at their own pace; the LLM has not seen these tokens of some."""
-        self._length, self.llm_length = length, llm_length
-        if input_ids.shape[1]:
-            self._unseen.append((input_ids, position_ids))
+    def resume(
+        self, batch: int, length: int, llm_length: int, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> None:
+        """Set the lengths after an engine has decoded; the LLM has not seen these tokens of some sequences."""
+        self._batch_size, self._length, self.llm_length = batch, length, llm_length
+        self._unseen = [(input_ids, position_ids)] if input_ids.shape[1] else []
 
     # ---- what transformers expects of a cache -------------------------------------------------------------------
 
@@ -194,13 +196,13 @@ def check_cache(cache: Any, batch_size: int | None = None) -> None:
         )
 
 
-SCORES, TO_LLM, UNFINISHED = range(3)  # columns of a step's record
+SCORES, TO_LLM, VETOED, AGREED, UNFINISHED = range(5)  # columns of a step's record
 
 
 class Routing:
     """What was decided, token by token, since a cache was made or `generate` was last called.
 
-    Everything stays on the device, as the steps left it, until it is asked for.
+    Everything stays as the steps left it, until it is asked for.
     """
 
     def __init__(self, start: int = 0, follows_beams: bool = False):
@@ -208,21 +210,48 @@ class Routing:
         self.start = start
         # Sequences are running beams then, whose order is put right at the end.
         self.follows_beams = follows_beams
-        self.llm_calls = 0
-        # A step: index of its first token, then p_slm, who writes, and who is still unfinished, each [batch, tokens].
+        self.llm_calls = self.slm_calls = 0
+        # A step: index of its first token, then p_slm, whether the LLM decided, vetoed, and agreed with a flagged
+        # draft, and which sequences are unfinished, each [batch, tokens].
         self._steps: list[tuple[int, tuple[torch.Tensor, ...]]] = []
+        # Records of sequences that an engine decodes: rows of (p_slm, LLM decided, vetoed, agreed).
+        self._live: Sequence[list[Any]] = ()
 
-    def add(self, first: int, scores: torch.Tensor, to_llm: torch.Tensor, unfinished: torch.Tensor) -> None:
+    def add(self, first: int, *records: torch.Tensor) -> None:
+        """Add what was decided from a token on, in the order of `SCORES, TO_LLM, ...`, each `[batch, tokens]`."""
         skip = self.start - first
         if skip > 0:
-            first, scores, to_llm, unfinished = self.start, scores[:, skip:], to_llm[:, skip:], unfinished[:, skip:]
-        if scores.shape[1] > 0:
-            self._steps.append((first, (scores, to_llm, unfinished)))
+            first, records = self.start, tuple(record[:, skip:] for record in records)
+        if records[0].shape[1] > 0:
+            self._steps.append((first, records))
+
+    def follow(self, records: Sequence[list[Any]]) -> None:
+        """Show the records of sequences as they grow, until `settle`."""
+        self._live = records
+
+    def settle(self, device: torch.device) -> None:
+        """Turn the records of sequences that have ended into tensors."""
+        if self._live:
+            step = tuple(record.to(device) for record in self._live_records())
+            self._live = ()
+            self.add(self.start, *step)
+
+    def _live_records(self) -> tuple[torch.Tensor, ...]:
+        longest, empty = max(map(len, self._live)), (0.0, False, False, False)
+        rows = [[row[:4] for row in record] + [empty] * (longest - len(record)) for record in self._live]
+        scores, *flags = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), longest, 4).unbind(-1)
+        lengths = torch.tensor([[len(record)] for record in self._live])
+        return scores.float(), *(flag.bool() for flag in flags), torch.arange(longest) < lengths
 
     @property
     def to_llm(self) -> torch.Tensor:
-        """Whether the LLM wrote each token, bool `[batch, generated]`; False after the end of a sequence."""
+        """Whether the LLM decided each token (flagged or vetoed), bool `[batch, generated]`; False after the end."""
         return self._joined(TO_LLM) & self._joined(UNFINISHED)
+
+    @property
+    def vetoed(self) -> torch.Tensor:
+        """Whether the LLM took the SLM's token back, though it was not flagged, bool `[batch, generated]`."""
+        return self._joined(VETOED) & self._joined(UNFINISHED)
 
     @property
     def scores(self) -> torch.Tensor:
@@ -236,12 +265,20 @@ class Routing:
 
     @property
     def llm_share(self) -> float:
-        """Share of the real tokens that the LLM wrote; 0.0 when there are none."""
+        """Share of the real tokens that the LLM decided; 0.0 when there are none."""
         real = int(self.unfinished.sum())
         return int(self.to_llm.sum()) / real if real else 0.0
 
+    @property
+    def accepted(self) -> float:
+        """Share of the flagged tokens at which the LLM agreed with the SLM's draft; 0.0 when there are none."""
+        flagged = self.to_llm & ~self.vetoed
+        return int((flagged & self._joined(AGREED)).sum()) / max(int(flagged.sum()), 1)
+
     def by_llm(self, index: int) -> bool:
-        """Return whether the LLM wrote a token of a single sequence, without joining the record: for streams."""
+        """Return whether the LLM decided a token of a single sequence, without joining the record: for streams."""
+        if self._live and index < len(self._live[0]):
+            return bool(self._live[0][index][TO_LLM])
         place = self.start + index
         for first, records in reversed(self._steps):
             if first <= place < first + records[TO_LLM].shape[1]:
@@ -249,7 +286,7 @@ class Routing:
         raise IndexError(f"index: no token number {index} has been decided yet.")
 
     def __len__(self) -> int:
-        return sum(records[SCORES].shape[1] for _, records in self._steps)
+        return sum(records[SCORES].shape[1] for _, records in self._steps) + max(map(len, self._live), default=0)
 
     def __repr__(self) -> str:
         return f"Routing(tokens={len(self)}, llm_share={self.llm_share:.3f}, llm_calls={self.llm_calls})"
@@ -276,10 +313,13 @@ class Routing:
         rows = beam_indices.long().to(records[SCORES].device)
         length = min(rows.shape[1], len(self))
         rows, ended = rows[:, :length].clamp_min(0), rows[:, :length] < 0
-        scores, to_llm, unfinished = (self._joined(part)[:, :length].gather(0, rows) for part in range(3))
-        self._steps = [(first, (scores, to_llm, unfinished & ~ended))]
+        *parts, unfinished = (self._joined(part)[:, :length].gather(0, rows) for part in range(5))
+        self._steps = [(first, (*parts, unfinished & ~ended))]
 
     def _joined(self, part: int) -> torch.Tensor:
-        if not self._steps:
+        records = [records[part] for _, records in self._steps]
+        if self._live:
+            records.append(self._live_records()[part])
+        if not records:
             return torch.zeros((0, 0), dtype=torch.float32 if part == SCORES else torch.bool)
-        return torch.cat([records[part] for _, records in self._steps], dim=1)
+        return torch.cat(records, dim=1)

@@ -1,4 +1,4 @@
-"""Which passes are compiled, and where compiled passes and the memory that they are bound to are kept."""
+"""The engine's two steps with fixed shapes, compiled, and the memory that they are bound to."""
 
 import threading
 import types
@@ -8,15 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from .compat import not_compiled
 from .routers import ROUTERS
-from .static_memory import BUCKETS, Workspace, decide, llm_pass, slm_pass, slm_step
+from .slots import Masks, Pass, SlotCache
 
 logger = logging.get_logger(__name__)
 
+# Tokens of a catch-up. What lies between two is filled up, since each is compiled on its own; on a GPU a pass over
+# four tokens takes as long as one over two.
+WIDTHS = (1, 4, 16, 64)
+# Last positions of a catch-up at which there are logits: no more tokens are ever judged.
+JUDGED = 32
 # Where `generate` of transformers compiles by itself.
 ACCELERATORS = ("cuda", "xpu", "neuron", "tpu")
 # A recorded graph: the first call compiles, the second warms up, the third records.
@@ -68,6 +74,113 @@ class Step:
         return self._function(*args)
 
 
+class PlacedLayer(DynamicLayer):
+    """One layer's keys and values during one pass of fixed shape: new tokens go to given places."""
+
+    def __init__(self, states: Any, places: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = states
+        self.places, self.is_initialized = places, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        index = self.places[:, None, :, None].to(key_states.device)
+        self.keys.scatter_(-2, index.expand_as(key_states), key_states)
+        self.values.scatter_(-2, index.expand_as(value_states), value_states)
+        return self.keys, self.values
+
+
+class Workspace:
+    """The slots of both models, and passes over all of them with shapes and addresses that never change."""
+
+    def __init__(self, model: Any, slots: int, capacity: int, options: dict[str, dict[str, Any] | None]):
+        self.slots, self.capacity, self.device = slots, capacity, model.slm.device
+        self.caches = {role: SlotCache(getattr(model, role).config, Pass(fixed=True)) for role in options}
+        self.masks = {role: Masks.of(getattr(model, role), cache) for role, cache in self.caches.items()}
+        # Ids, places, last places seen, positions and first places seen, for each width.
+        self.inputs = {width: torch.zeros((5, slots, width), dtype=torch.long, device=self.device) for width in WIDTHS}
+        for staged in self.inputs.values():
+            torch._dynamo.mark_static_address(staged, guard=False)
+        self.routed = type(model.router) in ROUTERS.values()
+        self._compiled = {role for role, one in options.items() if one is not None}
+        self._steps = {
+            ("slm", 1): Step(slm_step if self.routed else slm_pass, options["slm"]),
+            **{("llm", width): Step(llm_pass, options["llm"]) for width in WIDTHS},
+        }
+
+    def takes(self, role: str, width: int) -> bool:
+        """Return True if a pass over so many tokens of a sequence has a compiled form, and memory to work on."""
+        filled = all(layer.buffers is not None for layer in self.caches[role].layers)
+        return role in self._compiled and filled and width <= (1 if role == "slm" else WIDTHS[-1])
+
+    def width(self, role: str, width: int) -> int:
+        """Return the width of the pass for so many tokens."""
+        return next(one for one in WIDTHS if one >= width)
+
+    def run(self, model: Any, role: str, inputs: torch.Tensor, columns: list[int]) -> Any:
+        """Run one pass; return logits, for the SLM the scores, and whether it takes as long as all that follow."""
+        width = inputs.shape[-1]
+        step = self._steps[role, width]
+        settled = step.settled
+        # What the graphs of the step before have returned is not needed any more.
+        step.begin(self.device)
+        source = inputs.pin_memory() if self.device.type == "cuda" else inputs
+        self.inputs[width].copy_(source, non_blocking=True)
+        if role == "llm":
+            logits = step(model, self, width)
+            return logits[:, [logits.shape[1] - column for column in columns]], None, settled
+        logits, scores = step(model, self)
+        return logits, scores if self.routed else model.router(scores, logits), settled
+
+    def at(self, role: str, width: int) -> tuple[torch.Tensor, Cache, dict[str, Any]]:
+        """Return ids, cache, masks and positions of a pass, from what is staged."""
+        ids, places, last, positions, first = self.inputs[width].unbind(0)
+        cache = Cache(layers=[PlacedLayer(layer.buffers, places) for layer in self.caches[role].layers])
+        mask = self.masks[role](first[:, :1], last, self.capacity)
+        return ids, cache, {"attention_mask": mask, "position_ids": positions}
+
+    def take(self, cache: Any) -> None:
+        """Copy what a cache holds; the rest is zeros, since a mask does not hide a NaN of an earlier sequence."""
+        for role, own in self.caches.items():
+            for layer, source in zip(own.layers, getattr(cache, role).layers, strict=True):
+                for buffer in layer.buffers or ():
+                    buffer.zero_()
+                if source.keys is not None and source.get_seq_length():
+                    layer.reserve(source.keys, source.values, self.slots, self.capacity)
+                    for buffer, states in zip(layer.buffers, (source.keys, source.values), strict=True):
+                        buffer[:, :, : states.shape[-2]].copy_(states)
+
+    def give_back(self, cache: Any) -> None:
+        """Leave a copy of what is shown in a cache: the memory here is used again."""
+        for role, own in self.caches.items():
+            for layer, target in zip(own.layers, getattr(cache, role).layers, strict=True):
+                if layer.buffers is not None:
+                    target.hold(layer.keys.clone(), layer.values.clone())
+
+
+# ---- the passes: functions of a model and a workspace alone, which a compiler can trace ---------------------------
+
+
+def slm_pass(model: Any, work: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the SLM over the last token of every slot: logits and hidden states `[slots, 1, ...]`."""
+    ids, cache, inputs = work.at("slm", 1)
+    slm = model.run_slm(ids, cache, 1, **inputs)
+    return slm.logits, slm.hidden
+
+
+def slm_step(model: Any, work: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the SLM over the last token of every slot, and the router: logits and scores."""
+    logits, hidden = slm_pass(model, work)
+    return logits, model.router(hidden, logits)
+
+
+def llm_pass(model: Any, work: Workspace, width: int) -> torch.Tensor:
+    """Run the LLM over what it has not seen of every slot: logits of the last positions."""
+    ids, cache, inputs = work.at("llm", width)
+    return model.run_llm(ids, cache, min(width, JUDGED), **inputs)
+
+
 class CompiledSteps:
     """The workspaces of a model whose passes are compiled, by batch size and by what they were compiled for."""
 
@@ -78,62 +191,28 @@ class CompiledSteps:
         return CompiledSteps, ()
 
     @contextmanager
-    def workspace(self, model: Any, settings: GenerationConfig, rows: int, length: int) -> Iterator[Workspace]:
-        slm_options, llm_options = (compile_options(model, part, settings) for part in (model.slm, model.llm))
-        if (slm_options is None and llm_options is None) or not _recording.acquire(blocking=False):
-            yield new_workspace(model, rows, length, None, None)
+    def workspace(self, model: Any, settings: GenerationConfig, slots: int, length: int) -> Iterator[Workspace | None]:
+        """Lend the workspace for so many slots of so many tokens, or `None` where nothing is compiled."""
+        options = {role: compile_options(model, getattr(model, role), settings) for role in ("slm", "llm")}
+        if not any(options.values()) or not _recording.acquire(blocking=False):
+            yield None
             return
         try:
             prepare_thread(model.slm.device)
-            key = (rows, compiled_for(model), repr(slm_options), repr(llm_options))
-            # An error leaves caches that show parts of the workspace: then nobody gets it again.
+            key = (slots, compiled_for(model), repr(options))
+            # An error leaves memory in an unknown state: then nobody gets it again.
             work = self._kept.pop(key, None)
             if work is None or work.capacity <= length:
-                work = new_workspace(model, rows, length, slm_options, llm_options)
+                # It outlives the generation that it is made for, which may run in inference mode.
+                with torch.inference_mode(False):
+                    capacity = max(1 << (length - 1).bit_length(), 256) + 64
+                    work = Workspace(model, slots, capacity, options)
             yield work
             self._kept[key] = work
             while len(self._kept) > KEPT:
                 self._kept.pop(next(iter(self._kept)))
         finally:
             _recording.release()
-
-
-def new_workspace(
-    model: Any, rows: int, length: int, slm_options: dict[str, Any] | None, llm_options: dict[str, Any] | None
-) -> Workspace:
-    compiled = slm_options is not None or llm_options is not None
-    capacity = max(1 << (length - 1).bit_length(), 256) + 64 if compiled else -(-(length + 1) // 64) * 64
-    # It outlives the generation that it is made for, which may run in inference mode.
-    with torch.inference_mode(False):
-        work = Workspace(rows, capacity, model.slm.device, compiled)
-    work.steps = {
-        "slm_step": Step(slm_step, slm_options),
-        "slm_pass": Step(slm_pass, slm_options),
-        **{tokens: Step(llm_pass, llm_options) for tokens in BUCKETS},
-    }
-    return work
-
-
-def read_and_decide(model: Any, work: Workspace) -> tuple[tuple[torch.Tensor, ...], bool]:
-    ours = type(model.router) in ROUTERS.values()
-    step = work.steps["slm_step" if ours else "slm_pass"]
-    settled = step.settled
-    # What the graphs of the step before have returned is not needed any more.
-    step.begin(work.device)
-    if ours:
-        return step(model, work), settled
-    logits, hidden = step(model, work)
-    return (logits, *decide(model, work, logits, hidden)), settled
-
-
-def catch_up(model: Any, work: Workspace, unread: int) -> tuple[torch.Tensor, bool]:
-    """Run one catch-up of the LLM, filled up to one of a few lengths; a very long one is not compiled."""
-    tokens = next((size for size in BUCKETS if size >= unread), None)
-    if tokens is None:
-        return llm_pass(model, work, unread), False
-    step = work.steps[tokens]
-    settled = step.settled
-    return step(model, work, tokens), settled
 
 
 def compile_options(model: Any, part: Any, settings: GenerationConfig) -> dict[str, Any] | None:
@@ -155,6 +234,8 @@ def compile_options(model: Any, part: Any, settings: GenerationConfig) -> dict[s
 
 
 def why_not_compiled(model: Any, part: Any) -> str:
+    if not part._can_compile_fullgraph:
+        return "transformers does not compile it"
     quantizer = getattr(part, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return "its kind of quantization does not support it"

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from .compat import CACHE_NAMES, keep_token, restore_token
-from .routers import as_threshold
+from .routers import as_threshold, as_veto
 
 CONFIG_VERSION = 1
 
@@ -20,6 +20,8 @@ class CiterConfig(PreTrainedConfig):
         router: Kind and options of the router, for example `{"type": "mlp"}`; a bare string is the kind.
         router_threshold: The SLM writes a token when the router's score reaches this number, from 0 (the SLM alone)
             to 2 (above 1: the LLM alone) (CITER, section 3: τ).
+        llm_veto: The LLM takes back an SLM's token when it gives it less than this part of its best token's
+            probability, from 0 (no veto) to 1 (the LLM's own text).
         slm_reference: Where the SLM's weights are: `{"name_or_path", "revision", ...}`. `None` means that they
             are in this repository's own `model.safetensors`. `adapter` in it says where its adapter is, likewise.
         llm_reference: The same for the LLM.
@@ -27,7 +29,7 @@ class CiterConfig(PreTrainedConfig):
         citer_version: Version of this format that wrote the configuration.
 
     Raises:
-        ValueError: for a threshold that is not a number from 0 to 2, or a router that does not name its type.
+        ValueError: for a threshold or a veto out of range, or a router that does not name its type.
     """
 
     model_type = "citer"
@@ -40,6 +42,7 @@ class CiterConfig(PreTrainedConfig):
         llm_config: PreTrainedConfig | dict[str, Any] | None = None,
         router: str | dict[str, Any] = "confidence",
         router_threshold: float = 0.5,
+        llm_veto: float = 0.0,
         slm_reference: dict[str, Any] | None = None,
         llm_reference: dict[str, Any] | None = None,
         use_cache: bool = True,
@@ -52,6 +55,7 @@ class CiterConfig(PreTrainedConfig):
         if not isinstance(self.router.get("type"), str):
             raise ValueError(f"router: expected a kind or a dictionary with its 'type', got {router!r}.")
         self.router_threshold: float = as_threshold(router_threshold)
+        self.llm_veto: float = as_veto(llm_veto)
         self.slm_reference = slm_reference
         self.llm_reference = llm_reference
         self.use_cache = use_cache
@@ -107,7 +111,7 @@ class CiterConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults, and always the two sub-configurations with their types."""
         diff, full = super().to_diff_dict(), self.to_dict()
-        for key in ("slm_config", "llm_config", "router", "router_threshold", "citer_version"):
+        for key in ("slm_config", "llm_config", "router", "router_threshold", "llm_veto", "citer_version"):
             diff[key] = full[key]
         self._remove_keys_not_serialized(diff)
         return diff

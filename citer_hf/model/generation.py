@@ -6,29 +6,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, QuantizedCache
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
 
-from .batch import decode_rows
-from .batch_support import rows_can_part
+from .batch import decode, why_not_decoded
 from .cache import CiterCache, Routing, check_cache
 from .compat import CACHE, CiterBeamOutput, CiterGenerateOutput, cache_of, with_both_names, with_cache_name
-from .decoding import Decoding, Stops
-from .kv_layers import all_grow, growing_cache
-from .one_sequence import decode_one_row
-from .routers import as_threshold
-from .schedule import WaitingPolicy, waiting_policy
-from .static import asks_for_static, decode_static, decodes_statically, warn_of_dynamic_cache
+from .routers import as_threshold, as_veto
+from .slots import SlotCache
 
 logger = logging.get_logger(__name__)
 
 # Keywords of `forward` that an assistant model does not know.
-OWN_KEYWORDS = ("router_threshold", "finished_rows")
-# Keywords of `_sample` and of `forward` that our own loops understand.
-KNOWN_KEYWORDS = {"attention_mask", "logits_to_keep", "position_ids", "use_cache", CACHE}
-KNOWN_KEYWORDS |= {"router_threshold", "streamer", "synced_gpus"}
+OWN_KEYWORDS = ("router_threshold", "llm_veto", "finished_rows")
+# Those of generation settings, which hold what the keywords of `generate` do not say.
+SETTINGS = ("router_threshold", "llm_veto", "max_drafts")
 CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized", "static")
 
 
@@ -56,24 +50,28 @@ class CiterGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *args: Any,
         router_threshold: float | torch.Tensor | None = None,
-        waiting_rows: int | WaitingPolicy | None = None,
+        llm_veto: float | torch.Tensor | None = None,
+        max_drafts: int | None = None,
         **kwargs: Any,
     ) -> CiterGenerateOutput | CiterBeamOutput | torch.LongTensor:
         """Generate text, each token with the model that the router chooses.
 
         This is `generate` of transformers, with its decoding modes, processors, streamers and stopping criteria, and
-        two keywords of its own. Generation settings are the LLM's, unless the router repository has others.
+        three keywords of its own. Generation settings are the LLM's, unless the router repository has others.
 
         Args:
             inputs: Token ids of the prompts, `[batch, tokens]`, padded on the left; also called `input_ids`.
-            generation_config: Settings; those that are not set are the model's. It may hold `router_threshold`.
+            generation_config: Settings; those that are not set are the model's. It may hold the three keywords.
             args: Further arguments of transformers' `generate`.
-            router_threshold: The SLM writes a token when its score reaches this: a number from 0 (the SLM alone) to 2
-                (above 1: the LLM alone), or a tensor `[batch]`. Default: that of the generation settings, or else of
-                the configuration.
-            waiting_rows: How many sequences of a batch wait for the LLM before it is called: a number (1 is
-                lock-step), or a function of (unfinished sequences, LLM share so far, time of an SLM step over that of
-                an LLM call). The text does not depend on it. Default: chosen from measured times.
+            router_threshold: A token is flagged, and decided by the LLM, when its score does not reach this: a number
+                from 0 (the SLM alone) to 2 (above 1: the LLM's own text), or a tensor `[batch]`. Default: that of the
+                generation settings, or else of the configuration.
+            llm_veto: The LLM takes back a token that is not flagged when it gives it less than this part of its best
+                token's probability: a number from 0 (no veto) to 1 (the LLM's own text), or `[batch]`. Default: as
+                above. Above 0, the LLM processes every token before it is final.
+            max_drafts: Most flagged tokens of a sequence that the SLM drafts past before the LLM is called; 0: the LLM
+                is called at the first flagged token, as published (CITER, section 3). The text does not depend on it.
+                Default: decided from measured times.
             kwargs: Any setting of `GenerationConfig`, `attention_mask`, `past_key_values` (a `CiterCache`; also called
                 `cache`), and other keywords of transformers' `generate`.
 
@@ -82,7 +80,8 @@ class CiterGenerationMixin(GenerationMixin):
             `past_key_values.routing` tells which model wrote each token.
 
         Raises:
-            ValueError: for an invalid threshold or setting, or input embeddings.
+            ValueError: for an invalid threshold, veto or setting, input embeddings, or a veto in a mode that cannot
+                have one, such as beams.
             TypeError: for a cache that is not a `CiterCache`.
             torch.OutOfMemoryError: when a model runs out of memory; it names the model and two settings that help.
         """
@@ -94,7 +93,7 @@ class CiterGenerationMixin(GenerationMixin):
                 f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {kind!r}, which a pair of "
                 "models does not support. Leave it out for a dynamic cache."
             )
-        own = {"router_threshold": router_threshold, "waiting_rows": waiting_rows}
+        own = {"router_threshold": router_threshold, "llm_veto": llm_veto, "max_drafts": max_drafts}
         kwargs |= {key: value for key, value in own.items() if value is not None}
         if kwargs.get("input_ids") is not None:
             kwargs["input_ids"] = as_long(kwargs["input_ids"])
@@ -104,13 +103,16 @@ class CiterGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        threshold = kwargs.pop("router_threshold", None)
+        own = {name: kwargs.pop(name, None) for name in SETTINGS}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        # Taken out of the settings of this call, so that an assistant model never gets it.
-        of_settings = vars(generation_config).pop("router_threshold", None)
-        threshold = of_settings if threshold is None else threshold
-        if threshold is not None:
-            model_kwargs["router_threshold"] = threshold
+        for name in SETTINGS:
+            # Taken out of the settings of this call, so that an assistant model never gets it.
+            of_settings = vars(generation_config).pop(name, None)
+            if own[name] is not None:
+                model_kwargs[name] = own[name]
+            elif of_settings is not None:
+                # A veto among the settings is left out where it cannot be; one by keyword is an error there.
+                model_kwargs["default_veto" if name == "llm_veto" else name] = of_settings
         return generation_config, model_kwargs
 
     def _get_stopping_criteria(
@@ -134,17 +136,29 @@ class CiterGenerationMixin(GenerationMixin):
         )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        threshold = model_kwargs.get("router_threshold")
-        if threshold is not None:
-            as_threshold(threshold, threshold.numel() if isinstance(threshold, torch.Tensor) else None)
-        waiting_policy(model_kwargs.get("waiting_rows"))
-        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != "waiting_rows"})
+        for name, check in (("router_threshold", as_threshold), ("llm_veto", as_veto), ("default_veto", as_veto)):
+            value = model_kwargs.get(name)
+            if value is not None:
+                check(value, value.numel() if isinstance(value, torch.Tensor) else None)
+        drafts = model_kwargs.get("max_drafts")
+        if drafts is not None and (isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 0):
+            raise ValueError(
+                "max_drafts: expected how many flagged tokens the SLM drafts past before the LLM is called, from 0, "
+                f"got {drafts!r}. Leave it out for the measured default."
+            )
+        ours = ("max_drafts", "default_veto")
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in ours})
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int
     ) -> Any:
-        if model_kwargs.get(CACHE) is not None:
-            check_cache(model_kwargs[CACHE])
+        cache = model_kwargs.get(CACHE)
+        if cache is not None:
+            check_cache(cache)
+            for role, config in (("slm", self.slm.config), ("llm", self.llm.config)):
+                # Made without a configuration, an empty cache knows no layers yet.
+                if type(getattr(cache, role)) is SlotCache and not getattr(cache, role).layers:
+                    setattr(cache, role, SlotCache(config))
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
@@ -167,7 +181,7 @@ class CiterGenerationMixin(GenerationMixin):
                 return QuantizedCache(**{"backend": "quanto", **options, "config": config})
             if kind == "offloaded":
                 return DynamicCache(config=config, offloading=True)
-            return growing_cache(config)
+            return SlotCache(config)
 
         kind = generation_config.cache_implementation
         if kind is not None and kind not in CACHE_IMPLEMENTATIONS:
@@ -193,62 +207,35 @@ class CiterGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         **kwargs: Any,
     ) -> Any:
-        waiting_rows = kwargs.pop("waiting_rows", None)
-        # What is left is for `forward`, where base models may take no keyword that they do not name.
-        inputs = {key: value for key, value in kwargs.items() if key not in ("streamer", "synced_gpus")}
         begin_record(input_ids, generation_config, kwargs)
-        decoding = self._plan(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
-        static = asks_for_static(kwargs.get(CACHE)) and decodes_statically(decoding, self)
-        one = input_ids.shape[0] == 1
-        if decoding is not None and (static or one or (waiting_rows != 1 and rows_can_part(self, decoding))):
-            logits = self._prefill(input_ids, generation_config, inputs).logits
-            with self._optimize_model_for_decode():
-                if static:
-                    return decode_static(self, decoding, logits, waiting_policy(waiting_rows))
-                if one:
-                    return decode_one_row(self, decoding, logits)
-                return decode_rows(self, decoding, logits, waiting_policy(waiting_rows))
+        reason = why_not_decoded(self, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+        if not reason:
+            return decode(self, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+        kwargs = self._as_plain_citer(reason, input_ids, kwargs)
         finished = FinishedRows(stopping_criteria)
         return super()._sample(
             input_ids, logits_processor, finished, generation_config, finished_rows=finished, **kwargs
         )
 
-    def _plan(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        kwargs: dict[str, Any],
-    ) -> Decoding | None:
-        """Return what our own loops need to know, or `None` where only transformers' loop does what is asked for."""
-        cache = kwargs.get(CACHE)
-        wants_states = generation_config.output_attentions or generation_config.output_hidden_states
-        if cache is None or kwargs.get("use_cache") is False or kwargs.get("synced_gpus") or wants_states:
-            return None
-        if generation_config.is_assistant or stopping_criteria.max_length is None or self._forward_is_observed():
-            return None
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if any(one is not None and one.dim() != 2 for one in (mask, positions)) or set(kwargs) - KNOWN_KEYWORDS:
-            return None
-        threshold = kwargs.get("router_threshold")
-        threshold = as_threshold(self.config.router_threshold if threshold is None else threshold, len(input_ids))
-        if isinstance(threshold, torch.Tensor):
-            threshold = threshold.to(input_ids.device)
-        return Decoding(
-            input_ids=input_ids,
-            processors=logits_processor,
-            stops=Stops(stopping_criteria),
-            settings=generation_config,
-            cache=cache,
-            threshold=threshold,
-            attention_mask=mask,
-            position_ids=positions,
-            streamer=kwargs.get("streamer"),
-            runs_plain_models=all(map(is_plain, (self.slm, self.llm))) and all_grow(cache.slm) and all_grow(cache.llm),
-        )
+    def _as_plain_citer(self, reason: str, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return keywords for transformers' loop, which calls `forward` for every token and knows no veto."""
+        kwargs = dict(kwargs)
+        asked, default = kwargs.pop("llm_veto", None), kwargs.pop("default_veto", self.config.llm_veto)
+        kwargs.pop("max_drafts", None)
+        veto = torch.as_tensor(default if asked is None else asked)
+        if asked is not None and bool((veto > 0).any()):
+            raise ValueError(
+                f"llm_veto: expected 0 here, got {asked!r}. A veto takes tokens back, which cannot be done: {reason}. "
+                "Leave out either."
+            )
+        if bool((veto > 0).any()):
+            logger.warning_once(f"llm_veto={default!r} of the configuration is left out: {reason}.")
+        if getattr(kwargs.get(CACHE), "max_cache_len", None) is not None:
+            kwargs[CACHE].max_cache_len = None
+            logger.warning_once(f"cache_implementation='static': a dynamic cache is used instead, since {reason}.")
+        return {**kwargs, "llm_veto": 0.0}
 
-    def _forward_is_observed(self) -> bool:
+    def forward_is_observed(self) -> bool:
         """Whether somebody has a stake in every call of `forward`: a hook, a compiled or a changed method."""
         cls: Any = type(self)
         hooks = self._forward_hooks or self._forward_pre_hooks
@@ -261,14 +248,13 @@ class CiterGenerationMixin(GenerationMixin):
     def _assisted_decoding(
         self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
-        kwargs.pop("waiting_rows", None)
+        reason = "an assistant model drafts, which transformers verifies in its own loop"
+        kwargs = self._as_plain_citer(reason, input_ids, kwargs)
         begin_record(input_ids, generation_config, kwargs)
         return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
 
     def _beam_search(self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any) -> Any:
-        kwargs.pop("waiting_rows", None)
-        if asks_for_static(kwargs.get(CACHE)):
-            warn_of_dynamic_cache("beams reorder their rows at every token")
+        kwargs = self._as_plain_citer("beams reorder their sequences at every token", input_ids, kwargs)
         finished = FinishedRows()
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         token = _finished_beams.set(finished)
@@ -295,10 +281,11 @@ class CiterGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
         threshold = (model_kwargs or {}).get("router_threshold")
+        dials = {"llm_veto": 0.0} if threshold is None else {"llm_veto": 0.0, "router_threshold": threshold}
         for processor in processors:
-            # Classifier-free guidance runs the model a second time, and knows nothing of thresholds.
-            if getattr(processor, "model", None) is self and threshold is not None:
-                processor.model = partial(self.__call__, router_threshold=threshold)
+            # Classifier-free guidance runs the model a second time, and knows nothing of our keywords.
+            if getattr(processor, "model", None) is self:
+                processor.model = partial(self.__call__, **dials)
         return processors
 
     def _get_candidate_generator(
@@ -333,12 +320,6 @@ def begin_record(
         # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
         length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
         cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
-
-
-def is_plain(model: PreTrainedModel) -> bool:
-    """Return True if a forward pass involves no offloading, dequantization or gathering."""
-    moved = any(hasattr(module, "_hf_hook") for module in (model, *model.children()))
-    return not (moved or getattr(model, "is_quantized", False) or getattr(model, "_tp_size", None))
 
 
 def as_long(token_ids: torch.Tensor | None) -> torch.Tensor | None:

@@ -34,11 +34,13 @@ from .references import (
     shared_tokenizer,
     split_keywords,
 )
-from .routers import CUSTOM_ROUTER, ROUTERS, UNTRAINED, as_threshold, build_router
+from .routers import CUSTOM_ROUTER, ROUTERS, UNTRAINED, as_threshold, as_veto, build_router
 
 logger = logging.get_logger(__name__)
 
 ROUTER_WEIGHTS = "model.safetensors"
+# Of pairs whose router needs no training: with a veto, they reach the LLM's accuracy (BiLD, arXiv 2302.07863).
+UNTRAINED_VETO = {"confidence": 0.3, "entropy": 0.3}
 # The router's own, which are never passed on to the base models.
 REPOSITORY_KEYWORDS = ("revision", "subfolder", "variant", "trust_remote_code", "code_revision", "generation_config")
 
@@ -64,6 +66,7 @@ class CiterLoadingMixin:
         llm: str | os.PathLike[str] | PreTrainedModel,
         router: str | dict[str, Any] | os.PathLike[str] | nn.Module = "confidence",
         router_threshold: float | None = None,
+        llm_veto: float | None = None,
         **kwargs: Any,
     ) -> Pair:
         """Make one model of a small and a large one.
@@ -78,6 +81,9 @@ class CiterLoadingMixin:
                 or repository id of a saved router, or a module that maps (hidden, logits) to `p_slm`.
             router_threshold: The SLM writes a token when its score reaches this. Default: that of the saved router,
                 otherwise 0.5.
+            llm_veto: The LLM takes back an SLM's token when it gives it less than this part of its best token's
+                probability. Default: that of the saved router, otherwise 0.3 for `confidence` and `entropy`, which
+                need no training, and 0 for other routers.
             kwargs: For `from_pretrained` of both models; with the prefix `slm_` or `llm_` for one of them.
                 `quantization_config` without a prefix is for the LLM alone. `slm_adapter_name_or_path` and
                 `slm_adapter_revision` name an adapter (PEFT) for the SLM.
@@ -94,14 +100,15 @@ class CiterLoadingMixin:
             sources[role], adapters[role] = split_off_adapter(role, sources[role], keywords[role])
         configs = {role: base_config(role, sources[role], keywords[role]) for role in ROLES}
         hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-        spec, threshold, module = choose_router(router, router_threshold, configs["slm"], hub)
+        spec, dials, module = choose_router(router, router_threshold, llm_veto, configs["slm"], hub)
         tokenizer = shared_tokenizer(sources, keywords, configs, adapters)
         references = {role: reference_to(sources[role], keywords[role]) for role in ROLES}
         models = load_models(sources, keywords, references)
         for role in ROLES:
             attach_adapter(role, models[role], adapters[role])
         slm_config, llm_config = models["slm"].config, models["llm"].config
-        config = CiterConfig(slm_config, llm_config, spec, threshold, references["slm"], references["llm"])
+        given: dict[str, Any] = {f"{role}_reference": references[role] for role in ROLES}
+        config = CiterConfig(slm_config, llm_config, spec, **dials, **given)
         model: Any = cls(config, **models, router=module)  # type: ignore[call-arg]
         if module is None and model.router.state_dict():
             config.router[UNTRAINED] = True
@@ -129,7 +136,8 @@ class CiterLoadingMixin:
                 them, `slm_name_or_path` and `slm_revision` say where it is now, `slm_adapter_name_or_path` and
                 `slm_adapter_revision` where its adapter is. `quantization_config` without a
                 prefix is for the LLM alone, `revision`, `subfolder` and `trust_remote_code` for the router alone.
-                `router_threshold` replaces the saved one; `router` is an instance of a router class of one's own.
+                `router_threshold` and `llm_veto` replace the saved ones; `router` is an instance of a router class of
+                one's own.
 
         Raises:
             OSError: when the router or a base model cannot be found or read.
@@ -152,6 +160,7 @@ class CiterLoadingMixin:
             kwargs |= kept
         assert isinstance(config, PreTrainedConfig)
         config.router_threshold = as_threshold(kwargs.pop("router_threshold", config.router_threshold))
+        config.llm_veto = as_veto(kwargs.pop("llm_veto", config.llm_veto))
         if isinstance(config.router, nn.Module):
             router, config.router = config.router, {"type": CUSTOM_ROUTER}
         if config.slm_reference is None and config.llm_reference is None:
@@ -291,17 +300,20 @@ class CiterLoadingMixin:
 
 
 def choose_router(
-    router: Any, threshold: float | None, slm_config: PreTrainedConfig, hub: dict[str, Any]
-) -> tuple[dict[str, Any], float, nn.Module | None]:
-    """Return the specification, the threshold and, unless its weights are to be made, the module of a router."""
-    start = as_threshold(0.5 if threshold is None else threshold)
+    router: Any, threshold: float | None, veto: float | None, slm_config: PreTrainedConfig, hub: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], nn.Module | None]:
+    """Return the specification, threshold and veto and, unless its weights are to be made, the module of a router."""
+    given = {"router_threshold": threshold, "llm_veto": veto}
+    dials = {name: value for name, value in given.items() if value is not None}
+    as_threshold(dials.get("router_threshold", 0.5))
+    as_veto(dials.get("llm_veto", 0.0))
     if isinstance(router, nn.Module):
-        return {"type": CUSTOM_ROUTER}, start, router
+        return {"type": CUSTOM_ROUTER}, dials, router
     if isinstance(router, dict) or router in ROUTERS:
         spec = dict(router) if isinstance(router, dict) else {"type": router}
         with torch.device("meta"):
             build_router(spec, router_width(slm_config))
-        return spec, start, None
+        return spec, {"llm_veto": UNTRAINED_VETO.get(spec["type"], 0.0), **dials}, None
     name = os.fspath(router)
     if os.path.isfile(name):
         raise ValueError(
@@ -316,7 +328,8 @@ def choose_router(
     check_source("router", name, hub)
     saved = CiterConfig.from_pretrained(name, **hub)
     spec = {"hidden_size": router_width(saved.slm_config), **saved.router}
-    return spec, start if threshold is not None else saved.router_threshold, load_router(spec, slm_config, name, hub)
+    saved_dials = {name: getattr(saved, name) for name in given}
+    return spec, {**saved_dials, **dials}, load_router(spec, slm_config, name, hub)
 
 
 def load_router(

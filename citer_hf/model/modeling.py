@@ -18,8 +18,9 @@ from .configuration import CiterConfig, router_width
 from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin
 from .loading import CiterLoadingMixin
 from .references import check_pair
-from .routers import CUSTOM_ROUTER, as_threshold, build_router, defer, marginal
+from .routers import CUSTOM_ROUTER, as_threshold, as_veto, build_router, defer, marginal, takes_back
 from .saving import CiterSharingMixin
+from .schedule import Pace
 
 SLM_OUTPUTS = ("hidden_states", "attentions")
 
@@ -110,12 +111,19 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         self.generation_config = GenerationConfig.from_dict(llm.generation_config.to_dict())
         # Otherwise transformers drops `router_threshold` from these settings when they are loaded again.
         self.generation_config._from_model_config = False
-        self.compiled_steps = CompiledSteps()
+        # What earlier generations have measured and compiled: it changes their speed, never their text.
+        self.pace, self.compiled_steps = Pace(), CompiledSteps()
         for model in (slm, llm):
             model.requires_grad_(False)
             model.eval()
         install_hook(slm)
         self.post_init()
+
+    @property
+    def default_veto(self) -> float:
+        """Return the veto without a keyword: that of the generation settings, or else the configuration's."""
+        veto = getattr(self.generation_config, "llm_veto", None)
+        return self.config.llm_veto if veto is None else veto
 
     @property
     def default_threshold(self) -> float:
@@ -166,6 +174,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         router_threshold: float | torch.Tensor | None = None,
+        llm_veto: float | torch.Tensor | None = None,
         finished_rows: torch.Tensor | None = None,
         cache: CiterCache | None = None,
         **kwargs: Any,
@@ -186,6 +195,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             logits_to_keep: How many of the last positions to decide and return, 0 for all, or their indices.
             router_threshold: The SLM writes where `p_slm` reaches it: a number from 0 to 2, or `[batch]`. Default:
                 the configuration's.
+            llm_veto: The LLM takes back the SLM's token when it gives it less than this part of its best token's
+                probability: a number from 0 to 1 (all logits are the LLM's), or `[batch]`. Default: the
+                configuration's. Above 0, the LLM runs in every pass.
             finished_rows: Sequences that have ended, bool `[batch]`. They never cause a pass of the LLM.
             cache: Another name of `past_key_values`, which transformers uses since 5.24.
             kwargs: For both models, as far as their `forward` takes them; `output_hidden_states` and
@@ -208,6 +220,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             past_key_values = CiterCache(self.config)
         threshold = self.config.router_threshold if router_threshold is None else router_threshold
         threshold = as_threshold(threshold, input_ids.shape[0])
+        veto = as_veto(self.config.llm_veto if llm_veto is None else llm_veto, input_ids.shape[0])
 
         # 1. The SLM processes the new tokens, and the router scores its state: [batch, kept].
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
@@ -215,17 +228,25 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         slm_cache = None if past_key_values is None else past_key_values.slm
         slm = self.run_slm(input_ids, slm_cache, logits_to_keep, **{**dict.fromkeys(wanted, True), **inputs})
         scores = self.router(slm.hidden, slm.logits)
-        to_llm = defer(scores, threshold)
+        to_llm, may_veto = defer(scores, threshold), vetoes(veto, threshold, scores)
         if finished_rows is not None:
             to_llm &= ~finished_rows.to(to_llm.device)[:, None]
+            may_veto &= ~finished_rows.to(to_llm.device)[:, None]
         if past_key_values is not None:
             past_key_values.add_tokens(input_ids, position_ids)
 
-        # 2. The LLM catches up where it writes a token that anybody asks for: [batch, kept, vocabulary].
+        # 2. The LLM catches up where it decides a token that anybody asks for: [batch, kept, vocabulary].
         logits, llm_logits = slm.logits, None
-        if self.training or self._needs_llm(to_llm, past_key_values):
+        vetoed, agreed = torch.zeros_like(to_llm), torch.zeros_like(to_llm)
+        if self.training or self._needs_llm(to_llm | may_veto, past_key_values):
             llm_logits = self.catch_up(input_ids, past_key_values, logits_to_keep, **inputs)
-            logits = torch.where(to_llm[..., None], llm_logits, slm.logits)
+            tokens = slm.logits.argmax(-1)
+            agreed = to_llm & (tokens == llm_logits.argmax(-1))
+            vetoed = ~to_llm & may_veto & takes_back(tokens, llm_logits, veto)
+            to_llm = to_llm | vetoed
+            # A veto of 1 leaves nothing but the LLM's own tokens.
+            by_llm = to_llm | vetoes(veto, threshold, scores, above=1.0)
+            logits = torch.where(by_llm[..., None], llm_logits, slm.logits)
 
         # 3. The record of decisions, and the loss.
         if past_key_values is not None:
@@ -235,7 +256,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             if finished_rows is not None:
                 real &= ~finished_rows.to(real.device)[:, None]
             first = past_key_values.get_seq_length() - scores.shape[1] + 1
-            past_key_values.routing.add(first, scores.detach(), to_llm, real)
+            past_key_values.routing.add(first, scores.detach(), to_llm, vetoed, agreed, real)
+            past_key_values.routing.slm_calls += 1
         loss = None
         if labels is not None:
             predicted = logits if llm_logits is None or not self.training else marginal(scores, slm.logits, llm_logits)
@@ -377,6 +399,17 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             if is_out_of_memory(error):
                 raise out_of_memory(error, role) from error
             raise
+
+
+def vetoes(
+    veto: float | torch.Tensor, threshold: float | torch.Tensor, scores: torch.Tensor, above: float = 1e-38
+) -> torch.Tensor:
+    """Return where there is a veto of at least so much, bool `[batch, kept]`; a threshold of 0 is the SLM alone."""
+    both = (veto, above), (threshold, 1e-38)
+    may = torch.ones_like(scores, dtype=torch.bool)
+    for value, least in both:
+        may &= value.to(scores.device) >= least if isinstance(value, torch.Tensor) else value >= least
+    return may
 
 
 def keep(values: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

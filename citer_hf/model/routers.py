@@ -12,26 +12,40 @@ from torch import nn
 SLM_ALONE, LLM_ALONE = 0.0, 2.0
 
 
-def as_threshold(value: Any, batch_size: int | None = None) -> Any:
-    """Return a valid `router_threshold`: a number, or with a `batch_size` also one per sequence, `[batch_size, 1]`."""
+def as_dial(name: str, value: Any, highest: float, meaning: str, batch_size: int | None) -> Any:
+    """Return a number from 0 to `highest`, or with a `batch_size` also one per sequence, `[batch_size, 1]`."""
     if isinstance(value, torch.Tensor) and batch_size is not None:
         # A traced graph cannot depend on values.
         traced = torch.compiler.is_compiling()
-        in_range = traced or bool(((value >= SLM_ALONE) & (value <= LLM_ALONE)).all())
+        in_range = traced or bool(((value >= 0) & (value <= highest)).all())
         if value.shape == (batch_size,) and value.dtype != torch.bool and in_range:
             return value[:, None]
-    elif isinstance(value, Real) and not isinstance(value, bool) and SLM_ALONE <= float(value) <= LLM_ALONE:
+    elif isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= highest:
         return float(value)
     several = "" if batch_size is None else f", or a tensor [{batch_size}] of such numbers, one per sequence"
-    raise ValueError(
-        f"router_threshold: expected a number from 0 (the SLM alone) to 2 (above 1: the LLM alone){several}; got "
-        f"{value!r}."
-    )
+    raise ValueError(f"{name}: expected a number from 0 {meaning}{several}; got {value!r}.")
+
+
+def as_threshold(value: Any, batch_size: int | None = None) -> Any:
+    """Return a valid `router_threshold`: a number, or with a `batch_size` also one per sequence, `[batch_size, 1]`."""
+    meaning = "(the SLM alone) to 2 (above 1: the LLM alone)"
+    return as_dial("router_threshold", value, LLM_ALONE, meaning, batch_size)
+
+
+def as_veto(value: Any, batch_size: int | None = None) -> Any:
+    """Return a valid `llm_veto`, as `as_threshold` returns a threshold."""
+    return as_dial("llm_veto", value, 1.0, "(no veto) to 1 (every token is the LLM's own)", batch_size)
 
 
 def defer(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Return True where the LLM writes the token: where the score does not reach the threshold of `as_threshold`."""
     return scores < (threshold.to(scores) if isinstance(threshold, torch.Tensor) else threshold)
+
+
+def takes_back(tokens: torch.Tensor, llm_logits: torch.Tensor, veto: float | torch.Tensor) -> torch.Tensor:
+    """Return True where the LLM gives a token less than `veto` of its best token's probability: `[batch, tokens]`."""
+    own = llm_logits.gather(-1, tokens[..., None])[..., 0] - llm_logits.amax(-1)
+    return own.float().exp() < (veto.to(own.device) if isinstance(veto, torch.Tensor) else veto)
 
 
 def marginal(scores: torch.Tensor, slm_logits: torch.Tensor, llm_logits: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,6 @@ class Labels:
 
         Raises:
             FileNotFoundError: when there are no finished labels.
-            ValueError: when log-probabilities or hidden states are not finite.
         """
         directory = Path(directory)
         if not (directory / INFO).is_file():
@@ -143,11 +142,6 @@ class Labels:
         columns |= {name: tokens[name].to_numpy() for name in LOGPROBS}
         flat = {name: tokens[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in VECTORS}
         columns |= {name: values.reshape(len(tokens), -1) for name, values in flat.items()}
-        for name in (*LOGPROBS, *VECTORS):
-            sums = columns[name].reshape(len(tokens), -1).sum(axis=1, dtype=np.float32)
-            if not np.isfinite(sums).all():
-                where = f"labels: {directory / 'data'}, row {np.isfinite(sums).argmin() + 1}"
-                raise ValueError(f"{where}: {name} is NaN or infinite. Make the labels again with `citer label`.")
         return cls(
             directory=directory,
             info=read_json(directory / INFO),
@@ -158,20 +152,14 @@ class Labels:
             **{name: torch.from_numpy(values.copy()) for name, values in columns.items()},
         )
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that the labels were made with; older labels have them beside the rest."""
-        return self.info.get("options", self.info)
-
     def check_pair(self, model: CiterForCausalLM) -> None:
         """Raise a `ValueError` unless the labels were made with this pair; its models may have moved."""
         wanted = found = ""
         for role, here in base_models(model).items():
-            # Older labels have the start of the hash alone.
-            there = self.info.get(role) or {"name": "another", "sample_sha256": self.info["made_with"][role]}
-            if not here["sample_sha256"].startswith(there["sample_sha256"]):
+            there = self.info[role]
+            if here["sample_sha256"] != there["sample_sha256"]:
                 wanted, found = f"{role.upper()} {here['name']}", f"{there['name']} (other weights)"
-        if not wanted and self.info.get("tokenizer_sha256") not in (None, tokenizer_sha256(model)):
+        if not wanted and self.info["tokenizer_sha256"] != tokenizer_sha256(model):
             wanted, found = "tokenizer and chat template", "others"
         if wanted:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 1. A router learns an objective from labels, once for every learning rate; the best by validation loss is kept.
 2. Before every further round, the new router makes the roll-outs again (section 3.2).
-3. The pair is saved with its new router, its provenance and its training curve.
+3. The pair is saved with its new router and its provenance.
 """
 
 import copy
@@ -19,18 +19,16 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.hub import cached_file
 
 from citer_hf import CiterConfig, CiterForCausalLM, runs
 from citer_hf.data.checkers import Checker, get_checker
-from citer_hf.data.examples import read_examples
 from citer_hf.evaluation.decode import with_router
-from citer_hf.evaluation.evaluate import name_of
+from citer_hf.evaluation.evaluate import OWN_VETO, name_of
 from citer_hf.model.configuration import router_width
 from citer_hf.model.loading import load_router
-from citer_hf.model.routers import build_router, defer
+from citer_hf.model.routers import build_router
 
 from .label import Policy, least_sure
 from .labels import Labels
@@ -45,8 +43,6 @@ POLICY_SHARE = 1 / 3
 # Beyond this, scores of a sigmoid in fp32 are soon equal, and thresholds could not tell them apart: nine tenths of the
 # tokens stay below.
 LARGEST_LOG_ODDS = 12.0
-# LLM shares along the references for which the report has a threshold.
-SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
 BINS = 10
 # The threshold to start with sends this share of the tokens that need the LLM there.
 RECALL = 0.95
@@ -56,7 +52,6 @@ RECALL = 0.95
 class TrainOptions(runs.CommandOptions):
     objective: str = runs.option("citer-plus", "citer-plus, citer (the paper's), citer-s or co-llm.", metavar="NAME")
     rounds: int = runs.option(1, "Before every further round, roll out again with the new router.", metavar="N", min=1)
-    data: Any = runs.option(None, "The data that was labelled, to be sure that it is the same.", metavar="FILE")
     checker: str | Checker | None = runs.option(
         None, "Of further rounds. [default: that of the labels]", metavar="NAME"
     )
@@ -70,7 +65,6 @@ class TrainOptions(runs.CommandOptions):
     batch_size: int = runs.option(512, "Tokens in a batch of the training.", metavar="N", min=2)
     patience: int = runs.option(5, "Epochs without a better loss before training stops.", metavar="N", min=1)
     validation: float = runs.option(0.125, "Share of the questions that is held out.", metavar="P")
-    report_to: str = runs.option("none", "Logging of transformers' Trainer, such as tensorboard.", metavar="NAME")
     seed: int = runs.option(0, "Of everything that is drawn.")
 
     def __post_init__(self) -> None:
@@ -88,7 +82,7 @@ class NothingToLearn(ValueError):  # noqa: N818 - says what there is
 
 
 def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
-    """Train a router for a pair, and save it as a router repository with its provenance and training curve.
+    """Train a router for a pair, and save it as a router repository with its provenance.
 
     Under `accelerate launch`, one process trains and all make the roll-outs of further rounds. The same call resumes
     an interrupted run.
@@ -96,7 +90,7 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     Args:
         model: The pair that was labelled. It is not changed.
         labels: Labels, or their directory.
-        out: Directory for the router, which does not exist yet or was interrupted. Logs are in its folder `logs`.
+        out: Directory for the router, which does not exist yet or was interrupted.
         options: The fields of `TrainOptions`, such as `objective`.
 
     Returns:
@@ -111,23 +105,13 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     settings, out = TrainOptions(**options), Path(out)
     labels = labels if isinstance(labels, Labels) else Labels.load(labels)
     labels.check_pair(model)
-    if settings.data is not None:
-        check_data(labels, settings.data)
     named = settings.checker or labels.info["checker"]
     check = named if callable(named) else get_checker(named) if settings.rounds > 1 else None
-    try:
-        # Made here only to see that their libraries are installed.
-        for callback in get_reporting_integration_callbacks(settings.report_to):
-            callback()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"report_to: {error}") from error
     objective = OBJECTIVES[settings.objective]
     divide(labels, objective, settings)
-    data = str(settings.data) if isinstance(settings.data, str | Path) else None
-    settings = replace(settings, data=data, checker=name_of(named) if callable(named) else settings.checker)
-    shaping = {key: value for key, value in vars(settings).items() if key not in ("data", "report_to")}
-    with runs.work_in(out, {**shaping, "labels_sha256": runs.sha256_of(labels.info)}) as work:
-        limits = (labels.options["max_new_tokens"], labels.options["batch_tokens"])
+    settings = replace(settings, checker=name_of(named) if callable(named) else settings.checker)
+    with runs.work_in(out, {**vars(settings), "labels_sha256": runs.sha256_of(labels.info)}) as work:
+        limits = (labels.info["options"]["max_new_tokens"], labels.info["options"]["batch_tokens"])
         policy = Policy(model, labels.questions, check, 0.0, *limits, work=work)
         router, found = train_round(labels, settings, policy, 1)
         for number in range(2, settings.rounds + 1):
@@ -137,6 +121,8 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
         pair.config = copy.deepcopy(model.config)
         pair.config.router = {**objective.router, "hidden_size": router_width(model.slm.config)}
         pair.config.router_threshold = found["validation"]["router_threshold"]
+        # The veto of a pair that was labelled with a router that needs no training was meant for that router.
+        pair.config.llm_veto = 0.0
         made = {
             **runs.provenance(pair, settings),
             "objective": settings.objective,
@@ -147,8 +133,6 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
         if work.process == 0:
             pair.save_pretrained(out)
             runs.write_json(out / PROVENANCE, made)
-            draw_training(made, out / "training.png")
-            keep_logs(work.folder, out / "logs")
     return made
 
 
@@ -156,23 +140,11 @@ def summary(made: Mapping[str, Any], out: str | Path) -> str:
     """Return what `train` found and where the router is, as text."""
     facts = made["validation"]
     auc = "–" if facts["auc"] is None else f"{facts['auc']:.3f}"
-    shares = "".join(f"  {one['threshold']:.4f}  {one['llm_share']:.1%}\n" for one in facts["llm_share"])
     return (
-        f"On {facts['questions']} held-out questions: AUC {auc}, calibration error {facts['calibration_error']:.3f}. "
-        f"LLM share along the reference answers, by threshold:\n{shares}"
+        f"On {facts['questions']} held-out questions: AUC {auc}, calibration error {facts['calibration_error']:.3f}.\n"
         f"The router is in {out}. It starts with {facts['router_threshold']:.4f}; `citer calibrate` finds the "
         "threshold for your budget."
     )
-
-
-def check_data(labels: Labels, data: Any) -> None:
-    found = read_examples(data, labels.options["columns"], split=labels.options["split"])
-    missing = {one.example.id for one in labels.questions} - {one.id for one in found}
-    if missing:
-        raise ValueError(
-            f"data: it has no example {min(missing)!r}, which was labelled ({len(missing)} of {len(labels.questions)} "
-            "are missing). Give the data that the labels were made from, or leave it out: labels hold the examples."
-        )
 
 
 def train_round(labels: Labels, settings: TrainOptions, policy: Policy, number: int) -> tuple[Any, dict[str, Any]]:
@@ -209,15 +181,6 @@ def relabel(labels: Labels, settings: TrainOptions, router: Any, policy: Policy,
         rollout=torch.where(rollout < 0, labels.rollout, rollout),
         llm_rollout=torch.where(rollout < 0, labels.llm_rollout, llm_rollout),
     )
-
-
-def keep_logs(work: Path, logs: Path) -> None:
-    """Move what `Trainer`'s loggers wrote beside its checkpoints to where it stays."""
-    for file in work.glob("training, round */*/**/*"):
-        path = file.relative_to(work)
-        if file.is_file() and f"/{PREFIX_CHECKPOINT_DIR}-" not in path.as_posix():
-            (logs / path).parent.mkdir(parents=True, exist_ok=True)
-            file.replace(logs / path)
 
 
 class RouterInTraining(nn.Module):
@@ -273,7 +236,7 @@ def train_router(
             load_best_model_at_end=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
-            report_to=settings.report_to,
+            report_to="none",
             disable_tqdm=True,
             seed=settings.seed,
         )
@@ -337,19 +300,14 @@ def report_on(scores: torch.Tensor, labels: Labels, label: torch.Tensor, validat
     """Return how good scores of all tokens are, on the questions that were held out."""
     from sklearn.metrics import roc_auc_score
 
-    questions = torch.unique(labels.question[validation])
-    everywhere = scores[torch.isin(labels.question, questions)]
     scores, label = scores[validation], label[validation].float()
     critical, needed = scores[label == 0], 1 - float(label.mean())
-    thresholds = [above(everywhere, one) for one in SHARES]
-    shares = [float(defer(everywhere, one).float().mean()) for one in thresholds]
     return {
-        "questions": len(questions),
+        "questions": len(torch.unique(labels.question[validation])),
         "tokens": len(scores),
         "prefer_llm": needed,
         "auc": float(roc_auc_score(label.numpy(), scores.numpy())) if 0 < needed < 1 else None,
         "calibration_error": calibration_error(scores, label),
-        "llm_share": [{"threshold": one, "llm_share": share} for one, share in zip(thresholds, shares, strict=True)],
         "router_threshold": above(critical, RECALL) if len(critical) else 0.5,
     }
 
@@ -368,37 +326,25 @@ def calibration_error(scores: torch.Tensor, label: torch.Tensor) -> float:
     return float(gaps.sum()) / len(scores)
 
 
-def draw_training(made: Mapping[str, Any], path: Path) -> None:
-    """Draw the losses of training and validation by epoch; nothing where matplotlib is not installed."""
-    try:
-        figure = runs.new_figure((6, 4))
-    except ImportError:
-        return
-    axes: Any = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "--")):
-        losses = {entry["epoch"]: entry[key] for entry in made["history"] if key in entry}
-        axes.plot(list(losses), list(losses.values()), style, label=label)
-    axes.set(xlabel="epoch", ylabel="loss per token", title=f"router trained with {made['objective']}")
-    axes.legend(frameon=False)
-    runs.save_figure(figure, path)
-
-
 # --- Routers to compare with in evaluations --------------------------------------------------------------------------
 
 TRAINED = {**OBJECTIVES, "query": QUERY}
-UNTRAINED = ("confidence", "entropy", "random")
+# Those that need no training, and their kinds: `evaluate` gives the last two a veto and a threshold of their own.
+UNTRAINED = {name: name for name in ("confidence", "entropy", "random")} | dict.fromkeys(OWN_VETO, "confidence")
 
 
 def baseline_routers(
-    model: CiterForCausalLM, labels_dir: str | Path, methods: Sequence[str] | None = None, seed: int = 0
+    model: CiterForCausalLM, labels_dir: str | Path | None, methods: Sequence[str] | None = None, seed: int = 0
 ) -> dict[str, nn.Module]:
     """Return routers by the names of their methods, trained by one process, or of the kinds that need no training."""
-    known = [*TRAINED, *UNTRAINED]
+    known = [*TRAINED, *UNTRAINED] if labels_dir is not None else [*UNTRAINED]
     unknown = sorted(set(methods or ()) - set(known))
     if unknown:
-        raise ValueError(f"methods: there is no {unknown[0]!r}; expected some of {known}.")
-    labels = Labels.load(labels_dir)
-    labels.check_pair(model)
+        without = "" if labels_dir is not None else " without labels (--baselines)"
+        raise ValueError(f"methods: there is no {unknown[0]!r}{without}; expected some of {known}.")
+    if labels_dir is not None:
+        labels = Labels.load(labels_dir)
+        labels.check_pair(model)
     routers: dict[str, nn.Module] = {}
     if runs.process_state().is_main_process:
         with runs.progress_bar() as progress, runs.alone(), tempfile.TemporaryDirectory() as folder:
@@ -406,7 +352,7 @@ def baseline_routers(
             for name in methods or known:
                 try:
                     if name in UNTRAINED:
-                        routers[name] = build_router({"type": name}, labels.hidden.shape[1])
+                        routers[name] = build_router({"type": UNTRAINED[name]}, router_width(model.slm.config))
                     else:
                         settings = TrainOptions(seed=seed)
                         routers[name], _ = train_router(labels, TRAINED[name], settings, Path(folder, name))

@@ -53,7 +53,7 @@ def average_curves(
 
 def numbers(point: Point) -> list[float]:
     """Return accuracy, interval and costs of a point."""
-    _, accuracy, interval, *others = astuple(point)
+    _, accuracy, interval, *others, _ = astuple(point)
     return [accuracy, *interval, *others]
 
 

@@ -82,9 +82,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 router, _ = train_router(labels, objective, TrainOptions(seed=seed), Path(folder))
             routers[f"{name}, seed {seed}"] = router
-    results = evaluate(
-        model, problems, "math", routers=routers, shares=SHARES, max_new_tokens=160, out=options.out, query_level=()
-    )
+    results = evaluate(model, problems, "math", routers=routers, shares=SHARES, max_new_tokens=160, out=options.out)
     for name in dict.fromkeys(name.rpartition(", seed")[0] for name in routers):
         curves = [results.methods[f"{name}, seed {seed}"] for seed in SEEDS]
         found = [[cost_at(results.ends, curve, level) or 1.0 for level in LEVELS] for curve in curves]

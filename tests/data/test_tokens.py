@@ -3,12 +3,11 @@
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from citer_hf.data.examples import Example
-from citer_hf.data.tokens import encode, encode_prompt, real_tokens
+from citer_hf.data.tokens import encode, encode_prompt
 from tests.chat_pairs import character_tokenizer
 
 TEXTS = [
@@ -183,10 +182,3 @@ def test_text_and_a_boundary_that_no_tokens_have_are_an_error() -> None:
         encode(text_example("the ans", "wer"), wrapped(words), None)
     with pytest.raises(ValueError, match="row 1: the tokenizer does not know all of the text"):
         encode(text_example("hello", " w\u00f6rld"), metaspace("bpe"), None)
-
-
-def test_a_text_ends_with_its_first_end_token():
-    new = torch.tensor([[5, 1, 0, 0], [5, 5, 5, 5], [1, 1, 1, 1], [5, 2, 1, 0]])
-    assert real_tokens(new, 1).sum(1).tolist() == [2, 4, 1, 3]
-    assert real_tokens(new, [1, 2]).sum(1).tolist() == [2, 4, 1, 2]
-    assert real_tokens(new, []).all()

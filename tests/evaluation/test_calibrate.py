@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -66,7 +65,6 @@ def test_an_accuracy_is_reached_as_cheaply_as_possible_or_an_error_names_the_bes
         ({"llm_share": float("nan")}, r"^llm_share: expected a number above 0 and below 1"),
         ({"accuracy": 1.0, "checker": has_letter}, r"^accuracy: expected a number above 0 and below 1"),
         ({"accuracy": 0.9}, r"^accuracy: it needs a checker"),
-        ({"llm_share": 0.5, "write": True}, r"^write, out: expected a pair that was loaded from a directory, got ''"),
     ],
 )
 def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):
@@ -116,38 +114,25 @@ def test_a_broken_repository_stays_as_it_is(tmp_path: Path):
     assert contents(tmp_path) == {Path("config.json"): b"{}", Path("provenance.json"): b"[1"}
 
 
-def test_calibrate_writes_into_the_directory_of_the_pair_or_into_a_copy(
-    repository: Path, tmp_path: Path, monkeypatch: Any
-):
-    pair, before = CiterForCausalLM.from_pretrained(repository), contents(repository)
-    found = run(pair, llm_share=0.4, out=tmp_path / "new" / "copy")
-    assert contents(repository) == before
-    assert contents(tmp_path / "new" / "copy").keys() == before.keys()
-    assert CiterForCausalLM.from_pretrained(tmp_path / "new" / "copy").config.router_threshold == found.threshold
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+def test_calibrate_writes_into_the_directory_of_the_pair(repository: Path):
+    pair = CiterForCausalLM.from_pretrained(repository)
+    found = run(pair, llm_share=0.4, write=True)
     assert f"router_threshold {found.threshold:.6g}: the LLM share is {found.llm_share:.1%}" in found.summary()
-    assert run(pair, llm_share=0.4, write=True) == found
-    assert json.loads((repository / "config.json").read_text())["router_threshold"] == found.threshold
-    with pytest.raises(FileExistsError, match=r"^out: .*copy exists already"):
-        run(pair, llm_share=0.4, out=tmp_path / "new" / "copy")
-    # An interrupted copy leaves nothing behind.
-    monkeypatch.setattr(Calibration, "write", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(pair, llm_share=0.4, out=tmp_path / "new" / "other")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
+    assert CiterForCausalLM.from_pretrained(repository).config.router_threshold == found.threshold
+    pair.name_or_path = ""
+    with pytest.raises(FileNotFoundError, match=r"^write: expected a router repository on this machine"):
+        run(pair, llm_share=0.4, write=True)
 
 
 def test_the_installed_package_and_the_hubs_cache_are_never_written_into(repository: Path, monkeypatch: Any):
     before = contents(DEMO_PAIR)
-    with pytest.raises(ValueError, match=r"is part of the installed package\. Pass out=DIR \(--out DIR\)"):
+    with pytest.raises(ValueError, match=r"is part of the installed package, .* Copy the directory"):
         FOUND.write(DEMO_PAIR)
     monkeypatch.setattr(module, "Evaluation", None)
     shipped = CiterForCausalLM.from_pretrained(DEMO_PAIR)
     # The error comes before hours of decoding.
     with pytest.raises(ValueError, match=r"^write: "):
         run(shipped, llm_share=0.4, write=True)
-    with pytest.raises(FileExistsError, match=r"^out: .* lies in"):
-        run(shipped, llm_share=0.4, out=DEMO_PAIR / "copy")
     assert contents(DEMO_PAIR) == before
     snapshot = repository.parent / "models--user--router" / "snapshots" / "abc"
     snapshot.parent.mkdir(parents=True)

@@ -9,6 +9,7 @@ import torch
 
 from citer_hf.evaluation.decode import decode, encode_prompts, score_outputs, spread_thresholds, with_router
 from citer_hf.model.routers import ConfidenceRouter, LinearRouter, RandomRouter
+from citer_hf.model.sequence import MOST_DRAFTS
 from tests.conftest import make_pair, random_prompts
 from tests.reference import naive_generate
 from tests.training_data import LetterTokenizer, examples
@@ -21,11 +22,33 @@ def test_outputs_are_those_that_each_prompt_gets_alone(pair: Any, batch_tokens: 
     router = ConfidenceRouter(32)
     other = with_router(pair, router)
     assert isinstance(pair.router, RandomRouter) and other.router is router and other.slm is pair.slm
-    for model, threshold in ((pair, 0.5), (other, 0.7)):
-        decoded = decode(model, PROMPTS, router_threshold=threshold, max_new_tokens=8, batch_tokens=batch_tokens)
-        expected = [naive_generate(model, prompt, 8, threshold)[:2] for prompt in PROMPTS]
+    for model, threshold, veto in ((pair, 0.5, 0.0), (other, 0.7, 0.0), (other, 0.1, 0.4)):
+        sizes = {"max_new_tokens": 8, "batch_tokens": batch_tokens}
+        decoded = decode(model, PROMPTS, router_threshold=threshold, llm_veto=veto, **sizes)
+        expected = [naive_generate(model, prompt, 8, threshold, veto=veto)[:2] for prompt in PROMPTS]
         assert [(one.tokens, one.to_llm) for one in decoded] == expected
         assert all(one.seconds > 0 for one in decoded)
+        for prompt, one in zip(PROMPTS, decoded, strict=True):
+            # No model processes the last token; a model may process a place again, behind a draft that was replaced.
+            for passes in (one.passes["slm"], one.passes["llm"]):
+                reached = [end for _, end in passes]
+                starts = zip(passes, [0, *reached], strict=False)
+                assert all(start <= before and start < end for (start, end), before in starts)
+                assert max(reached, default=0) <= len(prompt) + len(one.tokens) + MOST_DRAFTS
+            assert bool(one.passes["llm"]) == (any(one.to_llm) or veto > 0)
+
+
+def test_a_pair_that_cannot_take_tokens_back_decodes_through_transformers_loop():
+    model = make_pair("lfm2", "llama")
+    expected = [naive_generate(model, prompt, 8, 0.5)[:2] for prompt in PROMPTS]
+    decoded = decode(model, PROMPTS, router_threshold=0.5, max_new_tokens=8)
+    assert [(one.tokens, one.to_llm) for one in decoded] == expected
+    for prompt, one in zip(PROMPTS, decoded, strict=True):
+        by_llm = [len(prompt) + place for place, to_llm in enumerate(one.to_llm) if to_llm]
+        assert one.passes["llm"] == list(zip([0, *by_llm], by_llm, strict=False))
+        assert [end for _, end in one.passes["slm"]] == [len(prompt) + place for place in range(len(one.tokens))]
+    with pytest.raises(ValueError, match=r"^llm_veto: expected 0 here"):
+        decode(model, PROMPTS, router_threshold=0.5, llm_veto=0.3, max_new_tokens=8)
 
 
 @pytest.mark.parametrize(("alone", "threshold"), [("slm", 0.0), ("llm", 2.0)])
@@ -36,6 +59,9 @@ def test_a_model_alone_runs_no_pass_of_the_other(pair: Any, count_calls: Any, al
     assert [one.tokens for one in decoded] == expected
     assert [one.to_llm for one in decoded] == [[alone == "llm"] * len(tokens) for tokens in expected]
     assert passes[alone] and not passes["llm" if alone == "slm" else "slm"]
+    for prompt, one in zip(PROMPTS, decoded, strict=True):
+        ends = range(len(prompt), len(prompt) + len(one.tokens))
+        assert [end for _, end in one.passes[alone]] == [*ends] and one.passes[alone][0][0] == 0
 
 
 @pytest.mark.parametrize("alone", [None, "slm", "llm"])
@@ -78,9 +104,9 @@ def test_a_router_that_gives_nan_is_named(pair: Any):
 
 
 def test_scores_along_outputs_are_those_of_decoding(pair: Any):
-    outputs, scores = zip(*[naive_generate(pair, prompt, 8, 0.5)[::2] for prompt in PROMPTS], strict=True)
-    found = score_outputs(pair, {"own": pair.router}, PROMPTS, outputs, batch_tokens=40)["own"]
-    assert np.concatenate(found) == pytest.approx(np.concatenate(scores), abs=1e-4)
+    naive = [naive_generate(pair, prompt, 8, 0.5) for prompt in PROMPTS]
+    found = score_outputs(pair, {"own": pair.router}, PROMPTS, [one[0] for one in naive])["own"]
+    assert np.concatenate(found) == pytest.approx(np.concatenate([one.scores for one in naive]), abs=1e-4)
 
 
 def test_thresholds_send_the_wanted_shares_of_the_scores():

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from citer_hf import CiterForCausalLM, runs
 from citer_hf.costs import cost_of_model
 from citer_hf.data.tokens import encode_prompt
 from citer_hf.evaluation import evaluate as module
-from citer_hf.evaluation.decode import with_router
+from citer_hf.evaluation.decode import decode, with_router
 from citer_hf.evaluation.evaluate import evaluate, method_name
-from citer_hf.evaluation.results import Results, alone_cost, bootstrap_interval, routed_cost, scoring_cost
-from citer_hf.model.routers import EntropyRouter, LinearRouter, RandomRouter
+from citer_hf.evaluation.results import Results, bootstrap_interval, cost_of_passes, scoring_cost
+from citer_hf.model.routers import ConfidenceRouter, EntropyRouter, LinearRouter, RandomRouter
 from tests.conftest import make_pair
 from tests.reference import naive_generate, naive_logits
 from tests.training_data import LetterTokenizer, examples, has_letter
@@ -50,33 +50,32 @@ def results() -> Results:
     return run(make_pair(hidden_size=48, num_hidden_layers=3))
 
 
-@pytest.mark.parametrize("name", ["random", "entropy"])
+@pytest.mark.parametrize("name", ["random", "entropy", "slm", "llm"])
 def test_points_are_what_decoding_each_problem_alone_gives(pair: Any, results: Results, name: str):
-    router = routers()[name]
+    alone, router = name if name in results.ends else None, routers().get(name, pair.router)
     other = with_router(pair, router)
-    costs = cost_of_model(pair.slm), cost_of_model(pair.llm), scoring_cost(router)
-    assert len(results.methods[name]) == 3
-    for point in results.methods[name]:
+    slm, llm = cost_of_model(pair.slm), cost_of_model(pair.llm)
+    scoring = np.zeros(2) if alone else scoring_cost(router)
+    points = [results.ends[name]] if alone else results.methods[name]
+    assert len(points) == 3 or [(one.threshold, one.veto) for one in points] == [(2.0 * (name == "llm"), 0.0)]
+    for point in points:
         rows = [naive_generate(other, prompt, NEW, point.threshold)[:2] for prompt in PROMPTS]
         texts = [TOKENIZER.decode(tokens) for tokens, _ in rows]
         correct = ["y" in text for text in texts]
-        spent = [routed_cost(*costs, len(prompt), row[1]) for prompt, row in zip(PROMPTS, rows, strict=True)]
+        dials = {"alone": alone} if alone else {"router_threshold": point.threshold}
+        passes = [one.passes for one in decode(other, PROMPTS, **dials, max_new_tokens=NEW)]
+        spent = [
+            cost_of_passes(slm, one["slm"]) + cost_of_passes(llm, one["llm"]) + scoring * len(one["slm"])
+            for one in passes
+        ]
         tokens = sum(len(row[0]) for row in rows)
         assert point.accuracy == np.mean(correct)
         assert point.accuracy_ci == bootstrap_interval(correct, seed=0)
         assert point.extracted == np.mean(["e" in text for text in texts])
-        assert point.llm_share == point.llm_calls == sum(sum(row[1]) for row in rows) / tokens
+        assert point.llm_share == sum(sum(row[1]) for row in rows) / tokens
+        assert point.llm_calls == sum(len(one["llm"]) for one in passes) / tokens <= point.llm_share
+        assert (point.llm_calls > 0) == (name != "slm")
         assert [point.bytes, point.flops] == pytest.approx(np.sum(spent, axis=0) / tokens)
-
-
-@pytest.mark.parametrize(("end", "threshold"), [("slm", 0.0), ("llm", 2.0)])
-def test_the_ends_are_the_models_alone(pair: Any, results: Results, end: str, threshold: float):
-    outputs, point = [naive_generate(pair, prompt, NEW, threshold)[0] for prompt in PROMPTS], results.ends[end]
-    cost, tokens = cost_of_model(getattr(pair, end)), sum(map(len, outputs))
-    spent = sum(alone_cost(cost, len(prompt), len(one))[0] for prompt, one in zip(PROMPTS, outputs, strict=True))
-    assert point.accuracy == np.mean(["y" in TOKENIZER.decode(output) for output in outputs])
-    assert (point.threshold, point.llm_share) == (threshold, float(end == "llm"))
-    assert point.bytes == pytest.approx(spent / tokens)
 
 
 def test_a_query_level_router_chooses_among_the_texts_of_the_ends(pair: Any, results: Results):
@@ -91,6 +90,27 @@ def test_a_query_level_router_chooses_among_the_texts_of_the_ends(pair: Any, res
         assert 0 < sum(by_llm) < len(by_llm)
         assert point.accuracy == np.mean(["y" in TOKENIZER.decode(text) for text in texts])
         assert point.llm_share == llm_tokens / sum(map(len, texts))
+
+
+def test_thresholds_are_swept_at_every_veto_and_two_baselines_have_their_own(pair: Any):
+    names = {"own": pair.router, "query": routers()["query"], "bild": ConfidenceRouter(32)}
+    results = run(pair, vetoes=(0.0, 0.4), routers=names | {"speculative": ConfidenceRouter(32)})
+    vetoes = {"own": 0.0, "own, veto 0.4": 0.4, "query": 0.0, "bild": 0.3, "speculative": 0.0}
+    assert {name: {point.veto for point in points} for name, points in results.methods.items()} == {
+        name: {veto} for name, veto in vetoes.items()
+    }
+    assert results.provenance["routers_sha256"].keys() == vetoes.keys()
+    plain, vetoed = results.methods["own"], results.methods["own, veto 0.4"]
+    assert {point.threshold for point in plain} == {point.threshold for point in vetoed}
+    assert all(one.llm_share < other.llm_share for one, other in zip(plain, vetoed, strict=True))
+    # The text is the LLM's own, in fewer passes where the models agree.
+    (lossless,), llm = results.methods["speculative"], results.ends["llm"]
+    assert (lossless.threshold, lossless.accuracy, lossless.llm_share) == (2.0, llm.accuracy, 1.0)
+    assert 0 < lossless.llm_calls <= 1 == llm.llm_calls
+    # The pair's own veto is the default.
+    vetoing = CiterForCausalLM.from_pair(pair.slm, pair.llm, router="random", llm_veto=0.4)
+    own = run(vetoing, routers={"own": pair.router}).methods
+    assert [replace(one, seconds=0) for one in own["own, veto 0.4"]] == [replace(one, seconds=0) for one in vetoed]
 
 
 def test_given_thresholds_are_those_of_the_own_router(pair: Any):
@@ -130,7 +150,7 @@ def test_an_interrupted_run_resumes_and_a_finished_one_is_returned(pair: Any, tm
 
     def watched(*arguments: Any, **options: Any) -> Any:
         if options["max_new_tokens"] == NEW:
-            thresholds.append(options["router_threshold"])
+            thresholds.append(options["alone"] or options["router_threshold"])
         return decode(*arguments, **options)
 
     monkeypatch.setattr(module.decoding, "decode", watched)
@@ -141,9 +161,8 @@ def test_an_interrupted_run_resumes_and_a_finished_one_is_returned(pair: Any, tm
     resumed = run(pair, checker=Interrupted(-1), out=out)
     assert comparable(resumed) == comparable(whole)
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
-    # Only the batch at which a run was interrupted is decoded again, twice in all: once it was still at the ends.
-    measured = [one for one in thresholds if one is not None]
-    assert len(measured) == len({*measured}) + 2
+    # Only the units at which the run was interrupted are decoded again.
+    assert len(thresholds) == len({*thresholds}) + 3
     assert run(pair, checker=Interrupted(1), out=out) == resumed == Results.read(out / "results.json")
 
 
@@ -180,6 +199,7 @@ def test_a_checker_that_raises_is_named_with_the_row(pair: Any):
     [
         ({"shares": (0.5, 1.0)}, r"^shares: expected .* got 1.0"),
         ({"thresholds": (float("nan"),)}, r"^router_threshold: expected a number from 0 .* got nan"),
+        ({"vetoes": (0.3, 1.1)}, r"^llm_veto: expected a number from 0 .* got 1.1"),
         ({"thresholds": (0.5,)}, r"^thresholds: they are those of the pair's own router"),
         ({"examples": []}, r"^examples: expected at least one"),
         ({"examples": examples(answer=None)}, r"^row 11: it has no answer"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from citer_hf.costs import ModelCost, cost_of_model, flops
+from citer_hf.costs import cost_of_model, flops
 from citer_hf.evaluation import results as module
 from citer_hf.evaluation.plot import draw
 from citer_hf.evaluation.results import Point, Results, bootstrap_interval, cost_at, make_results, summarize
@@ -16,9 +16,9 @@ from tests.conftest import make_pair
 REPOSITORY = Path(__file__).parents[2]
 
 
-def point(share: float, accuracy: float, moved: float | None = None) -> Point:
+def point(share: float, accuracy: float, moved: float | None = None, veto: float = 0.0) -> Point:
     moved = 100 + 900 * share if moved is None else moved
-    return Point(0.5, accuracy, (accuracy - 0.1, accuracy + 0.1), share, share, moved, 7.0, 0.01, 1.0)
+    return Point(0.5, accuracy, (accuracy - 0.1, accuracy + 0.1), share, share / 2, moved, 7.0, 0.01, 1.0, veto)
 
 
 ENDS = {"slm": point(0, 0.2), "llm": point(1, 1.0)}
@@ -30,9 +30,9 @@ def test_the_summary_is_that_of_straight_lines_between_the_points():
     # In units of the gap between the ends: 0, 0.5, 0.875, 1 at 0, 0.1, 0.4, 1.
     area = 0.1 * 0.25 + 0.3 * 0.6875 + 0.6 * 0.9375
     assert summary["auc"] == pytest.approx(area)
-    assert summary["auc_bytes"] == pytest.approx(area)
     assert summary["share_at_95"] == pytest.approx(0.7)
     assert summary["share_at_98"] == pytest.approx(0.88)
+    assert summary["calls_at_98"] == pytest.approx(0.44)
     assert summary["bytes_at_95"] == pytest.approx(100 + 900 * 0.7)
     assert module.accuracy_at(ENDS, CURVE, 0.25) == pytest.approx(0.75)
     assert summary["accuracy_at"] == pytest.approx({"0.05": 0.4, "0.1": 0.6, "0.2": 0.7, "0.3": 0.8})
@@ -43,7 +43,6 @@ def test_an_accuracy_is_reached_where_the_curve_first_comes_to_it_at_less_than_t
     assert (cost_at(ENDS, bumpy, 0.95), cost_at(ENDS, bumpy, 0.1)) == (pytest.approx(0.2), 0)
     dear = [*CURVE, point(0.9, 0.99, moved=1100)]
     assert cost_at(ENDS, dear, 0.98, "bytes") == cost_at(ENDS, CURVE, 0.98, "bytes")
-    assert summarize(ENDS, dear)["auc_bytes"] == summarize(ENDS, CURVE)["auc_bytes"]
 
 
 def test_what_cannot_be_said_is_left_open():
@@ -56,10 +55,12 @@ def test_what_cannot_be_said_is_left_open():
 
 
 def test_results_come_back_as_they_were_written_also_by_earlier_versions(tmp_path: Path):
-    results = make_results(ENDS, {"citer": CURVE[::-1]}, {"problems": 9})
+    vetoed = [point(0.2, 0.9, veto=0.3)]
+    results = make_results(ENDS, {"citer": CURVE[::-1], "citer, veto 0.3": vetoed}, {"problems": 9})
     assert results.methods["citer"] == CURVE
     results.write(tmp_path / "results.json")
     assert Results.read(tmp_path / "results.json") == results
+    assert "| citer, veto 0.3 |" in results.table()
     (tmp_path / "other.json").write_text('{"ends": 3}')
     with pytest.raises(ValueError, match=r"other\.json: expected the results of `citer evaluate`"):
         Results.read(tmp_path / "other.json")
@@ -77,28 +78,20 @@ def test_the_interval_of_a_share_weighs_texts_by_their_tokens():
     assert bootstrap_interval([1.0] * 20, seed=0) == bootstrap_interval([1.0] * 20, seed=0) == (1.0, 1.0)
 
 
-def cost_of_passes(model: ModelCost, passes: list[tuple[int, int]]) -> np.ndarray:
-    return np.sum([(model.bytes_moved(1, *one), flops(model, *one)) for one in passes], axis=0)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_cost_of_an_output_is_that_of_its_passes(family: str):
+    cost = cost_of_model(make_pair(llm=family, num_hidden_layers=3).llm)
 
+    def one(tokens: int, context: int) -> tuple[float, float]:
+        return cost.bytes_moved(1, tokens, context), flops(cost, tokens, context)
 
-@pytest.mark.parametrize(("slm", "llm"), [("llama", "qwen3"), ("gpt2", "mixtral")])
-def test_the_cost_of_an_output_is_that_of_its_passes(slm: str, llm: str):
-    pair = make_pair(slm, llm, num_hidden_layers=3)
-    small, large, scoring, prompt = (
-        cost_of_model(pair.slm),
-        cost_of_model(pair.llm),
-        module.scoring_cost(LinearRouter(32)),
-        9,
-    )
-    alone = [(prompt, 0), (1, 9), (1, 10), (1, 11)]
-    by_slm, by_llm = cost_of_passes(small, alone), cost_of_passes(large, alone)
-    assert module.alone_cost(small, prompt, 4) == pytest.approx(by_slm)
-    # The LLM decides the second and the fourth token: its passes are over all tokens before, and over two more.
-    routed = module.routed_cost(small, large, scoring, prompt, [False, True, False, True])
-    assert routed == pytest.approx(by_slm + 4 * scoring + cost_of_passes(large, [(10, 0), (2, 10)]))
-    prefill = cost_of_passes(small, alone[:1])
-    assert module.query_cost(small, large, scoring, prompt, [False] * 4) == pytest.approx(by_slm + scoring)
-    assert module.query_cost(small, large, scoring, prompt, [True] * 4) == pytest.approx(by_llm + scoring + prefill)
+    # The prompt, four tokens, and three of these again behind a draft that was replaced.
+    passes = [(0, 9), (9, 13), (10, 13)]
+    wanted = np.sum([one(9, 0), one(4, 9), one(3, 10)], axis=0)
+    assert module.cost_of_passes(cost, passes) == pytest.approx(wanted)
+    # What was copied from another sequence counts, as if the output were decoded alone.
+    assert module.cost_of_passes(cost, [(7, 9), *passes[1:]]) == pytest.approx(wanted)
+    assert module.cost_of_passes(cost, []).tolist() == [0, 0]
 
 
 def test_the_weights_of_a_router_count_and_its_tables_do_not():

@@ -17,7 +17,6 @@ GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 
 DEVICE = os.environ.get("CITER_TEST_DEVICE", as_device(None))
 ROWS = (3, 11, 7, 9)
-CACHES = [None, "static"]
 
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and "CITER_TEST_DEVICE" not in os.environ, reason="there is no accelerator"
@@ -38,11 +37,11 @@ def on_device(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in left_padded(rows).items()}
 
 
-@pytest.mark.parametrize("waiting_rows", [None, 1])
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("max_drafts", [None, 0])
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("lengths", [(9,), ROWS])
-def test_sequences_are_those_of_the_naive_loop(placed, lengths, cache, waiting_rows):
-    assert_naive(placed, random_prompts(lengths), cache_implementation=cache, waiting_rows=waiting_rows)
+def test_sequences_are_those_of_the_naive_loop(placed, lengths, cache, max_drafts):
+    assert_naive(placed, random_prompts(lengths), cache_implementation=cache, max_drafts=max_drafts)
 
 
 def test_passes_that_were_recorded_serve_other_texts(placed):

@@ -49,9 +49,6 @@ CASES = [
 ]
 
 
-# ---- running ----
-
-
 @pytest.mark.parametrize("way", CASES)
 def test_an_adapter_given_in_any_way_writes_as_merged_weights_do(home, way):
     model = pair_with(home, **WAYS[way](home))
@@ -90,7 +87,7 @@ def test_an_adapter_on_a_tied_head_hides_no_state_from_the_router_and_stays_tied
                 parameter.add_(0.01)
     expected, model = logits(adapted), pair_with(home, slm=adapted)
     ids = TEXT[0].tolist()
-    text, _, scores, _ = naive_generate(model, ids, 6, 0.5, eos=(2, 5))
+    text, _, _, scores, _ = naive_generate(model, ids, 6, 0.5, eos=(2, 5))
     out = model.generate(TEXT, router_threshold=0.5, max_new_tokens=6, return_dict_in_generate=True)
     assert out.sequences[0, len(ids) :].tolist() == text
     assert out.past_key_values.routing.scores[0].tolist() == pytest.approx(scores, abs=1e-5)
@@ -121,9 +118,6 @@ def test_another_adapter_and_none_can_be_chosen_in_the_pair(home):
     model.slm.set_adapter("default")
     model.save_pretrained(home / "first")
     assert torch.equal(logits(load(home / "first"), 0), first)
-
-
-# ---- saving ----
 
 
 @pytest.mark.parametrize("way", CASES)
@@ -190,9 +184,6 @@ def test_models_and_adapters_that_have_moved_are_found_by_their_new_names(home):
     assert torch.equal(logits(load(home / "router", **new), 0), logits(model, 0))
 
 
-# ---- on the pair as a whole ----
-
-
 def test_an_adapter_on_the_pair_as_a_whole_is_pefts_to_save_and_load(home):
     pair_with(home, slm=home / "slm").save_pretrained(home / "router")
     pair = load(home / "router")
@@ -216,9 +207,6 @@ def test_an_adapter_on_the_pair_as_a_whole_is_pefts_to_save_and_load(home):
         over_one.save_pretrained(home / "lost")
     with pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(pair, adapter\)"):
         AutoModelForCausalLM.from_pretrained(home / "whole")
-
-
-# ---- what cannot work ----
 
 
 def test_what_cannot_work_is_refused_with_the_reason(home):

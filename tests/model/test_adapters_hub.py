@@ -7,8 +7,7 @@ import pytest
 
 from tests.adapters import OLD_NAME, with_adapter
 from tests.hub_server import running_hub
-from tests.model.test_remote_code import WITHOUT_THE_PACKAGE
-from tests.repositories import change, save_base_models
+from tests.repositories import WITHOUT_THE_PACKAGE, change, save_base_models
 from tests.test_hub import PRELUDE, TOKEN, Client, files, head_of
 
 pytestmark = OLD_NAME

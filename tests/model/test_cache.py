@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from citer_hf import CiterCache
 from citer_hf.model.compat import cache_argument
-from citer_hf.model.kv_layers import GrowingLayer
+from citer_hf.model.slots import Pass, SlotLayer
 from tests.conftest import make_pair, random_prompts
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -119,15 +119,12 @@ def test_what_a_cache_cannot_do_is_refused(pair):
             function(input_ids=text, past_key_values=DynamicCache(config=pair.slm.config))
 
 
-# ---- layers ----
-
-
 def states(tokens: int, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, 3, tokens, 4), torch.randn(rows, 3, tokens, 4)
 
 
 def test_a_step_copies_nothing_that_is_there_already_and_memory_to_spare_is_bounded():
-    layer, places = GrowingLayer(), set()
+    layer, places = SlotLayer(Pass()), set()
     keys, _ = layer.update(*states(4000))
     assert keys.untyped_storage().nbytes() == keys.numel() * keys.element_size()
     for _ in range(400):
@@ -139,7 +136,7 @@ def test_a_step_copies_nothing_that_is_there_already_and_memory_to_spare_is_boun
 
 
 def test_what_needs_a_gradient_is_not_written_in_place():
-    layer = GrowingLayer()
+    layer = SlotLayer(Pass())
     keys = torch.randn(1, 1, 2, 4, requires_grad=True)
     layer.update(keys, keys.detach())
     out, _ = layer.update(keys, keys.detach())

@@ -18,12 +18,10 @@ ONE = left_padded(random_prompts((9,)))
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one sequence": (ONE, {}),
     "batch": (BATCH, {}),
-    "lock-step": (BATCH, {"waiting_rows": 1}),
     "hidden states": (BATCH, {"output_hidden_states": True}),
     "beams": (BATCH, {"num_beams": 3}),
     "assisted": (ONE, {}),
     "prompt lookup": (ONE, {"prompt_lookup_num_tokens": 3}),
-    "static": (BATCH, {"cache_implementation": "static"}),
     "chunked prompt": (ONE, {"prefill_chunk_size": 4}),
 }
 
@@ -40,8 +38,7 @@ def test_generate_takes_and_returns_the_cache_under_both_names_and_calls_nothing
     inputs, options = WAYS[way]
     options = {"assistant_model": pair.slm} if way == "assisted" else dict(options)
     if name:
-        static = options.pop("cache_implementation", None)
-        options[name] = CiterCache(pair.config, max_cache_len=64 if static else None)
+        options[name] = CiterCache(pair.config)
     output = pair.generate(**inputs, **GREEDY, **options)
     assert isinstance(output.cache, CiterCache) and output.cache is output.past_key_values
     assert output.cache is options.get(name, output.cache) and output.cache.routing.to_llm.shape[1] == 8

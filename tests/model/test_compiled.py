@@ -32,6 +32,8 @@ def note_graph(graph: Any, inputs: list[torch.Tensor]) -> Any:
 def kept() -> int:
     """How many of all compiled passes are still there."""
     GRAPHS.clear()
+    # An error and the frames that it came through hold each other.
+    gc.collect()
     gc.collect()
     return len(ALIVE)
 
@@ -98,9 +100,9 @@ def test_what_is_compiled_is_kept_by_batch_size_and_serves_shorter_texts(warned)
 def test_a_router_of_ones_own_runs_as_it_is(warned):
     model = make_pair(router=ScriptedRouter(torch.tensor([[0, 0, 1]])), hidden_size=48)
     prompt = torch.tensor(random_prompts((9,)))
-    plain = model.generate(prompt, **GREEDY)
+    plain = model.generate(prompt, **GREEDY, max_drafts=0)
     calls, model.router.calls = model.router.calls, 0
-    assert torch.equal(plain, model.generate(prompt, **GREEDY, **compiling()))
+    assert torch.equal(plain, model.generate(prompt, **GREEDY, max_drafts=0, **compiling()))
     assert model.router.calls == calls and GRAPHS and not warned()
 
 
@@ -112,8 +114,9 @@ def test_nothing_is_compiled_on_a_cpu_or_when_it_is_forbidden(pair):
     assert not GRAPHS
 
 
-def test_a_pass_that_cannot_be_compiled_runs_as_it_is(warned, monkeypatch):
-    model = make_pair(hidden_size=48)
+@pytest.mark.parametrize("told", ["cannot be compiled", "Qwen2ForCausalLM is not compiled: its kind of quantization"])
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(told, warned, monkeypatch):
+    model = make_pair("llama", "qwen2")
     batch = left_padded(random_prompts(ROWS))
     plain = model.generate(**batch, **GREEDY)
     forward = model.llm.model.layers[0].mlp.forward
@@ -122,20 +125,14 @@ def test_a_pass_that_cannot_be_compiled_runs_as_it_is(warned, monkeypatch):
         torch._dynamo.graph_break()
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model.llm.model.layers[0].mlp, "forward", broken)
+    if "quantization" in told:
+        monkeypatch.setattr(model.llm, "hf_quantizer", SimpleNamespace(is_compileable=False), raising=False)
+    else:
+        monkeypatch.setattr(model.llm.model.layers[0].mlp, "forward", broken)
     for _ in range(2):
         assert torch.equal(plain, model.generate(**batch, **GREEDY, **compiling()))
     assert len(GRAPHS) == 1, "the SLM's"
-    assert len(warned()) == 1 and "cannot be compiled" in warned()[0]
-
-
-def test_a_model_whose_quantization_cannot_be_compiled_runs_as_it_is(warned, monkeypatch):
-    model = make_pair("llama", "qwen2")
-    monkeypatch.setattr(model.llm, "hf_quantizer", SimpleNamespace(is_compileable=False), raising=False)
-    prompt = torch.tensor(random_prompts((9,)))
-    assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY, **compiling()))
-    assert len(GRAPHS) == 1, "the SLM's"
-    assert len(warned()) == 1 and "Qwen2ForCausalLM is not compiled: its kind of quantization" in warned()[0]
+    assert len(warned()) == 1 and told in warned()[0]
 
 
 @pytest.mark.parametrize("options", [dict, compiling], ids=["growing", "compiled"])
@@ -154,7 +151,6 @@ def test_threads_that_share_a_model_give_what_one_gives(options):
         assert torch.equal(output.sequences, expected.sequences)
         ours, theirs = output.past_key_values.routing, expected.past_key_values.routing
         torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-4)
-        assert ours.llm_calls == theirs.llm_calls
 
 
 def test_what_was_returned_is_not_overwritten_by_the_next_text():

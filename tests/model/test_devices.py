@@ -41,9 +41,7 @@ def from_pair(bases: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("roles", [("slm",), ("llm",), ("slm", "llm")], ids="+".join)
 @pytest.mark.parametrize("kind", QUANTIZATION)
-def test_the_ends_of_a_quantized_pair_are_the_quantized_models(
-    bases: Path, tmp_path: Path, kind: str, roles: tuple[str, ...]
-) -> None:
+def test_the_ends_of_a_quantized_pair_are_the_quantized_models(bases, tmp_path, kind, roles):
     model = from_pair(bases, **{f"{role}_quantization_config": QUANTIZATION[kind] for role in roles})
     for role, threshold in (("slm", 0.0), ("llm", 2.0)):
         options = {"quantization_config": QUANTIZATION[kind]} if role in roles else {}
@@ -60,16 +58,13 @@ def test_the_ends_of_a_quantized_pair_are_the_quantized_models(
 @pytest.mark.parametrize(
     ("options", "disk"),
     [
-        ({"device_map": {"": "cpu"}}, False),
         ({"device_map": "auto", "max_memory": {"cpu": "1GB"}}, False),
         ({"llm_device_map": ON_DISK}, True),
         ({"device_map": "auto", "max_memory": {"cpu": 400_000}}, True),
     ],
-    ids=["cpu", "enough", "layer-on-disk", "little-memory"],
+    ids=["enough", "layer-on-disk", "little-memory"],
 )
-def test_a_pair_that_is_placed_writes_the_same(
-    bases: Path, tmp_path: Path, options: dict[str, Any], disk: bool
-) -> None:
+def test_a_pair_that_is_placed_writes_the_same(bases, tmp_path, options, disk):
     plain = from_pair(bases)
     model = from_pair(bases, offload_folder=str(tmp_path), **options)
     model.router.load_state_dict(plain.router.state_dict())

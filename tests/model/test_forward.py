@@ -11,7 +11,7 @@ from citer_hf import CiterCache, CiterConfig, CiterForCausalLM
 from citer_hf.model.compat import cache_argument
 from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
 from tests.families import tiny_model
-from tests.reference import naive_logits
+from tests.reference import naive_generate, naive_logits
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -98,7 +98,7 @@ def test_the_llm_first_reads_the_prompt_at_its_first_token(count_calls, text):
         model(input_ids=text, router_threshold=0.0)
     assert calls == []
     model.router.calls = 0
-    model.generate(input_ids=text, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    model.generate(input_ids=text, max_new_tokens=6, do_sample=False, eos_token_id=None, max_drafts=0)
     assert calls == [12 + 3, 2]
 
 
@@ -202,3 +202,24 @@ def test_an_slm_that_does_not_call_its_head_is_an_error_that_says_so(text):
     model.slm.forward = lambda input_ids, **_: CausalLMOutputWithPast(logits=head.weight[input_ids])
     with pytest.raises(ValueError, match="slm: LlamaForCausalLM does not call its output embeddings"):
         model(text)
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {}, {"labels": True}])
+def test_kept_positions_follow_the_veto(options):
+    model, rows = make_pair(hidden_size=48), random_prompts((9, 9))
+    text, dials = (
+        torch.tensor(rows),
+        {"router_threshold": torch.tensor([0.3, 0.0]), "llm_veto": torch.tensor([0.4, 1.0])},
+    )
+    if "labels" in options:
+        options = {"labels": text}
+    with torch.no_grad():
+        output = model(input_ids=text, **dials, **options)
+    for index, (threshold, veto) in enumerate(((0.3, 0.4), (0.0, 1.0))):
+        for position in range(9):
+            step = naive_generate(model, rows[index][: position + 1], 1, threshold, (), veto)
+            torch.testing.assert_close(output.logits[index, position], step.logits[0], atol=1e-4, rtol=1e-4)
+            assert output.routed_to_llm[index, position] == step.to_llm[0]
+    with torch.no_grad():
+        lossless = model(input_ids=text, use_cache=False, llm_veto=1.0).logits
+        torch.testing.assert_close(lossless, model.llm(text).logits)

@@ -8,11 +8,11 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, pipeline
+from transformers import GenerationConfig, PreTrainedModel, pipeline
 
 import citer_hf
 from citer_hf import CiterForCausalLM
+from tests.chat_pairs import character_tokenizer
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import tiny_model
 
@@ -44,8 +44,6 @@ def alike(pair: CiterForCausalLM, alone: PreTrainedModel, batch: dict[str, torch
     else:
         assert torch.equal(pair.generate(**batch, **SHORT, **settings, router_threshold=0.0), expected)
 
-
-# ---- settings of published and saved files -----------------------------------------------------------------------
 
 PUBLISHED: list[dict[str, Any]] = [
     {"use_cache": False},
@@ -84,9 +82,6 @@ def test_a_cache_by_a_name_that_means_nothing_is_an_error(model, name):
         model.generate(**ONE, **SHORT, cache_implementation=name)
 
 
-# ---- router_threshold as a setting -------------------------------------------------------------------------------
-
-
 def llm_share(pair: CiterForCausalLM, *args: Any, **options: Any) -> float:
     output = pair.generate(ONE["input_ids"], *args, max_new_tokens=4, return_dict_in_generate=True, **options)
     return output.past_key_values.routing.llm_share
@@ -111,7 +106,7 @@ def test_a_threshold_among_the_settings_is_saved_and_acts_in_a_pipeline(model, t
     model.save_pretrained(tmp_path)
     loaded = CiterForCausalLM.from_pretrained(tmp_path)
     assert loaded.default_threshold == 2.0 and llm_share(loaded) == 1.0
-    text = pipeline("text-generation", model=loaded, tokenizer=byte_tokenizer())
+    text = pipeline("text-generation", model=loaded, tokenizer=character_tokenizer())
     calls = loaded.generate
     shares: list[float] = []
 
@@ -136,24 +131,10 @@ def test_an_assistant_that_is_a_pair_keeps_its_own_threshold(model, count_calls)
     assert calls == []
 
 
-# ---- stop strings ------------------------------------------------------------------------------------------------
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 61 tokens, one byte each."""
-    printable = [one for one in sorted(pre_tokenizers.ByteLevel.alphabet()) if one.isalpha()][:58]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={one: i for i, one in enumerate(["<p>", "<b>", "<e>", *printable])}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
 @pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
 @pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 2}], ids=["plain", "lookup"])
 def test_stop_strings_stop_where_they_stop_the_plain_model(plain, model, batch, options):
-    tokenizer = byte_tokenizer()
+    tokenizer = character_tokenizer()
     whole = plain.generate(**ONE, **SHORT)
     stop = tokenizer.decode(whole[0, -4:-2])
     alike(model, plain, batch, tokenizer=tokenizer, stop_strings=[stop], **options)
@@ -161,13 +142,10 @@ def test_stop_strings_stop_where_they_stop_the_plain_model(plain, model, batch, 
 
 def test_stop_strings_that_cannot_be_looked_for_say_why(model, saved):
     with pytest.raises(ValueError, match=r"stop_strings: assisted generation .* Leave out assistant_model"):
-        model.generate(**ONE, **SHORT, tokenizer=byte_tokenizer(), stop_strings="ab", assistant_model=model.slm)
+        model.generate(**ONE, **SHORT, tokenizer=character_tokenizer(), stop_strings="ab", assistant_model=model.slm)
     shipped = CiterForCausalLM.from_pretrained(saved)
     with pytest.raises(ValueError, match=r"stop_strings: .* this tokenizer, .*whose decoder does not keep all text"):
         shipped.generate(**ONE, **SHORT, tokenizer=shipped.load_tokenizer(), stop_strings="ab")
-
-
-# ---- types of numbers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
@@ -185,28 +163,26 @@ def test_token_ids_may_be_of_32_bits(model, batch, options):
     assert torch.equal(generated[0], generated[2]) and torch.equal(generated[1], generated[3])
 
 
-def use(pair: CiterForCausalLM, how: str, autocast: bool) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        if how == "train":
-            pair.train()
-            pair(**THREE, labels=THREE["input_ids"])
-            pair.eval()
-        elif how == "forward":
-            with torch.no_grad():
-                pair(**THREE)
-        else:
-            for batch in BATCHES:
-                pair.generate(**batch, **SHORT, cache_implementation=how)
-
-
 @pytest.mark.parametrize("router", ["mlp", "linear", "confidence", "r2r"])
 @pytest.mark.parametrize("first", [True, False])
 def test_passes_with_and_without_autocast_follow_each_other_in_any_order(router, first):
     pair = make_pair(router={"type": router})
     expected = pair.generate(**THREE, **SHORT)
-    for how in ("dynamic", "static", "forward", "train"):
-        use(pair, how, first)
-        use(pair, "dynamic", not first)
+
+    def write() -> None:
+        pair.eval().generate(**THREE, **SHORT)
+
+    def read() -> None:
+        with torch.no_grad():
+            pair(**THREE)
+
+    def train() -> None:
+        pair.train()(**THREE, labels=THREE["input_ids"])
+
+    others = [(write, not first)]
+    for use, autocast in [(write, first), *others, (read, first), *others, (train, first), *others]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            use()
     assert torch.equal(pair.generate(**THREE, **SHORT), expected)
 
 
@@ -222,12 +198,10 @@ def test_a_text_goes_on_with_and_without_autocast(model, first):
     assert text.shape == (1, 6 + 3 * 6)
 
 
-# ---- what `help()` and type checkers learn ----
-
 OWN = {
-    "from_pair": ("slm", "llm", "router", "router_threshold"),
+    "from_pair": ("slm", "llm", "router", "router_threshold", "llm_veto"),
     "from_pretrained": ("pretrained_model_name_or_path", "config"),
-    "generate": ("inputs", "generation_config", "router_threshold", "waiting_rows"),
+    "generate": ("inputs", "generation_config", "router_threshold", "llm_veto", "max_drafts"),
 }
 
 

@@ -47,18 +47,24 @@ def test_a_processor_acts_as_in_the_writing_model_and_with_any_cache(pair, name,
 
     def generate(model: Any, lengths: tuple[int, ...], **more: Any) -> Any:
         set_seed(0)
-        return model.generate(**left_padded(random_prompts(lengths)), **options, **more)
+        return model.generate(**left_padded(random_prompts(lengths)), **{**options, **more})
 
-    for threshold, alone in ((0.0, pair.slm), (2.0, pair.llm)):
-        assert torch.equal(generate(pair, ROWS, router_threshold=threshold), generate(alone, ROWS))
+    for dials, alone in (({"router_threshold": 0.0}, pair.slm), ({"router_threshold": 2.0}, pair.llm)):
+        # A single sequence draws what transformers draws; in a batch, each has a generator of its own.
+        assert torch.equal(generate(pair, (9,), **dials), generate(alone, (9,)))
+        greedy = {"do_sample": False}
+        assert torch.equal(generate(pair, ROWS, **dials, **greedy), generate(alone, ROWS, **greedy))
+    if name != "guidance":
+        lossless = [generate(pair, ROWS, **one) for one in ({"router_threshold": 2.0}, {"llm_veto": 1.0})]
+        assert torch.equal(*lossless)
     for lengths in ((9,), ROWS):
         wanted = {"eos_token_id": [2, 9], "return_dict_in_generate": True, "output_scores": True}
         ways = [generate(pair, lengths, **wanted, cache_implementation=cache) for cache in ("dynamic", "static")]
         assert torch.equal(*(one.sequences for one in ways))
         scores = [torch.stack(one.scores, 1)[ways[0].cache.routing.unfinished] for one in ways]
         torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
-        # Guidance runs the model a second time, for all rows at once.
-        assert bool(warned()) == (name == "guidance" and len(lengths) > 1)
+        # Guidance runs the model a second time, for all sequences at once.
+        assert bool(warned()) == (name == "guidance")
 
 
 def test_a_processor_changes_the_text_of_a_mixed_pair(pair):
@@ -98,7 +104,7 @@ def test_beam_search_at_the_ends_of_the_threshold_is_that_of_the_model(pair, do_
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_beam_search_with_cache_equals_without_and_has_the_record_of_the_returned_sequences(pair, do_sample):
     rows = random_prompts()
-    wanted = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2, "waiting_rows": 3}
+    wanted = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2}
     wanted["do_sample"] = do_sample
     set_seed(0)
     output = pair.generate(**left_padded(rows), **wanted, return_dict_in_generate=True)
@@ -138,24 +144,23 @@ def test_assisted_sampling_runs_and_ends(pair):
 def test_prompt_lookup_gives_the_greedy_text(pair):
     prompt = {"input_ids": torch.tensor([random_prompts((6,))[0] * 3])}
     plain = pair.generate(**prompt, **GREEDY)
-    assert torch.equal(plain, pair.generate(**prompt, **GREEDY, prompt_lookup_num_tokens=3, waiting_rows=3))
+    assert torch.equal(plain, pair.generate(**prompt, **GREEDY, prompt_lookup_num_tokens=3, max_drafts=3))
 
 
 @pytest.mark.parametrize(("chunk", "cache"), [(1, "dynamic"), (5, "dynamic"), (4, "static")])
 def test_reading_the_prompt_in_chunks_gives_the_same_text_and_record(pair, chunk, cache):
-    # How often the LLM is called must not depend on the clock.
-    settings = {**left_padded(random_prompts()), **GREEDY, "return_dict_in_generate": True, "waiting_rows": 2}
+    settings = {**left_padded(random_prompts()), **GREEDY, "return_dict_in_generate": True}
     plain = pair.generate(**settings)
     chunked = pair.generate(**settings, prefill_chunk_size=chunk, cache_implementation=cache)
     assert torch.equal(plain.sequences, chunked.sequences)
     ours, theirs = plain.cache.routing, chunked.cache.routing
-    assert torch.equal(ours.to_llm, theirs.to_llm) and ours.llm_calls == theirs.llm_calls
+    assert torch.equal(ours.to_llm, theirs.to_llm)
 
 
-def test_chunks_of_a_prompt_do_not_wake_the_llm(pair, count_calls):
+def test_the_llm_processes_a_prompt_in_chunks_too_and_once(pair, count_calls):
     calls = count_calls(pair.llm)
     pair.generate(**single(12), max_new_tokens=1, do_sample=False, router_threshold=2.0, prefill_chunk_size=3)
-    assert calls == [12]
+    assert calls == [3] * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads a cache from a GPU")
@@ -185,7 +190,7 @@ def test_scores_logits_hidden_states_and_attentions_come_per_token(pair):
     assert all(len(output[kind]) == 5 for kind in kinds)
     assert output.hidden_states[0][-1].shape == (1, 9, 32)
     assert output.attentions[1][0].shape == (1, 4, 1, 10)
-    _, _, _, logits = naive_generate(model, single()["input_ids"][0].tolist(), 5, 0.5, eos=())
+    logits = naive_generate(model, single()["input_ids"][0].tolist(), 5, 0.5, eos=()).logits
     torch.testing.assert_close(output.logits[0][0], logits[0], atol=1e-4, rtol=1e-4)
 
 
@@ -194,3 +199,61 @@ def test_what_two_models_cannot_do_is_refused(pair):
         pair.generate_batch([[5, 6, 7]])
     with pytest.raises(ValueError, match="assistant_early_exit"):
         pair.generate(**single(), **GREEDY, assistant_early_exit=1, prompt_lookup_num_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_beams": 2}, "beams reorder"),
+        ({"use_cache": False}, "there is no cache"),
+        ({"prompt_lookup_num_tokens": 3}, "an assistant model drafts"),
+        ({"output_hidden_states": True}, "hidden states"),
+    ],
+)
+def test_a_veto_that_cannot_be_is_an_error_by_keyword_and_one_warning_by_configuration(options, reason, caplog):
+    model, wanted = make_pair(hidden_size=48), {**single(), **GREEDY, "return_dict_in_generate": True, **options}
+    with pytest.raises(ValueError, match=rf"^llm_veto: expected 0 here, got 0.3\..*{reason}"):
+        model.generate(**wanted, llm_veto=0.3)
+    plain = model.generate(**wanted, llm_veto=0.0)
+    transformers.utils.logging.warning_once.cache_clear()
+    model.generation_config.llm_veto = 0.3
+    for _ in range(2):
+        assert torch.equal(model.generate(**wanted).sequences, plain.sequences)
+    told = [record.getMessage() for record in caplog.records if "llm_veto" in record.getMessage()]
+    assert len(told) == 1 and reason in told[0]
+
+
+def test_an_end_a_stop_string_or_a_length_within_a_draft_ends_the_text_there_and_streams_each_token_once(pair):
+    class Shown(transformers.TextStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    for threshold, veto in ((0.5, 0.3), (2.0, 0.0), (0.3, 0.0)):
+        dials = {"router_threshold": threshold, "llm_veto": veto}
+        whole = naive_generate(pair, single()["input_ids"][0].tolist(), 24, threshold, (), veto).tokens
+        for step in range(1, 24, 4):
+            length, shown = whole.index(whole[step]) + 1, Shown()
+            wanted = {**GREEDY, "max_new_tokens": 24, "eos_token_id": whole[step], "streamer": shown, **dials}
+            output = pair.generate(**single(), **wanted)
+            assert output[0, 9:].tolist() == whole[:length] == shown.tokens[9:-1]
+            short = pair.generate(**single(), **{**wanted, "eos_token_id": None, "max_new_tokens": step})
+            assert short[0, 9:].tolist() == whole[:step]
+
+
+def test_the_record_counts_what_the_models_did(pair, count_calls):
+    wanted = {**GREEDY, "max_new_tokens": 40, "eos_token_id": None, "llm_veto": 0.3, "return_dict_in_generate": True}
+    output = pair.generate(**single(), **wanted)
+    text, routing = output.sequences[0].tolist(), output.past_key_values.routing
+    flagged = routing.to_llm & ~routing.vetoed
+    places = [9 + step for step in flagged[0].nonzero()[:, 0].tolist()]
+    agreed = sum(int(naive_logits(pair, text[:place], 0.0)[0].argmax()) == text[place] for place in places)
+    assert routing.accepted == agreed / len(places) and bool(routing.vetoed.any())
+    calls = {"slm": count_calls(pair.slm), "llm": count_calls(pair.llm)}
+    routing = pair.generate(**single(), **wanted).past_key_values.routing
+    assert (routing.slm_calls, routing.llm_calls) == (len(calls["slm"]), len(calls["llm"]))

@@ -1,6 +1,5 @@
 """Out of memory inside `generate` and `forward`: the error keeps its type, names the model and what helps."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,9 +46,7 @@ def test_out_of_memory_keeps_its_type_and_names_the_model_and_two_settings(error
     assert f"{role}_quantization_config" in message and "prefill_chunk_size" in message
 
 
-def test_out_of_memory_while_a_model_is_loaded_names_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_while_a_model_is_loaded_names_the_model(tmp_path, monkeypatch):
     save_base_models(tmp_path)
     error = ERRORS["accelerator"]
 

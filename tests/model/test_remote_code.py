@@ -15,20 +15,9 @@ import torch
 import citer_hf
 from citer_hf import CiterForCausalLM
 from tests.conftest import random_prompts
-from tests.repositories import change, config_of, save_base_models, word_tokenizer
+from tests.repositories import WITHOUT_THE_PACKAGE, change, config_of, save_base_models, word_tokenizer
 
 TEXT = random_prompts((12,))
-# A process in which the package cannot be imported, and says so if anything tries.
-WITHOUT_THE_PACKAGE = """
-import sys
-
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "citer_hf":
-            raise ImportError("citer_hf is not installed here")
-
-sys.meta_path.insert(0, Missing())
-"""
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from citer_hf import CiterForCausalLM
 from tests.conftest import random_prompts
+from tests.reference import mlp_score
 
 SAMPLE = Path(__file__).parents[1] / "data" / "router_v1"
 TEXT = torch.tensor(random_prompts((12,)))
@@ -24,12 +25,7 @@ def scores_by_hand(model: CiterForCausalLM) -> torch.Tensor:
         output = model.slm.model(input_ids=TEXT)
         hidden = output.last_hidden_state
         logprobs = model.slm.lm_head(hidden).log_softmax(-1).topk(3, dim=-1).values
-    inputs = torch.cat([hidden, logprobs], dim=-1)
-    expanded = inputs @ weights["expand.weight"].T + weights["expand.bias"]
-    spread = (weights["norm.running_var"] + 1e-5).sqrt()
-    normed = (expanded - weights["norm.running_mean"]) / spread * weights["norm.weight"] + weights["norm.bias"]
-    contracted = normed.relu() @ weights["contract.weight"].T + weights["contract.bias"]
-    return torch.sigmoid(contracted @ weights["score.weight"].T + weights["score.bias"])[..., 0]
+    return mlp_score(weights, torch.cat([hidden, logprobs], dim=-1))
 
 
 @pytest.mark.parametrize("load", [CiterForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])

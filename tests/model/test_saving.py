@@ -33,9 +33,6 @@ def same_llm(one: Any, other: Any) -> bool:
     return torch.equal(logits(one, 2.0), logits(other, 2.0))
 
 
-# ---- references ----
-
-
 @pytest.mark.parametrize("where", [{"subfolder": "deeper"}, {"variant": "other"}], ids=str)
 def test_a_model_in_a_subfolder_or_a_variant_is_referred_to_as_such(bases, where):
     named = {f"llm_{key}": value for key, value in where.items()}
@@ -48,34 +45,33 @@ def test_a_model_in_a_subfolder_or_a_variant_is_referred_to_as_such(bases, where
     assert same_llm(loaded, pair) and same_llm(load(bases / "again"), pair)
 
 
-def change_llm(pair: Any, bases: Path, kind: str) -> None:
-    """Make a change that a reference to the LLM does not tell of."""
-    if kind == "weights":
-        pair.llm.lm_head.weight.data += 0.5
-    elif kind == "resized":
-        pair.resize_token_embeddings(70)
-    elif kind == "another object":
-        pair.llm = tiny_model("llama", seed=9, hidden_size=64, intermediate_size=64, head_dim=16)
-    elif kind == "a named object":
-        pair.llm = AutoModelForCausalLM.from_pretrained(bases / "llm" / "deeper")
-    elif kind == "a variant":
-        pair.llm = AutoModelForCausalLM.from_pretrained(bases / "llm", variant="other")
-    elif kind == "a GGUF file":
-        # transformers leaves the model a name, and no weights that can be compared are there.
-        pair.llm.lm_head.weight.data += 0.5
-        pair.llm.config._name_or_path = pair.llm.name_or_path = str(bases)
+def pretend_gguf(pair: Any, bases: Path) -> None:
+    """transformers leaves the model a name, and no weights that can be compared are there."""
+    pair.llm.lm_head.weight.data += 0.5
+    pair.llm.config._name_or_path = pair.llm.name_or_path = str(bases)
 
 
-@pytest.mark.parametrize(
-    "kind", ["weights", "resized", "another object", "a named object", "a variant", "a GGUF file"]
-)
+# What a reference to the LLM does not tell of.
+LARGE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+OTHER = AutoModelForCausalLM.from_pretrained
+CHANGES = {
+    "weights": lambda pair, bases: pair.llm.lm_head.weight.data.add_(0.5),
+    "resized": lambda pair, bases: pair.resize_token_embeddings(70),
+    "another object": lambda pair, bases: setattr(pair, "llm", tiny_model("llama", seed=9, **LARGE)),
+    "a named object": lambda pair, bases: setattr(pair, "llm", OTHER(bases / "llm" / "deeper")),
+    "a variant": lambda pair, bases: setattr(pair, "llm", OTHER(bases / "llm", variant="other")),
+    "a GGUF file": pretend_gguf,
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("saved", ["not", "referring", "holding"])
 def test_what_a_reference_would_not_lead_back_to_is_saved_along(bases, kind, saved, caplog):
     pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
     if saved != "not":
         pair.save_pretrained(bases / "first", save_base_models=saved == "holding")
         pair = load(bases / "first")
-    change_llm(pair, bases, kind)
+    CHANGES[kind](pair, bases)
     pair.save_pretrained(bases / "router")
     assert same_llm(load(bases / "router"), pair)
     named = "name_or_path" in config_of(bases / "router")["llm_reference"]
@@ -83,9 +79,6 @@ def test_what_a_reference_would_not_lead_back_to_is_saved_along(bases, kind, sav
     assert named or "llm: the LLM is saved along with the router, since it differs from" in caplog.text
     pair.save_pretrained(bases / "first")
     assert same_llm(load(bases / "first"), pair)
-
-
-# ---- generation settings and end tokens ----
 
 
 @pytest.mark.skipif(
@@ -121,9 +114,6 @@ def test_the_pair_ends_at_the_end_tokens_of_both_models(bases, caplog):
     assert "ends at" not in caplog.text
 
 
-# ---- marks and warnings ----
-
-
 @pytest.mark.parametrize("kind", ["mlp", "linear", "r2r"])
 def test_a_router_that_nobody_has_trained_says_so_until_it_is_trained(bases, kind, caplog):
     pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm", router=kind)
@@ -151,9 +141,6 @@ def test_a_directory_without_a_tokenizer_is_named_when_the_pair_is_made(bases, c
     pair = CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
     assert f"llm: no tokenizer could be loaded from {bases / 'llm'}" in caplog.text
     assert "slm: no tokenizer" not in caplog.text and pair.load_tokenizer() is not None
-
-
-# ---- files of an earlier save ----
 
 
 def weights_in(folder: Path) -> set[str]:
@@ -185,9 +172,6 @@ def test_files_beside_a_router_that_are_none_of_its_stay(bases):
     pair.save_pretrained(bases)
     assert (bases / "mine.py").exists() and (bases / "results.json").exists()
     assert same_llm(load(bases), pair)
-
-
-# ---- what is not there ----
 
 
 @pytest.mark.parametrize("name", ["./nope", "/no/where", "a/b/c", "nobody/nope"])
@@ -230,9 +214,6 @@ def test_a_router_file_of_released_code_is_converted_first(bases):
 def test_a_misspelled_keyword_names_the_model(bases):
     with pytest.raises(TypeError, match=r"llm: .*unexpected keyword argument 'divice_map'"):
         CiterForCausalLM.from_pair(bases / "slm", bases / "llm", llm_divice_map="auto")
-
-
-# ---- tokenizers ----
 
 
 def add_tokens(folder: Path, *tokens: str, **settings: Any) -> None:

@@ -1,81 +1,89 @@
-"""How many sequences wait before the LLM is called."""
+"""When the LLM is called: measured times, acceptance by score, and the value of one more draft."""
 
-import itertools
+import math
 import random
 
 import pytest
 
-from citer_hf.model.schedule import Pace, passes_per_position, pressure, rows_to_wait_for
+from citer_hf.model.schedule import LEAST_RATIO, Durations, Pace
 
 
-def play(rows: int, waiting: int, share: float, steps: int = 5_000) -> tuple[float, float]:
-    """LLM calls and SLM steps per position, played with dice."""
-    dice, waits, calls, moved = random.Random(0), 0, 0, 0
-    for _ in range(steps):
-        moving = rows - waits
-        moved += moving
-        waits += sum(dice.random() < share for _ in range(moving))
-        if waits >= waiting:
-            calls, waits = calls + 1, 0
-    return calls * rows / moved, steps * rows / moved
+@pytest.mark.parametrize(("base", "slope"), [(2.0, 0.0), (1.0, 0.25), (0.0, 1.0)])
+def test_the_time_of_a_pass_is_a_line_through_what_was_measured(base, slope):
+    durations, rng = Durations(), random.Random(0)
+    assert durations.of(5) == 0.0
+    for _ in range(200):
+        tokens = rng.randint(1, 40)
+        durations.add(base + slope * tokens, tokens)
+    for tokens in (1, 10, 40):
+        assert durations.of(tokens) == pytest.approx(base + slope * tokens, rel=1e-3)
+    assert durations.overhead() == pytest.approx(base / slope if slope else math.inf, abs=1e-3)
 
 
-@pytest.mark.parametrize(("rows", "waiting", "share"), [(1, 1, 0.3), (8, 5, 0.2), (8, 1, 0.1), (16, 10, 0.2)])
-def test_the_prediction_is_what_dice_give(rows, waiting, share):
-    assert passes_per_position(rows, waiting, share) == pytest.approx(play(rows, waiting, share), rel=0.06)
+def test_times_of_today_count_more_than_those_of_long_ago():
+    durations = Durations()
+    for seconds in (1.0, 2.0):
+        for _ in range(200):
+            durations.add(seconds, 1)
+    assert durations.of(1) == pytest.approx(2.0, rel=0.05)
 
 
-@pytest.mark.parametrize("step_ratio", [0.02, 0.1, 0.3, 0.6])
-def test_a_fifth_of_the_tokens_waits_for_five_rows_of_eight_and_ten_of_sixteen(step_ratio):
-    assert rows_to_wait_for(8, 0.2, step_ratio) == 5
-    assert rows_to_wait_for(16, 0.2, step_ratio) == 10
-
-
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_the_policy_stays_among_the_rows(rows):
-    for share, step_ratio in itertools.product((0.0, 0.05, 0.5, 1.0), (0.0, 0.1, 1.0, 10.0)):
-        assert 1 <= rows_to_wait_for(rows, share, step_ratio) <= rows
-
-
-def test_nothing_waits_where_it_costs_more_than_the_calls_saved():
-    assert rows_to_wait_for(8, 0.2, 5.0) == 1
-    # Texts that end soon take SLM steps for few of them, and what another token costs the LLM is paid all the same.
-    assert rows_to_wait_for(8, 0.2, 0.9, length=512) > 1 == rows_to_wait_for(8, 0.2, 0.9, length=32)
-    assert rows_to_wait_for(16, 0.5, 0.3) > 1 == rows_to_wait_for(16, 0.5, 0.3, 0.3)
-
-
-def test_rows_that_lag_behind_press_more_than_rows_that_are_ahead():
-    unfinished = [10, 10, 50, 50]
-    assert pressure([10], unfinished) > 1 > pressure([50], unfinished)
-    assert pressure([30, 30], [30, 30, 30]) == 2
-
-
-def timed(steps: list[float], calls: list[tuple[float, int]]) -> Pace:
-    """What was measured, in milliseconds; of calls, also the tokens that they read."""
+def test_acceptance_starts_at_a_guess_and_is_learnt_by_score():
     pace = Pace()
-    for took in steps:
-        pace.note("slm", took / 1000)
-    for took, tokens in calls:
-        pace.note("llm", took / 1000, tokens)
-    return pace
+    assert pace.acceptance(True, 0.3) == 0.5 and pace.acceptance(False, 0.9) == 0.98
+    for _ in range(100):
+        pace.judge(True, 0.1, False)
+        pace.judge(True, 0.95, True)
+    assert pace.acceptance(True, 0.1) < 0.1 and pace.acceptance(True, 0.95) > 0.9
+    assert pace.acceptance(False, 0.95) == 0.98, "of tokens that are not flagged nothing was learnt"
 
 
-def test_longer_calls_do_not_make_the_llm_look_dearer():
-    pace = timed([10, 10], [(14, 3), (16, 4), (20, 6)])
-    assert pace.ratio == pytest.approx(1.0) and pace.growth == pytest.approx(0.2)
-    assert rows_to_wait_for(8, 0.2, pace.ratio, pace.growth) == 1
+def play(
+    pace: Pace, acceptance: float, share: float = 0.2, tokens: int = 20_000, seed: int = 0
+) -> tuple[float, float]:
+    """Play one sequence with dice; return SLM steps and LLM calls per token."""
+    rng, steps, calls, settled = random.Random(seed), 0, 0, 0
+    while settled < tokens:
+        drafts, survival, expected, cycle = [], 1.0, 0.0, 0
+        while True:
+            flagged = rng.random() < share
+            cycle += 1
+            expected += survival
+            if not drafts and not flagged:
+                settled += 1
+                continue
+            drafts.append(flagged)
+            survival *= pace.acceptance(True, 0.1) if flagged else 1.0
+            if len(drafts) >= 32 or pace.call_is_due([survival], cycle, 0.0, len(drafts), expected):
+                break
+        calls, steps = calls + 1, steps + cycle
+        for flagged in drafts:
+            settled += 1
+            accepted = not flagged or rng.random() < acceptance
+            if flagged:
+                pace.judge(True, 0.1, accepted)
+            if not accepted:
+                break
+    return steps / settled, calls / settled
 
 
-def test_writing_is_a_part_of_the_slms_step():
-    pace = timed([8, 8], [(20, 1)])
-    pace.note_writing(4 / 1000)
-    assert pace.ratio == pytest.approx(0.5)
+@pytest.mark.parametrize("ratio", [2.0, 5.0, 10.0, 30.0])
+def test_drafting_past_tokens_that_are_never_accepted_costs_at_most_two_percent(ratio):
+    steps, calls = play(Pace(fixed_ratio=ratio), acceptance=0.0)
+    assert steps + ratio * calls <= 1.02 * (1 + ratio * 0.2) * 1.01, "dice differ by a hundredth"
 
 
-def test_calls_of_one_length_tell_nothing_of_longer_ones():
-    assert timed([5], [(10, 4), (10, 4)]).growth == 0
+@pytest.mark.parametrize(("acceptance", "less"), [(0.5, 0.75), (0.9, 0.35)])
+def test_drafting_past_tokens_that_are_often_accepted_saves_calls(acceptance, less):
+    steps, calls = play(Pace(fixed_ratio=10.0), acceptance)
+    assert calls < less * 0.2 and steps + 10 * calls < 1 + 10 * 0.2
 
 
-def test_times_too_short_to_tell_take_the_slm_for_the_cheaper_model():
-    pace = timed([2], [(2, 1), (2.5, 3)])
-    assert pace.ratio == 0.9 and pace.growth == 0
+def test_an_llm_that_was_not_measured_or_hardly_takes_longer_is_taken_for_a_slow_one():
+    pace, slow = Pace(), Pace(fixed_ratio=float(LEAST_RATIO))
+    pace.steps.add(1.0, 1)
+    for expected in (1.0, 5.0, 20.0):
+        both = [one.call_is_due([0.5], 3, 3.0, 4, expected) for one in (pace, slow)]
+        assert both[0] == both[1]
+    pace.calls.add(1.5, 4)
+    assert pace.call_is_due([0.5], 3, 3.0, 4, 5.0) == slow.call_is_due([0.5], 3, 3.0, 4, 5.0)

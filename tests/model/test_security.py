@@ -19,7 +19,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.runs import anonymous
 from tests.chat_pairs import invoke
 from tests.repositories import TEXT, change, logits, save_base_models
-from tests.test_hub import TOKEN, WRONG_TOKEN, client, files  # noqa: F401 - `client` is a fixture
+from tests.test_hub import TOKEN, assert_no_token_is_kept, client  # noqa: F401 - `client` is a fixture
 
 load = CiterForCausalLM.from_pretrained
 
@@ -96,8 +96,6 @@ def test_weights_are_read_from_safetensors_only(router):
     with pytest.raises(OSError, match=r"named model.safetensors"):
         load(router)
 
-
-# ---- code of base models ----
 
 CODE = """
 import os
@@ -191,8 +189,6 @@ def test_code_of_a_base_models_tokenizer_does_not_run(own_code, tmp_path, role):
     assert not own_code.exists()
 
 
-# ---- tokens ----
-
 # A router's whole life, with everything said that can be said.
 LIFE = """
     import pickle, traceback
@@ -246,12 +242,7 @@ def test_a_token_is_nowhere(client):  # noqa: F811
     assert said["not raised"] == 0 and said["tokenizer"]
     assert not any("token" in kept for kept in said["kept"])
     assert "DEBUG:" in client.output
-    found = {"output": client.output.encode()}
-    found |= {str(file): file.read_bytes() for file in client.folder.rglob("*") if file.is_file()}
-    for name in client.hub.repositories:
-        found |= {f"{name}: {path}": content for path, content in files(client, name).items()}
-    for secret in (TOKEN, WRONG_TOKEN):
-        assert not [name for name, content in found.items() if secret.encode() in content]
+    assert_no_token_is_kept(client)
 
 
 def test_a_token_within_a_text_is_not_published():

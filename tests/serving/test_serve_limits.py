@@ -17,7 +17,6 @@ import schemathesis
 import torch
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from citer_hf.serving import ServeOptions
 from citer_hf.serving import server as limits
 from citer_hf.serving.server import listen
 from tests.chat_pairs import character_tokenizer, chat_pair, invoke
@@ -45,7 +44,6 @@ def refusal(server: Served, body: Any, path: str = "/v1/completions") -> tuple[i
     ("changes", "param", "message"),
     [
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": "5"}, "max_tokens", "valid integer"),
         ({"max_tokens": 51}, "max_tokens", "writes at most 50"),
         ({"temperature": float("nan")}, "temperature", "finite"),
         ({"router_threshold": -0.1}, "router_threshold", "greater than or equal to 0"),
@@ -55,7 +53,6 @@ def refusal(server: Served, body: Any, path: str = "/v1/completions") -> tuple[i
         ({"logit_bias": {"61": 1}}, "logit_bias", "from 0 to 60"),
         ({"logit_bias": {"٣": 1}}, "logit_bias", "from 0 to 60"),
         ({"logprobs": 3}, "logprobs", "does not offer"),
-        ({"echo": True}, "echo", "does not offer"),
         ({"beams": 4}, "beams", "does not offer"),
         ({"prompt": [[]]}, "prompt", "at least 1 item"),
         ({"prompt": [3, 61]}, "prompt", "below 61"),
@@ -65,9 +62,7 @@ def refusal(server: Served, body: Any, path: str = "/v1/completions") -> tuple[i
         ({"model": "gpt-5"}, "model", "has 'tiny' only"),
     ],
 )
-def test_a_completion_request_that_cannot_be_met_is_refused(
-    served: Served, changes: dict[str, Any], param: str, message: str
-) -> None:
+def test_a_completion_request_that_cannot_be_met_is_refused(served, changes, param, message):
     status, error = refusal(served, ASK | changes)
     assert status == (404 if param == "model" else 400) and error["param"] == param
     assert error["type"] == "invalid_request_error"
@@ -88,9 +83,7 @@ def test_a_completion_request_that_cannot_be_met_is_refused(
         ({"max_completion_tokens": 51}, "max_tokens", "writes at most 50"),
     ],
 )
-def test_a_chat_request_that_cannot_be_met_is_refused(
-    served: Served, changes: dict[str, Any], param: str, message: str
-) -> None:
+def test_a_chat_request_that_cannot_be_met_is_refused(served, changes, param, message):
     status, error = refusal(served, SAY | changes, "/v1/chat/completions")
     assert status == 400 and error["param"] == param and message in error["message"], error
 
@@ -180,14 +173,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
         (torch.OutOfMemoryError("secret"), b"Shorten the prompt"),
     ],
 )
-def test_a_model_that_fails_is_told_without_its_secrets_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    error: Exception,
-    message: bytes,
-    stream: bool,
-    passes: int,
-) -> None:
+def test_a_failure_is_told_without_secrets_and_the_server_goes_on(monkeypatch, caplog, error, message, stream, passes):
     model = chat_pair()
     forward, calls = model.llm.forward, []
 
@@ -224,12 +210,6 @@ def test_an_empty_prompt_begins_with_the_first_token_where_there_is_one() -> Non
         assert "has no tokens" in refusal(server, ASK | {"prompt": ""})[1]["message"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 0), ("max_waiting", -1)])
-def test_limits_that_mean_nothing_are_refused(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name}: expected at least {value + 1}, got {value}"):
-        ServeOptions(**{name: value})
-
-
 def test_a_port_that_is_taken_is_named_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -251,9 +231,7 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch: pytest.
 @pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_requests_made_from_the_schema_are_answered_or_refused_as_it_says(
-    path: str, mode: schemathesis.GenerationMode, examples: int
-) -> None:
+def test_requests_made_from_the_schema_are_answered_or_refused_as_it_says(path, mode, examples):
     unhurried: dict[str, Any] = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
     with serving(chat_pair(), max_new_tokens=1) as server:
         operation = schemathesis.openapi.from_url(f"{server.url}/openapi.json")[path]["POST"]

@@ -1,28 +1,21 @@
 """`label_preferences`: every column computed again naively, interrupted runs, and what is refused."""
 
-import json
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from citer_hf.training import label as label_module
 from citer_hf.training.label import RollOut, label_preferences, roll_out
 from citer_hf.training.labels import Labels
-from tests import launching
-from tests.chat_pairs import invoke, save_demo_pair
 from tests.families import EOS
 from tests.reference import naive_generate
 from tests.training_data import THRESHOLD, has_letter, naive_outcome, task, task_pair
 
 NEW = 8
-# Both ways to start a roll-out: from copied caches, and from the whole text (sliding windows).
 PAIRS = [("llama", "llama"), ("gpt2", "bloom"), ("mistral_sliding", "llama"), ("qwen2", "gemma2")]
 
 
@@ -101,16 +94,14 @@ def test_outcomes_are_what_the_pair_writes_from_the_exact_state(labelled: tuple[
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]], ids="-".join)
-def test_copied_caches_and_whole_texts_give_the_same_rollouts(pair: tuple[str, str], llamas: Any, monkeypatch: Any):
+@pytest.mark.parametrize("threshold", [0.0, THRESHOLD, 2.0])
+def test_rollouts_that_stream_through_slots_are_those_of_each_state_alone(pair: Any, llamas: Any, threshold: float):
     model, questions = task_pair(*pair), llamas[1].questions
     wanted = [RollOut(index, place, 10 + place) for index in range(4) for place in range(5)]
     wanted += [RollOut(index, place, -1) for index in range(4) for place in (0, 3)] + [RollOut(0, 2, EOS)]
-    shared = roll_out(model, questions, wanted, THRESHOLD, 30)
-    monkeypatch.setattr(label_module, "STRETCH", 3)
-    assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
-    monkeypatch.setattr(label_module, "shared_prefixes", lambda *arguments: None)
-    assert roll_out(model, questions, wanted, THRESHOLD, 30) == shared
-    assert max(map(len, shared)) <= 30 and len(set(map(len, shared))) > 1
+    made = roll_out(model, questions, wanted, threshold, 30, batch_tokens=250)
+    assert made == [roll_out(model, questions, [one], threshold, 30)[0] for one in wanted]
+    assert max(map(len, made)) <= 30 and len(set(map(len, made))) > 1
 
 
 def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
@@ -174,16 +165,6 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_p
     assert made == int((labels.rollout >= 0).sum()) + int((labels.llm_rollout >= 0).sum()) + 2 * 4
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_labels_of_one(tmp_path: Path) -> None:
-    invoke("demo", "--export", tmp_path / "data.jsonl", "--problems", 4, "--split", "train")
-    options = "--checker exact --max-new-tokens 30 --batch-tokens 1500 --rollouts 60 --device-map cpu --out"
-    command = ["label", save_demo_pair(tmp_path), "--data", tmp_path / "data.jsonl", *options.split()]
-    launching.run(launching.TWO, "-m", "citer_hf.cli", *command, tmp_path / "two")
-    launching.run(launching.ONE, "-m", "citer_hf.cli", *command, tmp_path / "one")
-    assert content(tmp_path / "two") == content(tmp_path / "one")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -210,37 +191,17 @@ def test_pairs_that_cannot_label_are_refused(tmp_path: Path) -> None:
         label(model, tmp_path / "out")
 
 
-def test_labels_that_are_not_finite_are_named_by_their_row(llamas: Any, tmp_path: Path) -> None:
-    shutil.copytree(llamas[1].directory, tmp_path / "labels")
-    (file,) = (tmp_path / "labels" / "data").iterdir()
-    table = pq.read_table(file).to_pydict()
-    table["slm_logprob"][4] = float("nan")
-    pq.write_table(pa.table(table, pq.read_schema(file)), file)
-    with pytest.raises(ValueError, match=r"data, row 5: slm_logprob is NaN or infinite\. Make the labels again"):
-        Labels.load(tmp_path / "labels")
-
-
-def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
+def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Labels]) -> None:
     pair, labels = llamas
-    shutil.copytree(labels.directory, tmp_path / "old")
-    info = json.loads((tmp_path / "old" / "labels.json").read_text())
-    # As labels.json was before it named the base models.
-    made_with = {role: info.pop(role)["sample_sha256"][:16] for role in ("slm", "llm")}
-    info |= {**info.pop("options"), "made_with": made_with}
-    del info["tokenizer_sha256"]
-    (tmp_path / "old" / "labels.json").write_text(json.dumps(info))
-    old, other, template = Labels.load(tmp_path / "old"), task_pair(), task_pair()
-    assert old.options["max_new_tokens"] == NEW
+    other, template = task_pair(), task_pair()
     template._tokenizer.chat_template = "{{ messages }}"
     other.llm.name_or_path = "moved"
-    for one in (labels, old):
-        one.check_pair(pair)
-        one.check_pair(other)
+    labels.check_pair(pair)
+    labels.check_pair(other)
     with pytest.raises(ValueError, match=r"pair's tokenizer and chat template, but those in .* were made with others"):
         labels.check_pair(template)
     with torch.no_grad():
         other.llm.lm_head.weight.add_(1)
-    for one in (labels, old):
-        where = rf"expected labels that were made with this pair's LLM moved, but those in {one.directory} were"
-        with pytest.raises(ValueError, match=where):
-            one.check_pair(other)
+    where = rf"expected labels that were made with this pair's LLM moved, but those in {labels.directory} were"
+    with pytest.raises(ValueError, match=where):
+        labels.check_pair(other)

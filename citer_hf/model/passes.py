@@ -1,0 +1,166 @@
+"""How a model runs over sequences that stand at different places: alone, or several slots as a rectangle."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from .compiled import Workspace
+from .schedule import Pace
+from .sequence import Sequence
+from .slots import Masks
+from .support import is_plain, why_not_placed
+
+Part = tuple[Sequence, int, int]  # a sequence, and from which place to which its tokens are processed
+
+
+class Passes:
+    """Passes of both models over sequences in slots.
+
+    Args:
+        model: The pair.
+        slots: Number of slots.
+        caches: Of both models, by role.
+        capacity: Places of a slot; `None`: the memory grows.
+        pace: Measured times, which say what filling up a rectangle costs.
+        work: Passes with fixed shapes, compiled.
+    """
+
+    def __init__(
+        self, model: Any, slots: int, caches: dict[str, Any], capacity: int | None, pace: Pace, work: Workspace | None
+    ):
+        self.model, self.slots, self.caches, self.pace, self.work = model, slots, caches, pace, work
+        self.device = model.slm.device
+        self.calls = dict.fromkeys(caches, 0)
+        self.timed = True  # whether the last pass takes as long as others like it
+        models = {role: getattr(model, role) for role in caches}
+        self.together = {role: not why_not_placed(one) for role, one in models.items()}
+        self.masks = {role: Masks.of(one, caches[role]) for role, one in models.items()}
+        # One place more than the longest sequence has, for tokens that only fill up a rectangle.
+        fixed = capacity + 1 if work is None and capacity is not None else work and work.capacity
+        self.capacity = {role: fixed or cache.get_seq_length() for role, cache in caches.items()}
+        self._plain = all(map(is_plain, models.values()))
+
+    def run(self, role: str, parts: list[Part], columns: list[int], decides: bool = False) -> Any:
+        """Run a model over tokens of some sequences, and keep columns, counted from the last.
+
+        Returns:
+            Logits `[parts, columns, vocabulary]`, and for the SLM where it decides the scores `[parts, columns]`.
+        """
+        end = max(end for _, _, end in parts)
+        if end >= self.capacity[role]:
+            self.capacity[role] = end + end // 8 + 64
+        width = max(end - start for _, start, end in parts)
+        self.timed = True
+        if self.work is not None and self.work.takes(role, width):
+            inputs = self._lay_out(role, parts, self.work.width(role, width), range(self.slots))
+            logits, scores, self.timed = self.work.run(self.model, role, inputs, columns)
+            self.calls[role] += 1
+            found = [(parts, *selected([one.slot for one, _, _ in parts], logits, scores))]
+        else:
+            groups = self._rectangles(role, parts)
+            self.calls[role] += len(groups)
+            self.timed = len(groups) == 1
+            found = []
+            for group in groups:
+                run = self._run_alone if len(group) == 1 else self._run_together
+                found.append((group, *run(role, group, columns, decides)))
+        for one, start, place in parts:
+            one.seen[role] = place
+            one.passes[role].append((start, place))
+        if len(found) == 1 and found[0][0] == parts:
+            return found[0][1:]
+        order = [part for group, _, _ in found for part in group]
+        rows = [order.index(part) for part in parts]
+        logits = torch.cat([logits for _, logits, _ in found])
+        return selected(rows, logits, torch.cat([scores for *_, scores in found]) if decides else None)
+
+    def _rectangles(self, role: str, parts: list[Part]) -> list[list[Part]]:
+        """Return the parts in groups, each a rectangle of slots and tokens, so that few tokens fill up rectangles."""
+        if not self.together[role]:
+            return [[part] for part in parts]
+        if len({end - start for _, start, end in parts}) == 1:
+            return [parts]
+        # The longest come first; what is cut off by the best cut is a group, and the rest is cut again.
+        rest, groups, overhead = sorted(parts, key=lambda part: part[1] - part[2]), [], self.pace.overhead()
+        while rest:
+            cuts = range(1, len(rest) + 1)
+            areas = [area(rest[:cut]) + (overhead + area(rest[cut:]) if rest[cut:] else 0) for cut in cuts]
+            cut = areas.index(min(areas)) + 1
+            groups.append(rest[:cut])
+            rest = rest[cut:]
+        return groups
+
+    def _run_alone(self, role: str, parts: list[Part], columns: list[int], decides: bool) -> Any:
+        """Run a model over one sequence: its slot is all that the model sees, and the model makes its own masks."""
+        at, (one, start, end) = self.caches[role].at, parts[0]
+        at.slots, at.start, at.first, at.places = slice(one.slot, one.slot + 1), start, one.first, None
+        ids = torch.tensor([one.tokens[start - one.origin : end - one.origin]], device=self.device)
+        inputs = {"position_ids": torch.tensor([one.position(start, end)], device=self.device)}
+        if one.shown is not None:
+            shown = (one.shown + [True] * (end - one.begin))[one.first : end]
+            inputs["attention_mask"] = torch.tensor([shown], dtype=torch.long, device=self.device)
+        return self._call(role, ids, inputs, columns, decides)
+
+    def _run_together(self, role: str, parts: list[Part], columns: list[int], decides: bool) -> Any:
+        """Run a model over several slots, as a rectangle whose last columns align."""
+        slots, width = [one.slot for one, _, _ in parts], max(end - start for _, start, end in parts)
+        low, high, visible = min(slots), max(slots) + 1, max(end for _, _, end in parts)
+        at = self.caches[role].at
+        ids, places, last, positions, first = self._lay_out(role, parts, width, range(low, high)).to(self.device)
+        at.slots, at.places, at.visible = slice(low, high), places, visible
+        shown = None
+        if any(one.shown for one, _, _ in parts):
+            rows = [[True] * visible for _ in range(low, high)]
+            for one, _, _ in parts:
+                rows[one.slot - low][: one.begin] = (one.shown or [True] * one.begin)[:visible]
+            shown = torch.tensor(rows, device=self.device)
+        mask = self.masks[role](first[:, :1], last, visible, shown)
+        output = self._call(role, ids, {"attention_mask": mask, "position_ids": positions}, columns, decides)
+        return selected([slot - low for slot in slots], *output)
+
+    def _call(self, role: str, ids: torch.Tensor, inputs: dict[str, Any], columns: list[int], decides: bool) -> Any:
+        cache, width = self.caches[role], ids.shape[1]
+        cache.at.batch, cache.at.capacity = self.slots, self.capacity[role]
+        kept: Any = 1
+        if columns != [1]:
+            kept = torch.tensor([max(width - column, 0) for column in columns], device=self.device)
+        context: AbstractContextManager[Any] = torch.inference_mode() if self._plain else nullcontext()
+        try:
+            with context:
+                if role == "llm":
+                    return self.model.run_llm(ids, cache, kept, **inputs), None
+                slm = self.model.run_slm(ids, cache, kept, **inputs)
+                return slm.logits, self.model.router(slm.hidden, slm.logits) if decides else None
+        finally:
+            cache.at.slots = cache.at.places = None
+
+    def _lay_out(self, role: str, parts: list[Part], width: int, slots: range) -> torch.Tensor:
+        """Return ids, places, last places seen, positions, first places seen: `[5, slots, width]`."""
+        nowhere = self.capacity[role] - 1
+        rows = [[[0] * width, [nowhere] * width, [0] * width, [0] * width, [0] * width] for _ in slots]
+        for one, start, end in parts:
+            fill = width - (end - start)
+            positions = one.position(start, end)
+            # What only fills up the rectangle sees what the first token sees: a token that sees nothing gives NaN.
+            rows[one.slot - slots.start] = [
+                [0] * fill + one.tokens[start - one.origin : end - one.origin],
+                [nowhere] * fill + list(range(start, end)),
+                [start] * fill + list(range(start, end)),
+                positions[:1] * fill + positions,
+                [one.first] * width,
+            ]
+        return torch.tensor(rows).transpose(0, 1)
+
+
+def area(parts: list[Part]) -> int:
+    """Return how many tokens a rectangle over some slots has."""
+    slots, widths = [one.slot for one, _, _ in parts], [end - start for _, start, end in parts]
+    return (max(slots) - min(slots) + 1) * max(widths)
+
+
+def selected(rows: list[int], logits: torch.Tensor, scores: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    """Return these rows of logits and scores."""
+    if rows == list(range(len(logits))):
+        return logits, scores
+    return logits[rows], None if scores is None else scores[rows]

@@ -1,0 +1,165 @@
+"""Sequences that come and go: each gets what the naive loop gives, whoever else is there."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from citer_hf.model.engine import Engine
+from citer_hf.model.sampling import Choice, Stops
+from citer_hf.model.schedule import Pace
+from citer_hf.model.sequence import Sequence
+from tests.conftest import make_pair, random_prompts
+from tests.reference import naive_generate
+
+EOS = (2, 9)
+MODEL = make_pair("llama", "gemma3", hidden_size=48)
+
+
+def sequence(prompt: list[int], new: int = 12, threshold: float = 0.5, veto: float = 0.0, **options: Any) -> Sequence:
+    return Sequence(prompt, Stops(len(prompt) + new, EOS), threshold, veto, **options)
+
+
+def assert_naive(one: Sequence, prompt: list[int], new: int = 12) -> None:
+    expected = naive_generate(MODEL, prompt, new, one.threshold, EOS, one.veto)
+    assert one.finished and one.error is None and one.generated == expected.tokens
+    assert [each.to_llm for each in one.record] == expected.to_llm
+    assert [each.vetoed for each in one.record] == expected.vetoed
+
+
+@pytest.mark.parametrize(("slots", "capacity", "chunk"), [(1, None, 512), (3, None, 5), (4, 64, 512)])
+def test_a_queue_through_few_slots_gives_every_sequence_its_own_text(slots, capacity, chunk):
+    rng, engine = random.Random(0), Engine(MODEL, slots, capacity=capacity, chunk=chunk, pace=Pace(fixed_ratio=3.0))
+    prompts = random_prompts(tuple(rng.randint(1, 30) for _ in range(10)))
+    dials = [(rng.choice([0.0, 0.3, 0.7, 2.0]), rng.choice([0.0, 0.3, 1.0])) for _ in prompts]
+    sequences = [sequence(prompt, 12, *dial) for prompt, dial in zip(prompts, dials, strict=True)]
+    for one in sequences[:6]:
+        engine.submit(one)
+    for _ in range(9):
+        engine.step()
+    for one in sequences[6:]:
+        engine.submit(one)
+    engine.run()
+    for one, prompt in zip(sequences, prompts, strict=True):
+        assert_naive(one, prompt)
+    assert sorted(engine.free) == list(range(slots)) and not engine.active
+
+
+def test_a_prompt_that_begins_like_another_is_not_processed_again():
+    start, engine = random_prompts((40,))[0], Engine(MODEL, 2)
+    prompts = [start, start[:30], [*start, 5, 6], [*start[:20], 7, 8], start]
+    sequences = [sequence(prompt, threshold=0.5, veto=0.3) for prompt in prompts]
+    for one in sequences:
+        engine.submit(one)
+    engine.run()
+    for one, prompt in zip(sequences, prompts, strict=True):
+        assert_naive(one, prompt)
+    processed = [one.passes["slm"][0][1] - one.passes["slm"][0][0] for one in sequences]
+    assert processed == [40, 1, 2, 2, 1]
+
+
+def test_the_llm_processes_a_prompt_when_it_is_first_needed_and_never_at_threshold_0():
+    engine, one = Engine(MODEL, 1), sequence(random_prompts((20,))[0], threshold=0.0, veto=1.0)
+    engine.submit(one)
+    engine.run()
+    assert engine.calls["llm"] == 0 and one.veto == 0.0
+
+
+def test_long_prompts_are_processed_in_chunks_between_which_the_others_go_on():
+    engine, settled = Engine(MODEL, 2, chunk=8), []
+    first = sequence(random_prompts((6,))[0], 30, 0.0, on_settled=lambda one: settled.append(one))
+    first.stops = Stops(36)
+    second = sequence(random_prompts((80,))[0], 4, 0.0, on_settled=lambda one: settled.append(one))
+    engine.submit(first)
+    engine.step()
+    engine.submit(second)
+    engine.run()
+    assert settled.index(second) >= 10 - 1, "one token of the first between two chunks"
+
+
+def test_a_cancelled_sequence_frees_its_slot_and_cancelling_again_does_nothing():
+    prompts = random_prompts((5, 6, 7))
+    engine, sequences = Engine(MODEL, 1), [sequence(prompt, veto=0.3) for prompt in prompts]
+    for one in sequences:
+        engine.submit(one)
+    for _ in range(3):
+        engine.step()
+    for one in (sequences[0], sequences[1], sequences[0]):
+        engine.cancel(one)
+    assert sequences[0].finished and sequences[1].finished and sequences[0].error is None
+    engine.run()
+    assert_naive(sequences[2], prompts[2])
+    engine.cancel(sequences[2])
+    assert engine.free == [0]
+
+
+def breaks(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError("the lights went out")
+
+
+@pytest.mark.parametrize("what", ["callback", "processor", "criterion"])
+def test_what_raises_ends_its_own_sequence_and_the_others_go_on(what):
+    prompts = random_prompts((5, 6, 7))
+    engine, sequences = Engine(MODEL, 3), [sequence(prompt, veto=0.3) for prompt in prompts]
+    if what == "callback":
+        sequences[1].on_settled = breaks
+    elif what == "processor":
+        sequences[1].choice.processors = type(Choice().processors)([breaks])
+    else:
+        sequences[1].stops.others.append(breaks)
+    for one in sequences:
+        engine.submit(one)
+    engine.run()
+    assert sequences[1].finished and str(sequences[1].error) == "the lights went out"
+    for index in (0, 2):
+        assert_naive(sequences[index], prompts[index])
+
+
+def test_a_sequence_whose_prompt_does_not_fit_in_memory_is_refused_and_the_others_go_on(monkeypatch):
+    prompts = random_prompts((5, 60, 7))
+    engine, sequences = Engine(MODEL, 3), [sequence(prompt) for prompt in prompts]
+    run_slm = MODEL.run_slm
+
+    def small(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if ids.shape[1] > 40:
+            raise torch.OutOfMemoryError("out of memory")
+        return run_slm(ids, *args, **kwargs)
+
+    monkeypatch.setattr(MODEL, "run_slm", small)
+    for one in sequences:
+        engine.submit(one)
+    engine.run()
+    assert isinstance(sequences[1].error, torch.OutOfMemoryError) and sequences[1].generated == []
+    for index in (0, 2):
+        assert_naive(sequences[index], prompts[index])
+
+
+def test_what_does_not_fit_in_a_slot_is_an_error_that_says_so():
+    engine = Engine(MODEL, 1, capacity=16)
+    with pytest.raises(ValueError, match=r"tokens: this sequence may have 17 tokens, .* a slot holds 16"):
+        engine.submit(sequence(random_prompts((5,))[0], 12))
+    with pytest.raises(ValueError, match="tokens: expected at least one"):
+        engine.submit(sequence([], 12))
+    engine.submit(sequence(random_prompts((4,))[0], 12))
+    engine.run()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_what_a_seeded_sequence_draws_depends_on_nothing_but_its_seed(threshold):
+    prompts, drawn = random_prompts((5, 9, 12)), []
+
+    def seeded(prompt: list[int], seed: int, **options: Any) -> Sequence:
+        return sequence(
+            prompt, 12, threshold, 0.3, choice=Choice(generator=torch.Generator().manual_seed(seed)), **options
+        )
+
+    for slots, drafts in ((1, 0), (1, None), (2, None), (3, 1)):
+        engine = Engine(MODEL, slots)
+        sequences = [seeded(prompt, seed, max_drafts=drafts) for seed, prompt in enumerate(prompts)]
+        for one in sequences:
+            engine.submit(one)
+        engine.run()
+        drawn.append([one.generated for one in sequences])
+    assert all(texts == drawn[0] for texts in drawn[1:])
+    assert drawn[0] != [naive_generate(MODEL, prompt, 12, threshold, EOS, 0.3).tokens for prompt in prompts]
