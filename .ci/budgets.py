@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-# Lines; the package is to have at most 9 500 with the one decode loop.
-FILE, PACKAGE, TESTS = 450, 11_500, 10_000
+# Lines; the package is on its way to 9 500.
+FILE, PACKAGE, TESTS = 450, 11_400, 10_000
 
 
 def lines(*patterns: str) -> dict[str, int]:
