@@ -9,13 +9,12 @@ from transformers import PreTrainedConfig
 
 from citer_hf.costs import ModelCost, cost_of_config
 from citer_hf.model.configuration import context_length
+from citer_hf.model.sequence import MOST_DRAFTS
 
 from .bench import DEVICES, SHARES, BenchOptions, check_context
 
 # Seconds of a pass beside memory traffic, when it is replayed as a CUDA graph: the launch, sampling and the host.
 OVERHEAD = 1e-3
-# The most tokens of a draft.
-LONGEST = 32
 
 
 def settled(drafts: float, rejected: float) -> float:
@@ -36,7 +35,7 @@ class PassTimes:
         if share == 0:
             return self.slm_step, 0.0, 1.0
         # A draft is a number of tokens; or it ends when any sequence has a flagged one; or one sequence has several.
-        several: Sequence[float] = range(1, LONGEST + 1)
+        several: Sequence[float] = range(1, MOST_DRAFTS + 1)
         flagged = 1 - (1 - share) ** self.sequences
         drafts = [(tokens, settled(tokens, share * (1 - agreement))) for tokens in several]
         several = several if self.sequences == 1 else (1,)

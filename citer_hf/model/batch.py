@@ -1,7 +1,7 @@
 """How one call of `generate` fills the engine with its batch, and what it hands back."""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -20,15 +20,19 @@ KNOWN_KEYWORDS = {"attention_mask", "logits_to_keep", "position_ids", "use_cache
 KNOWN_KEYWORDS |= {"router_threshold", "llm_veto", "default_veto", "max_drafts"}
 
 
-def why_not_decoded(
-    model: Any,
-    prompt: torch.Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    settings: GenerationConfig,
-    kwargs: dict[str, Any],
-) -> str:
+class Call(NamedTuple):
+    """What transformers' `generate` gives to `_sample`."""
+
+    prompt: torch.Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    settings: GenerationConfig
+    kwargs: dict[str, Any]
+
+
+def why_not_decoded(model: Any, call: Call) -> str:
     """Return why only transformers' loop, which calls `forward` for every token, does what is asked; "" if not so."""
+    prompt, processors, criteria, settings, kwargs = call
     cache, batch = kwargs.get(CACHE), len(prompt)
     if cache is None or kwargs.get("use_cache") is False:
         return "there is no cache"
@@ -56,19 +60,13 @@ def why_not_decoded(
     return ""
 
 
-def decode(
-    model: Any,
-    prompt: torch.Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    settings: GenerationConfig,
-    kwargs: dict[str, Any],
-) -> CiterGenerateOutput | torch.Tensor:
+def decode(model: Any, call: Call) -> CiterGenerateOutput | torch.Tensor:
     """Decode the batch of one call of `generate`."""
+    prompt, _, _, settings, kwargs = call
     cache, streamer = kwargs[CACHE], kwargs.get("streamer")
     check_cache(cache, len(prompt))
     # 1. The batch as sequences, and as many slots.
-    sequences = sequences_of(model, prompt, processors, Stops.of(criteria), settings, kwargs)
+    sequences = sequences_of(model, call)
     longest = sequences[0].begin + sequences[0].stops.max_length - sequences[0].length
     if cache.max_cache_len is not None:
         # The last token of the longest sequence is processed by no model.
@@ -113,14 +111,9 @@ def decode(
     )
 
 
-def sequences_of(
-    model: Any,
-    prompt: torch.Tensor,
-    processors: LogitsProcessorList,
-    stops: Stops,
-    settings: GenerationConfig,
-    kwargs: dict[str, Any],
-) -> list[Sequence]:
+def sequences_of(model: Any, call: Call) -> list[Sequence]:
+    prompt, processors, criteria, settings, kwargs = call
+    stops = Stops.of(criteria)
     cache, mask, (batch, width) = kwargs[CACHE], kwargs.get("attention_mask"), prompt.shape
     begin, length, llm_length = cache.routing.start, cache.get_seq_length(), cache.llm_length
     # 1. Which places hold tokens, and their positions.

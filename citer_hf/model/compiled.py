@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .compat import not_compiled
 from .routers import ROUTERS
+from .sequence import MOST_DRAFTS
 from .slots import Masks, Pass, SlotCache
 
 logger = logging.get_logger(__name__)
@@ -21,8 +22,6 @@ logger = logging.get_logger(__name__)
 # Tokens of a catch-up. What lies between two is filled up, since each is compiled on its own; on a GPU a pass over
 # four tokens takes as long as one over two.
 WIDTHS = (1, 4, 16, 64)
-# Last positions of a catch-up at which there are logits: no more tokens are ever judged.
-JUDGED = 32
 # Where `generate` of transformers compiles by itself.
 ACCELERATORS = ("cuda", "xpu", "neuron", "tpu")
 # A recorded graph: the first call compiles, the second warms up, the third records.
@@ -178,7 +177,8 @@ def slm_step(model: Any, work: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
 def llm_pass(model: Any, work: Workspace, width: int) -> torch.Tensor:
     """Run the LLM over what it has not seen of every slot: logits of the last positions."""
     ids, cache, inputs = work.at("llm", width)
-    return model.run_llm(ids, cache, min(width, JUDGED), **inputs)
+    # No more tokens are ever judged.
+    return model.run_llm(ids, cache, min(width, MOST_DRAFTS), **inputs)
 
 
 class CompiledSteps:

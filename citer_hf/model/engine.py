@@ -202,7 +202,7 @@ class Engine:
             one.tokens.append(token)
             if not flagged and one.veto == 0 and not one.drafts:
                 self._expected += 1
-                self._settle(one, Settled(score, kept=own), draft=False)
+                self._settle(one, Settled(score, kept=own))
                 continue
             one.drafts.append(Draft(flagged, score, own))
             self._expected += one.survival
@@ -221,7 +221,7 @@ class Engine:
         self._spent, self._expected, self._steps = 0.0, 0.0, 0
 
     def _call_is_due(self, judged: list[Sequence]) -> bool:
-        if any(one.max_drafts is not None and one.flagged > one.max_drafts for one in judged):
+        if any(one.needs_verdict for one in judged):
             return True
         able = [one.survival for one in self.active if one.may_draft]
         tokens = sum(one.unread("llm") for one in judged)
@@ -320,19 +320,17 @@ class Engine:
         kept = [(raw[row], scores[row]) if one.keeps_logits else () for row, (one, _) in enumerate(positions)]
         return kept, scores, tokens  # type: ignore[return-value]
 
-    def _settle(self, one: Sequence, settled: Settled, draft: bool = True) -> None:
+    def _settle(self, one: Sequence, settled: Settled) -> None:
         """Make the first unsettled token final, and end the sequence there if it ends."""
-        if draft:
-            one.drafts.pop(0)
+        # A token that needs no verdict was never a draft.
+        del one.drafts[:1]
         one.record.append(settled)
         count = len(one.record)
         one.choice.forget(count - 1)
         try:
             if one.on_settled is not None:
                 one.on_settled(one)
-            assert one.prompt is not None
-            token, length = one.tokens[one.begin - one.origin + count - 1], one.prompt.shape[1] + count
-            ends = one.stops.reached(length, token)
+            ends = one.stops.reached(one.length - len(one.drafts), one.last)
             if one.stops.others and not ends:
                 kept = tuple(each.kept[1][None] for each in one.record) if one.keeps_logits else None
                 ends = bool(one.stops.others(one.prefix(count), kept).all())

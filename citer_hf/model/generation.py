@@ -11,7 +11,7 @@ from transformers.generation import StoppingCriteriaList
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
 
-from .batch import decode, why_not_decoded
+from .batch import Call, decode, why_not_decoded
 from .cache import CiterCache, Routing, check_cache
 from .compat import CACHE, CiterBeamOutput, CiterGenerateOutput, cache_of, with_both_names, with_cache_name
 from .routers import as_threshold, as_veto
@@ -208,9 +208,10 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         begin_record(input_ids, generation_config, kwargs)
-        reason = why_not_decoded(self, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+        call = Call(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+        reason = why_not_decoded(self, call)
         if not reason:
-            return decode(self, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+            return decode(self, call)
         kwargs = self._as_plain_citer(reason, input_ids, kwargs)
         finished = FinishedRows(stopping_criteria)
         return super()._sample(

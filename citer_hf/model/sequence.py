@@ -109,16 +109,16 @@ class Sequence:
         return self.tokens[len(self.tokens) - len(self.drafts) - 1]
 
     @property
-    def flagged(self) -> int:
-        """Number of flagged tokens whose verdict is open."""
-        return sum(draft.flagged for draft in self.drafts)
+    def needs_verdict(self) -> bool:
+        """Whether the SLM has drafted past as many flagged tokens as it may."""
+        return self.max_drafts is not None and sum(draft.flagged for draft in self.drafts) > self.max_drafts
 
     @property
     def may_draft(self) -> bool:
         """Whether the SLM may write another token before the LLM has its word."""
         if not self.drafts:
             return True
-        if len(self.drafts) >= MOST_DRAFTS or (self.max_drafts is not None and self.flagged > self.max_drafts):
+        if len(self.drafts) >= MOST_DRAFTS or self.needs_verdict:
             return False
         return not self.stops.reached(self.length, self.tokens[-1])
 
