@@ -142,7 +142,8 @@ class ForcedPair(CiterForCausalLM):
 
     def _force(self, role: str, logits: torch.Tensor, cache: Any, positions: torch.Tensor) -> torch.Tensor:
         """Make the planned tokens behind these positions the likeliest, and return whether they are flagged."""
-        slots = getattr(getattr(cache, "at", None), "slots", None) or slice(None)
+        slots = getattr(getattr(cache, "at", None), "slots", None)
+        slots = slice(None) if slots is None else slots
         flagged = self.plan.flagged[slots]
         number = (positions + 1 - self.plan.prompts[slots]).clamp(0, flagged.shape[1] - 1)
         if self.plan.tokens:

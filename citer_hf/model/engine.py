@@ -269,7 +269,8 @@ class Engine:
         for (row, index), token, stand, own_logits in zip(judged, best.tolist(), stands, kept, strict=True):
             verdicts[row][index] = token, stand, own_logits
         if self.passes.timed and not all(start < one.begin for one, start, _ in parts):
-            self.pace.calls.add(time.perf_counter() - began, sum(end - start for _, start, end in parts))
+            seconds, tokens = time.perf_counter() - began, sum(end - start for _, start, end in parts)
+            self.pace.calls.add(seconds / self.passes.rectangles, tokens / self.passes.rectangles)
         # 4. Walk along every sequence up to the first token that is replaced.
         for one, given in zip(sequences, verdicts, strict=True):
             self._walk(one, given)

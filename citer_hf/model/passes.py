@@ -32,7 +32,8 @@ class Passes:
         self.model, self.slots, self.caches, self.pace, self.work = model, slots, caches, pace, work
         self.device = model.slm.device
         self.calls = dict.fromkeys(caches, 0)
-        self.timed = True  # whether the last pass takes as long as others like it
+        self.timed = True  # whether the last run took as long as others like it
+        self.rectangles = 1  # passes of the last run
         models = {role: getattr(model, role) for role in caches}
         self.together = {role: not why_not_placed(one) for role, one in models.items()}
         self.masks = {role: Masks.of(one, caches[role]) for role, one in models.items()}
@@ -51,7 +52,7 @@ class Passes:
         if end >= self.capacity[role]:
             self.capacity[role] = end + end // 8 + 64
         width = max(end - start for _, start, end in parts)
-        self.timed = True
+        self.timed, self.rectangles = True, 1
         if self.work is not None and self.work.takes(role, width):
             inputs = self._lay_out(role, parts, self.work.width(role, width), range(self.slots))
             logits, scores, self.timed = self.work.run(self.model, role, inputs, columns)
@@ -60,7 +61,7 @@ class Passes:
         else:
             groups = self._rectangles(role, parts)
             self.calls[role] += len(groups)
-            self.timed = len(groups) == 1
+            self.rectangles = len(groups)
             found = []
             for group in groups:
                 run = self._run_alone if len(group) == 1 else self._run_together
@@ -85,7 +86,7 @@ class Passes:
         rest, groups, overhead = sorted(parts, key=lambda part: part[1] - part[2]), [], self.pace.overhead()
         while rest:
             cuts = range(1, len(rest) + 1)
-            areas = [area(rest[:cut]) + (overhead + area(rest[cut:]) if rest[cut:] else 0) for cut in cuts]
+            areas = [area(rest[:cut]) + (overhead if rest[cut:] else 0) + area(rest[cut:]) for cut in cuts]
             cut = areas.index(min(areas)) + 1
             groups.append(rest[:cut])
             rest = rest[cut:]
@@ -106,18 +107,20 @@ class Passes:
         """Run a model over several slots, as a rectangle whose last columns align."""
         slots, width = [one.slot for one, _, _ in parts], max(end - start for _, start, end in parts)
         low, high, visible = min(slots), max(slots) + 1, max(end for _, _, end in parts)
+        # Slots next to each other are a view, in which few may idle; others are copied together.
+        rows = list(range(low, high)) if 4 * (high - low) <= 5 * len(slots) else slots
         at = self.caches[role].at
-        ids, places, last, positions, first = self._lay_out(role, parts, width, range(low, high)).to(self.device)
+        ids, places, last, positions, first = self._lay_out(role, parts, width, rows).to(self.device)
         at.slots, at.places, at.visible = slice(low, high), places, visible
+        if rows is slots:
+            at.slots = torch.tensor(slots, device=self.device)
         shown = None
         if any(one.shown for one, _, _ in parts):
-            rows = [[True] * visible for _ in range(low, high)]
-            for one, _, _ in parts:
-                rows[one.slot - low][: one.begin] = (one.shown or [True] * one.begin)[:visible]
-            shown = torch.tensor(rows, device=self.device)
+            seen = {one.slot: ((one.shown or []) + [True] * visible)[:visible] for one, _, _ in parts}
+            shown = torch.tensor([seen.get(slot, [True] * visible) for slot in rows], device=self.device)
         mask = self.masks[role](first[:, :1], last, visible, shown)
         output = self._call(role, ids, {"attention_mask": mask, "position_ids": positions}, columns, decides)
-        return selected([slot - low for slot in slots], *output)
+        return selected([rows.index(slot) for slot in slots], *output)
 
     def _call(self, role: str, ids: torch.Tensor, inputs: dict[str, Any], columns: list[int], decides: bool) -> Any:
         cache, width = self.caches[role], ids.shape[1]
@@ -135,28 +138,27 @@ class Passes:
         finally:
             cache.at.slots = cache.at.places = None
 
-    def _lay_out(self, role: str, parts: list[Part], width: int, slots: range) -> torch.Tensor:
+    def _lay_out(self, role: str, parts: list[Part], width: int, slots: list[int] | range) -> torch.Tensor:
         """Return ids, places, last places seen, positions, first places seen: `[5, slots, width]`."""
         nowhere = self.capacity[role] - 1
-        rows = [[[0] * width, [nowhere] * width, [0] * width, [0] * width, [0] * width] for _ in slots]
+        rows = {slot: [[0] * width, [nowhere] * width, [0] * width, [0] * width, [0] * width] for slot in slots}
         for one, start, end in parts:
             fill = width - (end - start)
             positions = one.position(start, end)
             # What only fills up the rectangle sees what the first token sees: a token that sees nothing gives NaN.
-            rows[one.slot - slots.start] = [
+            rows[one.slot] = [
                 [0] * fill + one.tokens[start - one.origin : end - one.origin],
                 [nowhere] * fill + list(range(start, end)),
                 [start] * fill + list(range(start, end)),
                 positions[:1] * fill + positions,
                 [one.first] * width,
             ]
-        return torch.tensor(rows).transpose(0, 1)
+        return torch.tensor(list(rows.values())).transpose(0, 1)
 
 
 def area(parts: list[Part]) -> int:
-    """Return how many tokens a rectangle over some slots has."""
-    slots, widths = [one.slot for one, _, _ in parts], [end - start for _, start, end in parts]
-    return (max(slots) - min(slots) + 1) * max(widths)
+    """Return how many tokens a rectangle has."""
+    return len(parts) * max((end - start for _, start, end in parts), default=0)
 
 
 def selected(rows: list[int], logits: torch.Tensor, scores: torch.Tensor | None) -> tuple[torch.Tensor, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 # An LLM that is slower than its SLM is taken for at least so many times as slow: before its first call, and where
 # models are so small that calls take mostly overhead.
 LEAST_RATIO = 12
-# Before that is measured, a pass takes as long as so many more tokens.
+# A pass takes at least as long as so many more tokens would.
 OVERHEAD = 32
 # What was measured long ago counts less: sequences grow, and other work comes and goes.
 FADING_TIMES, FADING_VERDICTS = 0.98, 0.995
@@ -27,7 +27,7 @@ class Durations:
     def __init__(self) -> None:
         self.count = self._seconds = self._tokens = self._squares = self._products = 0.0
 
-    def add(self, seconds: float, tokens: int) -> None:
+    def add(self, seconds: float, tokens: float) -> None:
         """Add a pass over so many tokens."""
         new = (1.0, seconds, tokens, tokens * tokens, tokens * seconds)
         old = (self.count, self._seconds, self._tokens, self._squares, self._products)
@@ -95,14 +95,15 @@ class Pace:
             expected: Tokens that this cycle is expected to settle.
         """
         if self.fixed_ratio is not None:
-            step, call, spent = 1.0, self.fixed_ratio, float(steps)
+            more, call, spent = 1.0, self.fixed_ratio, float(steps)
         else:
-            step = self.steps.of(len(survivals))
-            call = self.calls.of(tokens)
+            step, call = self.steps.of(len(survivals)), self.calls.of(tokens)
+            # The LLM processes what is drafted.
+            more = step + self.calls.of(tokens + len(survivals)) - call
             call = call if 0 < call < step else max(call, LEAST_RATIO * step)
-        return sum(survivals) * (spent + call) <= expected * step
+        return sum(survivals) * (spent + call) <= expected * more
 
     def overhead(self) -> float:
         """Return how many more tokens take as long as a pass does beside its tokens."""
         measured = None if self.fixed_ratio is not None else self.calls.overhead()
-        return OVERHEAD if measured is None else measured
+        return max(OVERHEAD, measured or 0)

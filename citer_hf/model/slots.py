@@ -14,7 +14,7 @@ States = tuple[torch.Tensor, torch.Tensor]
 class Pass:
     """Where the tokens of the next pass stand. Without slots: behind the last token of a batch in lock-step."""
 
-    slots: slice | None = None  # the slots that take part
+    slots: slice | torch.Tensor | None = None  # the slots that take part: next to each other, or anywhere
     start: int = 0  # place of the first new token, where one slot takes part
     first: int = 0  # first place that is shown, where one slot takes part
     places: torch.Tensor | None = None  # place of each new token, [slots, tokens], where several take part
@@ -46,8 +46,10 @@ class SlotLayer(DynamicLayer):
                 return super().update(key_states, value_states, *args, **kwargs)
             return self._append(key_states, value_states)
         self.reserve(key_states, value_states, at.batch, at.capacity)
+        assert self.buffers is not None
+        if isinstance(at.slots, torch.Tensor):
+            return self._gather(at.slots.to(key_states.device), (key_states, value_states))
         if self._slots[0] != at.slots:
-            assert self.buffers is not None
             self._slots = at.slots, tuple(buffer[at.slots] for buffer in self.buffers)
         if at.places is None:
             shown = (write(*both, at.start, at.first) for both in zip(self._slots[1], (key_states, value_states)))  # noqa: B905
@@ -57,6 +59,15 @@ class SlotLayer(DynamicLayer):
                 slots.scatter_(-2, index.expand_as(states), states)
             shown = (slots.narrow(-2, 0, at.visible) for slots in self._slots[1])
         return tuple(shown)  # type: ignore[return-value]
+
+    def _gather(self, slots: torch.Tensor, states: States) -> States:
+        """Write the new keys and values of slots anywhere; return copies of what these slots show."""
+        assert self.at.places is not None and self.buffers is not None
+        places = self.at.places.to(slots.device)
+        for buffer, new in zip(self.buffers, states, strict=True):
+            buffer[slots[:, None], :, places] = new.transpose(1, 2)
+        keys, values = (buffer.narrow(-2, 0, self.at.visible).index_select(0, slots) for buffer in self.buffers)
+        return keys, values
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         length = super().get_seq_length()

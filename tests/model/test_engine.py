@@ -46,6 +46,32 @@ def test_a_queue_through_few_slots_gives_every_sequence_its_own_text(slots, capa
     assert sorted(engine.free) == list(range(slots)) and not engine.active
 
 
+@pytest.mark.parametrize("families", [("llama", "gemma3"), ("gpt2", "mistral")])
+def test_sequences_in_slots_far_apart_are_processed_alone(families):
+    model = make_pair(*families, hidden_size=48)
+    engine, prompts, rows = Engine(model, 7, pace=Pace(fixed_ratio=3.0)), random_prompts((9, 5, 7, 6, 5, 8, 4)), []
+    lengths = (16, 1, 1, 16, 1, 1, 16)
+    sequences = [
+        Sequence(prompt, Stops(len(prompt) + new), 0.6, 0.3) for prompt, new in zip(prompts, lengths, strict=True)
+    ]
+    for one in sequences:
+        engine.submit(one)
+    while len(engine.active) != 3:
+        engine.step()
+    watched = [
+        getattr(model, role).register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        for role in ("slm", "llm")
+    ]
+    engine.run()
+    for hook in watched:
+        hook.remove()
+    assert max(rows) <= 3
+    for one, prompt, new in zip(sequences, prompts, lengths, strict=True):
+        assert one.generated == naive_generate(model, prompt, new, 0.6, (), 0.3).tokens
+
+
 def test_a_prompt_that_begins_like_another_is_not_processed_again():
     start, engine = random_prompts((40,))[0], Engine(MODEL, 2)
     prompts = [start, start[:30], [*start, 5, 6], [*start[:20], 7, 8], start]

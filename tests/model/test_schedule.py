@@ -87,3 +87,14 @@ def test_an_llm_that_was_not_measured_or_hardly_takes_longer_is_taken_for_a_slow
         assert both[0] == both[1]
     pace.calls.add(1.5, 4)
     assert pace.call_is_due([0.5], 3, 3.0, 4, 5.0) == slow.call_is_due([0.5], 3, 3.0, 4, 5.0)
+
+
+def test_drafts_of_many_sequences_are_fewer_where_the_llm_is_bound_by_arithmetic():
+    due = []
+    for slope in (0.0, 0.5):
+        pace = Pace()
+        pace.steps.add(1.0, 8)
+        for tokens in (8, 64, 256):
+            pace.calls.add(20.0 + slope * tokens, tokens)
+        due.append(pace.call_is_due([0.3] * 8, 3, 3.0, 32, 20.0))
+    assert due == [False, True]
