@@ -4,10 +4,9 @@ A checker sees the response alone: a prompt that comes before it is cut off, so 
 which no answer can be found is wrong, whatever the right answer is.
 """
 
-import importlib
-import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import sys
 import threading
@@ -15,8 +14,8 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Number
 
+from ..runs import import_extra
 from .examples import Choices, Example, last_boxed
 
 
@@ -63,14 +62,11 @@ def get_checker(name: str) -> Checker:
     """
     if ":" in name:
         return _custom(name)
-    if name == "math" and importlib.util.find_spec("math_verify") is None:
-        raise ImportError("math-verify is not installed: pip install 'citer-hf[train]'")
-    if name in CHECKERS:
-        return CHECKERS[name]
-    raise ValueError(
-        f"checker: there is no {name!r}. Choose {', '.join(CHECKERS)}, or name a function of your own as "
-        "package.module:function."
-    )
+    if name == "math":
+        import_extra("math_verify", "train")
+    if name not in CHECKERS:
+        raise ValueError(f"checker: there is no {name!r}. Choose {', '.join(CHECKERS)}, or package.module:function.")
+    return CHECKERS[name]
 
 
 def check_math(response: str, example: Example) -> Verdict:
@@ -136,13 +132,11 @@ def normalized(text: str) -> str:
 
 def _custom(name: str) -> Checker:
     """Make a checker of a user's function; modules in the current directory are found too."""
-    module, _, attribute = name.partition(":")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module), attribute)
-        parameters = list(inspect.signature(function).parameters.values())
-        inspect.signature(function).bind("", "")
+        function = pkgutil.resolve_name(name)
+        _, second, *_ = inspect.signature(function).parameters
     except (AttributeError, ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(
             f"checker {name}: expected module:function, a function of (response, answer) or (response, example) in "
@@ -150,24 +144,20 @@ def _custom(name: str) -> Checker:
         ) from error
     finally:
         sys.path.remove(here)
-    wants_example = len(parameters) > 1 and parameters[1].name == "example"
 
     def check(response: str, example: Example) -> Verdict:
         text = response.removeprefix(example.prompt or "")
-        found = function(text, example if wants_example else answer_of(name, example))
-        if found is None:
-            return NOTHING
-        if not isinstance(found, (bool, Number)) or found not in (True, False):
+        found = function(text, example if second == "example" else answer_of(name, example))
+        if found not in (True, False, None):
             raise ValueError(f"checker {name}: row {example.row}: expected True, False or None, got {found!r}.")
-        return Verdict(bool(found), text.strip())
+        return Verdict(bool(found), None if found is None else text.strip())
 
     return check
 
 
 def same_expression(answer: str, response: str) -> tuple[bool, str | None]:
     """Compare what a response says with an answer by math-verify, and return what was found in the response."""
-    import math_verify  # type: ignore[import-untyped]
-
+    math_verify = import_extra("math_verify", "train")
     # math-verify keeps time with signals, which the main thread alone receives.
     seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
     given = math_verify.parse(response, parsing_timeout=seconds)
@@ -178,8 +168,7 @@ def same_expression(answer: str, response: str) -> tuple[bool, str | None]:
 def answer_of(checker: str, example: Example) -> str:
     if not example.answer:
         raise ValueError(
-            f"row {example.row}: it has no answer for the checker {checker} to compare with. Name its column: "
-            "columns={'answer': 'COLUMN'} (--map answer=COLUMN)."
+            f"row {example.row}: no answer for the checker {checker}. Name its column: --map answer=X."
         )
     return example.answer
 

@@ -34,13 +34,20 @@ def encode(
         # A reference ends at its first EOS, which is added when there is none.
         ends = [index for index, token in enumerate(response_ids) if token in stops]
         response_ids = response_ids[: ends[0] + 1] if ends else [*response_ids, stops[0]]
-    _check_vocabulary(example, tokenizer, prompt_ids + response_ids, stops, vocab_size)
+    # Some tokenizers, such as GPT-2's, name EOS as the unknown token and never need one.
+    unknown = {tokenizer.unk_token_id} - {*stops, tokenizer.bos_token_id}
+    ids = prompt_ids + response_ids
+    for place, token in enumerate(ids):
+        if token in unknown or (vocab_size is not None and token >= vocab_size):
+            raise ValueError(
+                f"row {example.row}: token {token} in {_text(tokenizer, ids[max(place - 5, 0) : place + 6])!r} is "
+                "unknown to the tokenizer or to one of the models. Leave the row out, or use the pair's tokenizer."
+            )
     # Without a reference, one new token must fit into the context.
     if max_length is not None and len(prompt_ids) + max(len(response_ids), 1) > max_length:
-        rest = f"{len(response_ids)} of reference" if response_ids else "a new one"
         raise ValueError(
-            f"row {example.row}: {len(prompt_ids)} tokens of prompt and {rest} are more than the context of "
-            f"{max_length}. Leave the row out, shorten it, or take a pair with a longer context."
+            f"row {example.row}: {len(prompt_ids)} tokens of prompt and {max(len(response_ids), 1)} after it are more "
+            f"than the context of {max_length}. Leave the row out, or shorten it."
         )
     return Encoded(example, prompt_ids, response_ids)
 
@@ -63,11 +70,10 @@ def _stops(tokenizer: Any, eos_token_id: int | Sequence[int] | None) -> list[int
     """Return the tokens that end a text, the one to add first."""
     given = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
     own = tokenizer.eos_token_id
-    if own is not None and (own in given or not given):
-        given = [own, *(stop for stop in given if stop != own)]
-    if not given:
+    stops = sorted(given, key=lambda stop: stop != own) or [own]
+    if stops == [None]:
         raise ValueError("eos_token_id: neither the generation config nor the tokenizer has one; a text must end.")
-    return given
+    return stops
 
 
 def _prompt(example: Example, tokenizer: Any) -> tuple[list[int], str]:
@@ -85,17 +91,12 @@ def _prompt(example: Example, tokenizer: Any) -> tuple[list[int], str]:
 def _render(example: Example, tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"row {example.row} is a chat, and the tokenizer has no chat template. Set tokenizer.chat_template, or "
-            "give prompts as text."
-        )
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
-        raise ValueError(f"row {example.row}: the chat template refuses the messages: {error}") from error
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"row {example.row}: the chat template cannot render the messages: {error}") from error
 
 
 def _continuation(example: Example, tokenizer: Any, special: list[int], text: str) -> list[int]:
@@ -125,23 +126,3 @@ def _continuation(example: Example, tokenizer: Any, special: list[int], text: st
         f"row {example.row}: the tokenizer joins the end of the prompt, {text[-20:]!r}, with the start of the "
         f"reference, {following[:20]!r}, and has no tokens that end in between. Put white space between them."
     )
-
-
-def _check_vocabulary(
-    example: Example, tokenizer: Any, ids: list[int], stops: list[int], vocab_size: int | None
-) -> None:
-    """Raise an error for text that the tokenizer does not know, and for tokens that the pair does not know."""
-    if vocab_size is not None and max(ids) >= vocab_size:
-        beyond = next(token for token in ids if token >= vocab_size)
-        raise ValueError(
-            f"row {example.row}: token {beyond} ({_text(tokenizer, [beyond])!r}) is not among the {vocab_size} that "
-            "both models know. Is this the pair's tokenizer?"
-        )
-    unknown = tokenizer.unk_token_id
-    # Some tokenizers, such as GPT-2's, name EOS as the unknown token and never need one.
-    if unknown is not None and unknown in ids and unknown not in (*stops, tokenizer.bos_token_id):
-        near = _text(tokenizer, ids[max(ids.index(unknown) - 5, 0) : ids.index(unknown) + 6])
-        raise ValueError(
-            f"row {example.row}: the tokenizer does not know all of the text ({near!r}). Leave the row out, or take a "
-            "pair whose tokenizer knows it."
-        )

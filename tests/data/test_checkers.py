@@ -81,8 +81,8 @@ def test_what_sympy_never_finishes_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_checker_that_is_not_there_is_explained_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"there is no 'maths'. Choose math, choice, exact, or .*module:function"):
         get_checker("maths")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"^math-verify is not installed: pip install 'citer-hf\[train\]'$"):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"^math_verify is not installed: pip install 'citer-hf\[train\]'$"):
         get_checker("math")
 
 
@@ -130,7 +130,7 @@ def test_a_prompt_satisfies_no_checker(name: str, prompt: str) -> None:
 
 @pytest.mark.parametrize("name", ["math", "choice", "exact"])
 def test_an_example_without_an_answer_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"row 1: it has no answer for the checker {name} .*--map answer=COLUMN"):
+    with pytest.raises(ValueError, match=rf"row 1: no answer for the checker {name}. Name its column: --map"):
         get_checker(name)("None", example("", choices=CHOICES))
 
 
@@ -160,7 +160,7 @@ def test_an_own_checker_is_found_in_the_current_directory_and_sees_the_response_
     assert check("6", example("5")) == Verdict(False, "6")
     assert get_checker("own_checks:row")("x", example(None)).correct
     assert get_checker("own_checks:silent")("x", example("5")) == Verdict(False, None)
-    with pytest.raises(ValueError, match="row 1: it has no answer for the checker own_checks:same"):
+    with pytest.raises(ValueError, match="row 1: no answer for the checker own_checks:same"):
         check("x", example(None))
     with pytest.raises(ValueError, match="row 1: expected True, False or None, got 'yes'"):
         get_checker("own_checks:vague")("x", example("5"))
@@ -173,8 +173,8 @@ def test_an_own_checker_that_cannot_be_called_is_explained() -> None:
         ("half:f", "SyntaxError"),
         ("own_checks:nothing", "AttributeError: .*'nothing'"),
         ("own_checks:text", "TypeError: 'no function' is not a callable"),
-        ("own_checks:lonely", "TypeError: too many positional arguments"),
-        (":f", "ValueError: Empty module name"),
+        ("own_checks:lonely", "ValueError: not enough values"),
+        (":f", "ValueError: invalid format"),
     ):
         with pytest.raises(ValueError, match=f"checker {name}: expected module:function, .* got {message}"):
             get_checker(name)

@@ -82,7 +82,7 @@ def test_outputs_stop_where_the_context_is_full_and_a_prompt_that_fills_it_is_na
     decoded = decode(pair, PROMPTS, router_threshold=0.5, max_new_tokens=8)
     for place, prompt in enumerate(PROMPTS):
         assert decoded[place].tokens == naive_generate(pair, prompt, min(8, 14 - len(prompt)), 0.5)[0]
-    with pytest.raises(ValueError, match=r"^row 12: 14 tokens of prompt and a new one .* context of 14"):
+    with pytest.raises(ValueError, match=r"^row 12: 14 tokens of prompt and 1 after it .* context of 14"):
         encode_prompts(pair, examples((3, 14)), LetterTokenizer())
 
 

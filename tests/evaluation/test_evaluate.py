@@ -202,7 +202,7 @@ def test_a_checker_that_raises_is_named_with_the_row(pair: Any):
         ({"vetoes": (0.3, 1.1)}, r"^llm_veto: expected a number from 0 .* got 1.1"),
         ({"thresholds": (0.5,)}, r"^thresholds: they are those of the pair's own router"),
         ({"examples": []}, r"^examples: expected at least one"),
-        ({"examples": examples(answer=None)}, r"^row 11: it has no answer"),
+        ({"examples": examples(answer=None)}, r"^row 11: no answer"),
     ],
 )
 def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):
