@@ -167,9 +167,7 @@ def same_expression(answer: str, response: str) -> tuple[bool, str | None]:
 
 def answer_of(checker: str, example: Example) -> str:
     if not example.answer:
-        raise ValueError(
-            f"row {example.row}: no answer for the checker {checker}. Name its column: --map answer=X."
-        )
+        raise ValueError(f"row {example.row}: no answer for the checker {checker}. Name its column: --map answer=X.")
     return example.answer
 
 
