@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import logging
 import math
 import os
 import platform
@@ -13,15 +12,22 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from .model.routers import as_threshold
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
+from safetensors.torch import load_file, save
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-logger = logging.getLogger(__name__)
+from . import __version__
+from .model.routers import as_threshold
 
 # --- Options of a command ------------------------------------------------------------------------------------------
 
@@ -48,22 +54,16 @@ class CommandOptions:
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`, and move what is made there to `path`; on an error nothing is left behind."""
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is at `path` only when it is complete; on an error nothing is left behind."""
     made = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield made
+        with made.open("wb") as file:
+            yield file
         made.replace(path)
     except BaseException:
-        shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that is at `path` only when it is complete."""
-    with beside(path) as made, made.open("wb") as file:
-        yield file
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,7 +100,7 @@ WORK, ARGUMENTS = ".work", "arguments.json"
 
 
 class Work:
-    """Results of units of work (tables of pyarrow, or JSON), kept in `out/.work` and divided among processes."""
+    """Results of units of work (tensors, numbers, lists), kept in `out/.work` and divided among processes."""
 
     progress: "Progress"
 
@@ -126,17 +126,16 @@ class Work:
     def run(self, name: str, units: Sequence[Any], compute: Callable[[Any], Any]) -> list[Any]:
         """Compute the units that nobody has computed yet, and return the results of all, in order."""
         (self.folder / name).mkdir(exist_ok=True)
+        paths = [self.folder / name / f"{number:06d}.pt" for number in range(len(units))]
         self.progress.begin(name, math.ceil(len(units) / self.processes))
         for number in range(self.process, len(units), self.processes):
-            if self._find(name, number) is None:
-                value, path = compute(units[number]), self.folder / name / f"{number:06d}.json"
-                if type(value).__module__.startswith("pyarrow"):
-                    write_table(value, path.with_suffix(".parquet"))
-                else:
-                    write_json(path, {"value": value})
+            if not paths[number].exists():
+                value = compute(units[number])
+                with atomic_write(paths[number]) as file:
+                    torch.save(value, file)
             self.progress.advance()
         self.wait()
-        return [self._read(name, number) for number in range(len(units))]
+        return [torch.load(path, mmap=True, weights_only=True) for path in paths]
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return one result, computed by the main process unless it is kept already."""
@@ -147,18 +146,6 @@ class Work:
         if self.processes > 1:
             with explained():
                 process_state().wait_for_everyone()
-
-    def _find(self, name: str, number: int) -> Path | None:
-        paths = (self.folder / name / f"{number:06d}{suffix}" for suffix in (".json", ".parquet"))
-        return next((path for path in paths if path.exists()), None)
-
-    def _read(self, name: str, number: int) -> Any:
-        path = self._find(name, number)
-        if path is None:
-            raise FileNotFoundError(f"{self.folder / name}: unit {number} is gone. Run the same command to resume.")
-        if path.suffix == ".json":
-            return read_json(path)["value"]
-        return importlib.import_module("pyarrow.parquet").read_table(path, memory_map=True)
 
 
 @contextmanager
@@ -184,44 +171,31 @@ def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str,
         )
 
 
-def write_table(table: Any, path: Path) -> None:
-    with atomic_write(path) as file:
-        importlib.import_module("pyarrow.parquet").write_table(table, file)
-
-
 # --- Progress -------------------------------------------------------------------------------------------------------
 
 
 class Progress:
     """A bar on stderr; where that is no terminal, one line for every kind of work."""
 
-    def __init__(self, bar: Any, shown: bool, by_thread: bool):
-        self._bar, self._task, self._shown, self._by_thread = bar, bar.add_task("", total=None), shown, by_thread
+    def __init__(self, shown: bool):
+        self._shown, self._bar = shown, tqdm(disable=True)
 
-    def begin(self, description: str, total: int | None) -> None:
-        self._bar.reset(self._task, description=description, total=total)
-        if self._shown and self._bar.disable:
-            print(description if total is None else f"{description}: {total}", file=sys.stderr)
+    def begin(self, description: str, total: int) -> None:
+        self._bar.close()
+        if self._shown and not sys.stderr.isatty():
+            print(f"{description}: {total}", file=sys.stderr)
+        self._bar = tqdm(desc=description, total=total, leave=False, disable=None if self._shown else True)
 
-    def advance(self, done: int = 1) -> None:
-        self._bar.advance(self._task, done)
-        if not self._by_thread:
-            self._bar.refresh()
+    def advance(self) -> None:
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
 
 
-@contextmanager
-def progress_bar(shown: bool = True, by_thread: bool = True) -> Iterator[Progress]:
-    """Show how far a run is, with an estimate of the time left; a thread that draws slows down what is timed."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    counts, passed, left = MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    columns = ("{task.description:24}", BarColumn(), counts, passed, "passed,", left, "left")
-    disable = not (shown and console.is_terminal)
-    with Bar(*columns, console=console, transient=True, auto_refresh=by_thread, disable=disable) as bar:
-        yield Progress(bar, shown, by_thread)
+def progress_bar(shown: bool = True) -> "closing[Progress]":
+    """Show how far a run is, with an estimate of the time left."""
+    return closing(Progress(shown))
 
 
 # --- Processes ------------------------------------------------------------------------------------------------------
@@ -234,20 +208,11 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZ
 
 def process_state() -> Any:
     """Return accelerate's `PartialState`: which of how many processes this is; the first call connects them."""
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
     if PartialState._shared_state:
         return PartialState()
     # accelerate takes a machine without accelerator for a single process, unless it is told.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     launched = any(name in os.environ for name in LAUNCHED)
-    if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and not launched:
-        logger.warning(
-            "accelerate has started one process: with --cpu it starts several through MPI alone. Start them with "
-            "`accelerate launch --multi_gpu --num_processes N` (on a CPU too) or `torchrun --nproc-per-node N`."
-        )
     return PartialState(cpu=on_cpu, **({"timeout": LONGEST_WAIT} if launched else {}))
 
 
@@ -258,16 +223,14 @@ def explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ConnectionError(
-            "Another process has ended before its work was done; the reason is above. What is done is kept: run the "
-            f"same command to resume. ({str(error).strip().splitlines()[0]})"
+            "Another process has ended before its work was done; the reason is above. Run the same command to resume. "
+            f"({str(error).strip().splitlines()[0]})"
         ) from error
 
 
 @contextmanager
 def alone() -> Iterator[None]:
     """Make `Trainer` take this process for the only one: it must not wait for the others."""
-    from accelerate.state import AcceleratorState
-
     hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -286,11 +249,6 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 def provenance(model: Any, options: Any = None) -> dict[str, Any]:
     """Return what a run was made with: router, base models, versions, machine, date and options (a dataclass)."""
-    import torch
-    import transformers
-
-    from . import __version__
-
     return {
         "router_sha256": router_sha256(model.router),
         "router": {"name": anonymous(model.name_or_path), "type": model.config.router["type"]},
@@ -322,8 +280,6 @@ def base_models(model: Any) -> dict[str, dict[str, Any]]:
 
 def sample_sha256(model: Any) -> str:
     """Return the sha256 of about 32 numbers of each weight, in whatever precision and place a model is loaded."""
-    import torch
-
     digest = hashlib.sha256(str(model.config.model_type).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -339,8 +295,6 @@ def sha256_of(value: Any) -> str:
 
 def router_sha256(router: Any) -> str | None:
     """Return the sha256 of the `model.safetensors` that a router is saved as, or `None` for one without weights."""
-    from safetensors.torch import save
-
     tensors = router if isinstance(router, Mapping) else router.state_dict(prefix="router.")
     own = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if key.startswith("router.")}
     return hashlib.sha256(save(own, metadata={"format": "pt"})).hexdigest() if own else None
@@ -348,19 +302,16 @@ def router_sha256(router: Any) -> str | None:
 
 def file_sha256(path: Path) -> str | None:
     """Return the sha256 of the router in a `model.safetensors`, which may hold base models too."""
-    from safetensors.torch import load_file
-
     return router_sha256(load_file(path)) if path.is_file() else None
 
 
 def machine(device: Any) -> dict[str, Any]:
     """Return kind and name of a device, and the number of threads."""
-    import torch
-
     about = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
-    name = found.group(1) if found else platform.processor() or platform.machine()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    name = found[1] if found else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
 
 

@@ -89,10 +89,10 @@ def test_routers_of_other_directories_are_compared(work: Path, tmp_path: Path) -
         ),
         (
             "evaluate {work}/pair --data {work}/test.jsonl --checker math --out {tmp}/x --methods bild,co-llm",
-            "there is no 'co-llm' without labels",
+            "without labels (--baselines), got bild, co-llm",
         ),
         ("calibrate {work}/pair --data {work}/test.jsonl", "expected exactly one"),
-        ("calibrate demo --data {work}/test.jsonl --llm-share 0.2 --write", "Copy the directory"),
+        ("calibrate demo --data {work}/test.jsonl --llm-share 0.2 --write", "calibrate the copy"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(work: Path, tmp_path: Path, arguments: str, message: str) -> None:

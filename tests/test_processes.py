@@ -60,7 +60,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(data, resul
     arguments = evaluation(data, tmp_path / "out")
     process = start(TWO, *arguments)
     work = tmp_path / "out" / ".work" / "models alone"
-    while process.poll() is None and len(list(work.glob("*.json"))) < 2:
+    while process.poll() is None and len(list(work.glob("*.pt"))) < 2:
         time.sleep(0.02)
     workers = [one for one in psutil.Process(process.pid).children() if "evaluate" in one.cmdline()]
     assert len(workers) == 2
@@ -69,9 +69,9 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(data, resul
     assert process.returncode != 0
     assert "SIGKILL" in said or "Another process has ended" in said
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)
-    done = {path: path.stat().st_mtime_ns for path in work.glob("*.json")}
+    done = {path: path.stat().st_mtime_ns for path in work.glob("*.pt")}
     assert done and not (tmp_path / "out" / "results.json").exists()
-    assert all(json.loads(path.read_text()) for path in done)
+    assert all(torch.load(path) for path in done)
     run(ONE, *arguments)
     assert measured(tmp_path / "out")[0] == results_of_one
 

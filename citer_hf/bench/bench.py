@@ -224,7 +224,7 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> R
     dtypes = {role: str(getattr(model, role).dtype).removeprefix("torch.") for role in ("slm", "llm")}
     report = Report(name or model.name_or_path, {**asdict(wanted), "prompt_length": lengths, "dtype": dtypes})
     try:
-        with ways.greedy_without_end(model), progress_bar(sys.stderr.isatty(), by_thread=False) as progress:
+        with ways.greedy_without_end(model), progress_bar(sys.stderr.isatty()) as progress:
             _measure(model, wanted, batches, report, progress)
     except KeyboardInterrupt:
         report.interrupted = True

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from ..runs import import_extra
 from .examples import Choices, Example, last_boxed
@@ -21,15 +22,10 @@ from .examples import Choices, Example, last_boxed
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision of a checker.
-
-    Attributes:
-        correct: True if the response gives the right answer.
-        extracted: The answer that was found in the response, or None.
-    """
+    """The decision of a checker."""
 
     correct: bool
-    extracted: str | None
+    extracted: str | None  # the answer that was found in the response
 
 
 Checker = Callable[[str, Example], Verdict]
@@ -67,6 +63,14 @@ def get_checker(name: str) -> Checker:
     if name not in CHECKERS:
         raise ValueError(f"checker: there is no {name!r}. Choose {', '.join(CHECKERS)}, or package.module:function.")
     return CHECKERS[name]
+
+
+def named(checker: Checker | str) -> tuple[str, Checker]:
+    """Return the name of a checker and the checker, given either; a function's name has its module."""
+    if isinstance(checker, str):
+        return checker, get_checker(checker)
+    of: Any = checker if hasattr(checker, "__qualname__") else type(checker)
+    return f"{of.__module__}:{of.__qualname__}", checker
 
 
 def check_math(response: str, example: Example) -> Verdict:

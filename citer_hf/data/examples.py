@@ -32,25 +32,15 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a task.
+    """One example of a task: a text to continue, or a chat to answer."""
 
-    Attributes:
-        id: The row's own id, or else its number.
-        row: Number of the row in its file, from 1: for messages.
-        prompt: The text to continue, or None for a chat.
-        messages: The chat to answer, without the reference turn, or None for a text.
-        response: The reference: exactly the text that follows the prompt, or the content of the assistant's turn.
-        answer: The answer that a checker compares with.
-        choices: Label and text of every choice.
-    """
-
-    id: str
-    row: int
+    id: str  # the row's own, or else its number
+    row: int  # from 1: for messages
     prompt: str | None = None
-    messages: Messages | None = None
-    response: str | None = None
-    answer: str | None = None
-    choices: Choices | None = None
+    messages: Messages | None = None  # without the reference turn
+    response: str | None = None  # the reference: what follows the prompt, or the content of the assistant's turn
+    answer: str | None = None  # what a checker compares with
+    choices: Choices | None = None  # label and text of each
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,10 @@ def _prompt(example: Example, tokenizer: Any) -> tuple[list[int], str]:
     if example.messages is not None:
         # A chat template puts BOS there itself.
         return [], _render(example, tokenizer, example.messages, add_generation_prompt=True)
-    if not example.prompt:
-        raise ValueError(f"row {example.row} has no prompt.")
-    bare, full = (_ids(tokenizer, example.prompt, special) for special in (False, True))
+    text = str(example.prompt)
+    bare, full = (_ids(tokenizer, text, special) for special in (False, True))
     starts = range(len(full) - len(bare) + 1)
-    return full[: next((start for start in starts if full[start : start + len(bare)] == bare), 0)], example.prompt
+    return full[: next((start for start in starts if full[start : start + len(bare)] == bare), 0)], text
 
 
 def _render(example: Example, tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:

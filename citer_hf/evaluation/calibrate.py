@@ -1,6 +1,6 @@
 """`calibrate`: the threshold for a budget, an LLM share or a fraction of the LLM's accuracy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from citer_hf import runs
-from citer_hf.data.checkers import Checker
+from citer_hf.data.checkers import Checker, named
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 
 from .decode import DecodeOptions, encode_prompts, score_outputs, threshold_for_share
-from .evaluate import Evaluation, Grader
+from .evaluate import Evaluation
 from .results import bootstrap_interval
 
 # The most thresholds that are tried for a share, and the difference at which it is near enough.
@@ -36,41 +36,22 @@ class CalibrateOptions(DecodeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.wanted) != 1:
-            raise ValueError(f"llm_share, accuracy: expected exactly one, got {sorted(self.wanted) or 'neither'}.")
-        for name, value in self.wanted.items():
-            if not 0 < value < 1:
-                raise ValueError(f"{name}: expected a number above 0 and below 1, such as 0.2 or 0.95, got {value!r}.")
-
-    @property
-    def wanted(self) -> dict[str, float]:
-        budgets = {"llm_share": self.llm_share, "accuracy": self.accuracy}
-        return {name: value for name, value in budgets.items() if value is not None}
+        given = [one for one in (self.llm_share, self.accuracy) if one is not None]
+        if len(given) != 1 or not 0 < given[0] < 1:
+            raise ValueError(f"llm_share, accuracy: expected exactly one, above 0 and below 1, got {given}.")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, and what decoding with it gave on the problems.
-
-    Args:
-        threshold: The threshold.
-        llm_share: The LLM share, with its 95 % interval in `llm_share_ci`.
-        problems: The number of problems.
-        accuracy: The accuracy, with its 95 % interval in `accuracy_ci`, when there was a checker.
-        llm_accuracy: The accuracy of the LLM alone, when an accuracy was wanted.
-        wanted: The budget, by its name.
-        data_sha256: The sha256 of the problems and their prompts.
-    """
+    """A threshold, and what decoding with it gave on the problems, with 95 % intervals."""
 
     threshold: float
     llm_share: float
     llm_share_ci: tuple[float, float]
     problems: int
-    accuracy: float | None = None
+    accuracy: float | None = None  # with a checker
     accuracy_ci: tuple[float, float] | None = None
-    llm_accuracy: float | None = None
-    wanted: Mapping[str, float] | None = None
-    data_sha256: str | None = None
+    llm_accuracy: float | None = None  # of the LLM alone, when an accuracy was wanted
 
     def summary(self) -> str:
         """Return the threshold, LLM share and accuracy as text."""
@@ -84,13 +65,9 @@ class Calibration:
     def write(self, directory: str | Path) -> None:
         """Write the threshold into a router repository, and the calibration into its `provenance.json`.
 
-        Args:
-            directory: The router repository, which is not the one in the installed package.
-
         Raises:
             FileNotFoundError: when the directory holds no `config.json`.
-            ValueError: when the directory is part of the installed package or of the Hub's cache, or when one of its
-                files is broken. All files are as they were then.
+            ValueError: when it is part of the installed package or of the Hub's cache, or a file is broken.
         """
         directory = Path(directory)
         _check_directory(directory)
@@ -106,18 +83,13 @@ class Calibration:
 
 
 def _check_directory(name: str | Path) -> None:
-    directory = Path(name)
+    directory = Path(name).resolve()
     if not str(name) or not (directory / "config.json").is_file():
-        raise FileNotFoundError(
-            f"write: expected a router repository on this machine, with a config.json, got {str(name)!r}. Save the "
-            "pair with model.save_pretrained(DIR) and load it from there."
-        )
-    parents = (directory.resolve(), *directory.resolve().parents)
+        raise FileNotFoundError(f"write: expected the directory of a pair, with a config.json, got {str(name)!r}.")
+    parents = (directory, *directory.parents)
     if PACKAGE in parents or any(parent.name.startswith("models--") for parent in parents):
-        owner = "the installed package" if PACKAGE in parents else "the Hub's cache"
         raise ValueError(
-            f"write: {directory} is part of {owner}, which must not be changed. Copy the directory, and calibrate "
-            "the copy."
+            f"write: {name} is part of the installed package or of the Hub's cache. Copy it, and calibrate the copy."
         )
 
 
@@ -154,14 +126,13 @@ def calibrate(
         # Before hours of work.
         _check_directory(model.name_or_path)
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
-    grader = None if checker is None else Grader(checker, examples, tokenizer)
-    prompts = encode_prompts(model, examples, tokenizer)
+    prompts, check = encode_prompts(model, examples, tokenizer), None if checker is None else named(checker)[1]
     with runs.work_in(None, {}) as work:
-        trials = _Trials(Evaluation(model, prompts, grader, settings, work))
-        (budget, value), *_ = settings.wanted.items()
-        found = trials.for_share(value) if budget == "llm_share" else trials.for_accuracy(value)
-    data = [[asdict(example), prompt] for example, prompt in zip(examples, prompts, strict=True)]
-    found = replace(found, wanted=settings.wanted, data_sha256=runs.sha256_of(data))
+        trials = _Trials(Evaluation(model, examples, prompts, check, tokenizer, settings, work))
+        if settings.llm_share is not None:
+            found = trials.for_share(settings.llm_share)
+        else:
+            found = trials.for_accuracy(settings.accuracy or 0)
     if settings.write:
         found.write(model.name_or_path)
     return found
@@ -174,9 +145,8 @@ class _Trials:
         self.run = run
         self.tried: dict[float, Calibration] = {}
         (self.llm,) = run.decode("LLM alone", [(run.model, 0.0, 0.0, "llm")])
-        tokens, routers = [one.tokens for one in self.llm], {"of the pair": run.model.router}
-        (scores,) = score_outputs(run.model, routers, run.prompts, tokens).values()
-        self.scores = np.concatenate(scores)
+        tokens = [one.tokens for one in self.llm]
+        self.scores = np.concatenate(score_outputs(run.model, {"": run.model.router}, run.prompts, tokens)[""])
 
     def at(self, share: float) -> Calibration:
         """Decode with the threshold under which a share of the scores along the LLM's outputs lies."""
@@ -186,7 +156,7 @@ class _Trials:
             (outputs,) = self.run.decode(f"threshold {threshold:.9g}", [(self.run.model, *dials)])
             point = self.run.point(*dials[:2], outputs)
             by_llm, lengths = [sum(one.to_llm) for one in outputs], [len(one.to_llm) for one in outputs]
-            judged = self.run.grader is not None
+            judged = self.run.checker is not None
             self.tried[threshold] = Calibration(
                 threshold=threshold,
                 llm_share=point.llm_share,

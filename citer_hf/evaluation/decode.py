@@ -43,10 +43,7 @@ class DecodeOptions(CommandOptions):
 
 
 class Output(NamedTuple):
-    """The output for one prompt.
-
-    `seconds` are its share, by tokens, of the time of all; `passes` the places of its tokens in each pass of a model.
-    """
+    """The output for one prompt: `seconds` are its share of the time of all, `passes` its places in each pass."""
 
     tokens: list[int]
     to_llm: list[bool]
@@ -131,7 +128,9 @@ def slots_for(longest: int, batch_tokens: int) -> int:
     return max(batch_tokens // longest, 1)
 
 
-def cut(whole: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def units(whole: Sequence[Any], longest: int, batch_tokens: int) -> list[Sequence[Any]]:
+    """Divide sequences, the longest of which has so many tokens, into units of work for any number of processes."""
+    size = UNIT * slots_for(longest, batch_tokens)
     return [whole[start : start + size] for start in range(0, len(whole), size)]
 
 
@@ -188,10 +187,7 @@ def check_scores(name: str, scores: torch.Tensor) -> None:
     """Raise `ValueError` for scores that no threshold can be compared with."""
     bad = int(scores.isnan().sum())
     if bad:
-        raise ValueError(
-            f"router {name!r}: {bad} of {scores.numel()} scores are NaN. Its weights or the SLM's hidden states are "
-            "not finite; check how it was trained, and whether the SLM overflows in this dtype."
-        )
+        raise ValueError(f"router {name!r}: {bad} of {scores.numel()} scores are NaN. Check weights and dtype.")
 
 
 def spread_thresholds(scores: Sequence[float] | np.ndarray, shares: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from torch import nn
 
 from citer_hf import runs
 from citer_hf.costs import ModelCost, cost_of_model
-from citer_hf.data.checkers import Checker, Verdict, answer_of, get_checker
+from citer_hf.data.checkers import Checker, Verdict, answer_of, named
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
-from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, as_veto, defer
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_veto, defer
 
 from . import decode as decoding
 from . import results as figures
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EvaluateOptions(DecodeOptions):
     shares: tuple[float, ...] = runs.option(SHARES, "LLM shares at which points are wanted.", "P,...")
-    thresholds: tuple[float, ...] = runs.option((), "Thresholds of the pair's own router instead.", "X,...")
     vetoes: tuple[float, ...] = runs.option(
         (), "The LLM's vetoes, at each of which thresholds are swept. [default: the pair's]", "X,..."
     )
@@ -52,8 +51,6 @@ class EvaluateOptions(DecodeOptions):
         for share in self.shares:
             if not 0 < share < 1:
                 raise ValueError(f"shares: expected shares of LLM tokens above 0 and below 1, got {share!r}.")
-        for threshold in self.thresholds:
-            as_threshold(threshold)
         for veto in self.vetoes:
             as_veto(veto)
 
@@ -91,23 +88,23 @@ def evaluate(
 
     Raises:
         ValueError: for problems without answers, prompts that fill the context, options out of range, a router that
-            gives NaN, a checker that raises, or an `out` of other arguments.
+            gives NaN, or an `out` of other arguments.
         ConnectionError: when another process has ended before its work was done.
         FileExistsError: when `out` holds anything else.
     """
     settings = EvaluateOptions(**options)
     settings = replace(settings, vetoes=tuple(dict.fromkeys(settings.vetoes)) or (model.default_veto,))
     tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
-    grader = Grader(checker, examples, tokenizer)
+    name, check = named(checker)
+    for example in examples:
+        answer_of(name, example)
     prompts = decoding.encode_prompts(model, examples, tokenizer)
     routers = {method_name(model): model.router} if routers is None else routers
-    if settings.thresholds and all(router is not model.router for router in routers.values()):
-        raise ValueError(f"thresholds: they are those of the pair's own router, which is not among {sorted(routers)}.")
     routers = {name: router.to(model.slm.device) for name, router in routers.items()}
     data = [[asdict(example), prompt] for example, prompt in zip(examples, prompts, strict=True)]
     provenance = runs.provenance(model, settings) | {
         "problems": len(examples),
-        "checker": grader.name,
+        "checker": name,
         "data_sha256": runs.sha256_of(data),
         "routers_sha256": {
             method: runs.router_sha256(router)
@@ -123,7 +120,9 @@ def evaluate(
         return finished
 
     with runs.work_in(out, _arguments(provenance)) as work:
-        ends, methods = Evaluation(model, prompts, grader, settings, work).measure(routers, settings)
+        ends, methods = Evaluation(model, examples, prompts, check, tokenizer, settings, work).measure(
+            routers, settings
+        )
         results = figures.make_results(ends, methods, provenance | {"processes": work.processes})
         if out is not None and work.process == 0:
             write_report(results, out)
@@ -161,47 +160,6 @@ def _arguments(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {**(provenance.get("options") or {}), **models, **{name: provenance.get(name) for name in names}}
 
 
-class Grader:
-    """A checker that judges every output of every problem once."""
-
-    def __init__(self, checker: Checker | str, examples: Sequence[Example], tokenizer: Any):
-        self.name = checker if isinstance(checker, str) else name_of(checker)
-        for example in examples:
-            answer_of(self.name, example)
-        self.checker = get_checker(checker) if isinstance(checker, str) else checker
-        self.examples, self.tokenizer = examples, tokenizer
-        self.grade = cache(self._grade)
-
-    def _grade(self, place: int, output: tuple[int, ...]) -> Verdict:
-        response = self.tokenizer.decode(list(output), skip_special_tokens=True)
-        return judge(self.checker, response, self.examples[place])
-
-
-# The errors of a user's checker on a response that it did not expect.
-CHECKER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError)
-
-
-def judge(checker: Checker, response: str, example: Example) -> Verdict:
-    """Return the verdict of a checker, which may be a user's own, on one response."""
-    name, where = name_of(checker), f"at row {example.row} of the data ({example.id!r})"
-    try:
-        verdict = checker(response, example)
-    except (*CHECKER_ERRORS, TypeError, ValueError) as error:
-        raise ValueError(
-            f"checker {name}: it raised {type(error).__name__} ({error}) {where}. Make it judge any response, "
-            "also one without an answer, and run the same again: finished work is kept in the output directory."
-        ) from error
-    if not isinstance(verdict, Verdict):
-        raise TypeError(f"checker {name}: expected it to return a Verdict, got {type(verdict).__name__} {where}.")
-    return verdict
-
-
-def name_of(checker: Checker) -> str:
-    """Return the name by which a checker can be found: its module and its function or class."""
-    named: Any = checker if hasattr(checker, "__qualname__") else type(checker)
-    return f"{named.__module__}:{named.__qualname__}"
-
-
 class Graded(NamedTuple):
     """A judged output, with the LLM passes and the cost (bytes, operations) that it took."""
 
@@ -220,11 +178,13 @@ Way = tuple[CiterForCausalLM, float, float, Alone | None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Decodes all problems in different ways and judges the outputs, where there is a grader."""
+    """Decodes all problems in different ways and judges the outputs, where there is a checker."""
 
     model: CiterForCausalLM
+    examples: Sequence[Example]
     prompts: list[list[int]]
-    grader: Grader | None
+    checker: Checker | None
+    tokenizer: Any
     options: DecodeOptions
     work: runs.Work
 
@@ -252,8 +212,6 @@ class Evaluation:
             return first, {name: decoding.spread_thresholds(one, options.shares) for name, one in along.items()}
 
         first, thresholds = self.work.once("scores", scores)
-        own = [name for name, router in routers.items() if router is self.model.router and options.thresholds]
-        thresholds |= dict.fromkeys(own, sorted(set(options.thresholds)))
         thresholds |= {name: [LLM_ALONE] for name in routers if name == SPECULATIVE}
         # 3. The pair with every other router at each of its thresholds and vetoes.
         known = [(name, *one) for name in routers for one in methods_of(name, options.vetoes).items()]
@@ -283,13 +241,12 @@ class Evaluation:
     def decode(self, description: str, ways: Sequence[Way]) -> list[list[Graded]]:
         """Decode all problems in several ways; the processes divide units of problems that follow each other."""
         longest = max(map(len, self.prompts)) + self.options.max_new_tokens
-        # The units do not depend on the number of processes.
-        size = decoding.UNIT * decoding.slots_for(longest, self.options.batch_tokens)
-        parts = decoding.cut(range(len(self.prompts)), size)
+        parts = decoding.units(range(len(self.prompts)), longest, self.options.batch_tokens)
         done = iter(self.work.run(description, [(way, part) for way in ways for part in parts], self.decode_unit))
         return [[Graded(*output) for _ in parts for output in next(done)] for _ in ways]
 
-    def decode_unit(self, unit: tuple[Way, Sequence[int]]) -> list[Graded]:
+    def decode_unit(self, unit: tuple[Way, Sequence[int]]) -> list[tuple[Any, ...]]:
+        """Return the fields of `Graded` for each problem of a unit."""
         (model, threshold, veto, alone), places = unit
         outputs = decoding.decode(
             model,
@@ -306,11 +263,12 @@ class Evaluation:
         for place, (tokens, to_llm, seconds, passes) in zip(places, outputs, strict=True):
             cost = sum(figures.cost_of_passes(self.costs[role], passes[role]) for role in self.costs)
             cost = (cost + scoring * len(passes["slm"])).tolist()
-            verdict = (False, False)
-            if self.grader is not None:
-                found = self.grader.grade(place, tuple(tokens))
-                verdict = (bool(found.correct), found.extracted is not None)
-            graded.append(Graded(tokens, to_llm, seconds, len(passes["llm"]), cost, *verdict))
+            verdict = Verdict(False, None)
+            if self.checker is not None:
+                response = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                verdict = self.checker(response, self.examples[place])
+            judged = (bool(verdict.correct), verdict.extracted is not None)
+            graded.append((tokens, to_llm, seconds, len(passes["llm"]), cost, *judged))
         return graded
 
     def point(self, threshold: float, veto: float, outputs: Sequence[Graded]) -> Point:

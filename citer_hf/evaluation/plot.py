@@ -18,20 +18,17 @@ def draw(results: Results, path: Path) -> None:
     """Draw accuracy against LLM tokens, LLM passes and bytes, into a file that is whole or not there."""
     # A figure that needs no display.
     figure = import_extra("matplotlib.figure", "plot").Figure(figsize=INCHES, layout="constrained")
-    largest = results.ends["llm"].bytes
-    scale, unit = next(((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if largest >= size), (1e3, "kB"))
     costs = {
         "llm_share": (0.01, "tokens that the LLM decides (%)"),
         "llm_calls": (1.0, "LLM passes per token"),
-        "bytes": (scale, f"memory traffic per token, decoded alone ({unit})"),
+        "bytes": (1e6, "memory traffic per token, decoded alone (MB)"),
     }
     panels = figure.subplots(1, len(costs), sharey=True)
+    panels[0].set(ylabel="problems answered right (%)")
     for axes, (cost, (size, label)) in zip(panels, costs.items(), strict=True):
         _draw_curves(axes, results, cost, size)
         axes.set(xlabel=label)
-    left = panels[0]
-    left.set(ylabel="problems answered right (%)")
-    handles, labels = left.get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     # Results of earlier versions call the pair `model`.
     origin = results.provenance
@@ -50,13 +47,9 @@ def _draw_curves(axes: Any, results: Results, cost: str, scale: float) -> None:
         costs = [getattr(point, cost) / scale for point in points]
         low, high = ([point.accuracy_ci[side] * 100 for point in points] for side in (0, 1))
         axes.fill_between(costs, low, high, color=colour, alpha=0.13, linewidth=0)
-        accuracies, measured = [point.accuracy * 100 for point in points], [*range(1, len(points) - 1)]
-        style: dict[str, Any] = {
-            "color": colour,
-            "marker": mark,
-            "ls": "--" if of_method and of_method[0].veto else "-",
-        }
-        axes.plot(costs, accuracies, **style, markersize=5.5, markevery=measured, label=name)
+        style = "--" if of_method and of_method[0].veto else "-"
+        marks: dict[str, Any] = {"marker": mark, "markersize": 5.5, "markevery": [*range(1, len(points) - 1)]}
+        axes.plot(costs, [point.accuracy * 100 for point in points], color=colour, ls=style, label=name, **marks)
     for end, name, place in ((slm, "SLM alone", (9, -14)), (llm, "LLM alone", (-9, 9))):
         x, y = getattr(end, cost) / scale, end.accuracy * 100
         errors = [[y - end.accuracy_ci[0] * 100], [end.accuracy_ci[1] * 100 - y]]

@@ -107,18 +107,12 @@ def cost_at(
     return float(np.interp(wanted, accuracies[crossing], costs[crossing]))
 
 
-def _area(ends: Mapping[str, Point], points: Sequence[Point]) -> float | None:
-    """Return the area under accuracy, 0 for the SLM alone and 1 for the LLM alone, against the LLM share."""
-    slm, llm = ends["slm"].accuracy, ends["llm"].accuracy
-    if llm == slm:
-        return None
-    shares, accuracies = _curve(ends, points, "llm_share")
-    heights = (accuracies[1:] + accuracies[:-1]) / 2
-    return float((np.diff(shares) * (heights - slm)).sum() / (llm - slm))
-
-
 def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, Any]:
-    figures: dict[str, Any] = {"auc": _area(ends, points)}
+    # The area under accuracy, 0 for the SLM alone and 1 for the LLM alone, against the LLM share.
+    slm, llm = ends["slm"].accuracy, ends["llm"].accuracy
+    shares, accuracies = _curve(ends, points, "llm_share")
+    area = (np.diff(shares) * ((accuracies[1:] + accuracies[:-1]) / 2 - slm)).sum()
+    figures: dict[str, Any] = {"auc": None if llm == slm else float(area / (llm - slm))}
     for cost, name in COSTS.items():
         figures |= {f"{name}_at_{level}": cost_at(ends, points, level / 100, cost) for level in LEVELS}
     return figures | {"accuracy_at": {str(share): accuracy_at(ends, points, share) for share in MATCHED_SHARES}}
@@ -126,19 +120,12 @@ def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, A
 
 @dataclass(frozen=True)
 class Results:
-    """Accuracy and cost of several methods on the same problems, as `results.json` holds them.
+    """Accuracy and cost of several methods on the same problems, as `results.json` holds them."""
 
-    Args:
-        ends: The points of the SLM alone (`slm`) and of the LLM alone (`llm`).
-        methods: The points of every method, from few to many LLM tokens.
-        summary: The figures of every method: areas, costs of an accuracy, accuracies at a cost.
-        provenance: The router (`router_sha256`), base models with their commits, versions, machine, options, data.
-    """
-
-    ends: dict[str, Point]
-    methods: dict[str, list[Point]]
-    summary: dict[str, dict[str, Any]]
-    provenance: dict[str, Any]
+    ends: dict[str, Point]  # the SLM alone (`slm`) and the LLM alone (`llm`)
+    methods: dict[str, list[Point]]  # from few to many LLM tokens
+    summary: dict[str, dict[str, Any]]  # areas, costs of an accuracy, accuracies at a cost
+    provenance: dict[str, Any]  # router, base models, versions, machine, options, data
 
     def write(self, path: str | Path) -> None:
         """Write `results.json` to `path`, whole or not at all."""
@@ -158,9 +145,7 @@ class Results:
             methods = {name: [_point(one) for one in points] for name, points in values["methods"].items()}
             return cls(ends, methods, values["summary"], values["provenance"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: expected the results of `citer evaluate`, got a file without {error}."
-            ) from error
+            raise ValueError(f"{path}: expected the results of `citer evaluate`, got {error!r}.") from error
 
     def table(self) -> str:
         """Return all points, and the figures of every curve, as Markdown that is aligned for a terminal."""

@@ -17,21 +17,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from citer_hf import CiterForCausalLM
-from citer_hf.data.checkers import Checker, get_checker
+from citer_hf.data.checkers import Checker, named
 from citer_hf.data.examples import DataOptions, read_examples
 from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation import decode
-from citer_hf.evaluation.evaluate import judge, name_of
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, top_logprobs
 from citer_hf.runs import Work, option, provenance, sha256_of, work_in
 
-from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, token_table, tokenizer_sha256, write_labels
-
-# What is read before each token of a reference.
-COLUMNS = (
-    *("question", "position", "hidden", "top_logprobs", "case", "reference_token", "slm_token", "llm_token"),
-    *("slm_logprob", "llm_logprob", "score"),
-)
+from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, tokenizer_sha256, write_labels
 
 
 @dataclass(frozen=True)
@@ -66,14 +59,12 @@ def label_preferences(
         The labels, as `Labels.load(out)` returns them.
 
     Raises:
-        ValueError: for examples or options that cannot be used, a checker that raises, values that are not finite, or
-            a directory that was begun with other arguments.
+        ValueError: for examples or options that cannot be used, values that are not finite, or a directory that was
+            begun with other arguments.
         FileExistsError: when the directory holds something else, or finished labels.
     """
-    import pyarrow as pa
-
     settings, out = LabelOptions(**options), Path(out)
-    check, tokenizer = checker if callable(checker) else get_checker(checker), tokenizer_sha256(model)
+    (name, check), tokenizer = named(checker), tokenizer_sha256(model)
     needs, mapping = ("response", "answer"), settings.columns or {}
     examples = read_examples(dataset, mapping, split=settings.split, needs=needs, limit=settings.limit)
     longest, end = model.config.max_position_embeddings, model.generation_config.eos_token_id
@@ -87,7 +78,7 @@ def label_preferences(
     # Date and machine are left out: the labels are the same whenever and wherever they are made.
     info = {key: value for key, value in provenance(model, settings).items() if key not in ("date", "machine")}
     info |= {
-        "checker": checker if isinstance(checker, str) else name_of(checker).partition(":")[2],
+        "checker": name if isinstance(checker, str) else name.partition(":")[2],
         "examples": len(questions),
         "data_sha256": sha256_of([[vars(one.example), one.prompt_ids, one.response_ids] for one in questions]),
         "tokenizer_sha256": tokenizer,
@@ -96,26 +87,27 @@ def label_preferences(
     shaping |= {role: info[role]["sample_sha256"] for role in ("slm", "llm")}
     with work_in(out, {**vars(settings), **shaping, "router": dict(model.config.router)}) as work:
         policy = Policy(model, questions, check, threshold, max_new_tokens, settings.batch_tokens, work)
-        # 1. Both models along the references: a row per token.
-        table = pa.concat_tables(work.run("reading", decode.cut(range(len(questions)), policy.unit), policy.read))
-        names = ("question", "position", "case", "slm_token", "llm_token", "score")
-        columns = {name: torch.tensor(table[name].to_numpy()) for name in names}
+        # 1. Both models along the references, in columns over all their tokens.
+        columns = joined(work.run("reading", policy.units(range(len(questions))), policy.read))
+        case = columns["case"]
         # 2. Roll-outs at some tokens, and the answers of each model alone.
-        tokens = (columns["case"] != SLM_RIGHT).nonzero()[:, 0]
-        unsure = torch.logit(columns["score"], 1e-7) - torch.logit(torch.tensor(own), 1e-7)
+        tokens = (case != SLM_RIGHT).nonzero()[:, 0]
+        unsure = torch.logit(columns.pop("score"), 1e-7) - torch.logit(torch.tensor(own), 1e-7)
         tokens = least_sure(tokens, unsure.abs()[tokens], settings.rollouts, settings.seed)
         rollout, llm_rollout, extracted = policy.compare(columns, tokens)
         answers = {role: policy.answers(role) for role in ("slm", "llm")}
         # 3. Labels, -1 where nothing is known.
-        case = columns["case"]
-        label = torch.where(case == BOTH_WRONG, rollout, (case == SLM_RIGHT).long())
-        outcomes = {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}
+        label = torch.where(case == BOTH_WRONG, rollout, (case == SLM_RIGHT).to(torch.int8))
+        columns |= {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}
         counts = count(case, rollout, answers)
         info["counts"] = {**counts, "unextracted": 1 - sum(extracted) / max(len(extracted), 1)}
         if work.process == 0:
-            write_labels(out, info, table, outcomes, questions, answers)
-        del table
+            write_labels(out, info, columns, questions, answers)
     return Labels.load(out)
+
+
+def joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def least_sure(tokens: torch.Tensor, unsure: torch.Tensor, budget: int | None, seed: int = 0) -> torch.Tensor:
@@ -149,21 +141,16 @@ class Policy:
     batch_tokens: int
     work: Work
 
-    @property
-    def unit(self) -> int:
-        """The number of sequences in a unit of work, which does not depend on the number of processes."""
+    def units(self, whole: Sequence[Any]) -> list[Sequence[Any]]:
         longest = max(len(one.prompt_ids) for one in self.questions) + self.max_new_tokens
-        return decode.UNIT * decode.slots_for(longest, self.batch_tokens)
+        return decode.units(whole, longest, self.batch_tokens)
 
     @torch.inference_mode()
-    def read(self, batch: Sequence[int]) -> Any:
+    def read(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return what both models predict before each token of the references of some questions."""
-        return token_table(
-            {name: torch.cat(parts) for name, *parts in zip(COLUMNS, *map(self.read_one, batch), strict=True)}
-        )
+        return joined([self.read_one(index) for index in batch])
 
-    def read_one(self, index: int) -> list[torch.Tensor]:
-        """Return columns over the tokens of a reference."""
+    def read_one(self, index: int) -> dict[str, torch.Tensor]:
         model, question = self.model, self.questions[index]
         ids = torch.tensor([question.prompt_ids + question.response_ids], device=model.slm.device)
         count = len(question.response_ids)
@@ -177,20 +164,23 @@ class Policy:
         if not (hidden.half().isfinite().all() and torch.cat(logprobs).isfinite().all()):
             raise ValueError(
                 "model: NaN or infinite hidden states (kept in fp16, up to 65504) or log-probabilities at the example "
-                f"{question.example.id!r} (row {question.example.row}). Load the pair in a precision that it was "
-                "trained for, such as dtype='bfloat16', and check its weights."
+                f"{question.example.id!r}. Load the pair in another precision, such as dtype='bfloat16'."
             )
         case = torch.where(llm_token == reference, LLM_RIGHT, BOTH_WRONG)
-        return [
-            torch.full((count,), index),
-            torch.arange(count, dtype=torch.int32),
-            hidden.half(),
-            top_logprobs(slm_logits, TOP_LOGPROBS).half(),
-            torch.where(slm_token == reference, SLM_RIGHT, case).to(torch.int8),
-            *(one.int() for one in (reference, slm_token, llm_token)),
-            *logprobs,
-            model.router(hidden, slm_logits).float(),
-        ]
+        columns = {
+            "question": torch.full((count,), index),
+            "position": torch.arange(count, dtype=torch.int32),
+            "hidden": hidden.half(),
+            "top_logprobs": top_logprobs(slm_logits, TOP_LOGPROBS).half(),
+            "case": torch.where(slm_token == reference, SLM_RIGHT, case).to(torch.int8),
+            "reference_token": reference.int(),
+            "slm_token": slm_token.int(),
+            "llm_token": llm_token.int(),
+            "slm_logprob": logprobs[0],
+            "llm_logprob": logprobs[1],
+            "score": model.router(hidden, slm_logits).float(),
+        }
+        return {name: values.cpu() for name, values in columns.items()}
 
     def compare(
         self, columns: Mapping[str, torch.Tensor], tokens: torch.Tensor, when: str = ""
@@ -202,9 +192,9 @@ class Policy:
         made = self.outcomes(f"roll-outs of the SLM{when}", by_slm)
         failed = [other for one, other in zip(by_slm, by_llm, strict=True) if not made[one][0]]
         made |= self.outcomes(f"roll-outs of the LLM{when}", [one for one in failed if one not in made])
-        rollout, llm_rollout = (torch.full((len(columns["case"]),), -1) for _ in range(2))
-        rollout[tokens] = torch.tensor([int(made[one][0]) for one in by_slm])
-        llm_rollout[tokens[rollout[tokens] == 0]] = torch.tensor([int(made[one][0]) for one in failed])
+        rollout, llm_rollout = (torch.full((len(columns["case"]),), -1, dtype=torch.int8) for _ in range(2))
+        rollout[tokens] = torch.tensor([made[one][0] for one in by_slm], dtype=torch.int8)
+        llm_rollout[tokens[rollout[tokens] == 0]] = torch.tensor([made[one][0] for one in failed], dtype=torch.int8)
         return rollout, llm_rollout, [extracted for _, extracted in made.values()]
 
     def answers(self, role: str) -> list[bool]:
@@ -218,7 +208,7 @@ class Policy:
         # Roll-outs of a question follow each other, those from its longest states first: the engine copies the tokens
         # that a state has in common with one that it holds.
         wanted = sorted(wanted, key=lambda one: (one.question, -one.position))
-        units = decode.cut(wanted, self.unit)
+        units = self.units(wanted)
         judged = self.work.run(name, units, self.judge)
         return {
             one: (correct, extracted)
@@ -228,12 +218,37 @@ class Policy:
 
     def judge(self, batch: Sequence["RollOut"]) -> list[tuple[bool, bool]]:
         assert self.checker is not None
-        limits = (self.max_new_tokens, self.batch_tokens)
-        written = roll_out(self.model, self.questions, batch, self.threshold, *limits)
-        responses = self.model.load_tokenizer().batch_decode(written, skip_special_tokens=True)
+        responses = self.model.load_tokenizer().batch_decode(self.roll_out(batch), skip_special_tokens=True)
         examples = [self.questions[one.question].example for one in batch]
-        verdicts = [judge(self.checker, *one) for one in zip(responses, examples, strict=True)]
+        verdicts = [self.checker(*one) for one in zip(responses, examples, strict=True)]
         return [(bool(one.correct), one.extracted is not None) for one in verdicts]
+
+    def roll_out(self, batch: Sequence["RollOut"]) -> list[list[int]]:
+        """Take actions and let the policy write to the end; return whole responses."""
+        ends, limit = decode.end_tokens(self.model), self.model.config.max_position_embeddings or math.inf
+        # Responses up to the state, and the action.
+        responses = [
+            self.questions[one.question].response_ids[: one.position] + [one.token] * (one.token >= 0) for one in batch
+        ]
+        texts = [
+            self.questions[one.question].prompt_ids + response for one, response in zip(batch, responses, strict=True)
+        ]
+        going = [
+            index
+            for index, one in enumerate(batch)
+            if one.token not in ends and len(responses[index]) < self.max_new_tokens and len(texts[index]) < limit
+        ]
+        written = decode.decode(
+            self.model,
+            [texts[index] for index in going],
+            router_threshold=self.threshold,
+            max_new_tokens=[self.max_new_tokens - len(responses[index]) for index in going],
+            alone="slm" if self.threshold == SLM_ALONE else "llm" if self.threshold > 1 else None,
+            batch_tokens=self.batch_tokens,
+        )
+        for index, output in zip(going, written, strict=True):
+            responses[index] = responses[index] + output.tokens
+        return [response[: self.max_new_tokens] for response in responses]
 
 
 class RollOut(NamedTuple):
@@ -242,36 +257,3 @@ class RollOut(NamedTuple):
     question: int
     position: int
     token: int
-
-
-def roll_out(
-    model: CiterForCausalLM,
-    questions: Sequence[Encoded],
-    batch: Sequence[RollOut],
-    router_threshold: float,
-    max_new_tokens: int,
-    batch_tokens: int = decode.BATCH_TOKENS,
-) -> list[list[int]]:
-    """Take actions and let the policy, the pair at a threshold, write to the end; return whole responses."""
-    ends, limit = decode.end_tokens(model), model.config.max_position_embeddings or math.inf
-    # Responses up to the state, and the action.
-    responses = [
-        questions[one.question].response_ids[: one.position] + [one.token] * (one.token >= 0) for one in batch
-    ]
-    texts = [questions[one.question].prompt_ids + response for one, response in zip(batch, responses, strict=True)]
-    going = [
-        index
-        for index, one in enumerate(batch)
-        if one.token not in ends and len(responses[index]) < max_new_tokens and len(texts[index]) < limit
-    ]
-    written = decode.decode(
-        model,
-        [texts[index] for index in going],
-        router_threshold=router_threshold,
-        max_new_tokens=[max_new_tokens - len(responses[index]) for index in going],
-        alone="slm" if router_threshold == SLM_ALONE else "llm" if router_threshold > 1 else None,
-        batch_tokens=batch_tokens,
-    )
-    for index, output in zip(going, written, strict=True):
-        responses[index] = responses[index] + output.tokens
-    return [response[:max_new_tokens] for response in responses]

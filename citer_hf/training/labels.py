@@ -16,7 +16,7 @@ import torch
 from citer_hf import CiterForCausalLM
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
-from citer_hf.runs import base_models, import_extra, read_json, sha256_of, write_json, write_table
+from citer_hf.runs import atomic_write, base_models, import_extra, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,68 +30,54 @@ SHARD = 1 << 16
 CARD = Path(__file__).with_name("card.md")
 TOP_LOGPROBS = 8
 SLM_RIGHT, LLM_RIGHT, BOTH_WRONG = 1, 2, 3
-CASES = {
-    SLM_RIGHT: "the SLM's token is the reference",
-    LLM_RIGHT: "the LLM's is, the SLM's is not",
-    BOTH_WRONG: "neither is",
-}
 INTEGERS = ("position", "case", "reference_token", "slm_token", "llm_token", "label", "rollout", "llm_rollout")
 LOGPROBS = ("slm_logprob", "llm_logprob")
 VECTORS = ("hidden", "top_logprobs")
 
 
-def token_table(columns: Mapping[str, torch.Tensor]) -> pa.Table:
-    """Return columns `[tokens]` and `[tokens, width]` as a table."""
-
-    def array(values: torch.Tensor) -> pa.Array:
-        flat = pa.array(values.cpu().contiguous().numpy().reshape(-1))
-        return flat if values.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-    return pa.table({name: array(values) for name, values in columns.items()})
-
-
 def write_labels(
     out: Path,
     info: Mapping[str, Any],
-    table: pa.Table,
-    outcomes: Mapping[str, torch.Tensor],
+    columns: Mapping[str, torch.Tensor],
     questions: Sequence[Encoded],
     answers: Mapping[str, Sequence[bool]],
 ) -> None:
-    """Write shards, card and `labels.json`; outcomes are columns over the tokens of the table, -1 for unknown."""
-    for folder in ("data", "questions"):
-        (out / folder).mkdir(exist_ok=True)
+    """Write shards, card and, last, `labels.json`; columns `[tokens]` or `[tokens, width]` are over all references."""
     ids = np.array([one.example.id for one in questions])
-    columns = {name: table[name] for name in table.column_names if name != "score"}
-    columns["question"] = pa.array(ids[table["question"].to_numpy()])
-    columns |= {
-        name: pa.array(values.numpy(), pa.int8(), mask=values.numpy() < 0) for name, values in outcomes.items()
-    }
-    table = pa.table(columns)
-    starts = range(0, len(table), SHARD)
+    table = {name: _array(values) for name, values in columns.items()}
+    table["question"] = pa.array(ids[columns["question"].numpy()])
+    tokens, starts = pa.table(table), range(0, len(table["question"]), SHARD)
     for number, start in enumerate(starts):
-        write_table(table[start : start + SHARD], out / "data" / f"train-{number:05d}-of-{len(starts):05d}.parquet")
-    columns = {
+        _write(tokens[start : start + SHARD], out / "data" / f"train-{number:05d}-of-{len(starts):05d}.parquet")
+    asked = {
         "question": [one.example.id for one in questions],
         "prompt_ids": [one.prompt_ids for one in questions],
         "reference_ids": [one.response_ids for one in questions],
         **{f"{role}_correct": list(correct) for role, correct in answers.items()},
         "example": [json.dumps(vars(one.example)) for one in questions],
     }
-    write_table(pa.table(columns), out / "questions" / "train-00000-of-00001.parquet")
-    counts, cases = info["counts"], []
-    for case, meaning in CASES.items():
-        tokens, made, right = (counts[key][case] for key in ("cases", "rollouts", "right"))
-        share = f"{right / made:.1%}" if made else "–"
-        cases.append(f"| {case} | {meaning} | {tokens} | {tokens / counts['tokens']:.1%} | {made} | {share} |")
+    _write(pa.table(asked), out / "questions" / "train-00000-of-00001.parquet")
     card = CARD.read_text(encoding="utf-8").format(
-        **{**counts, "cases": "\n".join(cases)},
+        **info["counts"],
         router_threshold=info["options"]["router_threshold"],
         info=INFO,
         made_with=json.dumps({key: value for key, value in info.items() if key != "counts"}, indent=2),
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     write_json(out / INFO, info)
+
+
+def _array(values: torch.Tensor) -> pa.Array:
+    """Return a column of a table; outcomes are int8, and -1 where they are not known."""
+    numbers = values.numpy()
+    flat = pa.array(numbers.reshape(-1), mask=numbers < 0 if values.dtype == torch.int8 else None)
+    return flat if values.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with atomic_write(path) as file:
+        pq.write_table(table, file)
 
 
 @dataclass(frozen=True)
@@ -129,10 +115,9 @@ class Labels:
         """
         directory = Path(directory)
         if not (directory / INFO).is_file():
-            state = "holds no labels" if directory.is_dir() else "does not exist"
             raise FileNotFoundError(
-                f"labels: {directory} {state}: expected a directory that `citer label` has finished ({INFO} is its "
-                "last file). If it was interrupted, run the same `citer label` again."
+                f"labels: {directory} holds no labels: expected a directory that `citer label` has finished. If it "
+                "was interrupted, run the same `citer label` again."
             )
         tokens, asked = (pq.read_table(directory / folder) for folder in ("data", "questions"))
         numbers = {name: index for index, name in enumerate(asked["question"].to_pylist())}
@@ -154,23 +139,23 @@ class Labels:
 
     def check_pair(self, model: CiterForCausalLM) -> None:
         """Raise a `ValueError` unless the labels were made with this pair; its models may have moved."""
-        wanted = found = ""
-        for role, here in base_models(model).items():
-            there = self.info[role]
-            if here["sample_sha256"] != there["sample_sha256"]:
-                wanted, found = f"{role.upper()} {here['name']}", f"{there['name']} (other weights)"
-        if not wanted and self.info["tokenizer_sha256"] != tokenizer_sha256(model):
-            wanted, found = "tokenizer and chat template", "others"
-        if wanted:
+        different = [
+            f"{role.upper()} {here['name']}"
+            for role, here in base_models(model).items()
+            if here["sample_sha256"] != self.info[role]["sample_sha256"]
+        ]
+        if self.info["tokenizer_sha256"] != tokenizer_sha256(model):
+            different.append("tokenizer and chat template")
+        if different:
             raise ValueError(
-                f"labels: expected labels that were made with this pair's {wanted}, but those in {self.directory} "
-                f"were made with {found}. Give the pair that was labelled, or make new labels with `citer label`."
+                f"labels: those in {self.directory} were not made with this pair's {', '.join(different)}. Give the "
+                "pair that was labelled, or make new labels with `citer label`."
             )
 
     def summary(self) -> str:
         """Return what was labelled, as text."""
         counts = self.info["counts"]
-        cases = ", ".join(f"{counts['cases'][str(case)] / counts['tokens']:.1%}" for case in CASES)
+        cases = ", ".join(f"{count / counts['tokens']:.1%}" for count in counts["cases"].values())
         return (
             f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {self.directory}: cases 1, 2, 3 "
             f"are {cases}; {counts['positive_rollouts']:.1%} of the roll-outs are right."
@@ -181,8 +166,5 @@ def tokenizer_sha256(model: CiterForCausalLM) -> str:
     """Return the sha256 of a pair's tokenizer with its chat template, or raise a `ValueError`."""
     tokenizer = model.load_tokenizer()
     if tokenizer is None:
-        raise ValueError(
-            "model: expected a pair with a tokenizer, got one without. Save the tokenizer beside the SLM "
-            "(tokenizer.save_pretrained), and load the pair again."
-        )
+        raise ValueError("model: expected a pair with a tokenizer, got one without. Save it beside the SLM.")
     return sha256_of([tokenizer.get_vocab(), tokenizer.chat_template])

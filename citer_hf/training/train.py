@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -23,9 +22,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.hub import cached_file
 
 from citer_hf import CiterConfig, CiterForCausalLM, runs
-from citer_hf.data.checkers import Checker, get_checker
+from citer_hf.data.checkers import Checker, named
 from citer_hf.evaluation.decode import with_router
-from citer_hf.evaluation.evaluate import OWN_VETO, name_of
+from citer_hf.evaluation.evaluate import OWN_VETO
 from citer_hf.model.configuration import router_width
 from citer_hf.model.loading import load_router
 from citer_hf.model.routers import build_router
@@ -105,11 +104,10 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     settings, out = TrainOptions(**options), Path(out)
     labels = labels if isinstance(labels, Labels) else Labels.load(labels)
     labels.check_pair(model)
-    named = settings.checker or labels.info["checker"]
-    check = named if callable(named) else get_checker(named) if settings.rounds > 1 else None
+    name, check = named(settings.checker or labels.info["checker"]) if settings.rounds > 1 else (None, None)
+    settings = replace(settings, checker=name)
     objective = OBJECTIVES[settings.objective]
     divide(labels, objective, settings)
-    settings = replace(settings, checker=name_of(named) if callable(named) else settings.checker)
     with runs.work_in(out, {**vars(settings), "labels_sha256": runs.sha256_of(labels.info)}) as work:
         limits = (labels.info["options"]["max_new_tokens"], labels.info["options"]["batch_tokens"])
         policy = Policy(model, labels.questions, check, 0.0, *limits, work=work)
@@ -149,19 +147,16 @@ def summary(made: Mapping[str, Any], out: str | Path) -> str:
 
 def train_round(labels: Labels, settings: TrainOptions, policy: Policy, number: int) -> tuple[Any, dict[str, Any]]:
     """Train in the main process, unless that was done before, and return what `train_router` returned everywhere."""
-    name = f"training, round {number}"
-    folder, objective = policy.work.folder / name, OBJECTIVES[settings.objective]
-    weights = folder / "router.safetensors"
+    name, objective = f"training, round {number}", OBJECTIVES[settings.objective]
 
-    def compute() -> dict[str, Any]:
+    def compute() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with runs.alone():
-            router, found = train_router(labels, objective, settings, folder)
-        safetensors.torch.save_file(router.state_dict(), weights)
-        return found
+            router, found = train_router(labels, objective, settings, policy.work.folder / name)
+        return router.state_dict(), found
 
-    found = policy.work.once(name, compute)
+    weights, found = policy.work.once(name, compute)
     router = build_router(objective.router, labels.hidden.shape[1]).eval()
-    router.load_state_dict(safetensors.torch.load_file(weights))
+    router.load_state_dict(weights)
     return router, found
 
 
@@ -279,19 +274,16 @@ def divide(
     label, count = objective.targets(labels), len(labels.questions)
     held_out = round(count * settings.validation)
     if not 0 < held_out < count:
-        raise ValueError(
-            f"labels: {labels.directory} has {count} questions, too few to hold out {settings.validation:.1%} of them "
-            "for validation; label more examples."
-        )
+        raise ValueError(f"labels: expected enough questions to hold out {settings.validation:.1%}, got {count}.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
     of_validation = torch.isin(labels.question, order[:held_out])
     training, validation = (((label >= 0) & part).nonzero()[:, 0] for part in (~of_validation, of_validation))
     values = torch.unique(label[training]).tolist()
     if len(values) < 2:
+        known = f"all are {values[0]}" if values else "none is known"
         raise NothingToLearn(
-            f"labels: of the {len(training)} labels for training in {labels.directory} "
-            f"{f'all are {values[0]}' if values else 'none is known'}, so that there is nothing to learn. See its "
-            "README.md: label more examples, or roll out with another policy (--router-threshold)."
+            f"labels: of the {len(training)} labels for training in {labels.directory} {known}: there is nothing to "
+            "learn. Label more examples, or roll out with another policy (--router-threshold)."
         )
     return label, training, validation
 
@@ -338,18 +330,18 @@ def baseline_routers(
 ) -> dict[str, nn.Module]:
     """Return routers by the names of their methods, trained by one process, or of the kinds that need no training."""
     known = [*TRAINED, *UNTRAINED] if labels_dir is not None else [*UNTRAINED]
-    unknown = sorted(set(methods or ()) - set(known))
-    if unknown:
+    chosen = methods or known
+    if not set(chosen) <= set(known):
         without = "" if labels_dir is not None else " without labels (--baselines)"
-        raise ValueError(f"methods: there is no {unknown[0]!r}{without}; expected some of {known}.")
+        raise ValueError(f"methods: expected some of {', '.join(known)}{without}, got {', '.join(chosen)}.")
     if labels_dir is not None:
         labels = Labels.load(labels_dir)
         labels.check_pair(model)
     routers: dict[str, nn.Module] = {}
     if runs.process_state().is_main_process:
         with runs.progress_bar() as progress, runs.alone(), tempfile.TemporaryDirectory() as folder:
-            progress.begin("training", len(methods or known))
-            for name in methods or known:
+            progress.begin("training", len(chosen))
+            for name in chosen:
                 try:
                     if name in UNTRAINED:
                         routers[name] = build_router({"type": UNTRAINED[name]}, router_width(model.slm.config))
@@ -370,10 +362,7 @@ def router_of(directory: str | Path, model: CiterForCausalLM) -> tuple[str, nn.M
     directory = Path(directory)
     method = method_of(str(directory)) if (directory / PROVENANCE).is_file() else None
     if method is None:
-        raise FileNotFoundError(
-            f"--compare: {directory} has no {PROVENANCE} that names its method: expected a directory that "
-            "`citer train` has made."
-        )
+        raise FileNotFoundError(f"--compare: expected a directory that `citer train` has made, got {directory}.")
     router: Any = load_router(CiterConfig.from_pretrained(directory).router, model.slm.config, str(directory), {})
     return method, router.eval().to(model.slm.device)
 

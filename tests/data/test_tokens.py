@@ -153,7 +153,6 @@ def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
         (chat_example("B"), byte_level(), r"row 1: the chat template cannot .*chat_template is not set"),
         (chat_example("Because"), shouting, "row 1: the chat template does not render the reference as it is"),
         (refused, character_tokenizer(), "row 4: the chat template cannot render the messages: no system messages"),
-        (Example("2", 2), byte_level(), "row 2 has no prompt"),
     ):
         with pytest.raises(ValueError, match=message):
             encode(example, tokenizer, None)

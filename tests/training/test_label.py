@@ -8,8 +8,7 @@ import datasets
 import pytest
 import torch
 
-from citer_hf.training import label as label_module
-from citer_hf.training.label import RollOut, label_preferences, roll_out
+from citer_hf.training.label import Policy, RollOut, label_preferences
 from citer_hf.training.labels import Labels
 from tests.families import EOS
 from tests.reference import naive_generate
@@ -99,8 +98,9 @@ def test_rollouts_that_stream_through_slots_are_those_of_each_state_alone(pair: 
     model, questions = task_pair(*pair), llamas[1].questions
     wanted = [RollOut(index, place, 10 + place) for index in range(4) for place in range(5)]
     wanted += [RollOut(index, place, -1) for index in range(4) for place in (0, 3)] + [RollOut(0, 2, EOS)]
-    made = roll_out(model, questions, wanted, threshold, 30, batch_tokens=250)
-    assert made == [roll_out(model, questions, [one], threshold, 30)[0] for one in wanted]
+    policy: Any = Policy(model, questions, None, threshold, 30, 250, work=None)
+    made = policy.roll_out(wanted)
+    assert made == [policy.roll_out([one])[0] for one in wanted]
     assert max(map(len, made)) <= 30 and len(set(map(len, made))) > 1
 
 
@@ -142,14 +142,15 @@ def test_a_budget_is_spent_where_the_router_is_least_sure(llamas: tuple[Any, Lab
 
 def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_path: Path, monkeypatch: Any) -> None:
     calls: list[int] = []
+    roll_out = Policy.roll_out
 
-    def counted(*arguments: Any) -> Any:
-        calls.append(len(arguments[2]))
+    def counted(policy: Policy, batch: Any) -> Any:
+        calls.append(len(batch))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return roll_out(*arguments)
+        return roll_out(policy, batch)
 
-    monkeypatch.setattr(label_module, "roll_out", counted)
+    monkeypatch.setattr(Policy, "roll_out", counted)
     with pytest.raises(KeyboardInterrupt):
         label(llamas[0], tmp_path / "out")
     begun = content(tmp_path / "out")
@@ -198,10 +199,10 @@ def test_labels_are_of_one_pair_wherever_its_models_are(llamas: tuple[Any, Label
     other.llm.name_or_path = "moved"
     labels.check_pair(pair)
     labels.check_pair(other)
-    with pytest.raises(ValueError, match=r"pair's tokenizer and chat template, but those in .* were made with others"):
+    with pytest.raises(ValueError, match="not made with this pair's tokenizer and chat template"):
         labels.check_pair(template)
     with torch.no_grad():
         other.llm.lm_head.weight.add_(1)
-    where = rf"expected labels that were made with this pair's LLM moved, but those in {labels.directory} were"
+    where = rf"those in {labels.directory} were not made with this pair's LLM moved. Give"
     with pytest.raises(ValueError, match=where):
         labels.check_pair(other)

@@ -123,7 +123,7 @@ def test_baselines_are_every_method_that_has_something_to_learn(monkeypatch: Any
     labels = replace(LABELS, slm_correct=torch.zeros_like(LABELS.slm_correct))
     assert set(module.baseline_routers(pair, "labels", ["query", "co-llm", "random"])) == {"co-llm", "random"}
     assert "query is left out. labels: of the 21 labels" in caplog.text
-    with pytest.raises(ValueError, match="methods: there is no 'rnd'; expected some of"):
+    with pytest.raises(ValueError, match=r"methods: expected some of .* got rnd"):
         module.baseline_routers(pair, "labels", ["rnd"])
 
 
@@ -163,7 +163,7 @@ def test_training_leaves_a_router_repository(labelled: tuple[Any, Any], tmp_path
     assert method == objective
     for name, weight in trained.state_dict().items():
         assert torch.equal(weight, router.state_dict()[name]) and torch.equal(weight, loaded.router.state_dict()[name])
-    with pytest.raises(FileNotFoundError, match=r"has no provenance\.json that names its method"):
+    with pytest.raises(FileNotFoundError, match="--compare: expected a directory that `citer train` has made"):
         module.router_of(labels.directory, pair)
 
 
@@ -196,13 +196,13 @@ def test_a_further_round_rolls_out_its_cases_with_the_new_router(labelled: Any, 
         ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
         ({"objective": "co-llm", "rounds": 2}, "'co-llm' makes no roll-outs"),
         ({"rounds": 2}, "checker: there is no 'has_letter'"),
-        ({"validation": 0.01}, "12 questions, too few to hold out 1.0%"),
+        ({"validation": 0.01}, "enough questions to hold out 1.0%, got 12"),
     ],
 )
 def test_senseless_options_and_equal_labels_are_refused(labelled: Any, tmp_path: Path, options: Any, message: str):
     with pytest.raises(ValueError, match=message):
         train(*labelled, tmp_path / "out", **options)
     same = replace(labelled[1], case=torch.ones_like(labelled[1].case))
-    with pytest.raises(module.NothingToLearn, match="all are 1, so that there is nothing to learn"):
+    with pytest.raises(module.NothingToLearn, match="all are 1: there is nothing to learn"):
         train(labelled[0], same, tmp_path / "out")
     assert not (tmp_path / "out").exists()
