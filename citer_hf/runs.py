@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import math
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import ModuleType
@@ -102,8 +101,6 @@ WORK, ARGUMENTS = ".work", "arguments.json"
 class Work:
     """Results of units of work (tensors, numbers, lists), kept in `out/.work` and divided among processes."""
 
-    progress: "Progress"
-
     def __init__(self, out: Path | None, arguments: Mapping[str, Any]):
         self.process, self.processes = 0, 1
         if out is None:
@@ -127,13 +124,12 @@ class Work:
         """Compute the units that nobody has computed yet, and return the results of all, in order."""
         (self.folder / name).mkdir(exist_ok=True)
         paths = [self.folder / name / f"{number:06d}.pt" for number in range(len(units))]
-        self.progress.begin(name, math.ceil(len(units) / self.processes))
-        for number in range(self.process, len(units), self.processes):
+        own = range(self.process, len(units), self.processes)
+        for number in progress(own, name, shown=self.process == 0):
             if not paths[number].exists():
                 value = compute(units[number])
                 with atomic_write(paths[number]) as file:
                     torch.save(value, file)
-            self.progress.advance()
         self.wait()
         return [torch.load(path, mmap=True, weights_only=True) for path in paths]
 
@@ -150,12 +146,11 @@ class Work:
 
 @contextmanager
 def work_in(out: Path | None, arguments: Mapping[str, Any]) -> Iterator[Work]:
-    """Show how far the work in a directory is, and remove the kept results when all of it is done."""
+    """Give the work in a directory, and remove the kept results when all of it is done."""
     work = Work(out, arguments)
-    with progress_bar(work.process == 0) as work.progress:
-        yield work
-        # Another process may still be at its last results.
-        work.wait()
+    yield work
+    # Another process may still be at its last results.
+    work.wait()
     if work.process == 0:
         shutil.rmtree(work.folder, ignore_errors=True)
 
@@ -174,28 +169,12 @@ def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str,
 # --- Progress -------------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """A bar on stderr; where that is no terminal, one line for every kind of work."""
-
-    def __init__(self, shown: bool):
-        self._shown, self._bar = shown, tqdm(disable=True)
-
-    def begin(self, description: str, total: int) -> None:
-        self._bar.close()
-        if self._shown and not sys.stderr.isatty():
-            print(f"{description}: {total}", file=sys.stderr)
-        self._bar = tqdm(desc=description, total=total, leave=False, disable=None if self._shown else True)
-
-    def advance(self) -> None:
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def progress_bar(shown: bool = True) -> "closing[Progress]":
-    """Show how far a run is, with an estimate of the time left."""
-    return closing(Progress(shown))
+def progress(things: Any, description: str, total: int | None = None, shown: bool = True) -> Any:
+    """Return things within a bar on stderr; where that is no terminal, one line says how many they are."""
+    total = len(things) if total is None else total
+    if shown and not sys.stderr.isatty():
+        print(f"{description}: {total}", file=sys.stderr)
+    return tqdm(things, description, total, leave=False, disable=None if shown else True)
 
 
 # --- Processes ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.costs import ModelCost, cost_of_model
 from citer_hf.model.generation import CACHE_IMPLEMENTATIONS
 from citer_hf.model.routers import as_threshold, as_veto
-from citer_hf.runs import CommandOptions, Progress, machine, option, progress_bar
+from citer_hf.runs import CommandOptions, machine, option, progress
 
 from . import contenders as ways
 from .contenders import ALONE, ASSISTED, ENSEMBLE, FLOOR, SLM, Batch, Contender
@@ -224,8 +224,8 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> R
     dtypes = {role: str(getattr(model, role).dtype).removeprefix("torch.") for role in ("slm", "llm")}
     report = Report(name or model.name_or_path, {**asdict(wanted), "prompt_length": lengths, "dtype": dtypes})
     try:
-        with ways.greedy_without_end(model), progress_bar(sys.stderr.isatty()) as progress:
-            _measure(model, wanted, batches, report, progress)
+        with ways.greedy_without_end(model):
+            _measure(model, wanted, batches, report)
     except KeyboardInterrupt:
         report.interrupted = True
     return report
@@ -252,9 +252,7 @@ def _batches(model: CiterForCausalLM, wanted: BenchOptions) -> list[Batch]:
     return [Batch(one.input_ids.to(device), one.attention_mask.to(device), one.number) for one in batches]
 
 
-def _measure(
-    model: CiterForCausalLM, wanted: BenchOptions, batches: list[Batch], report: Report, progress: Progress
-) -> None:
+def _measure(model: CiterForCausalLM, wanted: BenchOptions, batches: list[Batch], report: Report) -> None:
     decoders = ways.Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed, wanted.agreement)
     alone = wanted.batch_size == 1
     if wanted.assisted and not alone:
@@ -262,7 +260,8 @@ def _measure(
     default = () if wanted.thresholds else SHARES
     settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds, wanted.veto)
     contenders = decoders.contenders(settings, wanted.assisted and alone)
-    progress.begin("citer bench", len(contenders) * (1 + wanted.warmup + wanted.repeats))
+    total = len(contenders) * (1 + wanted.warmup + wanted.repeats)
+    bar = progress(None, "citer bench", total, shown=sys.stderr.isatty())
     report.machine = describe_machine(model.slm.device)
     # 1. One run of each contender is not timed: hooks count its passes.
     costs = cost_of_model(model.slm), cost_of_model(model.llm)
@@ -271,7 +270,7 @@ def _measure(
         report.rows.append(contender)
         with _errors_to(contender):
             contender.counts = _counts(model, costs, contender, batches, wanted)
-        progress.advance()
+        bar.update()
     # 2. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
     for repetition in range(-wanted.warmup, wanted.repeats):
         for contender in contenders:
@@ -279,7 +278,8 @@ def _measure(
                 run = partial(contender.run, batches, wanted.max_new_tokens)
                 taken = [] if contender.error else [seconds(batches[0].input_ids.device, run)]
                 contender.seconds += taken if repetition >= 0 else []
-            progress.advance()
+            bar.update()
+    bar.close()
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..evaluation.decode import Alone, decode, with_router
 from ..model.cache import CiterCache
 from ..model.modeling import CiterForCausalLM
 from ..model.routers import LLM_ALONE, ConfidenceRouter
-from ..runs import CommandOptions, atomic_write, option, progress_bar
+from ..runs import CommandOptions, atomic_write, option, progress
 from ..terminal import Paint, WriterStreamer, legend
 from .problems import Problem, is_correct, problems
 
@@ -123,14 +123,10 @@ def demo(*, visible: bool = True, **options: Any) -> Report:
             print(f"{legend(sys.stdout)}\n")
             for number, problem in enumerate(chosen[:STREAMED], 1):
                 solve_visibly(model, tokenizer, problem, number, threshold)
-        with progress_bar(sys.stderr.isatty()) as bar:
-            ways = ways_to_decode(model, threshold)
-            bar.begin("measuring", len(ways))
-            for way in ways:
-                # Everything runs once before the clock does.
-                measure(way, tokenizer, chosen[:1])
-                report.measurements.append(measure(way, tokenizer, chosen))
-                bar.advance()
+        for way in progress(ways_to_decode(model, threshold), "measuring", shown=sys.stderr.isatty()):
+            # Everything runs once before the clock does.
+            measure(way, tokenizer, chosen[:1])
+            report.measurements.append(measure(way, tokenizer, chosen))
     except KeyboardInterrupt:
         report.interrupted = True
     return report

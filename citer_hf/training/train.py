@@ -339,9 +339,8 @@ def baseline_routers(
         labels.check_pair(model)
     routers: dict[str, nn.Module] = {}
     if runs.process_state().is_main_process:
-        with runs.progress_bar() as progress, runs.alone(), tempfile.TemporaryDirectory() as folder:
-            progress.begin("training", len(chosen))
-            for name in chosen:
+        with runs.alone(), tempfile.TemporaryDirectory() as folder:
+            for name in runs.progress(chosen, "training"):
                 try:
                     if name in UNTRAINED:
                         routers[name] = build_router({"type": UNTRAINED[name]}, router_width(model.slm.config))
@@ -351,7 +350,6 @@ def baseline_routers(
                 except NothingToLearn as error:
                     # An SLM that is never right alone leaves query-level routing nothing to learn.
                     logger.warning("%s is left out. %s", name, error)
-                progress.advance()
     with runs.explained():
         (routers,) = broadcast_object_list([routers])
     return {name: router.to(model.slm.device) for name, router in routers.items()}
