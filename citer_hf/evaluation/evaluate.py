@@ -16,7 +16,7 @@ from citer_hf.costs import ModelCost, cost_of_model
 from citer_hf.data.checkers import Checker, Verdict, answer_of, named
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
-from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_veto, defer
+from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, as_veto, defer
 
 from . import decode as decoding
 from . import results as figures
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EvaluateOptions(DecodeOptions):
     shares: tuple[float, ...] = runs.option(SHARES, "LLM shares at which points are wanted.", "P,...")
+    thresholds: tuple[float, ...] = runs.option((), "Thresholds of the pair's own router instead.", "X,...")
     vetoes: tuple[float, ...] = runs.option(
         (), "The LLM's vetoes, at each of which thresholds are swept. [default: the pair's]", "X,..."
     )
@@ -51,6 +52,8 @@ class EvaluateOptions(DecodeOptions):
         for share in self.shares:
             if not 0 < share < 1:
                 raise ValueError(f"shares: expected shares of LLM tokens above 0 and below 1, got {share!r}.")
+        for threshold in self.thresholds:
+            as_threshold(threshold)
         for veto in self.vetoes:
             as_veto(veto)
 
@@ -100,6 +103,8 @@ def evaluate(
         answer_of(name, example)
     prompts = decoding.encode_prompts(model, examples, tokenizer)
     routers = {method_name(model): model.router} if routers is None else routers
+    if settings.thresholds and all(router is not model.router for router in routers.values()):
+        raise ValueError(f"thresholds: they are those of the pair's own router, which is not among {sorted(routers)}.")
     routers = {name: router.to(model.slm.device) for name, router in routers.items()}
     data = [[asdict(example), prompt] for example, prompt in zip(examples, prompts, strict=True)]
     provenance = runs.provenance(model, settings) | {
@@ -212,6 +217,8 @@ class Evaluation:
             return first, {name: decoding.spread_thresholds(one, options.shares) for name, one in along.items()}
 
         first, thresholds = self.work.once("scores", scores)
+        own = [name for name, router in routers.items() if router is self.model.router and options.thresholds]
+        thresholds |= dict.fromkeys(own, sorted(set(options.thresholds)))
         thresholds |= {name: [LLM_ALONE] for name in routers if name == SPECULATIVE}
         # 3. The pair with every other router at each of its thresholds and vetoes.
         known = [(name, *one) for name in routers for one in methods_of(name, options.vetoes).items()]

@@ -113,6 +113,12 @@ def test_thresholds_are_swept_at_every_veto_and_two_baselines_have_their_own(pai
     assert [replace(one, seconds=0) for one in own["own, veto 0.4"]] == [replace(one, seconds=0) for one in vetoed]
 
 
+def test_given_thresholds_are_those_of_the_own_router(pair: Any):
+    results = run(pair, thresholds=(0.6, 0.3), routers={"own": pair.router, "entropy": EntropyRouter(32)})
+    assert {point.threshold for point in results.methods["own"]} == {0.3, 0.6}
+    assert len(results.methods["entropy"]) == 3
+
+
 def test_an_untrained_router_is_not_listed_as_the_method_of_its_kind(pair: Any, tmp_path: Path):
     assert method_name(make_pair(router="confidence")) == "confidence"
     for kind in ("mlp", "linear"):
@@ -166,6 +172,7 @@ def test_results_of_other_arguments_stay_as_they_are_and_the_difference_is_named
     for change, named in (
         ({"max_new_tokens": NEW + 1}, "max_new_tokens was 8 and is 9"),
         ({"routers": {"random": LinearRouter(32)}}, "routers_sha256 was {"),
+        ({"thresholds": (0.5,), "routers": None}, "thresholds was [] and is [0.5]"),
         ({"checker": has_letter}, "checker was "),
         ({"pair": make_pair(hidden_size=48)}, "llm_sha256 was "),
         ({"examples": EXAMPLES[1:]}, "data_sha256 was "),
@@ -180,6 +187,8 @@ def test_results_of_other_arguments_stay_as_they_are_and_the_difference_is_named
     ("options", "message"),
     [
         ({"shares": (0.5, 1.0)}, r"^shares: expected .* got 1.0"),
+        ({"thresholds": (float("nan"),)}, r"^router_threshold: expected a number from 0 .* got nan"),
+        ({"thresholds": (0.5,)}, r"^thresholds: they are those of the pair's own router"),
         ({"vetoes": (0.3, 1.1)}, r"^llm_veto: expected a number from 0 .* got 1.1"),
         ({"examples": []}, r"^examples: expected at least one"),
         ({"examples": examples(answer=None)}, r"^row 11: no answer"),
