@@ -1,14 +1,12 @@
 """How `generate` drives two models: which cache it makes, which sequences are finished, where the record starts."""
 
 import copy
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, QuantizedCache
 from transformers.generation import StoppingCriteriaList
-from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.utils import logging
 
 from .batch import Call, decode, why_not_decoded
@@ -35,10 +33,6 @@ class FinishedRows(StoppingCriteriaList):
         done = super().__call__(input_ids, scores, **kwargs)
         self.mask = done if self.mask is None else self.mask | done
         return done
-
-
-# Of a beam search: the sequences whose result can no longer change.
-_finished_beams: ContextVar[FinishedRows | None] = ContextVar("finished_beams", default=None)
 
 
 class CiterGenerationMixin(GenerationMixin):
@@ -87,18 +81,9 @@ class CiterGenerationMixin(GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
-        kind = kwargs.get("cache_implementation")
-        if kind is not None and kind not in ALL_CACHE_IMPLEMENTATIONS:
-            raise ValueError(
-                f"cache_implementation: expected one of {list(CACHE_IMPLEMENTATIONS)}, got {kind!r}, which a pair of "
-                "models does not support. Leave it out for a dynamic cache."
-            )
         own = {"router_threshold": router_threshold, "llm_veto": llm_veto, "max_drafts": max_drafts}
         kwargs |= {key: value for key, value in own.items() if value is not None}
-        if kwargs.get("input_ids") is not None:
-            kwargs["input_ids"] = as_long(kwargs["input_ids"])
-        output = super().generate(as_long(inputs), generation_config, *args, **with_cache_name(kwargs))
-        return with_both_names(output)
+        return with_both_names(super().generate(inputs, generation_config, *args, **with_cache_name(kwargs)))
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
@@ -115,25 +100,9 @@ class CiterGenerationMixin(GenerationMixin):
                 model_kwargs["default_veto" if name == "llm_veto" else name] = of_settings
         return generation_config, model_kwargs
 
-    def _get_stopping_criteria(
-        self, generation_config: GenerationConfig, *args: Any, tokenizer: Any = None, **kwargs: Any
-    ) -> StoppingCriteriaList:
-        try:
-            return super()._get_stopping_criteria(generation_config, *args, tokenizer=tokenizer, **kwargs)
-        except ValueError as error:
-            if generation_config.stop_strings is None or tokenizer is None:
-                raise
-            raise ValueError(
-                f"stop_strings: transformers cannot look for them with this tokenizer, {type(tokenizer).__name__}, "
-                f"whose decoder does not keep all text ({error}). Use eos_token_id or stopping_criteria instead."
-            ) from error
-
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raise an error: continuous batching (`generate_batch`) needs paged caches, which hold one model."""
-        raise ValueError(
-            "generate_batch: continuous batching keeps one model's keys and values in pages, and a pair has two "
-            "models. Use generate() with a padded batch."
-        )
+        raise ValueError("generate_batch: its paged cache holds one model, not two. Use generate() instead.")
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         for name, check in (("router_threshold", as_threshold), ("llm_veto", as_veto), ("default_veto", as_veto)):
@@ -142,10 +111,7 @@ class CiterGenerationMixin(GenerationMixin):
                 check(value, value.numel() if isinstance(value, torch.Tensor) else None)
         drafts = model_kwargs.get("max_drafts")
         if drafts is not None and (isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 0):
-            raise ValueError(
-                "max_drafts: expected how many flagged tokens the SLM drafts past before the LLM is called, from 0, "
-                f"got {drafts!r}. Leave it out for the measured default."
-            )
+            raise ValueError(f"max_drafts: expected a number of flagged tokens from 0, got {drafts!r}.")
         ours = ("max_drafts", "default_veto")
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in ours})
 
@@ -162,13 +128,7 @@ class CiterGenerationMixin(GenerationMixin):
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = self._make_cache(generation_config)
             if generation_config.cache_implementation == "static":
-                wanted = generation_config.max_cache_len
-                if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
-                    raise ValueError(
-                        f"max_cache_len: expected a number of tokens from 1, got {wanted!r}. Leave it out for as many "
-                        "as the text may need."
-                    )
-                model_kwargs[CACHE].max_cache_len = max(length, wanted or 0)
+                model_kwargs[CACHE].max_cache_len = max(length, generation_config.max_cache_len or 0)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
             return None
@@ -256,28 +216,11 @@ class CiterGenerationMixin(GenerationMixin):
 
     def _beam_search(self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any) -> Any:
         kwargs = self._as_plain_citer("beams reorder their sequences at every token", input_ids, kwargs)
-        finished = FinishedRows()
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
-        token = _finished_beams.set(finished)
-        try:
-            output = super()._beam_search(
-                input_ids, generation_config=generation_config, finished_rows=finished, **kwargs
-            )
-        finally:
-            _finished_beams.reset(token)
+        output = super()._beam_search(input_ids, generation_config=generation_config, **kwargs)
         if cache_of(output) is not None:
             cache_of(output).routing.follow_beams(output.beam_indices)
         return output
-
-    @staticmethod
-    def _beam_search_has_unfinished_sequences(
-        can_improve: torch.Tensor, is_finished: torch.Tensor, stops: torch.Tensor, early_stopping: bool | str
-    ) -> Any:
-        finished = _finished_beams.get()
-        if finished is not None:
-            full = is_finished.all(dim=1) & (early_stopping is True)
-            finished.mask = (full | ~can_improve.reshape(-1)).repeat_interleave(is_finished.shape[1])
-        return GenerationMixin._beam_search_has_unfinished_sequences(can_improve, is_finished, stops, early_stopping)
 
     def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
@@ -292,16 +235,6 @@ class CiterGenerationMixin(GenerationMixin):
     def _get_candidate_generator(
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "assistant_early_exit: a pair of models has no layers of its own to leave early. Pass "
-                "assistant_model=model.slm, or prompt_lookup_num_tokens=..., instead."
-            )
-        if kwargs.get("assistant_model") is not None and generation_config.stop_strings is not None:
-            raise ValueError(
-                "stop_strings: assisted generation of transformers cannot look for them in what an assistant drafts. "
-                "Leave out assistant_model, or use eos_token_id instead of stop_strings."
-            )
         model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OWN_KEYWORDS}
         return super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
 
@@ -321,8 +254,3 @@ def begin_record(
         # transformers drops a mask that is all ones, and notes its length: with a cache it is that of the whole text.
         length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
         cache.routing = Routing(max(length, input_ids.shape[1]), follows_beams)
-
-
-def as_long(token_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Return token ids of type int64, which is what embeddings and new tokens are combined as."""
-    return token_ids.long() if isinstance(token_ids, torch.Tensor) and token_ids.dtype == torch.int32 else token_ids

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation import MaxTimeCriteria
 
 from citer_hf import CiterCache, CiterForCausalLM
-from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
+from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import VOCAB
 from tests.reference import assert_sequences, naive_texts
 
@@ -266,17 +266,6 @@ def test_rows_that_a_custom_criterion_stops_never_count_and_never_call_the_llm(c
     assert len(calls) == 3, "the first row, the only one that needs the LLM, has three tokens"
     if use_cache:
         assert output.past_key_values.routing.unfinished.sum(1).tolist() == [3, 4, 10]
-
-
-def test_finished_beams_never_call_the_llm():
-    model = make_pair(router=ScriptedRouter(torch.tensor([[1]])), hidden_size=48)
-    prompts = left_padded([random_prompts((9,))[0], random_prompts((9,), seed=8)[0]])
-    ends = model.generate(**prompts, do_sample=False, max_new_tokens=3)[0, 9:].tolist()
-    rows: list[int] = []
-    model.register_forward_hook(lambda _, args, output: rows.append(int(output.routed_to_llm.any(1).sum())))
-    model.generate(**prompts, max_new_tokens=12, num_beams=2, eos_token_id=ends, early_stopping=True, do_sample=False)
-    assert rows[0] == 4
-    assert min(rows) < 4, "beams of an input whose result is final need no LLM"
 
 
 def test_a_forward_for_finished_rows_alone_skips_the_llm(pair, count_calls):

@@ -76,12 +76,6 @@ def test_a_cache_that_a_pair_lacks_gives_one_warning(model, caplog):
     assert len(told) == 1 and "cache_implementation='offloaded_hybrid'" in told[0]
 
 
-@pytest.mark.parametrize("name", ["paged", "elastic"])
-def test_a_cache_by_a_name_that_means_nothing_is_an_error(model, name):
-    with pytest.raises(ValueError, match="cache_implementation: expected one of"):
-        model.generate(**ONE, **SHORT, cache_implementation=name)
-
-
 def llm_share(pair: CiterForCausalLM, *args: Any, **options: Any) -> float:
     output = pair.generate(ONE["input_ids"], *args, max_new_tokens=4, return_dict_in_generate=True, **options)
     return output.past_key_values.routing.llm_share
@@ -138,14 +132,6 @@ def test_stop_strings_stop_where_they_stop_the_plain_model(plain, model, batch, 
     whole = plain.generate(**ONE, **SHORT)
     stop = tokenizer.decode(whole[0, -4:-2])
     alike(model, plain, batch, tokenizer=tokenizer, stop_strings=[stop], **options)
-
-
-def test_stop_strings_that_cannot_be_looked_for_say_why(model, saved):
-    with pytest.raises(ValueError, match=r"stop_strings: assisted generation .* Leave out assistant_model"):
-        model.generate(**ONE, **SHORT, tokenizer=character_tokenizer(), stop_strings="ab", assistant_model=model.slm)
-    shipped = CiterForCausalLM.from_pretrained(saved)
-    with pytest.raises(ValueError, match=r"stop_strings: .* this tokenizer, .*whose decoder does not keep all text"):
-        shipped.generate(**ONE, **SHORT, tokenizer=shipped.load_tokenizer(), stop_strings="ab")
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
