@@ -57,7 +57,6 @@ def _upload(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) 
     return push_model(model, folder, repo_id, **options)
 
 
-# The model, which travels without the rest, cannot write a card.
 UPLOADERS[:] = [_upload]
 
 # What takes long to import, or needs an extra, is imported when it is asked for.

@@ -232,8 +232,8 @@ def without(tensors: dict[str, Any], key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (citer_state_dict(hidden=40), "hidden size of 40, but this SLM's is 32"),
-        (r2r_file(r2r_state_dict(embedding=EMBEDDING)), "embeddings of 24, but this SLM's have 32"),
+        (citer_state_dict(hidden=40), "hidden size of 40, for which it was made, got 32"),
+        (r2r_file(r2r_state_dict(embedding=EMBEDDING)), "embeddings of 24, got 32"),
         ({"weight": torch.zeros(3, 4), "epoch": 3}, "neither a router of CITER's.*holds: weight, epoch"),
         ([1, 2], "neither a router of CITER's.*holds: list"),
         (without(CITER, "linear.weight"), "score.weight is no matrix, or missing"),

@@ -1,7 +1,6 @@
 """Adapters (PEFT) of a base model: where their files are, putting them into a loaded model, saving them."""
 
 import copy
-import json
 import os
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -13,16 +12,7 @@ from transformers.modeling_utils import safe_save_file
 from transformers.utils import find_adapter_config_file, is_peft_available
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .references import (
-    HUB_KEYWORDS,
-    REPOSITORY_ID,
-    bare_state,
-    check_source,
-    explained,
-    file_keywords,
-    reference_to,
-    resolve,
-)
+from .references import HUB_KEYWORDS, REPOSITORY_ID, bare_state, explained, file_keywords, reference_to, resolve
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Where the configuration of a loaded adapter notes which files it is from.
@@ -41,8 +31,6 @@ def fetch_adapter(role: str, name: str, hub: dict[str, Any]) -> Adapter:
     """Fetch an adapter's files, all of one commit."""
     if not is_peft_available():
         raise ImportError(f"{role}: the adapter {name} needs PEFT, which is not installed: pip install peft")
-    moved = f"If it has moved, pass {role}_adapter_name_or_path=..."
-    check_source(f"{role}_adapter", name, hub, (ADAPTER_CONFIG,), moved)
     with explained(f"{role}_adapter", name, hub):
         file = cached_file(name, ADAPTER_CONFIG, **hub)
         commit = extract_commit_hash(file, None)
@@ -72,18 +60,14 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
     name = keywords.get("adapter_name_or_path")
     if isinstance(source, nn.Module):
         if name is not None:
-            raise ValueError(
-                f"{role}_adapter_name_or_path: this model is loaded already. Call its load_adapter({name!r}) before."
-            )
+            raise ValueError(f"{role}_adapter_name_or_path: expected the name of a model with it, got a loaded model.")
         return source, None
     source = os.fspath(source)
-    check_source(role, source, keywords, ("config.json", ADAPTER_CONFIG))
     if not has_adapter(role, source, keywords):
         return source, named_adapter(role, keywords)
     if name is not None:
         raise ValueError(
-            f"{role}, {role}_adapter_name_or_path: both name an adapter, {source} and {name}. Name the model that "
-            f"{name} is for as {role}."
+            f"{role}, {role}_adapter_name_or_path: both name an adapter, {source} and {name}. Name one adapter."
         )
     adapter = fetch_adapter(role, source, file_keywords(keywords))
     for key in ("revision", "subfolder"):
@@ -92,16 +76,14 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
     if is_local and os.path.isfile(os.path.join(adapter.folder, "config.json")):
         # The directory holds the model, too.
         return adapter.folder, adapter
-    with open(os.path.join(adapter.folder, ADAPTER_CONFIG), encoding="utf-8") as opened:
-        config = json.load(opened)
-    base = str(config.get("base_model_name_or_path") or "")
+    config = import_module("peft").PeftConfig.from_pretrained(adapter.folder)
+    base = str(config.base_model_name_or_path or "")
     if not base or not (is_local or (REPOSITORY_ID.fullmatch(base) and not os.path.exists(base))):
         raise ValueError(
-            f"{role}: the adapter {source} says that it is for the model {base!r}, expected a repository id, or the "
-            f"path of a model where the adapter is a directory, too. Name both: the model as {role}, and "
-            f"{role}_adapter_name_or_path={source!r}."
+            f"{role}: the adapter {source} says that it is for the model {base!r}, expected a repository id. Name the "
+            f"model as {role}, and pass {role}_adapter_name_or_path={source!r}."
         )
-    keywords.update({"revision": config["revision"]} if config.get("revision") else {})
+    keywords.update({"revision": config.revision} if config.revision else {})
     return base, adapter
 
 
@@ -133,8 +115,7 @@ def unwrapped(role: str, model: Any) -> Any:
     config: Any = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         raise ValueError(
-            f"{role}: {config.peft_type.value} puts its adapter before the prompt, which a pair "
-            "cannot do: expected an adapter in the layers of the model, such as LoRA."
+            f"{role}: expected an adapter in the layers of the model, such as LoRA, got {config.peft_type.value}."
         )
     return model.get_base_model()
 
@@ -154,8 +135,7 @@ def attach_adapter(role: str, model: PreTrainedModel, adapter: Adapter | None) -
                 raise ValueError(f"{unknown[:3]} are not known")
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{role}: the adapter {adapter.name} does not fit {type(model).__name__} from "
-                f"{model.name_or_path}: {error}. Was it made for another model, or does it need a newer transformers?"
+                f"{role}: the adapter {adapter.name} does not fit {model.name_or_path}: {error}"
             ) from error
         # So that `set_adapter` and others of transformers find it.
         model._hf_peft_config_loaded = True
@@ -178,13 +158,12 @@ def active_adapter(role: str, pair: Any) -> str | None:
     names = {str(name) for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
     if getattr(pair, "peft_config", None) or not names <= getattr(model, "peft_config", {}).keys():
         raise ValueError(
-            f"{role}: an adapter was attached to the pair as a whole. Save it with save_pretrained of the PEFT model, "
-            f"or attach it to the one model: get_peft_model(pair.{role}, ...)."
+            f"{role}: an adapter was attached to the pair as a whole. Save the PEFT model, or attach the adapter to "
+            f"pair.{role}."
         )
     if len(names) > 1:
         raise ValueError(
-            f"{role}: it runs with several adapters, {sorted(names)}, which cannot be saved as one. Choose one with "
-            f"{role}.set_adapter(...), or merge them with add_weighted_adapter of PEFT."
+            f"{role}: expected one active adapter, got {sorted(names)}. Choose one with {role}.set_adapter(...)."
         )
     return names.pop() if names else None
 

@@ -82,10 +82,6 @@ class CiterCache(Cache):
         """The layers of the SLM's cache, which always holds the whole text."""
         return self.slm.layers
 
-    def __repr__(self) -> str:
-        unseen = self._length - self.llm_length
-        return f"CiterCache(tokens={self._length}, unseen_by_llm={unseen}, routing={self.routing!r})"
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._length
 
@@ -95,10 +91,7 @@ class CiterCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Raise: the two models write into their own caches."""
-        raise TypeError(
-            "CiterCache belongs to a CiterForCausalLM. For a model of its own, use `past_key_values.slm` or "
-            "`past_key_values.llm`, or a DynamicCache."
-        )
+        raise TypeError("CiterCache belongs to a CiterForCausalLM. Pass its `slm` or `llm` to one of the two models.")
 
     def reset(self) -> None:
         reset_cache(self.slm)
@@ -112,9 +105,7 @@ class CiterCache(Cache):
         """Take back the last tokens: a negative number."""
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop: expected a negative number (how many tokens to take back), got {tokens_to_remove}."
-            )
+            raise ValueError(f"crop: expected a negative number of tokens, got {tokens_to_remove}.")
         self.slm.crop(tokens_to_remove)
         self._length += tokens_to_remove
         from_llm = max(self.llm_length - self._length, 0)
@@ -185,14 +176,13 @@ def check_cache(cache: Any, batch_size: int | None = None) -> None:
     # By name: a repository's own copy of this file has a class of its own.
     if type(cache).__name__ != CiterCache.__name__:
         raise TypeError(
-            f"past_key_values: expected a CiterCache, got {type(cache).__name__}, which has no place for the LLM's "
-            "keys and values. Make one with `from citer_hf import CiterCache; CiterCache(model.config)`."
+            f"past_key_values: expected a CiterCache, got {type(cache).__name__}. Make one with "
+            "`from citer_hf import CiterCache; CiterCache(model.config)`."
         )
     if batch_size is not None and cache.batch_size not in (-1, batch_size):
         raise ValueError(
-            f"past_key_values: this cache holds {cache.batch_size} sequences, but input_ids has {batch_size}. Pass a "
-            "batch of the same size, a new CiterCache(model.config), or repeat the cache's sequences with "
-            "past_key_values.batch_repeat_interleave(n)."
+            f"past_key_values: this cache holds {cache.batch_size} sequences, but input_ids has {batch_size}. Pass as "
+            "many, or a new CiterCache(model.config)."
         )
 
 

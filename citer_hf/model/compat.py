@@ -72,22 +72,6 @@ def with_both_names(output: Any) -> Any:
     return classes[type(output)](**output) if type(output) in classes else output
 
 
-# ---- a configuration's token: ends when transformers 5.22 is the oldest supported -------------------------
-# `from_pretrained` of a configuration forgets the token on its way to `get_config_dict`, so that private routers are
-# not found. A second name for it arrives there in every version.
-TOKEN = "_token_of_from_pretrained"
-
-
-def keep_token(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the token of these keywords under its second name."""
-    return {TOKEN: kwargs["token"]} if kwargs.get("token") is not None else {}
-
-
-def restore_token(kwargs: dict[str, Any]) -> dict[str, Any]:
-    token = kwargs.pop(TOKEN, None)
-    return kwargs if token is None else {**kwargs, "token": token}
-
-
 # ---- an emptied cache: ends when transformers 5.18 is the oldest supported --------------------------------
 
 
@@ -149,14 +133,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and ALLOCATION_FAILED.search(str(error)) is not None
-
-
-def out_of_memory(error: BaseException, role: str) -> Exception:
-    """Return an error of the same type that names the model and two settings that help."""
-    kinds = (torch.OutOfMemoryError, MemoryError, OSError, RuntimeError)
-    kind = next(kind for kind in kinds if isinstance(error, kind))
-    # accelerate's search for a batch size that fits looks for the text of the original error.
-    return kind(
-        f"{role.upper()}: out of memory. What helps: weights in fewer bytes ({role}_quantization_config=...), or a "
-        f"smaller batch with prompts in chunks (prefill_chunk_size=512). What was raised: {error}"
-    )

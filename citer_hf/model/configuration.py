@@ -1,11 +1,10 @@
 """CiterConfig: which SLM, which LLM, which router, which threshold."""
 
-import warnings
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .compat import CACHE_NAMES, keep_token, restore_token
+from .compat import CACHE_NAMES
 from .routers import as_threshold, as_veto
 
 CONFIG_VERSION = 1
@@ -73,30 +72,15 @@ class CiterConfig(PreTrainedConfig):
             setattr(config, key, value)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs, **keep_token(kwargs))
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        return super().get_config_dict(pretrained_model_name_or_path, **restore_token(kwargs))
-
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a configuration from its JSON form, without keys that only a newer version knows."""
+        """Build a configuration from its JSON form, which must be that of a pair."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"config: expected a CITER router repository (model_type 'citer'), got model_type {model_type!r}. "
-                "To wrap that model in a pair, use CiterForCausalLM.from_pair(slm, llm)."
+                f"config: expected a CITER router repository, got model_type {model_type!r}. To wrap that model in a "
+                "pair, use CiterForCausalLM.from_pair(slm, llm)."
             )
-        unknown = sorted(key for key in set(config_dict) - _known_keys() if not key.startswith("_"))
-        if unknown:
-            warnings.warn(
-                f"config: the settings {unknown} are unknown here and ignored. They are probably of a newer citer_hf; "
-                "upgrade with `pip install -U citer-hf`.",
-                stacklevel=2,
-            )
-        return super().from_dict({key: value for key, value in config_dict.items() if key not in unknown}, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary; the base models' quantization is left to the base models."""
@@ -121,11 +105,6 @@ class CiterConfig(PreTrainedConfig):
         """Size of the shared vocabulary: the smaller of the two tables, the larger one's other rows are padding."""
         return min(table_size(self.slm_config), table_size(self.llm_config))
 
-    @vocab_size.setter
-    def vocab_size(self, value: int) -> None:
-        self.slm_config.get_text_config().vocab_size = value
-        self.llm_config.get_text_config().vocab_size = value
-
     @property
     def tie_word_embeddings(self) -> bool:
         """Whether the SLM's input and output embeddings are one; set, it is set for both models."""
@@ -140,11 +119,6 @@ class CiterConfig(PreTrainedConfig):
     def max_position_embeddings(self) -> int | None:
         """Longest text both models can read, in tokens; `None` when neither states a limit."""
         return min(filter(None, map(context_length, (self.slm_config, self.llm_config))), default=None)
-
-    @max_position_embeddings.setter
-    def max_position_embeddings(self, value: int) -> None:
-        self.slm_config.get_text_config().max_position_embeddings = value
-        self.llm_config.get_text_config().max_position_embeddings = value
 
 
 def _slm_attribute(name: str) -> property:
@@ -162,20 +136,9 @@ for _name in (*_shapes, "bos_token_id", "eos_token_id", "pad_token_id"):
     setattr(CiterConfig, _name, _slm_attribute(_name))
 
 
-def _known_keys() -> set[str]:
-    """What a `config.json` of this version can hold, and what transformers reads from any."""
-    others = "auto_map torch_dtype name_or_path attn_implementation experts_implementation num_labels custom_pipelines"
-    return {*CiterConfig().to_dict(), *GenerationConfig().to_dict(), *others.split()}
-
-
 def table_size(config: PreTrainedConfig) -> int:
     """Number of rows of a model's vocabulary table."""
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    if size is None:
-        raise ValueError(
-            f"{type(config).__name__} has no vocab_size: expected the configuration of a causal language model."
-        )
-    return int(size)
+    return int(config.get_text_config().vocab_size)
 
 
 def router_width(config: PreTrainedConfig) -> int:
@@ -198,10 +161,7 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCo
     config = dict(config)
     model_type = config.pop("model_type", None)
     if model_type is None:
-        raise ValueError(
-            "slm_config and llm_config: expected a configuration or a dictionary with a model_type, "
-            f"got a dictionary with the keys {sorted(config)}."
-        )
+        raise ValueError(f"slm_config, llm_config: expected a dictionary with a model_type, got {sorted(config)}.")
     if model_type not in CONFIG_MAPPING:
         # A model whose code lies in its own repository: it brings its configuration when it is loaded.
         return type("UnknownConfig", (PreTrainedConfig,), {"model_type": model_type})(**config)

@@ -1,11 +1,10 @@
 """How `generate` drives two models: which cache it makes, which sequences are finished, where the record starts."""
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, QuantizedCache
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import StoppingCriteriaList
 from transformers.utils import logging
 
@@ -21,7 +20,7 @@ logger = logging.get_logger(__name__)
 OWN_KEYWORDS = ("router_threshold", "llm_veto", "finished_rows")
 # Those of generation settings, which hold what the keywords of `generate` do not say.
 SETTINGS = ("router_threshold", "llm_veto", "max_drafts")
-CACHE_IMPLEMENTATIONS = ("dynamic", "offloaded", "quantized", "static")
+CACHE_IMPLEMENTATIONS = ("dynamic", "static")
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -77,7 +76,6 @@ class CiterGenerationMixin(GenerationMixin):
             ValueError: for an invalid threshold, veto or setting, input embeddings, or a veto in a mode that cannot
                 have one, such as beams.
             TypeError: for a cache that is not a `CiterCache`.
-            torch.OutOfMemoryError: when a model runs out of memory; it names the model and two settings that help.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
@@ -126,31 +124,16 @@ class CiterGenerationMixin(GenerationMixin):
                 if type(getattr(cache, role)) is SlotCache and not getattr(cache, role).layers:
                     setattr(cache, role, SlotCache(config))
         elif generation_config.use_cache is not False:
-            model_kwargs[CACHE] = self._make_cache(generation_config)
-            if generation_config.cache_implementation == "static":
+            model_kwargs[CACHE] = CiterCache(self.config)
+            kind = generation_config.cache_implementation
+            if kind is not None and kind not in CACHE_IMPLEMENTATIONS:
+                logger.warning_once(f"cache_implementation={kind!r}: a pair of models uses its dynamic cache instead.")
+            if kind == "static":
                 model_kwargs[CACHE].max_cache_len = max(length, generation_config.max_cache_len or 0)
             if generation_config.is_assistant:
                 model_kwargs[CACHE].activate_past_recording()
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch, length)
-
-    def _make_cache(self, generation_config: GenerationConfig) -> CiterCache:
-        def one(config: Any) -> Any:
-            if kind == "quantized":
-                options = copy.deepcopy(generation_config.cache_config) or {}
-                return QuantizedCache(**{"backend": "quanto", **options, "config": config})
-            if kind == "offloaded":
-                return DynamicCache(config=config, offloading=True)
-            return SlotCache(config)
-
-        kind = generation_config.cache_implementation
-        if kind is not None and kind not in CACHE_IMPLEMENTATIONS:
-            logger.warning_once(
-                f"cache_implementation={kind!r}: a pair of models has {', '.join(CACHE_IMPLEMENTATIONS)}. Its dynamic "
-                "cache is used, which gives the same text."
-            )
-        config: Any = self.config
-        return CiterCache(config, slm=one(config.slm_config), llm=one(config.llm_config))
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         finished = kwargs.pop("finished_rows", None)
@@ -172,13 +155,13 @@ class CiterGenerationMixin(GenerationMixin):
         reason = why_not_decoded(self, call)
         if not reason:
             return decode(self, call)
-        kwargs = self._as_plain_citer(reason, input_ids, kwargs)
+        kwargs = self._as_plain_citer(reason, kwargs)
         finished = FinishedRows(stopping_criteria)
         return super()._sample(
             input_ids, logits_processor, finished, generation_config, finished_rows=finished, **kwargs
         )
 
-    def _as_plain_citer(self, reason: str, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _as_plain_citer(self, reason: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return keywords for transformers' loop, which calls `forward` for every token and knows no veto."""
         kwargs = dict(kwargs)
         asked, default = kwargs.pop("llm_veto", None), kwargs.pop("default_veto", self.config.llm_veto)
@@ -210,12 +193,12 @@ class CiterGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> Any:
         reason = "an assistant model drafts, which transformers verifies in its own loop"
-        kwargs = self._as_plain_citer(reason, input_ids, kwargs)
+        kwargs = self._as_plain_citer(reason, kwargs)
         begin_record(input_ids, generation_config, kwargs)
         return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
 
     def _beam_search(self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any) -> Any:
-        kwargs = self._as_plain_citer("beams reorder their sequences at every token", input_ids, kwargs)
+        kwargs = self._as_plain_citer("beams reorder their sequences at every token", kwargs)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         output = super()._beam_search(input_ids, generation_config=generation_config, **kwargs)
         if cache_of(output) is not None:
@@ -239,10 +222,7 @@ class CiterGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
 
 
-INPUTS_EMBEDS_ERROR = (
-    "inputs_embeds: the two models have an embedding space each, so that one tensor of embeddings cannot be read by "
-    "both. Pass input_ids."
-)
+INPUTS_EMBEDS_ERROR = "inputs_embeds: the two models have an embedding space each. Pass input_ids."
 
 
 def begin_record(

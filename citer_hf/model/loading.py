@@ -18,7 +18,6 @@ from .references import (
     HUB_KEYWORDS,
     ROLES,
     base_config,
-    check_source,
     check_unchanged,
     commit_of,
     commits_of,
@@ -56,8 +55,6 @@ class CiterLoadingMixin:
     _repository: tuple[str, dict[str, Any]] | None = None
     # Of the base models, as far as they are known: what was loaded may be another one than what is referred to.
     _commits: dict[str, str | None] = {}
-    # Some of the weights of a router that nobody has trained yet.
-    _fresh_router: torch.Tensor | None = None
 
     @classmethod
     def from_pair(
@@ -153,10 +150,9 @@ class CiterLoadingMixin:
             source = os.fspath(config or path or "")
             own_file = ("dtype", "torch_dtype", *HUB_KEYWORDS, *REPOSITORY_KEYWORDS)
             kept = {key: kwargs[key] for key in own_file if key in kwargs}
-            check_source("router", source, kwargs)
             rest = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
             with explained("router", source, kwargs):
-                config, kwargs = CiterConfig.from_pretrained(source, return_unused_kwargs=True, **rest)
+                config, kwargs = read_config(source, rest)
             kwargs |= kept
         assert isinstance(config, PreTrainedConfig)
         config.router_threshold = as_threshold(kwargs.pop("router_threshold", config.router_threshold))
@@ -164,7 +160,9 @@ class CiterLoadingMixin:
         if isinstance(config.router, nn.Module):
             router, config.router = config.router, {"type": CUSTOM_ROUTER}
         if config.slm_reference is None and config.llm_reference is None:
-            loaded = cls._load_whole(path, *model_args, config=config, router=router, **kwargs)
+            # All three parts are in one file, which loads as every transformers model does.
+            model_args = model_args if router is None else (None, None, router)
+            loaded = super().from_pretrained(path, *model_args, config=config, **kwargs)  # type: ignore[misc]
         else:
             loaded = cls._load_referred(str(path), config, router, kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -177,20 +175,6 @@ class CiterLoadingMixin:
         return loaded
 
     @classmethod
-    def _load_whole(cls, path: Any, *model_args: Any, config: Any, router: nn.Module | None, **kwargs: Any) -> Any:
-        """Load a repository whose `model.safetensors` holds all three parts, as every transformers model loads."""
-        own = sorted(key for key in kwargs if key.startswith(("slm_", "llm_")) or key == "quantization_config")
-        if own:
-            raise ValueError(
-                f"{own[0]}: this repository holds the router and both models in one file, which load together. To "
-                "load one of them with settings of its own, save the model with save_base_models=True first."
-            )
-        split_keywords(kwargs)
-        if router is not None:
-            model_args = (None, None, router)
-        return super().from_pretrained(path, *model_args, config=config, **kwargs)  # type: ignore[misc]
-
-    @classmethod
     def _load_referred(cls, path: str, config: Any, router: nn.Module | None, kwargs: dict[str, Any]) -> Any:
         """Load a repository that holds the router and refers to its base models, or holds them in folders."""
         repository = {key: kwargs[key] for key in (*HUB_KEYWORDS, *REPOSITORY_KEYWORDS) if key in kwargs}
@@ -199,10 +183,7 @@ class CiterLoadingMixin:
             # A push while this loads must not mix two states of the repository.
             repository["revision"] = commit_of(path, repository) or repository.get("revision")
         if (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
-            raise ValueError(
-                f"{path}: an adapter for the pair as a whole loads with PeftModel.from_pretrained(pair, adapter) of "
-                "PEFT, after CiterForCausalLM.from_pretrained."
-            )
+            raise ValueError(f"{path}: load an adapter of the pair with PeftModel.from_pretrained(pair, adapter).")
         chosen = {key: getattr(config, f"_{key}", None) for key in ("attn_implementation", "experts_implementation")}
         shared = {key: value for key, value in chosen.items() if value is not None} | kwargs
         for key in (*REPOSITORY_KEYWORDS, "output_loading_info", "adapter_kwargs", "state_dict"):
@@ -223,7 +204,6 @@ class CiterLoadingMixin:
                 sources[role], there = resolve(role, path, reference, repository)
                 # A folder of the router's repository is where it is; of another model, another state may be asked for.
                 keywords[role] = own = {**own, **there} if "name_or_path" not in reference else there | own
-            check_source(role, sources[role], own, advice=f"If it has moved, pass {role}_name_or_path=...")
             if role in moved and not own.get("adapter_name_or_path"):
                 # It may be an adapter that is for the same model.
                 sources[role], adapters[role] = split_off_adapter(role, sources[role], own)
@@ -266,19 +246,13 @@ class CiterLoadingMixin:
 
     @property
     def router_is_untrained(self) -> bool:
-        """Whether the router's weights are still the random ones that `from_pair` made."""
+        """Whether the router's weights are the random ones that `from_pair` made; `train()` ends it."""
         model: Any = self
-        if not model.config.router.get(UNTRAINED) or self._fresh_router is None:
-            return bool(model.config.router.get(UNTRAINED))
-        now = some_weights(model.router)
-        return torch.equal(self._fresh_router.to(now.dtype), now)
+        return bool(model.config.router.get(UNTRAINED))
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Raise an error: an adapter for both models at once would match layers of both, and its names fit neither."""
-        raise ValueError(
-            "load_adapter: a pair has two models. Load the adapter into one of them: model.slm.load_adapter(...) or "
-            "model.llm.load_adapter(...)."
-        )
+        """Raise an error: an adapter for both models at once would match layers of both."""
+        raise ValueError("load_adapter: a pair has two models. Call model.slm.load_adapter or model.llm.load_adapter.")
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie the weights that both models share between their own layers."""
@@ -299,6 +273,16 @@ class CiterLoadingMixin:
         return {**super()._get_dtype_plan(dtype), r"^router\.": torch.float32}  # type: ignore[misc]
 
 
+def read_config(source: str, keywords: dict[str, Any]) -> tuple[CiterConfig, dict[str, Any]]:
+    """Return the configuration of a repository, and the keywords that it does not take.
+
+    `CiterConfig.from_pretrained` loses the token before transformers 5.22.
+    """
+    found, rest = CiterConfig.get_config_dict(source, **keywords)
+    config, rest = CiterConfig.from_dict(found, return_unused_kwargs=True, **rest)
+    return config, rest
+
+
 def choose_router(
     router: Any, threshold: float | None, veto: float | None, slm_config: PreTrainedConfig, hub: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], nn.Module | None]:
@@ -309,24 +293,19 @@ def choose_router(
     as_veto(dials.get("llm_veto", 0.0))
     if isinstance(router, nn.Module):
         return {"type": CUSTOM_ROUTER}, dials, router
-    if isinstance(router, dict) or router in ROUTERS:
-        spec = dict(router) if isinstance(router, dict) else {"type": router}
+    name = "" if isinstance(router, dict) else os.fspath(router)
+    if name in ROUTERS or ("/" not in name and not os.path.exists(name)):
+        spec = dict(router) if isinstance(router, dict) else {"type": name}
         with torch.device("meta"):
             build_router(spec, router_width(slm_config))
         return spec, {"llm_veto": UNTRAINED_VETO.get(spec["type"], 0.0), **dials}, None
-    name = os.fspath(router)
     if os.path.isfile(name):
         raise ValueError(
-            f"router: {name} is a file, expected the path or repository id of a saved router. Make one of a router "
-            f"of CITER's or R2R's released code: citer convert {name} --slm ... --llm ... --out my-router"
+            f"router: {name} is a file, expected the path or repository id of a saved router. Convert a router of "
+            f"released code first: citer convert {name} --slm ... --llm ... --out my-router"
         )
-    if not os.path.isdir(name) and "/" not in name:
-        raise ValueError(
-            f"router: expected one of {sorted(ROUTERS)}, the path or repository id of a saved router, or a "
-            f"torch.nn.Module, got {router!r}."
-        )
-    check_source("router", name, hub)
-    saved = CiterConfig.from_pretrained(name, **hub)
+    with explained("router", name, hub):
+        saved, _ = read_config(name, hub)
     spec = {"hidden_size": router_width(saved.slm_config), **saved.router}
     saved_dials = {name: getattr(saved, name) for name in given}
     return spec, {**saved_dials, **dials}, load_router(spec, slm_config, name, hub)
@@ -349,9 +328,7 @@ def load_router(
     try:
         module.load_state_dict(weights, strict=True, assign=router is None)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path}: the weights in {ROUTER_WEIGHTS} do not fit its router, which may be of another SLM: {error}"
-        ) from error
+        raise ValueError(f"{path}: the weights in {ROUTER_WEIGHTS} do not fit its router: {error}") from error
     return module
 
 
@@ -368,15 +345,9 @@ def end_at_union(model: Any) -> None:
         settings.eos_token_id = [*llm, *missing]
 
 
-def some_weights(router: nn.Module) -> torch.Tensor:
-    """Return the first weights of each tensor, by which a change of a router is noticed."""
-    return torch.cat([tensor.detach().flatten()[:64].cpu() for tensor in router.parameters()])
-
-
 def ready(model: Any, keywords: dict[str, dict[str, Any]]) -> Any:
     """Put the router where the SLM's head is, and note the devices of both models under `hf_device_map`."""
     if model.router_is_untrained:
-        model._fresh_router = some_weights(model.router)
         logger.warning(
             f"router: the weights of this {model.config.router['type']!r} router are random, so that its choices mean "
             "nothing. Train it (`citer train`), or pass the path or repository id of a trained router."

@@ -12,13 +12,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .cache import CiterCache, check_cache
-from .compat import CACHE, BothCacheNames, given_cache, is_out_of_memory, keywords_of, out_of_memory
+from .compat import CACHE, BothCacheNames, given_cache, keywords_of
 from .compiled import CompiledSteps
 from .configuration import CiterConfig, router_width
 from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin
 from .loading import CiterLoadingMixin
 from .references import check_pair
-from .routers import CUSTOM_ROUTER, as_threshold, as_veto, build_router, defer, marginal, takes_back
+from .routers import CUSTOM_ROUTER, UNTRAINED, as_threshold, as_veto, build_router, defer, marginal, takes_back
 from .saving import CiterSharingMixin
 from .schedule import Pace
 
@@ -122,14 +122,12 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
     @property
     def default_veto(self) -> float:
         """Return the veto without a keyword: that of the generation settings, or else the configuration's."""
-        veto = getattr(self.generation_config, "llm_veto", None)
-        return self.config.llm_veto if veto is None else veto
+        return vars(self.generation_config).get("llm_veto", self.config.llm_veto)
 
     @property
     def default_threshold(self) -> float:
         """Return the threshold without a keyword: that of the generation settings, or else the configuration's."""
-        threshold = getattr(self.generation_config, "router_threshold", None)
-        return self.config.router_threshold if threshold is None else threshold
+        return vars(self.generation_config).get("router_threshold", self.config.router_threshold)
 
     def _init_weights(self, module: nn.Module) -> None:
         # The base models initialise themselves; what is left is the router. The 0.02 of a language model would make
@@ -144,6 +142,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
 
     def train(self, mode: bool = True) -> "CiterForCausalLM":
         """Set the router to training or evaluation; the base models stay in evaluation."""
+        if mode:
+            self.config.router.pop(UNTRAINED, None)
         super().train(mode)
         self.slm.eval()
         self.llm.eval()
@@ -206,8 +206,6 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         Raises:
             ValueError: for input embeddings, no input, an invalid threshold, a cache of another batch, or two caches.
             TypeError: for a cache that is not a `CiterCache`.
-            torch.OutOfMemoryError: when a model runs out of memory (on a CPU, torch's `RuntimeError`); it names the
-                model and two settings that help.
         """
         if kwargs.pop("inputs_embeds", None) is not None:
             raise ValueError(INPUTS_EMBEDS_ERROR)
@@ -314,22 +312,15 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         else:
             # Somebody may have put another head on the SLM.
             install_hook(self.slm)
-            tracked = None
-            if torch.is_grad_enabled() and inputs.get("output_hidden_states"):
-                # Hidden states that are asked for have gradients, though the weights are frozen.
-                embeddings = self.slm.get_input_embeddings()
-                tracked = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
             token = capture.set(captured)
             try:
                 output = self._run("slm", input_ids, cache, logits_to_keep, inputs)
             finally:
                 capture.reset(token)
-                if tracked is not None:
-                    tracked.remove()
         if not captured:
             raise ValueError(
-                f"slm: {type(self.slm).__name__} does not call its output embeddings, so that a router cannot see its "
-                "last hidden state. Choose another SLM."
+                f"slm: {type(self.slm).__name__} does not call its output embeddings, whose input routers see. Choose "
+                "another SLM."
             )
         logits, hidden = output.logits, captured[-1]
         if "logits_to_keep" not in self._keywords[type(self.slm)].named:
@@ -393,12 +384,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         device = model.device
         if device != input_ids.device and device.type != "meta":
             inputs = send_to_device(inputs, device)
-        try:
-            return model(**inputs)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(error, role) from error
-            raise
+        return model(**inputs)
 
 
 def vetoes(

@@ -1,6 +1,5 @@
 """The two base models of a pair: where they are, loading them, and whether they fit together."""
 
-import inspect
 import os
 import re
 from pathlib import PurePosixPath, PureWindowsPath
@@ -12,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.modeling_utils import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
-from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash, has_file
+from transformers.utils.hub import cached_file, convert_file_size_to_int, extract_commit_hash
 
-from .compat import cache_name, is_broken_transfer, is_out_of_memory, out_of_memory
+from .compat import cache_name, is_broken_transfer
 from .configuration import table_size
 
 logger = logging.get_logger(__name__)
@@ -35,10 +34,7 @@ WRAPPERS = re.compile(r"\.(token_adapter|base_layer|original_module)(?=\.)")
 def split_keywords(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Divide the keywords of a pair among its models."""
     for key, dtype in kwargs.items():
-        if not key.endswith("dtype") or not isinstance(dtype, str) or dtype == "auto":
-            continue
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        if key.endswith("dtype") and isinstance(dtype, str) and dtype != "auto" and not hasattr(torch, dtype):
             raise ValueError(f"{key}: expected 'auto', or a dtype of torch such as 'bfloat16', got {dtype!r}.")
     shared = {key: value for key, value in kwargs.items() if key.partition("_")[0] not in ROLES}
     keywords = {}
@@ -61,47 +57,20 @@ def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
     return file_keywords(keywords, "gguf_file", "trust_remote_code")
 
 
-def check_source(
-    role: str, name: str, keywords: dict[str, Any], files: tuple[str, ...] = ("config.json",), advice: str = ""
-) -> None:
-    """Raise an error unless `name` is a directory, or a repository with one of the files."""
-    if os.path.isdir(name):
-        return
-    looked = f"{role}: there is no directory {os.path.abspath(name)}"
-    if REPOSITORY_ID.fullmatch(name) is None:
-        raise OSError(f"{looked}, and {name!r} is not the id of a repository, such as 'user/model'. {advice}".rstrip())
-    files = (keywords["gguf_file"],) if keywords.get("gguf_file") else files
-    if any(cached_path(name, file, keywords) for file in files):
-        return
-    where = {key: keywords[key] for key in ("revision", "token", "local_files_only", "cache_dir") if keywords.get(key)}
-    with explained(role, name, keywords):
-        # One request each: the client itself repeats a request five times before it gives up.
-        if any(has_file(name, os.path.join(keywords.get("subfolder") or "", file), **where) for file in files):
-            return
-    raise OSError(
-        f"{looked}, no {' or '.join(files)} of {name} in the cache of the Hub, and none on the Hub, or the Hub cannot "
-        f"be reached. {advice}".rstrip()
-    )
-
-
 def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedConfig:
     """Return the configuration of a base model, without loading its weights."""
     if isinstance(source, nn.Module):
         check_model(role, source)
         config: PreTrainedConfig = source.config
         if keywords.get("quantization_config") is not None:
-            raise ValueError(
-                f"{role}: this model is loaded already, so that quantization_config comes too late. Pass its name "
-                "or path, or quantize it where you load it."
-            )
+            raise ValueError(f"{role}: expected a name or path with quantization_config, got a loaded model.")
     else:
         with explained(role, source, keywords):
             config = AutoConfig.from_pretrained(source, **hub_keywords(keywords))
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     if is_encoder or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{role}: {type(config).__name__} is of a model with an encoder, which does not generate text from left "
-            "to right. Choose a decoder-only causal language model."
+            f"{role}: {type(config).__name__} is of a model with an encoder. Choose a decoder-only language model."
         )
     return config
 
@@ -151,20 +120,16 @@ class explained(NamedTuple):  # noqa: N801 - reads as a statement: `with explain
             return
         if isinstance(error, ValueError) and "contains custom code" in str(error):
             raise ValueError(
-                f"{role}: {source} brings code of its own. If you trust it, pass {role}_trust_remote_code=True; "
-                "trust_remote_code is for the router alone."
+                f"{role}: {source} brings code of its own. If you trust it, pass {role}_trust_remote_code=True."
             ) from error
-        if role in ROLES and is_out_of_memory(error):
-            raise out_of_memory(error, role) from error
-        is_broken = is_broken_transfer(error)
-        if isinstance(error, OSError) or is_broken or type(error).__name__ == "SafetensorError":
-            broken = "the download broke off: " if is_broken else ""
+        is_of_file = isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+        if is_of_file or is_broken_transfer(error):
             title = {"router": "router", "slm": "SLM", "llm": "LLM"}.get(role, f"{role[:3].upper()}'s adapter")
             revision = f" at revision {keywords['revision']}" if keywords.get("revision") else ""
             moved = "" if role == "router" else f" If it has moved, pass {role}_name_or_path=..."
             raise OSError(
-                f"{role}: the {title} could not be loaded from {source}{revision}: {broken}{error}\nIf a file is "
-                f"missing, damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
+                f"{role}: the {title} could not be loaded from {source}{revision}: {error}\nIf a file is missing, "
+                f"damaged or cut short, save it again, or download it anew with force_download=True.{moved}"
             ) from error
         if isinstance(error, TypeError | ValueError) and not str(error).startswith(role):
             kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -303,8 +268,7 @@ def check_model(role: str, model: Any) -> None:
         raise TypeError(f"{role}: expected a model id, a path or a transformers model, got {name}.")
     if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{role}: {name} is not a causal language model: expected a decoder with a language modelling head, such "
-            "as AutoModelForCausalLM.from_pretrained gives."
+            f"{role}: {name} is not a causal language model, such as AutoModelForCausalLM.from_pretrained gives."
         )
 
 
@@ -313,11 +277,7 @@ def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
         check_model(role, model)
         layers = DynamicCache(config=model.config)
         if cache_name(model) is None or (len(layers) and all(layers.is_linear)):
-            parameters = ", ".join(list(inspect.signature(model.forward).parameters)[:6])
-            raise ValueError(
-                f"{role}: {type(model).__name__} keeps no keys and values in a `cache` (or `past_key_values`) (its "
-                f"forward takes {parameters}, ...), so that it cannot share a generation with another model."
-            )
+            raise ValueError(f"{role}: {type(model).__name__} keeps no keys and values in a `cache`; choose another.")
 
 
 def check_unchanged(role: str, source: Any, found: PreTrainedConfig, saved: PreTrainedConfig) -> None:
@@ -369,17 +329,13 @@ def shared_tokenizer(
         name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
         found[role] = load_tokenizer(name, adapters[role], **hub_keywords(keywords[role]))
         if name and found[role] is None:
-            logger.warning(
-                f"{role}: no tokenizer could be loaded from {name}, so that the pair has the other model's, if any; "
-                "save one there with tokenizer.save_pretrained(...)."
-            )
+            logger.warning(f"{role}: no tokenizer could be loaded from {name}; the pair has the other model's.")
     slm, llm = found["slm"], found["llm"]
     different = None if slm is None or llm is None else first_difference(slm, llm)
     if different is not None:
         raise ValueError(
             f"slm, llm: their tokenizers differ, first at token id {different[0]}: it is {different[1]!r} for the SLM "
-            f"({len(slm.get_vocab())} tokens) and {different[2]!r} for the LLM ({len(llm.get_vocab())} tokens). A "
-            "pair must share one tokenizer; choose two models of the same family."
+            f"and {different[2]!r} for the LLM. Choose two models of the same family."
         )
     # Ids that one of the tables lacks are never generated, so that nothing that the pair needs may be among them.
     smaller = min(ROLES, key=lambda role: table_size(configs[role]))
@@ -392,6 +348,6 @@ def shared_tokenizer(
         if not fitting or any(token == one.eos_token or token in str(one.chat_template) for token in beyond):
             raise ValueError(
                 f"{smaller}: its vocabulary table has {size} rows, too few for the tokenizer, whose largest token id "
-                f"is {max(one.get_vocab().values())}. Resize the model's token embeddings, or use its own tokenizer."
+                f"is {max(one.get_vocab().values())}. Resize the model's token embeddings."
             )
     return fitting[0] if fitting else None

@@ -8,15 +8,12 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import safe_save_file, unwrap_model
 from transformers.utils import logging
-from transformers.utils.hub import PushToHubMixin
 
-from .adapters import active_adapter, adapter_layers, adapter_origin, save_adapter, without_adapter
+from .adapters import active_adapter, adapter_origin, save_adapter, without_adapter
 from .references import ROLES, commit_of, difference, reference_to, resolve
-from .routers import UNTRAINED
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +31,7 @@ STALE = re.compile(
 PUSH_KEYWORDS = ("private", "token", "create_pr", "revision", "commit_message", "commit_description", "tags")
 
 # Upload a pair that is saved in a folder: (pair, folder, repo_id, **keywords of `push_to_hub`) -> address. `citer_hf`
-# has one that writes a model card; where a pair runs without the package, transformers uploads it alone.
+# fills the list; the model, which travels without the rest, cannot write a card.
 UPLOADERS: list[Callable[..., str]] = []
 
 
@@ -66,17 +63,9 @@ class CiterSharingMixin:
             OSError: when the directory cannot be written; then nothing in it has changed.
             ValueError: when a base model cannot be saved.
         """
-        model: Any = self
-        refers = model.config.slm_reference is not None or model.config.llm_reference is not None
-
-        def write(folder: str) -> None:
-            # An adapter has files of its own, which say what it is.
-            if save_base_models or refers or adapter_layers(model):
-                save_router_repository(model, folder, save_base_models, **kwargs)
-            else:
-                self._save_whole(folder, **kwargs)
-
-        save_atomically(save_directory, write)
+        save_atomically(
+            save_directory, lambda folder: save_router_repository(self, folder, save_base_models, **kwargs)
+        )
         if push_to_hub:
             repo_id = kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory))
             options = {key: kwargs[key] for key in (*PUSH_KEYWORDS, "max_shard_size") if key in kwargs}
@@ -85,14 +74,13 @@ class CiterSharingMixin:
     def push_to_hub(
         self, repo_id: str, save_base_models: bool = False, max_shard_size: int | str = "50GB", **kwargs: Any
     ) -> str:
-        """Save the pair and upload it to the Hub; where `citer_hf` is imported, with a model card.
+        """Save the pair and upload it to the Hub with a model card; `citer_hf` must be imported.
 
         Args:
             repo_id: Where to, such as `user/my-router`; made when it is not there.
             save_base_models: Whether to upload both models too.
             max_shard_size: Of a base model's weights files.
-            kwargs: `private`, `token`, `create_pr`, `revision`, `commit_message`, `commit_description` and `tags`, as
-                in transformers.
+            kwargs: `private`, `token`, `create_pr`, `revision`, `commit_message`, `commit_description` and `tags`.
 
         Returns:
             The address of the commit, or of the pull request.
@@ -101,33 +89,11 @@ class CiterSharingMixin:
             OSError: when the upload fails.
             ValueError: when a base model is a directory of this machine and is not uploaded too.
         """
-        unknown = sorted(kwargs.keys() - set(PUSH_KEYWORDS))
-        if unknown:
-            raise TypeError(f"{unknown[0]}: push_to_hub takes {', '.join(PUSH_KEYWORDS)}.")
         if not UPLOADERS:
-            return Saved(self, save_base_models).push_to_hub(repo_id, max_shard_size=max_shard_size, **kwargs)
+            raise ImportError("push_to_hub: only the installed package pushes: pip install citer-hf, import citer_hf.")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, save_base_models=save_base_models, max_shard_size=max_shard_size)
             return UPLOADERS[0](self, folder, repo_id, **kwargs)
-
-    def _save_whole(self, folder: str, **kwargs: Any) -> None:
-        model: Any = self
-        settings, model.generation_config = model.generation_config, GenerationConfig()
-        try:
-            super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
-        finally:
-            model.generation_config = settings
-        save_settings(model, model.config, folder)
-
-
-class Saved(PushToHubMixin):
-    """What transformers uploads of a pair."""
-
-    def __init__(self, model: Any, save_base_models: bool):
-        self.model, self.save_base_models = model, save_base_models
-
-    def save_pretrained(self, folder: str, **kwargs: Any) -> None:
-        self.model.save_pretrained(folder, save_base_models=self.save_base_models, **kwargs)
 
 
 def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:
@@ -200,19 +166,11 @@ def save_base_model(role: str, model: Any, folder: str, **kwargs: Any) -> None:
     try:
         without_adapter(role, model).save_pretrained(folder, **{key: kwargs[key] for key in names if key in kwargs})
     except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"{role}: {type(model).__name__} cannot be saved as it is loaded ({error}). Leave save_base_models "
-            "out, so that the router only refers to it."
-        ) from error
+        raise ValueError(f"{role}: it cannot be saved as it is loaded, leave save_base_models out: {error}") from error
 
 
 def save_settings(model: Any, config: Any, folder: str) -> None:
     """Write the configuration, the code, the generation settings and the tokenizer of a pair."""
-    if not model.router_is_untrained:
-        config.router.pop(UNTRAINED, None)
-    # transformers puts the code of a model with remote code, and its names, into the root.
-    for name in [name for name in os.listdir(folder) if name.endswith(".py")]:
-        os.remove(os.path.join(folder, name))
     config.auto_map = dict(AUTO_MAP)
     config.to_json_file(os.path.join(folder, "config.json"))
     model_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling.py")
@@ -244,8 +202,7 @@ def save_atomically(save_directory: str | os.PathLike[str], write: Callable[[str
         if isinstance(error, OSError):
             raise OSError(
                 error.errno,
-                f"save_directory: nothing was saved to {directory}: {error.strerror or error}. Check that the "
-                "directory can be written to and that the disk has room.",
+                f"save_directory: nothing was saved to {directory}: {error.strerror or error}. Check the disk's room.",
             ) from error
         raise
 

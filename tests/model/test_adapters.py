@@ -169,7 +169,7 @@ def test_a_quantized_model_keeps_its_adapter_beside_it(tmp_path):
     assert torch.equal(logits(load(tmp_path / "router", **quantized), 0), logits(model, 0))
     full = logits(load(tmp_path / "router"), 0)
     assert torch.equal(full, logits(with_adapter(tmp_path / "slm"))) and not torch.equal(full, logits(model, 0))
-    with pytest.raises(ValueError, match=r"slm: LlamaForCausalLM cannot be saved as it is loaded"):
+    with pytest.raises(ValueError, match=r"slm: it cannot be saved as it is loaded"):
         model.save_pretrained(tmp_path / "held", save_base_models=True)
 
 
@@ -178,7 +178,7 @@ def test_models_and_adapters_that_have_moved_are_found_by_their_new_names(home):
     model.save_pretrained(home / "router")
     for name in ("slm", "slm-lora"):
         (home / name).rename(home / f"{name}-new")
-    with pytest.raises(OSError, match=r"slm_adapter: there is no directory .*slm_adapter_name_or_path=\.\.\."):
+    with pytest.raises(OSError, match=r"(?s)slm_adapter: .* could not be loaded .*slm_adapter_name_or_path"):
         load(home / "router", slm_name_or_path=home / "slm-new")
     new = {"slm_name_or_path": home / "slm-new", "slm_adapter_name_or_path": home / "slm-lora-new"}
     assert torch.equal(logits(load(home / "router", **new), 0), logits(model, 0))
@@ -214,18 +214,18 @@ def test_what_cannot_work_is_refused_with_the_reason(home):
     with pytest.raises(ValueError, match=r"load_adapter: a pair has two models.*model\.slm\.load_adapter"):
         model.load_adapter(str(home / "slm-lora"))
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match=r"slm: PROMPT_TUNING puts its adapter before the prompt"):
+    with pytest.raises(ValueError, match=r"slm: expected an adapter in the layers .*got PROMPT_TUNING"):
         pair_with(home, slm=peft.get_peft_model(AutoModelForCausalLM.from_pretrained(home / "slm"), prompt))
-    with pytest.raises(ValueError, match=r"slm_adapter_name_or_path: this model is loaded already"):
+    with pytest.raises(ValueError, match=r"slm_adapter_name_or_path: expected the name of a model"):
         pair_with(home, slm=model.slm, slm_adapter_name_or_path=home / "slm-lora")
     with pytest.raises(ValueError, match=r"slm, slm_adapter_name_or_path: both name an adapter"):
         pair_with(home, slm_adapter_name_or_path=home / "slm-lora")
-    with pytest.raises(ValueError, match=r"slm: the adapter .*llm-lora does not fit LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"slm: the adapter .*llm-lora does not fit .*slm: "):
         pair_with(home, slm=home / "slm", slm_adapter_name_or_path=home / "llm-lora")
     with_adapter(home / "slm", 3).save_pretrained(home / "other")
     both = peft.PeftModel.from_pretrained(model.slm, home / "other", adapter_name="other")
     both.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"slm: it runs with several adapters, \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"slm: expected one active adapter, got \['default', 'other'\]"):
         model.save_pretrained(home / "router")
     both.base_model.set_adapter("default")
     for module in model.slm.modules():

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging
 
 from citer_hf import CiterCache
+from citer_hf.model.compat import is_out_of_memory
 from tests.conftest import left_padded, random_prompts
 
 NAMES = ("cache", "past_key_values")
@@ -71,3 +72,18 @@ def test_outputs_are_copied_and_pickled_with_both_names(pair):
     output = pair(**ONE)
     for again in (copy.deepcopy(output), pickle.loads(pickle.dumps(output))):
         assert again.cache.get_seq_length() == again.past_key_values.get_seq_length() == 9
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes."),
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=repr,
+)
+def test_memory_that_ran_out_is_told_from_other_errors(error):
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("shapes do not match"))

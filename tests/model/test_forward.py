@@ -82,15 +82,6 @@ def test_hidden_states_and_attentions_are_the_slms(text):
         assert len(model(input_ids=text).hidden_states) == 3
 
 
-def test_hidden_states_that_are_asked_for_have_gradients(text):
-    model = make_pair(hidden_size=48)
-    output = model(input_ids=text, output_hidden_states=True)
-    output.hidden_states[0].retain_grad()
-    output.logits.sum().backward()
-    assert output.hidden_states[0].grad is not None
-    assert model.slm.get_input_embeddings().weight.grad is None
-
-
 def test_the_llm_first_reads_the_prompt_at_its_first_token(count_calls, text):
     model = make_pair(router=ScriptedRouter(torch.tensor([[0, 0, 0, 1, 0, 1]])))
     calls = count_calls(model.llm)

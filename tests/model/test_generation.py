@@ -72,7 +72,7 @@ def test_a_cache_that_a_pair_lacks_gives_one_warning(model, caplog):
     model.generation_config.cache_implementation = "offloaded_hybrid"
     for _ in range(2):
         model.generate(**ONE, **SHORT)
-    told = [record.getMessage() for record in caplog.records if "Its dynamic cache is used" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "uses its dynamic cache" in record.getMessage()]
     assert len(told) == 1 and "cache_implementation='offloaded_hybrid'" in told[0]
 
 

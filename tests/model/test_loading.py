@@ -95,7 +95,7 @@ def test_a_router_of_ones_own_is_saved_and_given_back(bases, tmp_path):
 
     model = from_pair(bases, router=Own())
     model.save_pretrained(tmp_path / "router")
-    with pytest.raises(ValueError, match=r"class of its own \(Own\)"):
+    with pytest.raises(ValueError, match=r"class of its own \(Own\), pass router="):
         load(tmp_path / "router")
     loaded = load(tmp_path / "router", router=Own())
     assert same(weights(loaded.router), weights(model.router))
@@ -156,7 +156,7 @@ def test_a_base_model_that_has_moved_can_be_found_again_but_not_another_one(base
     model = from_pair(tmp_path / "old", router="linear")
     model.save_pretrained(tmp_path / "router")
     shutil.move(tmp_path / "old" / "llm", tmp_path / "new-llm")
-    with pytest.raises(OSError, match=rf"llm: .*{tmp_path / 'old' / 'llm'}.*\n?.*llm_name_or_path"):
+    with pytest.raises(OSError, match=rf"llm: .*{tmp_path / 'old' / 'llm'}.*(?s:.*)llm_name_or_path"):
         load(tmp_path / "router")
     loaded = load(tmp_path / "router", llm_name_or_path=str(tmp_path / "new-llm"))
     assert torch.equal(logits(loaded), logits(model))
@@ -170,10 +170,10 @@ def test_a_base_model_that_has_moved_can_be_found_again_but_not_another_one(base
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "confidance"}, "router: expected one of .* got 'confidance'"),
-        ({"router": {"type": "mlp", "hidden_size": 7}}, "hidden size of 7, but this SLM's is 32"),
+        ({"router": "confidance"}, "router: unknown kind 'confidance'; expected one of"),
         ({"dtype": "fp16"}, r"dtype: expected 'auto', or a dtype of torch such as 'bfloat16', got 'fp16'"),
         ({"llm_dtype": "half precision"}, r"llm_dtype: expected 'auto', or a dtype of torch"),
+        ({"router": {"type": "mlp", "hidden_size": 7}}, "hidden size of 7, for which it was made, got 32"),
     ],
 )
 def test_bad_input_is_refused_before_any_weight_is_loaded(bases, no_weights, options, message):
@@ -184,8 +184,8 @@ def test_bad_input_is_refused_before_any_weight_is_loaded(bases, no_weights, opt
 @pytest.mark.parametrize(
     ("vocabulary", "message"),
     [
-        ({"prefix": "v"}, r"first at token id 0: it is 'w0' for the SLM \(61 tokens\) and 'v0' for the LLM"),
-        ({"words": 60}, r"first at token id 60: it is 'w60' for the SLM .* and None for the LLM"),
+        ({"prefix": "v"}, r"first at token id 0: it is 'w0' for the SLM and 'v0' for the LLM"),
+        ({"words": 60}, r"first at token id 60: it is 'w60' for the SLM and None for the LLM"),
     ],
 )
 def test_different_tokenizers_are_refused(bases, tmp_path, no_weights, vocabulary, message):
@@ -299,13 +299,6 @@ def test_a_file_in_the_place_of_the_directory_is_refused(bases, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_settings_for_one_model_of_a_single_file_are_refused(tmp_path):
-    config = CiterConfig(slm_config=tiny_config("llama"), llm_config=tiny_config("qwen2"))
-    CiterForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"llm_dtype: this repository holds the router and both models in one file"):
-        load(tmp_path, llm_dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_a_configuration_round_trips_through_json(family, tmp_path):
     config = CiterConfig(
@@ -334,5 +327,5 @@ def test_building_one_leaves_loaded_configurations_as_they_are():
 def test_the_configuration_of_another_model_is_refused(tmp_path):
     tiny_config("llama").save_pretrained(tmp_path)
     for way in (CiterConfig.from_pretrained, load):
-        with pytest.raises(ValueError, match=r"expected a CITER router repository .* got model_type 'llama'"):
+        with pytest.raises(ValueError, match=r"expected a CITER router repository, got model_type 'llama'"):
             way(tmp_path)

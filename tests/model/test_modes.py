@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from transformers import set_seed
-from transformers.utils import is_optimum_quanto_available
 
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import tiny_model
@@ -161,24 +160,6 @@ def test_the_llm_processes_a_prompt_in_chunks_too_and_once(pair, count_calls):
     calls = count_calls(pair.llm)
     pair.generate(**single(12), max_new_tokens=1, do_sample=False, router_threshold=2.0, prefill_chunk_size=3)
     assert calls == [3] * 4
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads a cache from a GPU")
-def test_an_offloaded_cache_gives_the_same_text(pair):
-    batch = left_padded(random_prompts())
-    offloaded = pair.generate(**batch, **GREEDY, cache_implementation="offloaded")
-    assert torch.equal(pair.generate(**batch, **GREEDY), offloaded)
-
-
-@pytest.mark.skipif(not is_optimum_quanto_available(), reason="the backend of the quantized cache is not installed")
-def test_a_quantized_cache_is_that_of_each_model():
-    model = make_pair(hidden_size=48)
-    quantized = {**GREEDY, "cache_implementation": "quantized", "cache_config": {"nbits": 4, "q_group_size": 8}}
-    for threshold, alone in ((0.0, model.slm), (2.0, model.llm)):
-        output = model.generate(**single(8), **quantized, router_threshold=threshold, return_dict_in_generate=True)
-        assert torch.equal(output.sequences, alone.generate(**single(8), **quantized))
-        cache = output.past_key_values
-        assert "Quantized" in type(cache.slm).__name__ and "Quantized" in type(cache.llm).__name__
 
 
 def test_scores_logits_hidden_states_and_attentions_come_per_token(pair):
