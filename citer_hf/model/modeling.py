@@ -122,12 +122,14 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
     @property
     def default_veto(self) -> float:
         """Return the veto without a keyword: that of the generation settings, or else the configuration's."""
-        return vars(self.generation_config).get("llm_veto", self.config.llm_veto)
+        veto = getattr(self.generation_config, "llm_veto", None)
+        return self.config.llm_veto if veto is None else veto
 
     @property
     def default_threshold(self) -> float:
         """Return the threshold without a keyword: that of the generation settings, or else the configuration's."""
-        return vars(self.generation_config).get("router_threshold", self.config.router_threshold)
+        threshold = getattr(self.generation_config, "router_threshold", None)
+        return self.config.router_threshold if threshold is None else threshold
 
     def _init_weights(self, module: nn.Module) -> None:
         # The base models initialise themselves; what is left is the router. The 0.02 of a language model would make

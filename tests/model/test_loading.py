@@ -53,11 +53,14 @@ def test_what_is_loaded_is_what_was_saved(bases, tmp_path, kind):
 def test_a_pair_built_from_its_configuration_loads_as_it_was_saved(tmp_path, kind):
     config = CiterConfig(slm_config=tiny_config("qwen2"), llm_config=tiny_config("gemma2"), router=kind)
     model = CiterForCausalLM(config).eval()
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert same(weights(loaded), weights(model))
-    for threshold in (0.0, 2.0):
-        assert torch.equal(logits(loaded, threshold), logits(model, threshold))
+    model.save_pretrained(tmp_path / "folders")
+    # As earlier versions saved such a pair.
+    transformers.PreTrainedModel.save_pretrained(model, tmp_path / "one file")
+    for name in ("folders", "one file"):
+        loaded = load(tmp_path / name)
+        assert same(weights(loaded), weights(model))
+        for threshold in (0.0, 2.0):
+            assert torch.equal(logits(loaded, threshold), logits(model, threshold))
 
 
 def test_wrapping_saving_and_loading_leaves_the_base_models_bit_identical(bases, tmp_path):
