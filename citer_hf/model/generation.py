@@ -77,8 +77,6 @@ class CiterGenerationMixin(GenerationMixin):
                 have one, such as beams.
             TypeError: for a cache that is not a `CiterCache`.
         """
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(INPUTS_EMBEDS_ERROR)
         own = {"router_threshold": router_threshold, "llm_veto": llm_veto, "max_drafts": max_drafts}
         kwargs |= {key: value for key, value in own.items() if value is not None}
         return with_both_names(super().generate(inputs, generation_config, *args, **with_cache_name(kwargs)))
@@ -220,9 +218,6 @@ class CiterGenerationMixin(GenerationMixin):
     ) -> Any:
         model_kwargs = {key: value for key, value in model_kwargs.items() if key not in OWN_KEYWORDS}
         return super()._get_candidate_generator(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
-
-
-INPUTS_EMBEDS_ERROR = "inputs_embeds: the two models have an embedding space each. Pass input_ids."
 
 
 def begin_record(

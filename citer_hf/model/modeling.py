@@ -15,7 +15,7 @@ from .cache import CiterCache, check_cache
 from .compat import CACHE, BothCacheNames, given_cache, keywords_of
 from .compiled import CompiledSteps
 from .configuration import CiterConfig, router_width
-from .generation import INPUTS_EMBEDS_ERROR, CiterGenerationMixin
+from .generation import CiterGenerationMixin
 from .loading import CiterLoadingMixin
 from .references import check_pair
 from .routers import CUSTOM_ROUTER, UNTRAINED, as_threshold, as_veto, build_router, defer, marginal, takes_back
@@ -210,7 +210,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             TypeError: for a cache that is not a `CiterCache`.
         """
         if kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError(INPUTS_EMBEDS_ERROR)
+            raise ValueError("inputs_embeds: the two models have an embedding space each. Pass input_ids.")
         if input_ids is None:
             raise ValueError("input_ids: expected token ids [batch, tokens], got None.")
         past_key_values = given_cache(past_key_values, cache)

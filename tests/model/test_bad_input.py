@@ -50,7 +50,7 @@ def test_embeddings_no_input_and_misspelt_keywords_are_errors(pair):
         pair(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="input_ids: expected token ids"):
         pair()
-    with pytest.raises(ValueError, match="inputs_embeds: the two models"):
+    with pytest.raises(ValueError, match="inputs_embeds"):
         pair.generate(input_ids=TEXT, max_new_tokens=2, inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="router_treshold"):
         pair.generate(input_ids=TEXT, max_new_tokens=2, router_treshold=0.5)
