@@ -47,7 +47,7 @@ def test_three_commands_give_curves_of_every_method(work, tmp_path, monkeypatch)
     assert result.exit_code == 0, result.output
     values = json.loads((out / "results.json").read_text())
     assert set(values["methods"]) == BASELINES | {"citer-plus"} and set(values["ends"]) == {"slm", "llm"}
-    keys = {"threshold", "veto", "accuracy", "accuracy_ci", "llm_share", "llm_calls", "bytes", "flops", "seconds"}
+    keys = {"threshold", "veto", "accuracy", "accuracy_ci", "llm_share", "llm_calls", "bytes", "seconds"}
     points = [one for method in values["methods"].values() for one in method]
     assert all(keys <= set(one) for one in points) and values["ends"]["llm"]["llm_share"] == 1
     assert {one["veto"] for one in points if one not in values["methods"]["bild"]} == {0}

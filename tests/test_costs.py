@@ -1,38 +1,20 @@
-"""Costs of a forward pass: counted from a configuration and from a model, and compared with torch's own count."""
+"""Bytes that a forward pass moves: counted from a configuration and from a model."""
 
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
-from citer_hf.costs import ModelCost, cost_of_config, cost_of_model, flops
+from citer_hf.costs import ModelCost, cost_of_config, cost_of_model
 from citer_hf.model.compat import cache_argument
 from tests.families import EVERY, FAMILIES, tiny_config, tiny_model
-
-# In these, attention and matrix products are all that counts; the others also run convolutions or scans.
-PLAIN = [family for family in FAMILIES if family not in ("qwen3_next", "lfm2")]
 
 
 @pytest.mark.parametrize("family", EVERY)
 def test_a_configuration_costs_what_the_model_costs(family: str):
-    config = tiny_config(family)
-    assert cost_of_config(config, bits=32, kv_bits=32) == cost_of_model(tiny_model(family))
-
-
-@pytest.mark.parametrize("family", PLAIN)
-@pytest.mark.parametrize(("context", "tokens"), [(0, 5), (9, 4)])
-def test_operations_are_those_that_torch_counts(family: str, context: int, tokens: int):
-    model = tiny_model(family, attn_implementation="eager", experts_implementation="eager")
-    cache = DynamicCache(config=model.config)
-    if context:
-        read(model, context, cache)
-    with FlopCounterMode(display=False) as counter:
-        read(model, tokens, cache)
-    expected = counter.get_total_flops()
-    # What is not counted is rotary embedding, a product per token of the width of a head.
-    assert flops(cost_of_model(model), tokens, context) == pytest.approx(expected, rel=0.005)
+    model = tiny_model(family).to(torch.bfloat16)
+    assert cost_of_config(tiny_config(family)) == cost_of_model(model)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3"])
@@ -44,12 +26,6 @@ def test_keys_and_values_are_as_large_as_the_cache_that_the_model_fills(family: 
     assert cost.kv_bytes_per_token == cache_bytes(cache)
     read(model, 19, cache)
     assert cost.kv_bytes_read(20) == cache_bytes(cache)
-
-
-def test_compressed_keys_and_values_are_expanded_for_attention():
-    cost = cost_of_model(tiny_model("deepseek_v3"))
-    # Two layers, four heads, and for each the widths of keys (8 + 4) and values (6).
-    assert flops(cost, 1, 7) - flops(cost, 1, 0) == 2 * 7 * 2 * 4 * (8 + 4 + 6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -84,18 +60,18 @@ def test_a_quantized_model_costs_what_it_stores(tmp_path: Any, bits: float, opti
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16
     )
-    expected = cost_of_config(tiny_config("llama", **shape), bits=bits, kv_bits=16)
+    expected = cost_of_config(tiny_config("llama", **shape), bits=bits)
     cost = cost_of_model(model)
     # 8 bits: and one scale per output feature, which the nominal 8 leave out.
     assert cost.weight_bytes == pytest.approx(expected.weight_bytes, rel=0.015)
-    assert cost.active_parameters == expected.active_parameters
     assert cost.kv_bytes_per_token == expected.kv_bytes_per_token
 
 
-def test_fewer_bits_leave_the_head_at_sixteen():
+def test_fewer_bits_leave_the_head_and_norms_at_sixteen():
     config = tiny_config("llama")
     whole, half = cost_of_config(config), cost_of_config(config, bits=8)
-    matrices = whole.active_parameters - whole.head_parameters
+    decoder = tiny_model("llama").get_decoder()
+    matrices = sum(module.weight.numel() for module in decoder.modules() if isinstance(module, torch.nn.Linear))
     assert whole.weight_bytes - half.weight_bytes == matrices
 
 
@@ -108,7 +84,7 @@ def test_a_configuration_that_was_given_is_left_as_it_was():
 
 
 def test_bytes_moved_are_the_weights_once_and_the_cache_of_each_sequence_up_to_a_window():
-    cost = ModelCost(weight_bytes=1000, kv_bytes_per_token=10, active_parameters=500)
+    cost = ModelCost(weight_bytes=1000, layers=((10, None),))
     assert cost.bytes_moved(sequences=2, tokens=3, context=20) == 1000 + 2 * (20 + 3) * 10
     cost = cost_of_config(tiny_config("mistral_sliding"))
     assert cost.bytes_moved(1, 1, 100) == cost.weight_bytes + (5 + 1) * cost.kv_bytes_per_token

@@ -166,13 +166,13 @@ def _arguments(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Graded(NamedTuple):
-    """A judged output, with the LLM passes and the cost (bytes, operations) that it took."""
+    """A judged output, with the LLM passes that it took and the bytes that they moved."""
 
     tokens: list[int]
     to_llm: list[bool]
     seconds: float
     llm_passes: int
-    cost: list[float]
+    bytes: float
     correct: bool = False
     extracted: bool = False
 
@@ -242,7 +242,7 @@ class Evaluation:
         outputs = []
         for prompt, small, large, later in zip(self.prompts, by_slm, by_llm, deferred, strict=True):
             chosen, more = (large, figures.pass_cost(self.costs["slm"], 0, len(prompt))) if later else (small, 0)
-            outputs.append(chosen._replace(cost=(chosen.cost + scoring + more).tolist()))
+            outputs.append(chosen._replace(bytes=chosen.bytes + scoring + more))
         return outputs
 
     def decode(self, description: str, ways: Sequence[Way]) -> list[list[Graded]]:
@@ -268,19 +268,18 @@ class Evaluation:
         scoring = figures.scoring_cost(model.router) * (alone is None)
         graded = []
         for place, (tokens, to_llm, seconds, passes) in zip(places, outputs, strict=True):
-            cost = sum(figures.cost_of_passes(self.costs[role], passes[role]) for role in self.costs)
-            cost = (cost + scoring * len(passes["slm"])).tolist()
+            moved = sum(figures.cost_of_passes(self.costs[role], passes[role]) for role in self.costs)
+            moved += scoring * len(passes["slm"])
             verdict = Verdict(False, None)
             if self.checker is not None:
                 response = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 verdict = self.checker(response, self.examples[place])
             judged = (bool(verdict.correct), verdict.extracted is not None)
-            graded.append((tokens, to_llm, seconds, len(passes["llm"]), cost, *judged))
+            graded.append((tokens, to_llm, seconds, len(passes["llm"]), moved, *judged))
         return graded
 
     def point(self, threshold: float, veto: float, outputs: Sequence[Graded]) -> Point:
         tokens = sum(len(one.tokens) for one in outputs)
-        moved, operations = (np.sum([one.cost for one in outputs], axis=0) / tokens).tolist()
         correct = [one.correct for one in outputs]
         return Point(
             threshold=threshold,
@@ -288,8 +287,7 @@ class Evaluation:
             accuracy_ci=bootstrap_interval(correct, seed=self.options.seed),
             llm_share=sum(sum(one.to_llm) for one in outputs) / tokens,
             llm_calls=sum(one.llm_passes for one in outputs) / tokens,
-            bytes=moved,
-            flops=operations,
+            bytes=sum(one.bytes for one in outputs) / tokens,
             seconds=sum(one.seconds for one in outputs) / tokens,
             extracted=sum(one.extracted for one in outputs) / len(outputs),
             veto=veto,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from citer_hf.costs import ModelCost, flops
+from citer_hf.costs import ModelCost
 from citer_hf.runs import read_json, write_json
 
 Cost = Literal["llm_share", "llm_calls", "bytes"]
@@ -22,30 +22,26 @@ MATCHED_SHARES = (0.05, 0.1, 0.2, 0.3)
 # Percentages of the LLM's accuracy whose costs are compared.
 LEVELS = (95, 98)
 
-# --- Costs, each an array [bytes moved, operations] ------------------------------------------------------------------
+# --- Bytes moved -----------------------------------------------------------------------------------------------------
 #
 # Those of the passes in which an output took part, as if no other took part in them; each model has a cache.
 
 
 @cache
-def pass_cost(model: ModelCost, start: int, end: int) -> np.ndarray:
-    """Return the cost of a pass over the tokens at some places, with logits of the last one."""
-    return np.array([model.bytes_moved(1, end - start, start), flops(model, end - start, start)])
+def pass_cost(model: ModelCost, start: int, end: int) -> float:
+    """Return the bytes that a pass over the tokens at some places moves."""
+    return model.bytes_moved(1, end - start, start)
 
 
-def cost_of_passes(model: ModelCost, passes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the cost of passes; the first counts from the first token on, which another output may have shared."""
-    return np.sum(
-        [np.zeros(2), *(pass_cost(model, start if number else 0, end) for number, (start, end) in enumerate(passes))],
-        axis=0,
-    )
+def cost_of_passes(model: ModelCost, passes: Sequence[tuple[int, int]]) -> float:
+    """Return the bytes of passes; the first counts from the first token on, which another output may have shared."""
+    return sum(pass_cost(model, start if number else 0, end) for number, (start, end) in enumerate(passes))
 
 
-def scoring_cost(router: nn.Module) -> np.ndarray:
-    """Return the cost of one score: every weight is read, multiplied and added; embeddings are looked up."""
+def scoring_cost(router: nn.Module) -> int:
+    """Return the bytes of one score: every weight is read; embeddings are looked up."""
     tables = {id(module.weight) for module in router.modules() if isinstance(module, nn.Embedding)}
-    weights = [one for one in router.parameters() if id(one) not in tables]
-    return np.array([sum(one.nbytes for one in weights), 2 * sum(one.numel() for one in weights)])
+    return sum(one.nbytes for one in router.parameters() if id(one) not in tables)
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,6 @@ class Point:
     llm_share: float
     llm_calls: float
     bytes: float
-    flops: float
     seconds: float
     extracted: float
     veto: float = 0.0
@@ -154,7 +149,7 @@ class Results:
         every += [("LLM alone", self.ends["llm"])]
         problems = self.provenance.get("problems", "several")
         parts = {
-            f"Points of {problems} problems; MB and MFLOP as if each output were decoded alone": [
+            f"Points of {problems} problems; MB as if each output were decoded alone": [
                 _point_row(name, point) for name, point in every
             ],
             "LLM tokens, passes and MB for 95 / 98 % of the LLM's accuracy, and accuracy at shares of LLM tokens": [
@@ -165,7 +160,9 @@ class Results:
 
 
 def _point(values: Mapping[str, Any]) -> Point:
-    return Point(**{**values, "accuracy_ci": tuple(values["accuracy_ci"])})
+    # Earlier versions counted operations too.
+    known = {key: value for key, value in values.items() if key != "flops"}
+    return Point(**{**known, "accuracy_ci": tuple(values["accuracy_ci"])})
 
 
 def make_results(
@@ -187,7 +184,6 @@ def _point_row(name: str, point: Point) -> dict[str, str]:
         "LLM tokens": f"{point.llm_share:.1%}",
         "LLM passes / token": f"{point.llm_calls:.3f}",
         "MB / token": f"{point.bytes / 1e6:.4g}",
-        "MFLOP / token": f"{point.flops / 1e6:.4g}",
         "ms / token": f"{point.seconds * 1e3:.3g}",
     }
 
