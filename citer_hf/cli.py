@@ -146,7 +146,7 @@ class PairOptions:
     slm_quantization: str | None = option(None, "Quantize the SLM: nf4 or int8.", "NAME")
     llm_quantization: str | None = option(None, "Quantize the LLM: nf4 or int8.", "NAME")
     dtype: str = option("auto", "Precision of both models, such as bfloat16.")
-    device_map: str | None = option("auto", "Where the models go, such as auto, cpu or cuda:0.")
+    device_map: str = option("auto", "Where the models go, such as auto, cpu or cuda:0.", flag="--device-map --device")
     trust_remote_code: bool = option(False, "Run code that the repository brings.")
 
     def __post_init__(self) -> None:
@@ -342,16 +342,9 @@ def calibrate(
     say(calibrate(load_pair(pair), examples, checker, **options).summary())
 
 
-@dataclass(frozen=True)
-class BenchPairOptions(PairOptions):
-    """The same, but for the default device: the first accelerator, or the CPU."""
-
-    device_map: str | None = option(None, "cpu, cuda, cuda:1, or auto for all. [default: the first]", flag="--device")
-
-
 @command
 def bench(
-    pair: Annotated[Options, Of("cli.BenchPairOptions")],
+    pair: Pair,
     options: Annotated[Options, Of("bench.bench.BenchOptions")],
     json: Json = False,
     simulate: Annotated[bool, flag(None, "Run nothing: project the speed on a machine.", "--simulate")] = False,
@@ -362,19 +355,16 @@ def bench(
 
     wanted = PairOptions(**pair)
     if simulate:
-        if "thresholds" in options:
-            raise ValueError("--thresholds: --simulate runs nothing; give --shares, or leave --simulate out.")
         found = projections.simulate(*wanted.configs(), **options)
         typer.echo(json_format.dumps(found, indent=2) if json else projections.table(found))
         return
     if options.keys() & {"gpu", "bandwidth"}:
         raise ValueError("--gpu, --bandwidth: they have no effect without --simulate. Add it, or leave them out.")
-    pair["device_map"] = benches.as_device(pair.get("device_map"))
     report = benches.bench(load_pair(pair), wanted.model or " + ".join(map(str, wanted.names)), **options)
-    typer.echo(json_format.dumps(report.as_dict(), indent=2) if json else report.table())
-    if report.error is not None:
-        raise ValueError(report.error)
-    raise typer.Exit(INTERRUPTED if report.interrupted else 0)
+    typer.echo(json_format.dumps(report, indent=2) if json else benches.table(report))
+    if report["error"] is not None:
+        raise ValueError(report["error"])
+    raise typer.Exit(INTERRUPTED if report["interrupted"] else 0)
 
 
 @command

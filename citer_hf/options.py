@@ -61,7 +61,7 @@ def parameters_of(options: type[Any]) -> list[inspect.Parameter]:
     for field in dataclasses.fields(options):
         kind, about = hints[field.name], dict(field.metadata)
         default: Any = field.default
-        flag = about.pop("flag") or "--" + field.name.replace("_", "-")
+        flags = (about.pop("flag") or "--" + field.name.replace("_", "-")).split()
         if get_origin(kind) in (Union, types.UnionType):
             kind = next(one for one in get_args(kind) if one is not type(None))
         if get_origin(kind) in (tuple, Sequence, Mapping):
@@ -75,11 +75,11 @@ def parameters_of(options: type[Any]) -> list[inspect.Parameter]:
                 kind = list[get_args(kind)[0]]  # type: ignore[misc]
             default = None
         elif kind is bool and default:
-            flag += f"/--no-{flag[2:]}"
+            flags = [f"{flag}/--no-{flag[2:]}" for flag in flags]
         elif kind is Any:
             kind = str
         is_argument = about.pop("argument", False)
-        info = typer.Argument(**about, show_default=False) if is_argument else typer.Option(flag, **about)
+        info = typer.Argument(**about, show_default=False) if is_argument else typer.Option(*flags, **about)
         annotation: Any = Annotated[kind if default is not None else kind | None, info]
         found.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

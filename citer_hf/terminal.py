@@ -1,7 +1,8 @@
-"""Text in a terminal, as it is written, coloured by who wrote it."""
+"""What commands print: text as it is written, coloured by who wrote it, and tables."""
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import torch
@@ -91,3 +92,14 @@ class WriterStreamer(BaseStreamer):
             return
         self._paint.write(text[len(before) :], self._cache.routing.by_llm(len(self.tokens) - 1))
         self._context, self._shown = self._shown, len(self.tokens)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows, by the names of their columns, as Markdown that is aligned for a terminal."""
+    columns: list[list[str]] = []
+    for name in rows[0]:
+        cells = [name, "", *(row[name] for row in rows)]
+        width = max(map(len, cells))
+        cells[1] = "-" * (width - 1) + (":" if columns else "-")
+        columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))

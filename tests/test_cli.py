@@ -34,8 +34,8 @@ FLAGS = {
     "--epochs --batch-size --seed",
     "evaluate": f"{PAIR} --device-map {DATA} --out --baselines --compare --methods --shares --thresholds",
     "calibrate": f"{PAIR} --device-map {DATA} --llm-share --accuracy --write",
-    "bench": f"{PAIR} --device --shares --thresholds --prompts --prompt-length --batch-size --max-new-tokens "
-    "--repeats --warmup --cache-implementation --seed --no-assisted --json --simulate --gpu "
+    "bench": f"{PAIR} --device-map --device --shares --thresholds --prompts --prompt-length --batch-size "
+    "--max-new-tokens --repeats --warmup --cache-implementation --seed --no-assisted --json --simulate --gpu "
     "--bandwidth --slm-bits --llm-bits --tensor-parallel --agreement --veto",
     "serve": f"{PAIR} --device-map --host --port --router-threshold --max-new-tokens --max-request-bytes "
     "--max-waiting --timeout --cache-implementation",

@@ -19,14 +19,14 @@ ALLOWED = {
     "costs": {"model"},
     "model": set(),
     "data": {"runs", "model"},
-    "evaluation": {*BASE, "data"},
+    "evaluation": {*BASE, "data", "terminal"},
     "training": {*BASE, "data", "evaluation"},
     "importers": BASE,
     "hub": BASE,
     "serving": BASE | {"data"},
     "chat": BASE | {"data", "terminal"},
     "demo": BASE | {"data", "evaluation", "terminal"},
-    "bench": BASE | {"data"},
+    "bench": BASE | {"data", "terminal"},
 }
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from citer_hf import CiterForCausalLM
-from citer_hf.data.examples import SUFFIXES, Example, read_examples
-from citer_hf.data.tokens import encode_prompt
 from citer_hf.model.compat import cache_argument
 from citer_hf.model.modeling import SlmOutput, keep
 from citer_hf.model.schedule import Pace
@@ -56,37 +53,21 @@ class Batch:
         return self.input_ids.shape[1]
 
 
-def random_batch(vocab_size: int, length: int, sequences: int, seed: int = 0) -> Batch:
+def random_prompts(vocab_size: int, length: int, sequences: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed % (1 << 63))
-    input_ids = torch.randint(0, vocab_size, (sequences, length), generator=generator)
-    return Batch(input_ids, torch.ones_like(input_ids))
+    return torch.randint(0, vocab_size, (sequences, length), generator=generator).tolist()
 
 
-def padded_batches(token_ids: list[list[int]], sequences: int) -> list[Batch]:
+def padded_batches(token_ids: list[list[int]], sequences: int, device: torch.device | str = "cpu") -> list[Batch]:
     """Return full batches; the last one is filled up with prompts from the beginning."""
     batches: list[Batch] = []
     for start in range(0, len(token_ids), sequences):
         prompts = [token_ids[index % len(token_ids)] for index in range(start, start + sequences)]
         width = max(map(len, prompts))
-        padded = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in prompts])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        padded = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         batches.append(Batch(padded, mask, len(batches)))
     return batches
-
-
-def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of the prompts in a file: examples, or one prompt a line."""
-    if path.suffix in SUFFIXES:
-        examples = read_examples(path)
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts: expected a text with one prompt a line, got {path}: {error}.") from None
-        examples = [Example(str(row), row, line) for row, line in enumerate(lines, 1) if line.strip()]
-        if not examples:
-            raise ValueError(f"--prompts: expected one prompt a line, got an empty file: {path}.")
-    return [encode_prompt(example, tokenizer) for example in examples]
 
 
 @dataclass(frozen=True)
@@ -173,10 +154,10 @@ Output = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass
 class Contender:
-    """One way to decode a number of new tokens after a batch of prompts, and its measurements."""
+    """One way to decode after a batch of prompts, and its measurements."""
 
     kind: str
-    decode: Callable[[Batch, int], Output]
+    decode: Callable[[Batch], Output]
     setting: Setting | None = None
     # From one run that is not timed.
     counts: dict[str, Any] = field(default_factory=dict)
@@ -188,8 +169,8 @@ class Contender:
     def name(self) -> str:
         return self.kind if self.setting is None else f"{self.kind}, {self.setting.label}"
 
-    def run(self, batches: Sequence[Batch], new_tokens: int) -> list[Output]:
-        return [self.decode(batch, new_tokens) for batch in batches]
+    def run(self, batches: Sequence[Batch]) -> list[Output]:
+        return [self.decode(batch) for batch in batches]
 
 
 @dataclass
@@ -224,13 +205,13 @@ class Decoders:
     def forced(self) -> ForcedPair:
         return ForcedPair(copy.deepcopy(self.model.config), self.model.slm, self.model.llm, ForcedRouter()).eval()
 
-    def alone(self, model: PreTrainedModel, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
+    def alone(self, model: PreTrainedModel, batch: Batch, **keywords: Any) -> Output:
         prompt, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
         keywords = {"cache_implementation": self.cache_implementation, **keywords}
-        output = model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, **keywords)
+        output = model.generate(prompt, attention_mask=mask, max_new_tokens=self.new_tokens, **keywords)
         return output[:, batch.length :], None
 
-    def citer(self, setting: Setting, batch: Batch, new_tokens: int, **keywords: Any) -> Output:
+    def citer(self, setting: Setting, batch: Batch, **keywords: Any) -> Output:
         """Decode with `generate` of the pair."""
         model = self.model
         if setting.share is not None:
@@ -242,7 +223,7 @@ class Decoders:
         output: Any = model.generate(
             batch.input_ids,
             attention_mask=batch.attention_mask,
-            max_new_tokens=new_tokens,
+            max_new_tokens=self.new_tokens,
             cache_implementation=self.cache_implementation,
             router_threshold=setting.router_threshold,
             llm_veto=setting.veto,
@@ -253,16 +234,12 @@ class Decoders:
         self.decisions.setdefault((setting, batch.number), to_llm)
         return output.sequences[:, batch.length :], to_llm
 
-    def decided(self, setting: Setting, batch: Batch) -> torch.Tensor:
-        """Return the decisions that the pair made, bool `[sequences, new_tokens]`."""
+    @torch.no_grad()
+    def floor(self, setting: Setting, batch: Batch) -> Output:
+        """Decode greedily with the two bare models and known decisions: no router, no processors, no checks."""
         if (setting, batch.number) not in self.decisions:
             raise ValueError(f"it repeats the decisions of {CITER}, {setting.label}, which failed.")
-        return self.decisions[setting, batch.number]
-
-    @torch.no_grad()
-    def floor(self, setting: Setting, batch: Batch, new_tokens: int) -> Output:
-        """Decode greedily with the two bare models and known decisions: no router, no processors, no checks."""
-        to_llm = self.decided(setting, batch)
+        to_llm, new_tokens = self.decisions[setting, batch.number], self.new_tokens
         text = nn.functional.pad(batch.input_ids, (0, new_tokens))
         by_llm = to_llm.to(text.device)
         some, every = by_llm.any(0).tolist(), by_llm.all(0).tolist()

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from citer_hf import terminal
 from citer_hf.costs import ModelCost, cost_of_config
 from citer_hf.model.configuration import context_length
 from citer_hf.model.sequence import MOST_DRAFTS
@@ -57,6 +58,8 @@ def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **optio
     A pass takes the time to move its weights, keys and values once, and 1 ms; decisions are independent.
     """
     wanted = BenchOptions(**options)
+    if wanted.thresholds:
+        raise ValueError("--thresholds: --simulate runs nothing; give --shares, or leave --simulate out.")
     if wanted.bandwidth is None and wanted.gpu not in DEVICES:
         raise ValueError(f"--gpu: expected one of {', '.join(DEVICES)}, or --bandwidth, got {wanted.gpu!r}.")
     context = wanted.prompt_length + wanted.max_new_tokens
@@ -91,18 +94,21 @@ def simulate(slm_config: PreTrainedConfig, llm_config: PreTrainedConfig, **optio
     ]
 
 
+COLUMNS = {
+    "flagged": "{share:.1%}",
+    "SLM step, s": "{slm_step_s:.3g}",
+    "LLM step, s": "{llm_step_s:.3g}",
+    "s / position": "{time_per_token_s:.3g}",
+    "LLM passes": "{llm_passes_per_position:.3f}",
+    "tokens / s": "{tokens_per_s:.1f}",
+    "× LLM alone": "{speedup:.2f}",
+}
+
+
 def table(projections: Sequence[dict[str, Any]]) -> str:
-    lines = ["flagged   SLM step, ms   LLM step, ms   ms / position   LLM passes   tokens / s   LLM alone   speed-up"]
-    for one in projections:
-        times = [1e3 * one[name] for name in ("slm_step_s", "llm_step_s", "time_per_token_s")]
-        rates = [
-            one[name] for name in ("llm_passes_per_position", "tokens_per_s", "llm_alone_tokens_per_s", "speedup")
-        ]
-        cells = "{:14.2f} {:14.2f} {:15.2f} {:12.3f} {:12.1f} {:11.1f} {:10.2f}".format(*times, *rates)
-        lines.append(f"{one['share']:7.1%} {cells}")
-    for one in projections[:1]:
-        even = "none" if one["break_even_share"] is None else f"{one['break_even_share']:.1%}"
-        lines.append(
-            f"Break-even without agreement: {even}. The fullest device holds {one['bytes_per_gpu'] / 1e9:.3g} GB."
-        )
-    return "\n".join([*lines, "Projected, not measured."])
+    rows = [{name: cell.format(**one) for name, cell in COLUMNS.items()} for one in projections]
+    even, size = (projections[0][name] for name in ("break_even_share", "bytes_per_gpu"))
+    return (
+        f"{terminal.table(rows)}\nBreak-even without agreement: {'none' if even is None else f'{even:.1%}'}. "
+        f"The fullest device holds {size / 1e9:.3g} GB.\nProjected, not measured."
+    )

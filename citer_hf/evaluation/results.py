@@ -11,6 +11,7 @@ from torch import nn
 
 from citer_hf.costs import ModelCost
 from citer_hf.runs import read_json, write_json
+from citer_hf.terminal import table
 
 Cost = Literal["llm_share", "llm_calls", "bytes"]
 
@@ -156,7 +157,7 @@ class Results:
                 _curve_row(name, figures) for name, figures in self.summary.items()
             ],
         }
-        return "\n\n".join(f"**{title}**\n\n{_markdown(rows)}" for title, rows in parts.items() if rows)
+        return "\n\n".join(f"**{title}**\n\n{table(rows)}" for title, rows in parts.items() if rows)
 
 
 def _point(values: Mapping[str, Any]) -> Point:
@@ -199,13 +200,3 @@ def _curve_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
         "MB / token": " / ".join("–" if one is None else f"{one / 1e6:.4g}" for one in megabytes),
         **{f"at {float(share):.0%}": f"{accuracy:.1%}" for share, accuracy in figures["accuracy_at"].items()},
     }
-
-
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    columns: list[list[str]] = []
-    for name in rows[0]:
-        cells = [name, "", *(row[name] for row in rows)]
-        width = max(map(len, cells))
-        cells[1] = "-" * (width - 1) + (":" if columns else "-")
-        columns.append([cell.rjust(width) if columns else cell.ljust(width) for cell in cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))

@@ -19,7 +19,7 @@ import torch
 from random_pair import SHAPES, build
 
 from citer_hf import CiterForCausalLM
-from citer_hf.bench.bench import as_device, bench
+from citer_hf.bench.bench import bench, table
 from citer_hf.bench.contenders import ASSISTED, CITER, LOSSLESS
 from citer_hf.runs import read_json, write_json
 
@@ -41,12 +41,12 @@ def measure(model: CiterForCausalLM, size: int, wanted: argparse.Namespace) -> d
         warmup=2,
         cache_implementation="static",
     )
-    print(report.table(), flush=True)
-    if report.interrupted:
+    print(table(report), flush=True)
+    if report["interrupted"]:
         raise KeyboardInterrupt
-    if report.error is not None:
-        raise RuntimeError(report.error)
-    return report.as_dict()
+    if report["error"] is not None:
+        raise RuntimeError(report["error"])
+    return report
 
 
 def aims(report: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slm", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--llm", choices=SHAPES, default="qwen2.5-14b")
     parser.add_argument("--agreement", type=float, default=0.9, help="share of tokens that both models choose alike")
-    parser.add_argument("--device")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    parser.add_argument("--device", default="cpu" if accelerator is None else f"{accelerator.type}:0")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--batch-sizes", default="1,4,8,16")
     parser.add_argument("--shares", default="0.1,0.2,0.35")
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     wanted = parser.parse_args(arguments)
-    device, dtype = as_device(wanted.device), getattr(torch, wanted.dtype)
+    device, dtype = wanted.device, getattr(torch, wanted.dtype)
     setting = {key: value for key, value in vars(wanted).items() if key not in ("output", "batch_sizes")}
     setting["device"] = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     before = read_json(wanted.output) if wanted.output.exists() else {"setting": setting, "reports": {}}

@@ -1,7 +1,6 @@
 """The contenders of the bench: forced shares, the loops, counted passes, prompts."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,15 @@ from citer_hf.bench.contenders import (
     count_passes,
     greedy_without_end,
     padded_batches,
-    random_batch,
-    read_prompts,
+    random_prompts,
     settings_of,
 )
-from tests.chat_pairs import character_tokenizer
-from tests.conftest import make_pair, random_prompts
+from tests.conftest import make_pair
+from tests.conftest import random_prompts as prompts_of_lengths
+
+
+def random_batch(vocab_size, length, sequences, seed=0):
+    return padded_batches(random_prompts(vocab_size, length, sequences, seed), sequences)[0]
 
 
 def run_all(model, batch, new_tokens, shares, thresholds=(), cache=None, agreement=None, **options):
@@ -29,7 +31,7 @@ def run_all(model, batch, new_tokens, shares, thresholds=(), cache=None, agreeme
     with greedy_without_end(model):
         for one in decoders.contenders(settings, **options):
             with count_passes(model) as passes:
-                found[one.name] = (*one.decode(batch, new_tokens), *passes)
+                found[one.name] = (*one.decode(batch), *passes)
     return found
 
 
@@ -69,7 +71,7 @@ def test_the_floor_gives_the_output_of_the_pair(pair: CiterForCausalLM) -> None:
     ],
 )
 def test_padded_batches_follow_one_plan_however_often_a_place_is_drafted(slm, llm, cache, agreement):
-    (batch,), pair = padded_batches(random_prompts(), 3), make_pair(slm, llm)
+    (batch,), pair = padded_batches(prompts_of_lengths(), 3), make_pair(slm, llm)
     found = run_all(pair, batch, 12, (0.4,), cache=cache, agreement=agreement)
     plan, tokens = Plan.of(batch, 12, 0.4, agreement, pair.vocab_size, 0), found["CITER, share 0.4"][0]
     for way in (PLAIN, "floor"):
@@ -90,29 +92,9 @@ def test_passes_that_would_be_compiled_are_counted(pair: CiterForCausalLM) -> No
     with count_passes(pair) as (slm, _):
         assert pair.generation_config.disable_compile and pair.llm.generation_config.disable_compile
         pair.generate(
-            torch.tensor(random_prompts((5,))), max_new_tokens=4, cache_implementation="static", max_drafts=0
+            torch.tensor(prompts_of_lengths((5,))), max_new_tokens=4, cache_implementation="static", max_drafts=0
         )
     assert not pair.generation_config.disable_compile and [tokens for _, tokens, _ in slm] == [5, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("prompts", "\ufeffTom has 3.\n\n[How many?]\n"),
-        ("a.json", '[{"prompt": "Tom has 3."}, {"prompt": "[How many?]"}]'),
-    ],
-)
-def test_prompts_come_as_lines_or_as_examples(tmp_path: Path, name: str, text: str) -> None:
-    tokenizer = character_tokenizer()
-    (tmp_path / name).write_text(text)
-    found = read_prompts(tmp_path / name, tokenizer)
-    assert found == tokenizer(["Tom has 3.", "[How many?]"]).input_ids
-    (tmp_path / name).write_text("\n \n")
-    with pytest.raises(ValueError, match=r"empty file|no rows"):
-        read_prompts(tmp_path / name, tokenizer)
-    (tmp_path / "prompts").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="--prompts: expected a text with one prompt a line"):
-        read_prompts(tmp_path / "prompts", tokenizer)
 
 
 def test_batches_are_padded_on_the_left_and_filled_up() -> None:

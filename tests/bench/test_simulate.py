@@ -93,7 +93,7 @@ def test_the_command_projects_a_router(saved: Path) -> None:
     assert [one["share"] for one in json.loads(result.stdout)] == [0.2, 0.4], result.stderr
     lines = invoke("bench", "--simulate", saved, *arguments).stdout.splitlines()
     assert "not measured" in lines[-1] and all(len(line) <= 119 for line in lines)
-    assert len(table(simulate(SLM, LLM, gpu="h100")).splitlines()) == 6
+    assert len(table(simulate(SLM, LLM, gpu="h100")).splitlines()) == 7
 
 
 def test_the_command_projects_two_models_and_follows_names_and_subfolders(saved: Path, tmp_path: Path) -> None:
