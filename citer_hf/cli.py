@@ -249,23 +249,18 @@ Json = Annotated[bool, flag(None, "Print the measurements as JSON and nothing el
 def demo(
     options: Annotated[Options, Of("demo.demo.DemoOptions")],
     json: Json = False,
-    export: Annotated[Path | None, flag("FILE", "Write the problems to FILE as JSON lines instead.")] = None,
-    split: Annotated[str, flag(None, "With --export: train, validation or test.")] = "test",
+    export: Annotated[Path | None, flag("FILE", "Only write the problems to FILE, as JSON lines.")] = None,
 ) -> None:
     """Watch the pair that ships solve word problems, and see what it saves."""
     from .demo import demo as shipped
 
-    if export is None:
-        if split != "test":
-            raise ValueError("--split is for --export; the demo itself is about test problems.")
-        report = shipped.demo(visible=not json, **options)
-        typer.echo(json_format.dumps(report.as_dict(), indent=2) if json else report.table())
-        raise typer.Exit(INTERRUPTED if report.interrupted else 0)
-    if json or "router_threshold" in options:
-        raise ValueError("--export only writes the problems; leave out --json and --router-threshold.")
-    wanted = shipped.DemoOptions(**options)
-    shipped.export(export, wanted.seed, wanted.problems, split)
-    typer.echo(f"Wrote {wanted.problems} problems to {export}.", err=True)
+    if export is not None:
+        shipped.export(export, **options)
+        typer.echo(f"Wrote {export}.", err=True)
+        return
+    report = shipped.demo(visible=not json, **options)
+    typer.echo(json_format.dumps(report, indent=2) if json else shipped.table(report))
+    raise typer.Exit(0 if report["complete"] else INTERRUPTED)
 
 
 @command
