@@ -4,8 +4,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +24,7 @@ class ChatOptions(CommandOptions):
     system: str | None = option(None, "System message.", metavar="TEXT")
 
 
-@dataclass
-class Turn:
+class Turn(NamedTuple):
     """What an answer, or a whole chat, took."""
 
     tokens: int = 0
@@ -35,10 +33,6 @@ class Turn:
     seconds: float = 0.0
     read: int = 0
     kept: int = 0
-
-    def add(self, other: "Turn") -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
     def __str__(self) -> str:
         share = self.llm_tokens / max(self.tokens, 1)
@@ -51,13 +45,12 @@ class Turn:
 
 
 class Conversation:
-    """The messages so far, and a cache that holds as much of their text as is still true."""
+    """The messages so far, and a cache of their text, for as long as the chat template leaves it as it was."""
 
     def __init__(self, model: CiterForCausalLM, tokenizer: Any, options: ChatOptions):
         self.model, self.tokenizer, self.options = model, tokenizer, options
         threshold = options.router_threshold
         self.router_threshold = model.default_threshold if threshold is None else threshold
-        self.context = model.config.max_position_embeddings
         self.reset()
 
     def reset(self) -> None:
@@ -70,57 +63,52 @@ class Conversation:
     def ask(self, text: str, paint: Paint) -> Turn:
         """Answer a message, painting the answer as it is written."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._render(messages)
-        room = self.options.max_new_tokens if self.context is None else self.context - len(ids)
+        ids, context = self._render(messages), self.model.config.max_position_embeddings
+        room = self.options.max_new_tokens if context is None else context - len(ids)
         if room <= 0:
             raise ValueError(
-                f"this chat with your message has {len(ids)} tokens, and the models read at most {self.context}. "
+                f"this chat with your message has {len(ids)} tokens, and the models read at most {context}. "
                 "/reset starts a new chat."
             )
-        if self.model.generation_config.prompt_lookup_num_tokens is not None:
-            # transformers' loop with drafts needs a cache that takes them back, and begins with an empty one.
+        if ids[: len(self._cached)] != self._cached or len(ids) == len(self._cached):
             self._drop_cache()
-            self.cache.activate_past_recording()
-        self._keep_prefix_of(ids)
-        kept = self.cache.get_seq_length()
-        streamer = WriterStreamer(self.tokenizer, self.cache, paint)
+        cache, kept = self.cache, self.cache.get_seq_length()
+        # An answer that is interrupted leaves its cache half-way.
+        self._drop_cache()
+        streamer = WriterStreamer(self.tokenizer, cache, paint)
         began = time.perf_counter()
         input_ids = torch.tensor([ids], device=self.model.device)
         try:
             self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                past_key_values=self.cache,
+                past_key_values=cache,
                 router_threshold=self.router_threshold,
                 streamer=streamer,
                 max_new_tokens=min(room, self.options.max_new_tokens),
                 # A published generation config may ask for another cache, for none, or for several sequences.
                 cache_implementation=None,
                 use_cache=True,
+                prompt_lookup_num_tokens=None,
                 num_beams=1,
                 num_return_sequences=1,
                 # Published stop strings need it.
                 **({"tokenizer": self.tokenizer} if self.model.generation_config.stop_strings else {}),
             )
-            self._cached = (ids + streamer.tokens)[: self.cache.get_seq_length()]
-        except BaseException:
-            # An interrupted step has left the cache half-way.
-            self._drop_cache()
-            raise
         finally:
             if streamer.tokens:
                 answer = self.tokenizer.decode(streamer.tokens, skip_special_tokens=True)
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
-        routing = self.cache.routing
+        self.cache, self._cached = cache, (ids + streamer.tokens)[: cache.get_seq_length()]
         self.last = Turn(
             tokens=len(streamer.tokens),
-            llm_tokens=int(routing.to_llm.sum()),
-            llm_calls=routing.llm_calls,
+            llm_tokens=int(cache.routing.to_llm.sum()),
+            llm_calls=cache.routing.llm_calls,
             seconds=time.perf_counter() - began,
             read=len(ids) - kept,
             kept=kept,
         )
-        self.total.add(self.last)
+        self.total = Turn(*map(sum, zip(self.total, self.last, strict=True)))
         return self.last
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
@@ -135,25 +123,8 @@ class Conversation:
             raise ValueError(f"the model's chat template refuses this chat: {error}") from error
         return list(rendered["input_ids"])
 
-    def _keep_prefix_of(self, ids: list[int]) -> None:
-        """Crop the cache to what the text begins with, or drop the cache where that cannot be done."""
-        # The last token is always read anew: the answer begins with what the models say about it.
-        pairs = zip(self._cached, ids[:-1], strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        surplus = len(self._cached) - common
-        if surplus == 0:
-            return
-        if common and self.cache.is_croppable:
-            # Sliding windows may have forgotten what would come back into view.
-            with suppress(RuntimeError):
-                self.cache.crop(-surplus)
-                self._cached = self._cached[:common]
-                return
-        self._drop_cache()
-
     def _drop_cache(self) -> None:
-        self.cache = CiterCache(self.model.config)
-        self._cached = []
+        self.cache, self._cached = CiterCache(self.model.config), list[int]()
 
 
 def plain_text(messages: list[dict[str, str]]) -> str:
@@ -171,19 +142,13 @@ HELP = """\
 
 
 def chat(model: CiterForCausalLM, **options: Any) -> None:
-    """Chat in the terminal until the user leaves.
-
-    Args:
-        model: The pair, with a tokenizer.
-        options: Of `ChatOptions`.
-
-    Raises:
-        ValueError: for a pair without a tokenizer.
-    """
+    """Chat in the terminal until the user leaves; the options are the fields of `ChatOptions`."""
     chosen = ChatOptions(**options)
     tokenizer = model.load_tokenizer()
-    if tokenizer is None:
-        raise ValueError(f"{model.name_or_path} has no tokenizer. Save one there: tokenizer.save_pretrained(...).")
+    if tokenizer is None or not tokenizer.is_fast:
+        raise ValueError(
+            f"{model.name_or_path} has no tokenizer.json. Save one there: tokenizer.save_pretrained(...)."
+        )
     conversation = Conversation(model, tokenizer, chosen)
     print(f"{legend(sys.stdout)} Threshold {conversation.router_threshold:g}. /help lists the commands.")
     prompt = ""
@@ -208,16 +173,13 @@ def chat(model: CiterForCausalLM, **options: Any) -> None:
 def answer(conversation: Conversation, text: str) -> None:
     """Print the answer to a message, or why there is none."""
     try:
-        turn = conversation.ask(text, Paint(sys.stdout))
+        conversation.ask(text, Paint(sys.stdout))
     except KeyboardInterrupt:
         print("\n(stopped; the next answer reads the whole chat again)")
     except torch.OutOfMemoryError:
         print("\nOut of memory; both caches were dropped. /reset starts a new chat.", file=sys.stderr)
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
-    else:
-        if turn.read + turn.kept + turn.tokens == conversation.context:
-            print(f"(the models read at most {conversation.context} tokens, and this chat has that many: try /reset)")
 
 
 def obey(conversation: Conversation, line: str) -> None:
@@ -228,9 +190,7 @@ def obey(conversation: Conversation, line: str) -> None:
                 conversation.router_threshold = as_threshold(float(argument))
             print(f"threshold {conversation.router_threshold:g}")
         except ValueError:
-            print(
-                f"Error: {argument.strip()} is no threshold: give a number from 0 to 2, such as 0.7.", file=sys.stderr
-            )
+            print(f"Error: /threshold: expected a number from 0 to 2, got {argument.strip()}.", file=sys.stderr)
     elif name == "/stats":
         print(f"last answer  {conversation.last}\nwhole chat   {conversation.total}")
     elif name == "/reset":

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import torch
+from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
 LLM_COLOUR, DIM, PLAIN = "\033[1;33m", "\033[2m", "\033[0m"
@@ -13,9 +14,6 @@ OPEN, CLOSE = "[[", "]]"
 
 # Output of a model must not steer the terminal.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# The decoder's sign for bytes that are no character, or not yet.
-INCOMPLETE = "\ufffd"
-LONGEST_CHARACTER = 4
 
 
 def wants_colour(out: TextIO) -> bool:
@@ -62,36 +60,22 @@ class WriterStreamer(BaseStreamer):
 
     def __init__(self, tokenizer: Any, cache: Any, paint: Paint):
         self.tokens: list[int] = []
-        self._tokenizer, self._cache, self._paint = tokenizer, cache, paint
+        self._tokenizer, self._cache, self._paint = tokenizer._tokenizer, cache, paint
+        # Holds back the bytes of a character until it is complete.
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._prompt_is_next = True
-        # Tokens before `_shown` have been painted; those from `_context` on are decoded again, because the text of a
-        # token can depend on the token before it.
-        self._context = self._shown = 0
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, at first, and then each new token."""
         if not self._prompt_is_next:
             for token in value.reshape(-1).tolist():
                 self.tokens.append(token)
-                self._paint_new(hold_back=True)
+                if text := self._stream.step(self._tokenizer, token):
+                    self._paint.write(text, self._cache.routing.by_llm(len(self.tokens) - 1))
         self._prompt_is_next = False
 
     def end(self) -> None:
-        """Paint what was held back, and end the text."""
-        if self._shown < len(self.tokens):
-            self._paint_new(hold_back=False)
         self._paint.end()
-
-    def _paint_new(self, hold_back: bool) -> None:
-        """Paint the text of the newest token, unless it ends in the middle of a character."""
-        before, text = (
-            self._tokenizer.decode(self.tokens[self._context : last], skip_special_tokens=True)
-            for last in (self._shown, len(self.tokens))
-        )
-        if hold_back and text.endswith(INCOMPLETE) and len(self.tokens) - self._shown < LONGEST_CHARACTER:
-            return
-        self._paint.write(text[len(before) :], self._cache.routing.by_llm(len(self.tokens) - 1))
-        self._context, self._shown = self._shown, len(self.tokens)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -68,25 +68,15 @@ def test_what_the_caches_hold_is_not_read_again(template: str | None, count_call
     assert turn.read <= llm[0] < turn.read + 12
 
 
-@pytest.mark.parametrize(("slm", "is_cropped"), [("llama", True), ("mistral_sliding", True), ("lfm2", False)])
-def test_text_that_was_rewritten_is_taken_back_from_the_caches_or_the_caches_are_dropped(
-    slm: str, is_cropped: bool
-) -> None:
-    conversation = converse(chat_pair(slm, "llama"), router_threshold=2.0)
+def test_caches_are_dropped_when_text_was_rewritten_or_nothing_is_left_to_read() -> None:
+    conversation = converse(chat_pair(), router_threshold=2.0)
     ask(conversation, MESSAGES[0])
-    cache, length = conversation.cache, conversation.cache.get_seq_length()
     conversation.messages[-1]["content"] = "something else"
-    turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
-    assert (conversation.cache is cache) == is_cropped == (turn.kept > 0)
-    assert turn.kept < length
-
-
-def test_the_same_message_cannot_leave_nothing_to_read() -> None:
+    assert conversation.ask(MESSAGES[1], Paint(io.StringIO())).kept == 0
     conversation = converse(chat_pair(), max_new_tokens=1)
     first = ask(conversation, "abc")
     conversation.messages = []
-    assert ask(conversation, "abc") == first
-    assert conversation.last.read == 1
+    assert ask(conversation, "abc") == first and conversation.last.kept == 0
 
 
 def test_counts_add_up_and_a_reset_keeps_the_system_message_alone() -> None:
@@ -113,7 +103,6 @@ def test_a_template_that_refuses_the_chat(capsys: pytest.CaptureFixture[str]) ->
 def test_the_end_of_the_context(capsys: pytest.CaptureFixture[str]) -> None:
     conversation = converse(chat_pair(max_position_embeddings=40), max_new_tokens=30)
     answer(conversation, "a" * 20)
-    assert "at most 40 tokens" in capsys.readouterr().out
     assert conversation.last.tokens == 40 - len("u:\na:") - 20
     messages = list(conversation.messages)
     answer(conversation, "b")
@@ -121,7 +110,7 @@ def test_the_end_of_the_context(capsys: pytest.CaptureFixture[str]) -> None:
     assert conversation.messages == messages
     obey(conversation, "/reset")
     answer(conversation, "b")
-    assert conversation.last.tokens == 30 and "at most" not in capsys.readouterr().out
+    assert conversation.last.tokens == 30
 
 
 @pytest.mark.parametrize(
@@ -166,9 +155,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
     model = chat_pair("bloom", "bloom")
     model.slm.config.max_position_embeddings = model.llm.config.max_position_embeddings = None
-    conversation = converse(model)
-    assert conversation.context is None
-    assert len(ask(conversation, MESSAGES[0])) == 12
+    assert len(ask(converse(model), MESSAGES[0])) == 12
 
 
 @pytest.mark.parametrize(
