@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from transformers.utils.hub import cached_file
 
 from .model.modeling import CiterForCausalLM
@@ -52,8 +52,7 @@ def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool |
             are shown in the card when they are of this router.
         repo_id: Where to, such as `user/my-router`; made when it is not there.
         token: Of the Hub. Default: the one that `hf auth login` saved.
-        options: The fields of `PushOptions`: `private`, `create_pr`, `revision`, `commit_message`,
-            `commit_description`, `tags`.
+        options: The fields of `PushOptions`.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -87,10 +86,7 @@ def _push(
     api = HfApi(token=token)
 
     def on_hub(name: str) -> Path | None:
-        try:
-            return Path(api.hf_hub_download(repo_id, name, revision=options.revision))
-        except EntryNotFoundError:
-            return None
+        return fetch(repo_id, name, {"token": token, "revision": options.revision})
 
     try:
         repo_id = api.create_repo(repo_id, private=options.private or None, exist_ok=True).repo_id
@@ -121,19 +117,17 @@ def _push(
 
 def check(folder: Path) -> None:
     """Raise an error when a directory holds no router, or one that nobody else could load."""
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"directory: {folder} is no router directory: it has no config.json.")
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if config.get("model_type") != "citer":
-        raise ValueError(f"directory: expected a router repository, got a {config.get('model_type')} model.")
+        raise ValueError(f"directory: {folder} is no router repository. Give one that `save_pretrained` has made.")
     for role in ("slm", "llm"):
         reference = config.get(f"{role}_reference") or {}
         for part in (reference, reference.get("adapter") or {}):
             name = part.get("name_or_path")
             if name is not None and (os.path.isabs(name) or os.path.isdir(name)):
                 raise ValueError(
-                    f"{role}: the router refers to the directory {name} of this machine, which nobody else has. Save "
-                    "it from a pair that was loaded by repository ids, or with save_base_models=True."
+                    f"{role}: the router refers to the directory {name} of this machine. Save it from a pair that was "
+                    "loaded by repository ids, or with save_base_models=True."
                 )
     for file in folder.rglob("*"):
         check_inside(file, folder)
@@ -198,50 +192,27 @@ def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[s
     provenance, results = (read_json(facts[json]) if json in facts else {} for json in FACTS)
     references: dict[str, Any] = {role: config.get(f"{role}_reference") or {} for role in ("slm", "llm")}
     parts = [part for at in references.values() for part in (at, at.get("adapter") or {})]
-    names = (part.get("name_or_path") or part.get("origin") for part in parts)
-    bases = list(dict.fromkeys(filter(None, names)))
+    bases = list(dict.fromkeys(filter(None, (part.get("name_or_path") or part.get("origin") for part in parts))))
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation", "model-index": None}
     metadata["tags"] = list(dict.fromkeys([*TAGS, *metadata.get("tags", ()), *tags]))
     # The Hub's relation for a small set of weights that works on top of models as they are.
     metadata |= {"base_model": bases or None, "base_model_relation": "adapter" if bases else None}
-    shown: dict[str, Any] = {"name": repo_id.split("/")[-1], "threshold": config["router_threshold"]}
-    shown |= {"points": [], "dataset": ""}
-    if results:
-        method = method_of(results, file_sha256(folder / WEIGHTS), config["router"]["type"])
-        shown["dataset"] = f"sha256:{results['provenance']['data_sha256'][:12]}"
-        shown["points"] = results["methods"].get(method, [])
-        metadata |= measured(**shown)
+    method = method_of(results, file_sha256(folder / WEIGHTS), config["router"]["type"]) if results else None
     card = ModelCard.from_template(
         ModelCardData(**{key: value for key, value in metadata.items() if value is not None}),
         template_path=str(TEMPLATE),
         generated=GENERATED,
+        name=repo_id.split("/")[-1],
         repo_id=repo_id,
         router=config["router"],
+        threshold=config["router_threshold"],
         **references,
-        **shown,
         results=results,
+        points=results["methods"].get(method, []) if results else [],
+        dataset=f"sha256:{results['provenance']['data_sha256'][:12]}" if results else "",
         has_curve="curve.png" in facts,
         training={**(provenance.get("options") or {}), **provenance},
         has_chat=(folder / "chat_template.jinja").is_file(),
     )
     with atomic_write(path) as file:
         file.write(str(card).encode())
-
-
-def measured(name: str, threshold: float, points: Sequence[Mapping[str, Any]], dataset: str) -> dict[str, Any]:
-    """Return the metadata of the measured point that is nearest to the saved threshold."""
-    with_threshold = [point for point in points if point["threshold"] is not None]
-    if not with_threshold:
-        return {}
-    point = min(with_threshold, key=lambda one: abs(one["threshold"] - threshold))
-    about: dict[str, Any] = {"task_type": "text-generation", "dataset_type": dataset, "dataset_name": dataset}
-    found = [
-        EvalResult(
-            metric_type=kind,
-            metric_name=f"{title} at threshold {point['threshold']:.4g}",
-            metric_value=point[kind],
-            **about,
-        )
-        for kind, title in (("accuracy", "Accuracy"), ("llm_share", "Share of tokens written by the LLM"))
-    ]
-    return {"model_name": name, "eval_results": found}

@@ -198,20 +198,20 @@ def test_what_tells_of_a_router_is_pushed_with_it_and_stays_beside_the_same_rout
     for name in ("me/copy", "me/whole"):
         found = history(carried, name)[1]
         assert found.keys() >= {*ALL_FACTS, "model.safetensors"}
-        assert "license: mit" in found["README.md"] and "model-index" in found["README.md"]
+        assert "license: mit" in found["README.md"] and "88.0%" in found["README.md"]
     assert "- maths" in history(carried, "me/copy")[1]["README.md"]
     assert set(carried.repositories["me/copy"].branches) == {"main", "side"}
     assert len(history(carried, "me/measured")) == 5
     found = history(carried, "me/measured")[-1]
     assert found.keys() >= set(ALL_FACTS) and "license: mit" in found["README.md"]
-    assert "model-index" in found["README.md"] and "(curve.png)" in found["README.md"]
+    assert "88.0%" in found["README.md"] and "(curve.png)" in found["README.md"]
 
 
 def test_nothing_is_left_of_a_router_that_another_one_replaces(carried, client):
     for name in ("me/copy", "me/whole"):
         found = history(carried, name)[-1]
         assert not set(ALL_FACTS) & found.keys()
-        assert "license: mit" in found["README.md"] and "model-index" not in found["README.md"]
+        assert "license: mit" in found["README.md"] and "88.0%" not in found["README.md"]
     assert not [path for path in found if path.endswith(".safetensors")], "the base models' and the router's weights"
     assert "Left out: provenance.json" in client.output and "me/measured" in client.output
 
