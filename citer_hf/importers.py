@@ -56,7 +56,7 @@ def convert(
         slm: The SLM that the router was trained with: path or repository id.
         llm: The LLM, likewise.
         out: Directory of the repository, which does not exist yet or is empty.
-        options: The fields of `ConvertOptions`: `router_threshold`, `trust_remote_code`.
+        options: The fields of `ConvertOptions`.
 
     Returns:
         The pair, whose base models have no weights.
@@ -105,27 +105,27 @@ def read_router(file: Path) -> tuple[dict[str, Any], dict[str, Any], float | Non
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it refers to code ({code[1]})" if code else "it is damaged, or was not written by torch.save"
-        raise ValueError(
-            f"router: {file} cannot be loaded with weights_only=True: {reason}. Save the router's state_dict alone, "
-            "or download the file anew."
-        ) from error
+        raise ValueError(f"router: {file} cannot be loaded with weights_only=True: {reason}.") from error
     found = content if isinstance(content, dict) else {}
-    if isinstance(found.get("state_dict"), dict):
-        weights = renamed(found["state_dict"], R2R_NAMES)
-        given = (found.get("common_args") or {}).get("threshold")
-        return r2r_spec(weights), weights, threshold_from_divergence(given) if isinstance(given, float | int) else None
-    if any(str(key).startswith(tuple(CITER_NAMES)) for key in found):
-        weights = renamed(found, CITER_NAMES)
-        return {"type": "mlp", "hidden_size": size_of(weights, "score.weight")[1], "batch_norm": True}, weights, 0.5
+    try:
+        if isinstance(found.get("state_dict"), dict):
+            weights = renamed(found["state_dict"], R2R_NAMES)
+            given = (found.get("common_args") or {}).get("threshold")
+            threshold = threshold_from_divergence(given) if isinstance(given, float | int) else None
+            return r2r_spec(weights), weights, threshold
+        if any(str(key).startswith(tuple(CITER_NAMES)) for key in found):
+            weights = renamed(found, CITER_NAMES)
+            return {"type": "mlp", "hidden_size": weights["score.weight"].shape[1], "batch_norm": True}, weights, 0.5
+    except (KeyError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"router: the tensors in {file} are not those of a released router. {error!r}") from error
     held = ", ".join(map(str, list(found)[:8])) or type(content).__name__
     raise ValueError(
-        f"router: {file} is neither a router of CITER's released code (a state_dict with mlp.0.weight, ..., "
-        "linear.weight) nor one of R2R's (a dictionary with model_type, common_args and state_dict). The file "
-        f"holds: {held}."
+        f"router: expected a state_dict of CITER's released code (mlp.0.weight, ...) or a dictionary of R2R's "
+        f"(common_args, state_dict), got {file}, which holds: {held}."
     )
 
 
-def renamed(tensors: dict[Any, Any], names: dict[str, str]) -> dict[str, Any]:
+def renamed(tensors: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Return the tensors of a file by their names here."""
     found = {}
     for key, tensor in tensors.items():
@@ -135,21 +135,14 @@ def renamed(tensors: dict[Any, Any], names: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def size_of(weights: dict[str, Any], key: str) -> tuple[int, int]:
-    tensor = weights.get(key)
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
-        raise ValueError(f"router: {key} is no matrix, or missing in the file. Download the file anew.")
-    return tensor.shape[0], tensor.shape[1]
-
-
 def r2r_spec(weights: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of a router of R2R. All sizes come from the tensors."""
-    hidden, top_logits = size_of(weights, "logits_projection.weight")
-    combined = size_of(weights, "combined_projection.weight")[1]
+    hidden, top_logits = weights["logits_projection.weight"].shape
+    combined = weights["combined_projection.weight"].shape[1]
     blocks = []
     for index in range(max(1, len({key.split(".")[1] for key in weights if key.startswith("blocks.")}))):
-        inner, size = size_of(weights, f"blocks.{index}.expand.weight")
-        blocks.append([size, inner, size_of(weights, f"blocks.{index}.contract.weight")[0]])
+        inner, size = weights[f"blocks.{index}.expand.weight"].shape
+        blocks.append([size, inner, weights[f"blocks.{index}.contract.weight"].shape[0]])
     sizes = {"hidden_size": hidden, "embedding_size": combined - 2 * hidden, "top_logits": top_logits}
     return {"type": "r2r", **sizes, "blocks": blocks}
 

@@ -117,16 +117,35 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> d
     dtypes = {role: str(getattr(model, role).dtype).removeprefix("torch.") for role in ("slm", "llm")}
     report: dict[str, Any] = {"model": name or model.name_or_path, "machine": None, "interrupted": False}
     report["options"] = {**asdict(wanted), "prompt_length": lengths, "dtype": dtypes}
-    contenders: list[Contender] = []
+    decoders = ways.Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed, wanted.agreement)
+    default = () if wanted.thresholds else SHARES
+    settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds, wanted.veto)
+    contenders = decoders.contenders(settings, wanted.assisted and wanted.batch_size == 1)
+    counted: list[Contender] = []
     try:
-        with ways.greedy_without_end(model):
+        total = len(contenders) * (1 + wanted.warmup + wanted.repeats)
+        bar = progress(None, "citer bench", total, shown=sys.stderr.isatty())
+        with ways.greedy_without_end(model), bar:
             report["machine"] = describe_machine(model.slm.device)
-            _measure(model, wanted, batches, contenders)
+            # 1. One run of each contender is not timed: hooks count its passes.
+            costs = cost_of_model(model.slm), cost_of_model(model.llm)
+            for contender in contenders:
+                counted.append(contender)
+                with _errors_to(contender):
+                    contender.counts = _counts(model, costs, contender, batches)
+                bar.update()
+            # 2. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
+            for repetition in range(-wanted.warmup, wanted.repeats):
+                for contender in contenders:
+                    with _errors_to(contender):
+                        taken = [] if contender.error else [seconds(model.slm.device, partial(contender.run, batches))]
+                        contender.seconds += taken if repetition >= 0 else []
+                    bar.update()
     except KeyboardInterrupt:
         report["interrupted"] = True
-    report["rows"] = [_row(one, contenders, report, len(batches) * wanted.max_new_tokens) for one in contenders]
+    report["rows"] = [_row(one, counted, report, len(batches) * wanted.max_new_tokens) for one in counted]
     # Assisted generation may fail: not every pair can do it.
-    failed = [f"{one.name}: {one.error}" for one in contenders if one.error and one.kind not in (ASSISTED, ENSEMBLE)]
+    failed = [f"{one.name}: {one.error}" for one in counted if one.error and one.kind not in (ASSISTED, ENSEMBLE)]
     report["error"] = failed[0] if failed else None
     return report | {"complete": not (failed or report["interrupted"])}
 
@@ -211,31 +230,6 @@ def _batches(model: CiterForCausalLM, wanted: BenchOptions) -> list[Batch]:
     return ways.padded_batches(prompts, wanted.batch_size, model.slm.device)
 
 
-def _measure(model: CiterForCausalLM, wanted: BenchOptions, batches: list[Batch], measured: list[Contender]) -> None:
-    """Measure all contenders, and add each to `measured`."""
-    decoders = ways.Decoders(model, wanted.max_new_tokens, wanted.cache_implementation, wanted.seed, wanted.agreement)
-    default = () if wanted.thresholds else SHARES
-    settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds, wanted.veto)
-    contenders = decoders.contenders(settings, wanted.assisted and wanted.batch_size == 1)
-    total = len(contenders) * (1 + wanted.warmup + wanted.repeats)
-    bar = progress(None, "citer bench", total, shown=sys.stderr.isatty())
-    # 1. One run of each contender is not timed: hooks count its passes.
-    costs = cost_of_model(model.slm), cost_of_model(model.llm)
-    for contender in contenders:
-        measured.append(contender)
-        with _errors_to(contender):
-            contender.counts = _counts(model, costs, contender, batches)
-        bar.update()
-    # 2. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
-    for repetition in range(-wanted.warmup, wanted.repeats):
-        for contender in contenders:
-            with _errors_to(contender):
-                taken = [] if contender.error else [seconds(model.slm.device, partial(contender.run, batches))]
-                contender.seconds += taken if repetition >= 0 else []
-            bar.update()
-    bar.close()
-
-
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine, and measure the bandwidth of its memory in bytes per second."""
     source = torch.ones(BUFFER // (4096 * 4), 4096, device=device)
@@ -259,9 +253,9 @@ def _counts(
         outputs = contender.run(batches)
     positions = sum(tokens.shape[1] for tokens, _ in outputs)
     by_llm = [to_llm.float().mean().item() for _, to_llm in outputs if to_llm is not None]
-    known = {ALONE: 1.0, SLM: 0.0, ASSISTED: None, ENSEMBLE: None}
+    known = {ALONE: 1.0, SLM: 0.0}
     return {
-        "llm_share": known[contender.kind] if contender.kind in known else statistics.mean(by_llm),
+        "llm_share": statistics.mean(by_llm) if by_llm else known.get(contender.kind),
         "slm_passes_per_position": len(passes[0]) / positions,
         "llm_passes_per_position": len(passes[1]) / positions,
         "bytes_moved": round(
