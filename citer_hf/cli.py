@@ -202,10 +202,9 @@ def json_or_text(value: str) -> Any:
 
 def check_device(name: Any) -> None:
     """Raise an error when torch cannot use a device."""
-    if not isinstance(name, str) or name in DEVICE_MAPS:
-        return
     try:
-        torch.empty(0, device=name)
+        if isinstance(name, str) and name not in DEVICE_MAPS:
+            torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device-map: expected auto or a device, got {name!r}. {error}") from error
 

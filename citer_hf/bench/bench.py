@@ -3,10 +3,10 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,15 +27,7 @@ from .contenders import ALONE, ASSISTED, ENSEMBLE, FLOOR, SLM, Batch, Contender
 BUFFER = 256 << 20
 SHARES = (0.0, 0.2, 0.5)
 # Published memory bandwidth in GB/s, for projections. The CPU: two channels of DDR5-5200.
-DEVICES = {
-    "h200": 4800,
-    "h100": 3350,
-    "a100-80gb": 2039,
-    "a100-40gb": 1555,
-    "l40s": 864,
-    "rtx4090": 1008,
-    "cpu-ddr5": 83,
-}
+DEVICES = {"h200": 4800, "h100": 3350, "a100-80gb": 2039, "l40s": 864, "rtx4090": 1008, "cpu-ddr5": 83}
 # Errors of one contender, which do not keep the others from being measured.
 FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 
@@ -68,11 +60,9 @@ class BenchOptions(CommandOptions):
     def __post_init__(self) -> None:
         if not all(0 <= one <= 1 for one in (*(self.shares or ()), self.agreement or 0.0)):
             raise ValueError(f"--shares, --agreement: expected 0 to 1, got {self.shares} and {self.agreement}.")
-        try:
-            [as_threshold(threshold) for threshold in self.thresholds]
-            as_veto(self.veto or 0.0)
-        except ValueError as error:
-            raise ValueError(f"--thresholds, --veto: {error}") from None
+        for threshold in self.thresholds:
+            as_threshold(threshold)
+        as_veto(self.veto or 0.0)
         super().__post_init__()
         if self.cache_implementation not in (None, *CACHE_IMPLEMENTATIONS):
             known = ", ".join(CACHE_IMPLEMENTATIONS)
@@ -81,15 +71,16 @@ class BenchOptions(CommandOptions):
 
 def seconds(device: torch.device, work: Callable[[], object]) -> float:
     """Return the time that something takes, from idle accelerators to idle accelerators."""
-    # The two models may be on different devices.
-    accelerators = range(0 if device.type == "cpu" else torch.accelerator.device_count())
-    for index in accelerators:
-        torch.accelerator.synchronize(index)
-    start = time.perf_counter()
+
+    def now() -> float:
+        # The two models may be on different devices.
+        for index in range(0 if device.type == "cpu" else torch.accelerator.device_count()):
+            torch.accelerator.synchronize(index)
+        return time.perf_counter()
+
+    start = now()
     work()
-    for index in accelerators:
-        torch.accelerator.synchronize(index)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -121,28 +112,28 @@ def bench(model: CiterForCausalLM, name: str | None = None, **options: Any) -> d
     default = () if wanted.thresholds else SHARES
     settings = ways.settings_of(default if wanted.shares is None else wanted.shares, wanted.thresholds, wanted.veto)
     contenders = decoders.contenders(settings, wanted.assisted and wanted.batch_size == 1)
-    counted: list[Contender] = []
+    rounds = range(-1 - wanted.warmup, wanted.repeats)
     try:
-        total = len(contenders) * (1 + wanted.warmup + wanted.repeats)
-        bar = progress(None, "citer bench", total, shown=sys.stderr.isatty())
+        bar = progress(None, "citer bench", len(contenders) * len(rounds), shown=sys.stderr.isatty())
         with ways.greedy_without_end(model), bar:
             report["machine"] = describe_machine(model.slm.device)
-            # 1. One run of each contender is not timed: hooks count its passes.
             costs = cost_of_model(model.slm), cost_of_model(model.llm)
-            for contender in contenders:
-                counted.append(contender)
-                with _errors_to(contender):
-                    contender.counts = _counts(model, costs, contender, batches)
+            # All in turn: a slow moment of the machine slows neighbours down alike.
+            for number, contender in product(rounds, contenders):
+                try:
+                    if number == rounds[0]:
+                        # 1. One run of each contender is not timed: hooks count its passes.
+                        contender.counts = _counts(model, costs, contender, batches)
+                    elif contender.error is None:
+                        # 2. Repetitions, those of the warm-up first.
+                        taken = seconds(model.slm.device, partial(contender.run, batches))
+                        contender.seconds += [taken] if number >= 0 else []
+                except FAILURES as error:
+                    contender.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 bar.update()
-            # 2. Repetitions of all in turn: a slow moment of the machine slows neighbours down alike.
-            for repetition in range(-wanted.warmup, wanted.repeats):
-                for contender in contenders:
-                    with _errors_to(contender):
-                        taken = [] if contender.error else [seconds(model.slm.device, partial(contender.run, batches))]
-                        contender.seconds += taken if repetition >= 0 else []
-                    bar.update()
     except KeyboardInterrupt:
         report["interrupted"] = True
+    counted = [one for one in contenders if one.counts or one.error]
     report["rows"] = [_row(one, counted, report, len(batches) * wanted.max_new_tokens) for one in counted]
     # Assisted generation may fail: not every pair can do it.
     failed = [f"{one.name}: {one.error}" for one in counted if one.error and one.kind not in (ASSISTED, ENSEMBLE)]
@@ -262,12 +253,3 @@ def _counts(
             sum(cost.bytes_moved(*one) for cost, of in zip(costs, passes, strict=True) for one in of)
         ),
     }
-
-
-@contextmanager
-def _errors_to(contender: Contender) -> Iterator[None]:
-    """Note an error as text, so that the others are measured."""
-    try:
-        yield
-    except FAILURES as error:
-        contender.error = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -47,7 +47,6 @@ class Finished:
     llm_tokens: int
     llm_calls: int
     first_token_seconds: float
-    seconds: float
 
 
 @dataclass
@@ -100,8 +99,7 @@ def write(
         torch.seed()
     else:
         torch.manual_seed(answer.seed)
-    began, settings = time.monotonic(), answer.settings
-    pieces = Pieces(tokenizer, answer, loop, queue)
+    settings, pieces = answer.settings, Pieces(tokenizer, answer, loop, queue)
 
     def ends_early(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         ends = pieces.stop.met or answer.cancelled.is_set() or time.monotonic() > answer.deadline
@@ -131,7 +129,6 @@ def write(
         llm_tokens=int(routing.to_llm.sum()),
         llm_calls=routing.llm_calls,
         first_token_seconds=pieces.first_token - answer.arrived,
-        seconds=time.monotonic() - began,
     )
 
 

@@ -30,7 +30,6 @@ class Metrics:
         arrival = "From a request's arrival to"
         self.request_seconds = seconds("citer_request_seconds", f"{arrival} the end of its answer.", ["endpoint"])
         self.first_token_seconds = seconds("citer_first_token_seconds", f"{arrival} its first token.")
-        self.answer_seconds = seconds("citer_answer_seconds", "Time that writing an answer took.")
         for model in ("slm", "llm"):
             self.tokens.labels(model)
 
@@ -42,4 +41,3 @@ class Metrics:
         self.llm_calls.inc(finished.llm_calls)
         self.llm_share.observe(finished.llm_tokens / finished.tokens)
         self.first_token_seconds.observe(finished.first_token_seconds)
-        self.answer_seconds.observe(finished.seconds)

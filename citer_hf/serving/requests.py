@@ -21,30 +21,26 @@ USUAL_LENGTH = 1024
 COLDEST = 1e-4
 
 
+def refusal(param: str, message: str) -> RequestError:
+    return RequestError(f"{param}: {message}", param=param)
+
+
 def prompts_of(tokenizer: Any, request: Any, vocabulary: int) -> list[list[int]]:
     """Return the tokens of every prompt of a request."""
     is_chat = isinstance(request, ChatRequest)
     prompts = [chat_prompt(tokenizer, request)] if is_chat else text_prompts(tokenizer, request, vocabulary)
     if not all(prompts):
-        param = "messages" if is_chat else "prompt"
-        raise RequestError(f"{param}: the prompt has no tokens; the models need at least one.", param=param)
+        raise refusal("messages" if is_chat else "prompt", "the prompt has no tokens; the models need at least one.")
     return prompts
 
 
 def chat_prompt(tokenizer: Any, request: ChatRequest) -> list[int]:
     """Return the tokens of a chat, up to where the answer begins."""
     if tokenizer.chat_template is None:
-        raise RequestError(
-            "messages: this model has no chat template. Use /v1/completions with the whole text as prompt.",
-            param="messages",
-        )
+        raise refusal("messages", "this model has no chat template. Use /v1/completions with a text as prompt.")
     options = request.chat_template_kwargs or {}
     if reserved := sorted(RESERVED & options.keys()):
-        raise RequestError(
-            f"chat_template_kwargs: {', '.join(reserved)} cannot be set by a request; it is for variables of the "
-            "model's chat template, such as enable_thinking.",
-            param="chat_template_kwargs",
-        )
+        raise refusal("chat_template_kwargs", f"{', '.join(reserved)} cannot be set by a request. Leave it out.")
     tools = None if request.tool_choice == "none" else request.tools or None
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
     for message in messages:
@@ -60,10 +56,8 @@ def chat_prompt(tokenizer: Any, request: ChatRequest) -> list[int]:
         )
     except Exception as error:
         # A template is a program, and its input is whatever the client has sent.
-        raise RequestError(
-            f"messages: the model's chat template refuses them: {type(error).__name__}: {str(error)[:200]}",
-            param="messages",
-        ) from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise refusal("messages", f"the model's chat template refuses them: {reason}") from error
     return list(rendered["input_ids"])
 
 
@@ -75,10 +69,10 @@ def text_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) ->
         for one in prompts:
             str(one).encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"prompt: no unicode text: {error.reason}.", param="prompt") from None
+        raise refusal("prompt", f"no unicode text: {error.reason}.") from None
     ids = [list(tokenizer(one).input_ids) if isinstance(one, str) else one for one in prompts]
     if any(token >= vocabulary for one in ids for token in one):
-        raise RequestError(f"prompt: expected token ids below {vocabulary}.", param="prompt")
+        raise refusal("prompt", f"expected token ids below {vocabulary}.")
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [one or begin for one in ids]
 
@@ -112,9 +106,7 @@ def generation_settings(model: Any, request: Request, prompt_tokens: int, option
         settings.update(repetition_penalty=request.repetition_penalty)
     for token in request.logit_bias or {}:
         if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < model.vocab_size):
-            raise RequestError(
-                f"logit_bias: expected token ids from 0 to {model.vocab_size - 1} as keys.", param="logit_bias"
-            )
+            raise refusal("logit_bias", f"expected token ids from 0 to {model.vocab_size - 1} as keys.")
     if request.logit_bias:
         settings.update(sequence_bias={(int(token),): value for token, value in request.logit_bias.items()})
     return settings
@@ -127,17 +119,12 @@ def answer_length(model: Any, request: Request, prompt_tokens: int, options: Ser
     if isinstance(request, ChatRequest):
         asked, param = request.max_completion_tokens or asked, "messages"
     if asked is not None and asked > most:
-        raise RequestError(
-            f"max_tokens: {asked} tokens were asked for, and this server writes at most {most} (--max-new-tokens).",
-            param="max_tokens",
-        )
+        raise refusal("max_tokens", f"got {asked}, and this server writes at most {most} (--max-new-tokens).")
     left = most if context is None else context - prompt_tokens
     if left < (asked or 1):
+        said = f"The models read at most {context} tokens; the prompt has {prompt_tokens} and the answer may have "
         raise RequestError(
-            f"The models read at most {context} tokens; the prompt has {prompt_tokens} and the answer may have "
-            f"{asked or 1}. Shorten the prompt or lower max_tokens.",
-            code="context_length_exceeded",
-            param=param,
+            f"{said}{asked or 1}. Shorten the prompt or lower max_tokens.", 400, param, "context_length_exceeded"
         )
     return asked or min(usual or USUAL_LENGTH, left, most)
 

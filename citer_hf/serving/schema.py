@@ -58,7 +58,7 @@ def wording(error: dict[str, Any]) -> str:
     """Return what is wrong with a field. The value is not repeated: it may be long, or no text at all."""
     if error["type"] in ("extra_forbidden", "none_required") or error.get("ctx", {}).get("expected") == "False":
         return "this server does not offer that, and will not pretend to. Leave it out."
-    return "the body is no JSON." if error["type"] == "json_invalid" else f"{error['msg']}."
+    return f"{error['msg']}."
 
 
 MOST_CHOICES = 16
@@ -83,33 +83,16 @@ class Part(Strict):
     text: str
 
 
-class Function(Strict):
-    """A function that an earlier answer called."""
-
-    name: str
-    arguments: str | dict[str, Any]
-
-
-class CalledTool(Strict):
-    """A tool call of an earlier answer."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: Function
-
-
 class Message(Strict):
     """A message of a chat. Fields that clients copy from an answer and that a prompt has no use for are dropped."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
 
 class StreamOptions(Strict):
-    """Events of a stream beside the text."""
-
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
@@ -145,12 +128,6 @@ class Request(Strict):
     service_tier: str | None = None
 
 
-class TextFormat(Strict):
-    """The only form of an answer: free text."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(Request):
     """The body of `/v1/chat/completions`."""
 
@@ -161,7 +138,7 @@ class ChatRequest(Request):
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: Literal[False] | None = None
-    response_format: TextFormat | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
     modalities: list[Literal["text"]] | None = None
 
 

@@ -286,12 +286,18 @@ def serve(load: Callable[[], CiterForCausalLM], name: str, **options: Any) -> No
         model = load()
         tokenizer = model.load_tokenizer()
         if tokenizer is None or not tokenizer.is_fast:
-            found = "no tokenizer" if tokenizer is None else f"{type(tokenizer).__name__}, which cannot stream"
-            raise ValueError(f"{name} has {found}: a tokenizer.json is needed. Save one there.")
+            raise ValueError(f"{name} has no tokenizer.json, which streams need. Save a fast tokenizer there.")
         if chosen.cache_implementation is not None:
             model.generation_config.cache_implementation = chosen.cache_implementation
         server = Server(model, tokenizer, name, chosen)
-        print(welcome(name, server.threshold, *listener.getsockname()[:2]), file=sys.stderr, flush=True)
+        host, port = listener.getsockname()[:2]
+        print(
+            f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 with threshold "
+            f"{server.threshold:g}; also /health and /metrics. Ctrl-C stops it.\n"
+            "Anyone who reaches this address can use it: it asks for no key.",
+            file=sys.stderr,
+            flush=True,
+        )
         config = uvicorn.Config(
             build_app(server), log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_END
         )
@@ -309,11 +315,3 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise OSError(f"--host {host} --port {port}: {error}. Choose others; --port 0 takes a free one.") from error
-
-
-def welcome(name: str, threshold: float, host: str, port: int) -> str:
-    place = f"[{host}]" if ":" in host else host
-    return (
-        f"Serving {name} at http://{place}:{port}/v1 with threshold {threshold:g}; also /health and /metrics. "
-        "Ctrl-C stops it.\nAnyone who reaches this address can use it: it asks for no key."
-    )

@@ -169,8 +169,8 @@ def test_a_failure_of_assisted_generation_leaves_the_report_complete(pair, monke
     [
         (["demo", "--shares", "half"], ("--shares", "half")),
         (["demo", "--agreement", "1.5"], ("--agreement", "1.5")),
-        (["demo", "--veto", "2"], ("--veto", "llm_veto", "2")),
-        (["demo", "--thresholds", "70"], ("--thresholds", "70")),
+        (["demo", "--veto", "2"], ("llm_veto", "2")),
+        (["demo", "--thresholds", "70"], ("router_threshold", "70")),
         (["demo", "--batch-size", "0"], ("--batch-size",)),
         (["demo", "--cache-implementation", "paged"], ("--cache-implementation", "paged")),
         (["demo", "--device", "toaster"], ("--device", "toaster")),
