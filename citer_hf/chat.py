@@ -47,6 +47,10 @@ class Turn(NamedTuple):
 class Conversation:
     """The messages so far, and a cache of their text, for as long as the chat template leaves it as it was."""
 
+    cache: CiterCache
+    # The tokens that the cache holds.
+    _cached: list[int]
+
     def __init__(self, model: CiterForCausalLM, tokenizer: Any, options: ChatOptions):
         self.model, self.tokenizer, self.options = model, tokenizer, options
         threshold = options.router_threshold
@@ -108,7 +112,7 @@ class Conversation:
             read=len(ids) - kept,
             kept=kept,
         )
-        self.total = Turn(*map(sum, zip(self.total, self.last, strict=True)))
+        self.total = Turn._make(map(sum, zip(self.total, self.last, strict=True)))
         return self.last
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
@@ -124,7 +128,7 @@ class Conversation:
         return list(rendered["input_ids"])
 
     def _drop_cache(self) -> None:
-        self.cache, self._cached = CiterCache(self.model.config), list[int]()
+        self.cache, self._cached = CiterCache(self.model.config), []
 
 
 def plain_text(messages: list[dict[str, str]]) -> str:

@@ -21,7 +21,7 @@ from . import __version__
 from .model.compat import is_out_of_memory
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, split_keywords
-from .options import Of, Options, expanded
+from .options import Options, expanded
 from .runs import WORK, import_extra, option, process_state
 
 INTERRUPTED = 130
@@ -234,9 +234,9 @@ def load_pair(options: Options) -> CiterForCausalLM:
         raise ValueError(str(error)) from error
 
 
-Pair = Annotated[Options, Of("cli.PairOptions")]
+Pair = Annotated[Options, "cli.PairOptions"]
 Data = Annotated[str, flag("FILE", "JSON lines, JSON, CSV or Parquet, or the id of a dataset on the Hub.")]
-Reading = Annotated[Options, Of("data.examples.DataOptions")]
+Reading = Annotated[Options, "data.examples.DataOptions"]
 Checker = Annotated[str, flag("NAME", "Which answer is right: math, choice, exact, or package.module:function.")]
 Out = Annotated[Path, flag("DIR", "A directory that does not exist yet, or was interrupted.")]
 Json = Annotated[bool, flag(None, "Print the measurements as JSON and nothing else.", "--json")]
@@ -246,7 +246,7 @@ Json = Annotated[bool, flag(None, "Print the measurements as JSON and nothing el
 
 @command
 def demo(
-    options: Annotated[Options, Of("demo.demo.DemoOptions")],
+    options: Annotated[Options, "demo.demo.DemoOptions"],
     json: Json = False,
     export: Annotated[Path | None, flag("FILE", "Only write the problems to FILE, as JSON lines.")] = None,
 ) -> None:
@@ -263,7 +263,7 @@ def demo(
 
 
 @command
-def chat(pair: Pair, options: Annotated[Options, Of("chat.ChatOptions")]) -> None:
+def chat(pair: Pair, options: Annotated[Options, "chat.ChatOptions"]) -> None:
     """Chat with a pair, and see who writes what."""
     from .chat import chat
 
@@ -272,7 +272,7 @@ def chat(pair: Pair, options: Annotated[Options, Of("chat.ChatOptions")]) -> Non
 
 @command
 def label(
-    pair: Pair, data: Data, checker: Checker, out: Out, options: Annotated[Options, Of("training.label.LabelOptions")]
+    pair: Pair, data: Data, checker: Checker, out: Out, options: Annotated[Options, "training.label.LabelOptions"]
 ) -> None:
     """Label which of the two models should write each token of reference answers."""
     from .training.label import label_preferences
@@ -285,7 +285,7 @@ def train(
     pair: Pair,
     labels: Annotated[Path, flag("DIR", "Made by `citer label` with the same pair.")],
     out: Out,
-    options: Annotated[Options, Of("training.train.TrainOptions")],
+    options: Annotated[Options, "training.train.TrainOptions"],
 ) -> None:
     """Train a router on labels, and save it as a router repository."""
     from .training.train import summary, train
@@ -300,7 +300,7 @@ def evaluate(
     checker: Checker,
     out: Out,
     reading: Reading,
-    options: Annotated[Options, Of("evaluation.evaluate.EvaluateOptions")],
+    options: Annotated[Options, "evaluation.evaluate.EvaluateOptions"],
     baselines: Annotated[Path | None, flag("DIR", "Labels, to train and measure every other method on.")] = None,
     compare: Annotated[list[Path] | None, flag("DIR", "Another router of `citer train`. May be repeated.")] = None,
     methods: Annotated[str | None, flag("NAME,...", "Of the other methods, these alone; some need no labels.")] = None,
@@ -325,7 +325,7 @@ def calibrate(
     pair: Pair,
     data: Data,
     reading: Reading,
-    options: Annotated[Options, Of("evaluation.calibrate.CalibrateOptions")],
+    options: Annotated[Options, "evaluation.calibrate.CalibrateOptions"],
     checker: Annotated[str | None, flag("NAME", "As for `citer label`; --accuracy needs it.")] = None,
 ) -> None:
     """Find the threshold for a budget: an LLM share, or a fraction of the LLM's accuracy."""
@@ -339,7 +339,7 @@ def calibrate(
 @command
 def bench(
     pair: Pair,
-    options: Annotated[Options, Of("bench.bench.BenchOptions")],
+    options: Annotated[Options, "bench.bench.BenchOptions"],
     json: Json = False,
     simulate: Annotated[bool, flag(None, "Run nothing: project the speed on a machine.", "--simulate")] = False,
 ) -> None:
@@ -362,7 +362,7 @@ def bench(
 
 
 @command
-def serve(pair: Pair, options: Annotated[Options, Of("serving.ServeOptions")]) -> None:
+def serve(pair: Pair, options: Annotated[Options, "serving.ServeOptions"]) -> None:
     """Serve a pair to OpenAI clients: chat completions and completions, with `router_threshold` in each request."""
     from .serving.server import serve
 
@@ -376,7 +376,7 @@ def convert(
     slm: Annotated[str, flag("X", "The SLM that it was trained with, a path or an id.")],
     llm: Annotated[str, flag("Y", "The LLM, a path or an id.")],
     out: Annotated[Path, flag("DIR", "A directory that does not exist yet, or is empty.")],
-    options: Annotated[Options, Of("importers.ConvertOptions")],
+    options: Annotated[Options, "importers.ConvertOptions"],
 ) -> None:
     """Turn a router of CITER's or R2R's released code into a router repository."""
     from .importers import convert
@@ -391,7 +391,7 @@ def convert(
 def push(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A router's directory.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to on the Hub, such as user/my-router.")],
-    options: Annotated[Options, Of("hub.PushOptions")],
+    options: Annotated[Options, "hub.PushOptions"],
 ) -> None:
     """Upload a router to the Hub, with a model card made from what is in its directory."""
     from .hub import push

@@ -6,7 +6,6 @@ import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -14,24 +13,22 @@ import typer
 Options = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Of:
-    """Marks a parameter of a command that stands for all fields of a dataclass, named `module.Class`."""
-
-    path: str
-
-    def load(self) -> type[Any]:
-        module, _, name = self.path.rpartition(".")
-        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+def load(path: str) -> type[Any]:
+    """Return the options dataclass `module.Class` of this package."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
 def expanded(
     function: Callable[..., None], around: Callable[[Any], AbstractContextManager[None]]
 ) -> Callable[..., None]:
-    """Return a command, run within `around(out)`, in which every field of an options dataclass is a parameter."""
+    """Return a command, run within `around(out)`, with the fields of its options dataclasses as parameters.
+
+    A parameter that stands for a dataclass is annotated with its name: `Annotated[Options, "module.Class"]`.
+    """
     given, hints = inspect.signature(function).parameters, get_type_hints(function, include_extras=True)
     marks = [(name, one) for name in given for one in getattr(hints[name], "__metadata__", ())]
-    classes = {name: mark.load() for name, mark in marks if isinstance(mark, Of)}
+    classes = {name: load(mark) for name, mark in marks if isinstance(mark, str)}
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in given.items():
         own = [parameter.replace(annotation=hints[name])] if name not in classes else parameters_of(classes[name])

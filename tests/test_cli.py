@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import citer_hf.demo
 from citer_hf import CiterForCausalLM
+from citer_hf import options as options_module
 from citer_hf.chat import chat
 from citer_hf.cli import COMMANDS, load_pair, plain_errors
-from citer_hf.options import Of, Options, expanded
+from citer_hf.options import Options, expanded
 from citer_hf.runs import option
 from tests.chat_pairs import Screen, chat_pair, invoke
 
@@ -102,13 +103,13 @@ class Sample:
 )
 def test_the_fields_of_a_dataclass_are_the_options(monkeypatch, arguments, given):
     seen = []
-    monkeypatch.setattr(Of, "load", lambda self: Sample)
+    monkeypatch.setattr(options_module, "load", lambda path: Sample)
     one = typer.Typer(rich_markup_mode=None)
 
     def run(options) -> None:
         seen.append(options)
 
-    run.__annotations__ = {"options": Annotated[Options, Of("of.Sample")]}
+    run.__annotations__ = {"options": Annotated[Options, "of.Sample"]}
     one.command()(expanded(run, plain_errors))
     result = CliRunner().invoke(one, arguments.split())
     if isinstance(given, str):
