@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from citer_hf.bench.bench import as_device, bench
+from citer_hf.bench.bench import bench
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.reference import assert_sequences, naive_texts
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 
-DEVICE = os.environ.get("CITER_TEST_DEVICE", as_device(None))
+FOUND = torch.accelerator.current_accelerator(check_available=True)
+DEVICE = os.environ.get("CITER_TEST_DEVICE", "cpu" if FOUND is None else f"{FOUND.type}:0")
 ROWS = (3, 11, 7, 9)
 
 pytestmark = pytest.mark.skipif(
@@ -50,10 +51,10 @@ def test_passes_that_were_recorded_serve_other_texts(placed):
         assert_naive(placed, random_prompts(lengths, seed), cache_implementation="static")
 
 
-@pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="events and peaks of memory are CUDA's")
-def test_the_bench_measures_time_and_memory_of_the_device(tmp_path):
+@pytest.mark.skipif(not DEVICE.startswith("cuda"), reason="the bench is tested on a CPU elsewhere")
+def test_the_bench_measures_the_time_of_the_device():
     model = make_pair("llama", "qwen2", router="confidence").to(DEVICE)
     sizes = {"prompt_length": 8, "max_new_tokens": 8, "repeats": 2}
-    report = bench(model, "pair", shares=(0.5,), cache_implementation="static", **sizes).as_dict()
+    report = bench(model, "pair", shares=(0.5,), cache_implementation="static", **sizes)
     assert report["complete"] and report["machine"]["device"].startswith("cuda")
-    assert all(row["peak_memory_bytes"] > 0 and min(row["seconds"]) > 0 for row in report["rows"])
+    assert all(min(row["seconds"]) > 0 for row in report["rows"])
