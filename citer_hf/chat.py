@@ -31,16 +31,13 @@ class Turn(NamedTuple):
     llm_tokens: int = 0
     llm_calls: int = 0
     seconds: float = 0.0
-    read: int = 0
-    kept: int = 0
 
     def __str__(self) -> str:
         share = self.llm_tokens / max(self.tokens, 1)
         speed = self.tokens / self.seconds if self.seconds else 0.0
         return (
             f"{self.tokens} tokens: {self.tokens - self.llm_tokens} by the SLM, {self.llm_tokens} by the LLM "
-            f"({share:.1%}); {self.llm_calls} LLM forward passes; {speed:.1f} tokens/s; "
-            f"{self.read} tokens of text read, {self.kept} kept in the cache"
+            f"({share:.1%}); {self.llm_calls} LLM forward passes; {speed:.1f} tokens/s"
         )
 
 
@@ -64,7 +61,7 @@ class Conversation:
         self.last, self.total = Turn(), Turn()
         self._drop_cache()
 
-    def ask(self, text: str, paint: Paint) -> Turn:
+    def ask(self, text: str, paint: Paint) -> None:
         """Answer a message, painting the answer as it is written."""
         messages = [*self.messages, {"role": "user", "content": text}]
         ids, context = self._render(messages), self.model.config.max_position_embeddings
@@ -76,7 +73,7 @@ class Conversation:
             )
         if ids[: len(self._cached)] != self._cached or len(ids) == len(self._cached):
             self._drop_cache()
-        cache, kept = self.cache, self.cache.get_seq_length()
+        cache = self.cache
         # An answer that is interrupted leaves its cache half-way.
         self._drop_cache()
         streamer = WriterStreamer(self.tokenizer, cache, paint)
@@ -109,11 +106,8 @@ class Conversation:
             llm_tokens=int(cache.routing.to_llm.sum()),
             llm_calls=cache.routing.llm_calls,
             seconds=time.perf_counter() - began,
-            read=len(ids) - kept,
-            kept=kept,
         )
         self.total = Turn._make(map(sum, zip(self.total, self.last, strict=True)))
-        return self.last
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of the whole chat, up to where the answer begins."""

@@ -57,35 +57,36 @@ def test_what_the_caches_hold_is_not_read_again(template: str | None, count_call
     model = chat_pair(template=template)
     conversation = converse(model, router_threshold=2.0)
     ask(conversation, MESSAGES[0])
-    length = conversation.cache.get_seq_length()
-    cache = conversation.cache
+    cache, length = conversation.cache, conversation.cache.get_seq_length()
     slm, llm = count_calls(model.slm), count_calls(model.llm)
-    turn = conversation.ask(MESSAGES[1], Paint(io.StringIO()))
+    ask(conversation, MESSAGES[1])
     assert conversation.cache is cache
-    assert turn.kept == length and turn.read < 25
-    assert slm[0] == turn.read and set(slm[1:]) == {1}
+    # All but the last token of the answer is in the cache.
+    new = cache.get_seq_length() - 11 - length
+    assert new < 25 and slm[0] == new and set(slm[1:]) == {1}
     # The LLM processes the drafts too.
-    assert turn.read <= llm[0] < turn.read + 12
+    assert new <= llm[0] < new + 12
 
 
 def test_caches_are_dropped_when_text_was_rewritten_or_nothing_is_left_to_read() -> None:
     conversation = converse(chat_pair(), router_threshold=2.0)
     ask(conversation, MESSAGES[0])
-    conversation.messages[-1]["content"] = "something else"
-    assert conversation.ask(MESSAGES[1], Paint(io.StringIO())).kept == 0
+    cache, conversation.messages[-1]["content"] = conversation.cache, "something else"
+    ask(conversation, MESSAGES[1])
+    assert conversation.cache is not cache
     conversation = converse(chat_pair(), max_new_tokens=1)
-    first = ask(conversation, "abc")
+    first, cache = ask(conversation, "abc"), conversation.cache
     conversation.messages = []
-    assert ask(conversation, "abc") == first and conversation.last.kept == 0
+    assert ask(conversation, "abc") == first and conversation.cache is not cache
 
 
 def test_counts_add_up_and_a_reset_keeps_the_system_message_alone() -> None:
     conversation = converse(chat_pair(), system="be kind")
     ask(conversation, MESSAGES[0])
     first = conversation.last
-    assert first.tokens == 12 and 0 < first.llm_calls <= first.llm_tokens < 12 and first.kept == 0
+    assert first.tokens == 12 and 0 < first.llm_calls <= first.llm_tokens < 12
     ask(conversation, MESSAGES[1])
-    assert conversation.total.tokens == 24 and conversation.last.kept == first.read + 11
+    assert conversation.total.tokens == 24
     assert conversation.total.llm_tokens == first.llm_tokens + conversation.last.llm_tokens
     assert [one["role"] for one in conversation.messages] == ["system", *["user", "assistant"] * 2]
     conversation.reset()

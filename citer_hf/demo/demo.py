@@ -53,10 +53,7 @@ def demo(*, visible: bool = True, **options: Any) -> dict[str, Any]:
     report = {"seed": wanted.seed, "problems": len(chosen), "slots": SLOTS, "complete": False, "rows": rows}
     try:
         if visible:
-            slm, llm = model.slm.num_parameters(), model.llm.num_parameters()
-            sizes = f"an SLM of {slm:,} parameters and an LLM of {llm:,}."
-            print("Two models write word problems' solutions together:", sizes)
-            print(f"{terminal.legend(sys.stdout)}\n")
+            print(f"Two models solve word problems together. {terminal.legend(sys.stdout)}\n")
             for number, problem in enumerate(chosen[:STREAMED], 1):
                 solve_visibly(model, tokenizer, problem, number, threshold)
         for way in progress(ways_to_decode(model, threshold), "measuring", shown=sys.stderr.isatty()):
