@@ -17,7 +17,7 @@ from .slots import keeps_slots
 
 # Keywords of `_sample` and of `forward` that the engine understands.
 KNOWN_KEYWORDS = {"attention_mask", "logits_to_keep", "position_ids", "use_cache", "streamer", "synced_gpus", CACHE}
-KNOWN_KEYWORDS |= {"router_threshold", "llm_veto", "default_veto", "max_drafts"}
+KNOWN_KEYWORDS |= {"router_threshold", "llm_veto", "default_veto", "max_drafts", "tokenizer", "assistant_tokenizer"}
 
 
 class Call(NamedTuple):

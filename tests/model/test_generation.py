@@ -134,6 +134,19 @@ def test_stop_strings_stop_where_they_stop_the_plain_model(plain, model, batch, 
     alike(model, plain, batch, tokenizer=tokenizer, stop_strings=[stop], **options)
 
 
+@pytest.mark.parametrize("max_drafts", [None, 0, 2])
+def test_a_stop_string_inside_drafts_ends_the_text_there(model, max_drafts):
+    tokenizer, dials = character_tokenizer(), {"router_threshold": 0.5, "llm_veto": 0.9, "max_drafts": max_drafts}
+    whole = model.generate(**ONE, **SHORT, **dials)[0].tolist()
+    begin = ONE["input_ids"].shape[1]
+    for end in range(begin + 2, len(whole)):
+        stop = tokenizer.decode(whole[end - 2 : end])
+        # The string may be there before.
+        first = next(place for place in range(begin, end + 1) if stop in tokenizer.decode(whole[begin:place]))
+        found = model.generate(**ONE, **SHORT, **dials, tokenizer=tokenizer, stop_strings=[stop])
+        assert found[0].tolist() == whole[:first]
+
+
 @pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
 @pytest.mark.parametrize(
     "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str
