@@ -43,11 +43,12 @@ def from_pair(bases: Path, **options: Any) -> Any:
 @pytest.mark.parametrize("kind", QUANTIZATION)
 def test_the_ends_of_a_quantized_pair_are_the_quantized_models(bases, tmp_path, kind, roles):
     model = from_pair(bases, **{f"{role}_quantization_config": QUANTIZATION[kind] for role in roles})
-    for role, threshold in (("slm", 0.0), ("llm", 2.0)):
+    for role, threshold, veto in (("slm", 0.0, 0.3), ("llm", 2.0, 0.0), ("llm", 0.5, 1.0)):
         options = {"quantization_config": QUANTIZATION[kind]} if role in roles else {}
         alone = AutoModelForCausalLM.from_pretrained(bases / role, **options)
         assert bool(getattr(getattr(model, role), "is_quantized", False)) == (role in roles)
-        assert torch.equal(model.generate(TEXT, router_threshold=threshold, **GREEDY), alone.generate(TEXT, **GREEDY))
+        text = model.generate(TEXT, router_threshold=threshold, llm_veto=veto, **GREEDY)
+        assert torch.equal(text, alone.generate(TEXT, **GREEDY))
     model.save_pretrained(tmp_path / "router")
     saved = json.loads((tmp_path / "router" / "config.json").read_text())
     for role in ("slm", "llm"):
@@ -69,8 +70,8 @@ def test_a_pair_that_is_placed_writes_the_same(bases, tmp_path, options, disk):
     model = from_pair(bases, offload_folder=str(tmp_path), **options)
     model.router.load_state_dict(plain.router.state_dict())
     assert ("disk" in map(str, model.hf_device_map.values())) == disk
-    for threshold in (0.0, 0.5, 2.0):
-        both = [one.generate(TEXT, router_threshold=threshold, **GREEDY) for one in (model, plain)]
+    for threshold, veto in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.9), (2.0, 0.0)):
+        both = [one.generate(TEXT, router_threshold=threshold, llm_veto=veto, **GREEDY) for one in (model, plain)]
         assert torch.equal(*both)
 
 
