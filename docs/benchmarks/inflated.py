@@ -9,7 +9,8 @@ and cost what layers cost: an SLM step takes a tenth to a fifteenth of an LLM st
 
 All ways to decode take turns at every batch. Times are per token, since lossy ways write other texts. The table has
 the median of the repetitions (smallest-largest), and beside it the ratio of the fastest times of every batch, which
-other work on the machine disturbs least. With `--slots`, sequences of mixed length stream through slots of the engine,
+other work on the machine disturbs least; *in passes* is the share of the time that the forward passes of both models
+take, which no way to decode can do without. With `--slots`, sequences of mixed length stream through slots of the engine,
 and are compared with batches of as many sequences, sorted by the length of their prompts.
 """
 
@@ -72,6 +73,7 @@ class Way:
     tokens: int = 0
     right: int = 0
     passes: dict[str, int] = field(default_factory=lambda: {"slm": 0, "llm": 0})
+    inside: float = 0.0  # seconds in forward passes
 
 
 class Bench:
@@ -81,13 +83,18 @@ class Bench:
         shipped = CiterForCausalLM.from_pretrained(DEMO_PAIR)
         self.tokenizer = AutoTokenizer.from_pretrained(DEMO_PAIR, padding_side="left")
         self.slm, self.llm, self.router = shipped.slm, inflate(shipped.llm, layers), shipped.router
-        self.end = self.llm.generation_config.eos_token_id
-        self.passes = {"slm": 0, "llm": 0}
+        self.last_token = self.llm.generation_config.eos_token_id
+        self.passes, self.inside = {"slm": 0, "llm": 0}, 0.0
         for role in self.passes:
-            getattr(self, role).register_forward_pre_hook(partial(self._count, role))
+            getattr(self, role).register_forward_pre_hook(partial(self._begin, role))
+            getattr(self, role).register_forward_hook(self._end)
 
-    def _count(self, role: str, *_: Any) -> None:
+    def _begin(self, role: str, *_: Any) -> None:
         self.passes[role] += 1
+        self.inside -= time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.inside += time.perf_counter()
 
     def pair(self, router: str) -> Any:
         """Return a pair with measured times and acceptances of its own."""
@@ -105,7 +112,7 @@ class Bench:
             new = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
             rows = new[:, inputs.input_ids.shape[1] :].tolist()
             found |= {
-                index: row[: row.index(self.end) + 1] if self.end in row else row
+                index: row[: row.index(self.last_token) + 1] if self.last_token in row else row
                 for index, row in zip(part, rows, strict=True)
             }
         return [found[index] for index in range(len(some))]
@@ -114,7 +121,7 @@ class Bench:
         """Decode problems as a stream through slots of the engine."""
         engine, sequences = Engine(model, slots, pace=model.pace), []
         for prompt in (self.tokenizer(one.prompt).input_ids for one in some):
-            stops = Stops(len(prompt) + NEW_TOKENS, {self.end})
+            stops = Stops(len(prompt) + NEW_TOKENS, {self.last_token})
             sequences.append(Sequence(prompt, stops, threshold=threshold, veto=veto))
             engine.submit(sequences[-1])
         engine.run()
@@ -143,7 +150,7 @@ class Bench:
             taken: list[list[float]] = [[] for _ in ways]
             for batch in batches:
                 for way, seconds in zip(ways, taken, strict=True):
-                    self.passes = {"slm": 0, "llm": 0}
+                    self.passes, self.inside = {"slm": 0, "llm": 0}, 0.0
                     began = time.perf_counter()
                     outputs = way.decode(batch)
                     seconds.append(time.perf_counter() - began)
@@ -151,6 +158,7 @@ class Bench:
                         texts = self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
                         way.tokens += sum(map(len, outputs))
                         way.right += sum(map(is_correct, texts, batch))
+                        way.inside += self.inside
                         way.passes = {role: count + self.passes[role] for role, count in way.passes.items()}
             for way, seconds in zip(ways, taken, strict=True):
                 way.seconds += [seconds] if repetition >= 0 else []
@@ -159,7 +167,7 @@ class Bench:
 def show(ways: list[Way], decoded: int, repeats: int) -> None:
     """Print a line for each way."""
     print(f"{'':34}{'x LLM alone':>20}{'fastest':>9}{'tokens/s':>10}{'LLM passes':>12}{'SLM steps':>11}", end="")
-    print(f"{'tokens/pass':>13}  right")
+    print(f"{'tokens/pass':>13}{'in passes':>11}  right")
     first = ways[0]
     for way in ways:
         work = way.tokens / first.tokens
@@ -169,7 +177,7 @@ def show(ways: list[Way], decoded: int, repeats: int) -> None:
         slm, llm = (way.passes[role] / way.tokens for role in ("slm", "llm"))
         print(
             f"{way.name:34}{times:>20}{work * best / own:9.2f}{way.tokens / repeats / own:10.1f}{llm:12.4f}{slm:11.2f}"
-            f"{1 / llm:13.1f}  {way.right / decoded:.1%}"
+            f"{1 / llm:13.1f}{way.inside / sum(map(sum, way.seconds)):11.0%}  {way.right / decoded:.1%}"
         )
 
 
