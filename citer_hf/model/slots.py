@@ -56,7 +56,7 @@ class SlotLayer(DynamicLayer):
         else:
             index = at.places[:, None, :, None].to(key_states.device)
             for slots, states in zip(self._slots[1], (key_states, value_states), strict=True):
-                slots.scatter_(-2, index.expand_as(states), states)
+                slots.scatter_(-2, index.expand_as(states), states.to(slots.dtype))
             shown = (slots.narrow(-2, 0, at.visible) for slots in self._slots[1])
         return tuple(shown)  # type: ignore[return-value]
 
@@ -65,7 +65,7 @@ class SlotLayer(DynamicLayer):
         assert self.at.places is not None and self.buffers is not None
         places = self.at.places.to(slots.device)
         for buffer, new in zip(self.buffers, states, strict=True):
-            buffer[slots[:, None], :, places] = new.transpose(1, 2)
+            buffer[slots[:, None], :, places] = new.transpose(1, 2).to(buffer.dtype)
         keys, values = (buffer.narrow(-2, 0, self.at.visible).index_select(0, slots) for buffer in self.buffers)
         return keys, values
 

@@ -10,8 +10,8 @@ and cost what layers cost: an SLM step takes a tenth to a fifteenth of an LLM st
 All ways to decode take turns at every batch. Times are per token, since lossy ways write other texts. The table has
 the median of the repetitions (smallest-largest), and beside it the ratio of the fastest times of every batch, which
 other work on the machine disturbs least; *in passes* is the share of the time that the forward passes of both models
-take, which no way to decode can do without. With `--slots`, sequences of mixed length stream through slots of the engine,
-and are compared with batches of as many sequences, sorted by the length of their prompts.
+take, which no way to decode can do without. With `--slots`, sequences of mixed length stream through slots of the
+engine, and are compared with batches of as many sequences, sorted by the length of their prompts.
 """
 
 from __future__ import annotations

@@ -185,16 +185,17 @@ def test_passes_with_and_without_autocast_follow_each_other_in_any_order(router,
     assert torch.equal(pair.generate(**THREE, **SHORT), expected)
 
 
+@pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_text_goes_on_with_and_without_autocast(model, first):
-    text, cache = ONE["input_ids"], None
+def test_a_text_goes_on_with_and_without_autocast(model, first, batch):
+    text, mask, cache = batch["input_ids"], batch["attention_mask"], None
+    options: dict[str, Any] = {"return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0, **SHORT}
     for autocast in (first, not first, first):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            output = model.generate(
-                text, past_key_values=cache, return_dict_in_generate=True, min_new_tokens=4, **SHORT
-            )
+            output = model.generate(text, attention_mask=mask, past_key_values=cache, **options)
         text, cache = output.sequences, output.past_key_values
-    assert text.shape == (1, 6 + 3 * 6)
+        mask = torch.cat([mask, torch.ones_like(text[:, -6:])], dim=1)
+    assert text.shape == (len(mask), batch["input_ids"].shape[1] + 3 * 6)
 
 
 OWN = {
