@@ -4,9 +4,10 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from .model.cache import CiterCache
 from .model.modeling import CiterForCausalLM
@@ -22,23 +23,6 @@ class ChatOptions(CommandOptions):
     )
     max_new_tokens: int = option(512, "Longest answer, in tokens.", metavar="N", min=1)
     system: str | None = option(None, "System message.", metavar="TEXT")
-
-
-class Turn(NamedTuple):
-    """What an answer, or a whole chat, took."""
-
-    tokens: int = 0
-    llm_tokens: int = 0
-    llm_calls: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        share = self.llm_tokens / max(self.tokens, 1)
-        speed = self.tokens / self.seconds if self.seconds else 0.0
-        return (
-            f"{self.tokens} tokens: {self.tokens - self.llm_tokens} by the SLM, {self.llm_tokens} by the LLM "
-            f"({share:.1%}); {self.llm_calls} LLM forward passes; {speed:.1f} tokens/s"
-        )
 
 
 class Conversation:
@@ -58,13 +42,14 @@ class Conversation:
         """Forget everything but the settings."""
         system = self.options.system
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.last, self.total = Turn(), Turn()
+        self.stats = "no answer yet"
         self._drop_cache()
 
     def ask(self, text: str, paint: Paint) -> None:
         """Answer a message, painting the answer as it is written."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids, context = self._render(messages), self.model.config.max_position_embeddings
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        ids, context = list(rendered["input_ids"]), self.model.config.max_position_embeddings
         room = self.options.max_new_tokens if context is None else context - len(ids)
         if room <= 0:
             raise ValueError(
@@ -101,39 +86,19 @@ class Conversation:
                 answer = self.tokenizer.decode(streamer.tokens, skip_special_tokens=True)
                 self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.cache, self._cached = cache, (ids + streamer.tokens)[: cache.get_seq_length()]
-        self.last = Turn(
-            tokens=len(streamer.tokens),
-            llm_tokens=int(cache.routing.to_llm.sum()),
-            llm_calls=cache.routing.llm_calls,
-            seconds=time.perf_counter() - began,
+        routing, tokens, by_llm = cache.routing, len(streamer.tokens), int(cache.routing.to_llm.sum())
+        self.stats = (
+            f"{tokens} tokens: {tokens - by_llm} by the SLM, {by_llm} by the LLM ({routing.llm_share:.1%}); "
+            f"{routing.llm_calls} LLM forward passes; {tokens / (time.perf_counter() - began):.1f} tokens/s"
         )
-        self.total = Turn._make(map(sum, zip(self.total, self.last, strict=True)))
-
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of the whole chat, up to where the answer begins."""
-        if self.tokenizer.chat_template is None:
-            return list(self.tokenizer(plain_text(messages)).input_ids)
-        from jinja2 import TemplateError
-
-        try:
-            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses this chat: {error}") from error
-        return list(rendered["input_ids"])
 
     def _drop_cache(self) -> None:
         self.cache, self._cached = CiterCache(self.model.config), []
 
 
-def plain_text(messages: list[dict[str, str]]) -> str:
-    """Return a chat as one text for models without a chat template: answers continue what the user wrote."""
-    texts = (("\n" if one["role"] == "user" else "") + one["content"] for one in messages)
-    return "".join(texts).removeprefix("\n")
-
-
 HELP = """\
 /threshold X  the SLM writes a token when its score reaches X: 0 is the SLM alone, above 1 the LLM alone
-/stats        tokens, by whom, and how fast: the last answer and the whole chat
+/stats        tokens of the last answer, by whom, and how fast
 /reset        start a new chat
 /help         this list
 /exit         leave, as does Ctrl-D; Ctrl-C stops an answer"""
@@ -176,7 +141,8 @@ def answer(conversation: Conversation, text: str) -> None:
         print("\n(stopped; the next answer reads the whole chat again)")
     except torch.OutOfMemoryError:
         print("\nOut of memory; both caches were dropped. /reset starts a new chat.", file=sys.stderr)
-    except ValueError as error:
+    except (ValueError, TemplateError) as error:
+        # The chat is too long, or the template wants other messages.
         print(f"Error: {error}", file=sys.stderr)
 
 
@@ -190,7 +156,7 @@ def obey(conversation: Conversation, line: str) -> None:
         except ValueError:
             print(f"Error: /threshold: expected a number from 0 to 2, got {argument.strip()}.", file=sys.stderr)
     elif name == "/stats":
-        print(f"last answer  {conversation.last}\nwhole chat   {conversation.total}")
+        print(conversation.stats)
     elif name == "/reset":
         conversation.reset()
         print("new chat")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from citer_hf import CiterForCausalLM
-from citer_hf.chat import ChatOptions, Conversation, Turn, answer, obey, plain_text
+from citer_hf.chat import ChatOptions, Conversation, answer, obey
 from citer_hf.terminal import Paint
 from tests.chat_pairs import TEMPLATE, chat_pair
 
@@ -25,36 +25,31 @@ def ask(conversation: Conversation, text: str) -> str:
     return conversation.messages[-1]["content"]
 
 
-def fresh_answer(model: Any, messages: list[dict[str, str]], template: str | None, threshold: float) -> str:
+def fresh_answer(model: Any, messages: list[dict[str, str]], threshold: float) -> str:
     """The answer of a plain `generate` that reads the whole chat."""
     tokenizer = model.load_tokenizer()
-    text = plain_text(messages)
-    if template is not None:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     output = model.generate(ids, max_new_tokens=12, router_threshold=threshold)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(
-    "template", [TEMPLATE, TRIMMING, None], ids=["template", "template that rewrites", "no template"]
-)
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMMING], ids=["template", "template that rewrites"])
 @pytest.mark.parametrize(
     "families", [("llama", "llama"), ("mistral_sliding", "gemma3"), ("qwen3_next", "llama")], ids=str
 )
-def test_every_answer_is_that_of_the_whole_chat_read_afresh(families: tuple[str, str], template: str | None) -> None:
+def test_every_answer_is_that_of_the_whole_chat_read_afresh(families: tuple[str, str], template: str) -> None:
     model = chat_pair(*families, template=template)
     conversation = converse(model)
     for text, threshold in zip(MESSAGES, (0.5, 0.0, 0.7), strict=True):
         conversation.router_threshold = threshold
         before = [*conversation.messages, {"role": "user", "content": text}]
-        assert ask(conversation, text) == fresh_answer(model, before, template, threshold)
+        assert ask(conversation, text) == fresh_answer(model, before, threshold)
         assert conversation.messages[:-1] == before
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["template", "no template"])
-def test_what_the_caches_hold_is_not_read_again(template: str | None, count_calls: Callable[[Any], list[int]]) -> None:
-    model = chat_pair(template=template)
+def test_what_the_caches_hold_is_not_read_again(count_calls: Callable[[Any], list[int]]) -> None:
+    model = chat_pair()
     conversation = converse(model, router_threshold=2.0)
     ask(conversation, MESSAGES[0])
     cache, length = conversation.cache, conversation.cache.get_seq_length()
@@ -80,17 +75,19 @@ def test_caches_are_dropped_when_text_was_rewritten_or_nothing_is_left_to_read()
     assert ask(conversation, "abc") == first and conversation.cache is not cache
 
 
-def test_counts_add_up_and_a_reset_keeps_the_system_message_alone() -> None:
+def test_stats_are_those_of_the_record_and_a_reset_keeps_the_system_message_alone() -> None:
     conversation = converse(chat_pair(), system="be kind")
-    ask(conversation, MESSAGES[0])
-    first = conversation.last
-    assert first.tokens == 12 and 0 < first.llm_calls <= first.llm_tokens < 12
-    ask(conversation, MESSAGES[1])
-    assert conversation.total.tokens == 24
-    assert conversation.total.llm_tokens == first.llm_tokens + conversation.last.llm_tokens
+    for text in MESSAGES[:2]:
+        ask(conversation, text)
+        routing = conversation.cache.routing
+        by_llm = int(routing.to_llm.sum())
+        told = (
+            f"12 tokens: {12 - by_llm} by the SLM, {by_llm} by the LLM ({by_llm / 12:.1%}); {routing.llm_calls} LLM "
+        )
+        assert conversation.stats.startswith(told) and 0 < routing.llm_calls <= by_llm < 12
     assert [one["role"] for one in conversation.messages] == ["system", *["user", "assistant"] * 2]
     conversation.reset()
-    assert conversation.total == Turn() and [one["role"] for one in conversation.messages] == ["system"]
+    assert conversation.stats == "no answer yet" and [one["role"] for one in conversation.messages] == ["system"]
     assert conversation.cache.get_seq_length() == 0
 
 
@@ -104,14 +101,15 @@ def test_a_template_that_refuses_the_chat(capsys: pytest.CaptureFixture[str]) ->
 def test_the_end_of_the_context(capsys: pytest.CaptureFixture[str]) -> None:
     conversation = converse(chat_pair(max_position_embeddings=40), max_new_tokens=30)
     answer(conversation, "a" * 20)
-    assert conversation.last.tokens == 40 - len("u:\na:") - 20
+    left = 40 - len("u:\na:") - 20
+    assert conversation.stats.startswith(f"{left} tokens")
     messages = list(conversation.messages)
     answer(conversation, "b")
     assert "/reset" in capsys.readouterr().err
     assert conversation.messages == messages
     obey(conversation, "/reset")
     answer(conversation, "b")
-    assert conversation.last.tokens == 30
+    assert conversation.stats.startswith("30 tokens")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +130,7 @@ def test_an_interrupted_answer_stays_in_the_chat_which_goes_on(monkeypatch, caps
         answer(conversation, MESSAGES[0])
     assert told in "".join(capsys.readouterr()) and len(conversation.messages[-1]["content"]) == 3
     before = [*conversation.messages, {"role": "user", "content": MESSAGES[1]}]
-    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, TEMPLATE, 0.0)
+    assert ask(conversation, MESSAGES[1]) == fresh_answer(model, before, 0.0)
 
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +138,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     for line, printed in (
         ("/threshold", "threshold 0.5"),
         ("/threshold  2 ", "threshold 2"),
-        ("/stats", "whole chat   0 tokens: 0 by the SLM, 0 by the LLM (0.0%)"),
+        ("/stats", "no answer yet"),
         ("/help", "/threshold X"),
         ("/reset", "new chat"),
     ):
@@ -176,7 +174,7 @@ def test_a_published_generation_config_does_not_change_the_chat(published: dict[
     conversation = converse(model)
     for text in MESSAGES[:2]:
         before = [*conversation.messages, {"role": "user", "content": text}]
-        expected = fresh_answer(plain, before, TEMPLATE, 0.5)
+        expected = fresh_answer(plain, before, 0.5)
         if stop := published.get("stop_strings"):
             expected = expected.partition(stop[0])[0] + stop[0] if stop[0] in expected else expected
         assert ask(conversation, text) == expected
