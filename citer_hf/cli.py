@@ -376,15 +376,13 @@ def convert(
     slm: Annotated[str, flag("X", "The SLM that it was trained with, a path or an id.")],
     llm: Annotated[str, flag("Y", "The LLM, a path or an id.")],
     out: Annotated[Path, flag("DIR", "A directory that does not exist yet, or is empty.")],
-    options: Annotated[Options, "importers.ConvertOptions"],
+    router_threshold: Annotated[float | None, flag("X", "Its threshold. [default: the file's, or 0.5]")] = None,
 ) -> None:
     """Turn a router of CITER's or R2R's released code into a router repository."""
     from .importers import convert
 
-    threshold = convert(file, slm, llm, out, **options).config.router_threshold
-    typer.echo(
-        f"Router saved in {out}, with the threshold {threshold:.6g}. `citer calibrate` finds one for your budget."
-    )
+    threshold = convert(file, slm, llm, out, router_threshold).config.router_threshold
+    typer.echo(f"Router saved in {out}, with the threshold {threshold:.6g}. `citer calibrate` finds one for a budget.")
 
 
 @command

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from .model.loading import end_at_union
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, reference_to
 from .model.routers import build_router
-from .runs import CommandOptions, option, provenance, write_json
+from .runs import provenance, write_json
 
 # Parts of the tensors' names in the files and here, to be replaced in this order.
 CITER_NAMES = {"mlp.0.": "expand.", "mlp.1.": "norm.", "mlp.4.": "contract.", "linear.": "score."}
@@ -32,20 +31,12 @@ R2R_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class ConvertOptions(CommandOptions):
-    router_threshold: float | None = option(
-        None, "The threshold to start with. [default: R2R's own, 0.5 for CITER's]", metavar="X"
-    )
-    trust_remote_code: bool = option(False, "Run code that the models' repositories bring.")
-
-
 def convert(
     file: str | os.PathLike[str],
     slm: str | os.PathLike[str],
     llm: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    **options: Any,
+    router_threshold: float | None = None,
 ) -> CiterForCausalLM:
     """Write a router repository for a router of the released code of CITER or R2R, with its provenance beside it.
 
@@ -56,7 +47,7 @@ def convert(
         slm: The SLM that the router was trained with: path or repository id.
         llm: The LLM, likewise.
         out: Directory of the repository, which does not exist yet or is empty.
-        options: The fields of `ConvertOptions`.
+        router_threshold: The threshold to start with. Default: that of the file, or 0.5.
 
     Returns:
         The pair, whose base models have no weights.
@@ -65,64 +56,52 @@ def convert(
         ValueError: when the file is no such router, or does not fit the SLM, or the models are no pair.
         OSError: when the file or a model cannot be read, or the directory cannot be written.
     """
-    wanted, file, out = ConvertOptions(**options), Path(file), Path(out)
+    file, out = Path(file), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: {out} exists already; choose another directory or remove it first.")
     spec, weights, threshold = read_router(file)
-    threshold = threshold if wanted.router_threshold is None else wanted.router_threshold
-    if threshold is None:
-        raise ValueError(f"router: {file} holds no threshold. Pass router_threshold=..., which is one minus R2R's.")
+    threshold = threshold if router_threshold is None else router_threshold
     sources = {"slm": slm, "llm": llm}
-    keywords: dict[str, Any] = {"trust_remote_code": True} if wanted.trust_remote_code else {}
-    configs = {role: base_config(role, sources[role], keywords) for role in ROLES}
+    configs = {role: base_config(role, sources[role], {}) for role in ROLES}
     with torch.device("meta"):
-        models = {role: AutoModelForCausalLM.from_config(configs[role], **keywords) for role in ROLES}
+        models = {role: AutoModelForCausalLM.from_config(configs[role]) for role in ROLES}
     router = build_router(spec, router_width(models["slm"].config))
     try:
         router.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"router: the tensors in {file} are not those of a released router. {error}") from error
-    model = CiterForCausalLM.from_pair(**models, router=router, router_threshold=threshold, **keywords)
+    model = CiterForCausalLM.from_pair(**models, router=router, router_threshold=threshold)
     model.config.router = spec
     for role in ROLES:
-        setattr(model.config, f"{role}_reference", reference_to(sources[role], keywords))
+        setattr(model.config, f"{role}_reference", reference_to(sources[role], {}))
     # An LLM without generation settings leaves the pair the default ones.
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(os.fspath(llm))
     end_at_union(model)
     model.save_pretrained(out)
     origin = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    write_json(out / "provenance.json", {**provenance(model, wanted), "converted_from": origin})
+    write_json(out / "provenance.json", {**provenance(model), "converted_from": origin})
     return model
 
 
-def read_router(file: Path) -> tuple[dict[str, Any], dict[str, Any], float | None]:
+def read_router(file: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Return a released router's configuration, weights and threshold in our terms; no code in the file is run."""
-    if not file.is_file():
-        raise FileNotFoundError(f"router: there is no file {file}.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, LookupError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it refers to code ({code[1]})" if code else "it is damaged, or was not written by torch.save"
         raise ValueError(f"router: {file} cannot be loaded with weights_only=True: {reason}.") from error
-    found = content if isinstance(content, dict) else {}
     try:
-        if isinstance(found.get("state_dict"), dict):
-            weights = renamed(found["state_dict"], R2R_NAMES)
-            given = (found.get("common_args") or {}).get("threshold")
-            threshold = threshold_from_divergence(given) if isinstance(given, float | int) else None
+        if "state_dict" in content:
+            weights = renamed(content["state_dict"], R2R_NAMES)
+            given = (content.get("common_args") or {}).get("threshold")
+            threshold = threshold_from_divergence(given) if isinstance(given, float | int) else 0.5
             return r2r_spec(weights), weights, threshold
-        if any(str(key).startswith(tuple(CITER_NAMES)) for key in found):
-            weights = renamed(found, CITER_NAMES)
-            return {"type": "mlp", "hidden_size": weights["score.weight"].shape[1], "batch_norm": True}, weights, 0.5
-    except (KeyError, AttributeError, IndexError, ValueError) as error:
+        weights = renamed(content, CITER_NAMES)
+        return {"type": "mlp", "hidden_size": weights["score.weight"].shape[1], "batch_norm": True}, weights, 0.5
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"router: the tensors in {file} are not those of a released router. {error!r}") from error
-    held = ", ".join(map(str, list(found)[:8])) or type(content).__name__
-    raise ValueError(
-        f"router: expected a state_dict of CITER's released code (mlp.0.weight, ...) or a dictionary of R2R's "
-        f"(common_args, state_dict), got {file}, which holds: {held}."
-    )
 
 
 def renamed(tensors: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

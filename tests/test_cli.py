@@ -40,7 +40,7 @@ FLAGS = {
     "--bandwidth --slm-bits --llm-bits --tensor-parallel --agreement --veto",
     "serve": f"{PAIR} --device-map --host --port --router-threshold --max-new-tokens --max-request-bytes "
     "--max-waiting --timeout --cache-implementation",
-    "convert": "--slm --llm --out --router-threshold --trust-remote-code",
+    "convert": "--slm --llm --out --router-threshold",
     "push": "--private --create-pr --revision --commit-message --commit-description --tag",
 }
 
