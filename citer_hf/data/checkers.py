@@ -34,10 +34,8 @@ NOTHING = Verdict(correct=False, extracted=None)
 
 # 1,234  12  3.5  .5  1/2  \frac{1}{2}; a minus belongs to the number unless something to subtract from is before it.
 NUMBER = re.compile(
-    r"(?<![\w.)}\]])-?(?:"
-    r"\\[dt]?frac\{(?P<over>-?\d+)\}\{(?P<under>\d+)\}"
-    r"|(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?P<decimals>\.\d+)?(?<=\d)(?:\s?/\s?(?P<divisor>\d+)(?![\d.]))?"
-    r")"
+    r"(?<![\w.)}\]])-?(?:\\[dt]?frac\{-?\d+\}\{\d+\}"
+    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?<=\d)(?:\s?/\s?\d+(?![\d.]))?)"
 )
 # Seconds that math-verify may take to parse or to compare: SymPy would work on `10^{10^{10}}` for ever.
 SECONDS = 10
@@ -51,10 +49,6 @@ def get_checker(name: str) -> Checker:
         name: `math`, `choice` or `exact` (their rules: `docs/data.md`), or `package.module:function` for your own,
             called as `function(response, answer)`, or as `function(response, example)` when its second parameter has
             that name. It returns True when the response is right, or None when it gives no answer.
-
-    Raises:
-        ValueError: when there is no such checker.
-        ImportError: when `math-verify` is needed and not installed.
     """
     if ":" in name:
         return _custom(name)
@@ -183,15 +177,9 @@ def _plain_signs(text: str) -> str:
 def _as_number(text: str) -> Fraction | None:
     """Return the value of a text that is one plain number and nothing else, exactly; or None."""
     found = NUMBER.fullmatch(_plain_signs(text).replace("\\$", "").replace("$", "").strip().rstrip(".").strip())
-    if found is None:
-        return None
+    plain = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", found[0] if found else "")
     try:
-        if found["over"]:
-            value = Fraction(int(found["over"]), int(found["under"]))
-        else:
-            value = Fraction((found["digits"] or "0").replace(",", "") + (found["decimals"] or ""))
-            value /= int(found["divisor"] or 1)
+        return Fraction("".join(plain.replace(",", "").split()))
     except (ZeroDivisionError, ValueError):
-        # Divided by zero, or with more digits than Python reads.
+        # No number, divided by zero, or with more digits than Python reads.
         return None
-    return -value if found[0].startswith("-") else value

@@ -26,8 +26,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ("id",),
 }
 PROMPTS = {"prompt", "messages"}
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,7 @@ def read_examples(
 
     Raises:
         OSError: when there is no such file, or a dataset cannot be reached.
-        ValueError: when the data is broken or empty, no column holds prompts, a field is missing or malformed in a
-            row, or two rows have the same id.
-        TypeError: when the data is of a kind that cannot be read.
+        ValueError, TypeError: when the data cannot be read; the message names file, row and field.
         ImportError: when `datasets` is needed and not installed.
     """
     options = DataOptions(columns, split, limit)
@@ -118,11 +114,9 @@ def _table(data: Any, split: str | None) -> tuple[str, list[str], Any]:
     if isinstance(data, (str, os.PathLike)):
         name = os.fspath(data)
         found = _load(name, Path(data).expanduser(), split)
-    elif not isinstance(data, list) and type(data).__name__ not in ("Dataset", "DatasetDict"):
-        raise TypeError(
-            "data: expected the path of a file, a Hub dataset id, a datasets.Dataset (without streaming) or a list of "
-            f"dicts, got {type(data).__name__}."
-        )
+    elif not isinstance(data, list) and type(data).__name__ != "Dataset":
+        kind = type(data).__name__
+        raise TypeError(f"data: expected a path, a Hub dataset id, a datasets.Dataset or a list of dicts, got {kind}.")
     if isinstance(found, Mapping):
         chosen = next(iter(found)) if split is None and len(found) == 1 else split
         if chosen not in found:
@@ -143,11 +137,8 @@ def _table(data: Any, split: str | None) -> tuple[str, list[str], Any]:
 def _load(name: str, path: Path, split: str | None) -> Any:
     """Return a file's rows, a `Dataset`, or the splits of one."""
     # `datasets` makes dates of text that looks like one, 7 of 007 and nothing of NA, and does not name the broken row.
-    if path.is_file() and path.suffix.lower() in (".jsonl", ".json", ".csv"):
+    if path.suffix.lower() in (".jsonl", ".json", ".csv"):
         return _rows(path)
-    kinds = f"a file ({', '.join(SUFFIXES)}), a directory of `datasets`, or a Hub dataset id such as user/name"
-    if not path.exists() and (path.suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(name)):
-        raise FileNotFoundError(f"data: {name} does not exist. Give {kinds}.")
     datasets = import_extra("datasets", "train")
     try:
         if path.is_file():
@@ -158,7 +149,11 @@ def _load(name: str, path: Path, split: str | None) -> Any:
         found = datasets.load_dataset(str(path) if path.exists() else name, split=split)
         return found if split is None else {split: found}
     except (RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data: {name} cannot be loaded: {error.__cause__ or error} Expected {kinds}.") from error
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"data: {name} cannot be loaded: {reason} Expected a file (.jsonl, .json, .csv, .parquet), a directory of "
+            "`datasets`, or a Hub dataset id such as user/name."
+        ) from error
 
 
 def _rows(path: Path) -> list[Any]:
@@ -191,31 +186,19 @@ def _rows(path: Path) -> list[Any]:
 
 def _layout(name: str, columns: Sequence[str], mapped: Mapping[str, str]) -> dict[str, str]:
     """Find the column of each field."""
-    for field, column in mapped.items():
-        if field not in COLUMNS or column not in columns:
-            raise ValueError(
-                f"columns: expected one of the fields {', '.join(COLUMNS)} and one of the columns of {name}, "
-                f"{', '.join(columns)}; got {field}={column}."
-            )
-    layout = dict(mapped)
-    for field, names in COLUMNS.items():
-        # A prompt that is mapped is the only one.
-        if field in mapped or (field in PROMPTS and PROMPTS & mapped.keys()):
-            continue
-        found = [column for column in names if column in columns]
-        if len(found) > 1:
-            raise ValueError(
-                f"columns: {', '.join(found)} of {name} could each be the {field}; name one: "
-                f"columns={{'{field}': '{found[0]}'}} (--map {field}={found[0]})."
-            )
-        if found:
-            layout[field] = found[0]
-    if len(PROMPTS & layout.keys()) != 1:
+    # A prompt that is mapped is the only one.
+    known = {field: names for field, names in COLUMNS.items() if not (field in PROMPTS and PROMPTS & mapped.keys())}
+    found = {field: [column for column in names if column in columns] for field, names in known.items()}
+    found |= {field: [column] for field, column in mapped.items()}
+    found = {field: some for field, some in found.items() if some}
+    wrong = [field for field, some in found.items() if field not in COLUMNS or len(some) > 1 or some[0] not in columns]
+    if wrong or len(PROMPTS & found.keys()) != 1:
         raise ValueError(
-            f"columns: expected one column of {name} with prompts (prompt, question, problem or messages), got "
-            f"{', '.join(columns)}. Name it: columns={{'prompt': 'COLUMN'}} (--map prompt=COLUMN)."
+            f"columns: expected one column of {name} for each field ({', '.join(COLUMNS)}), and either a prompt or "
+            f"messages; got {found} of {', '.join(columns)}. Name them: columns={{'prompt': 'COLUMN'}} (--map "
+            "prompt=COLUMN)."
         )
-    return layout
+    return {field: some[0] for field, some in found.items()}
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,16 @@ def test_columns_are_mapped_and_answers_become_text() -> None:
 @pytest.mark.parametrize(
     ("row", "columns", "message"),
     [
-        ({"q": "a", "r": "b"}, {"prompt": "z"}, "one of the columns of data, q, r; got prompt=z"),
-        ({"q": "a", "r": "b"}, {"promt": "q"}, "one of the fields prompt, messages, .* got promt=q"),
-        ({"q": "a", "r": "b"}, {}, r"expected one column of data with prompts .* got q, r. Name it"),
-        ({"prompt": "a", "cot": "b", "response": "c"}, {}, "response, cot of data could each be the response; name"),
-        ({"prompt": "a", "messages": "b"}, {}, "expected one column of data with prompts"),
-        ({"a": "a", "b": "b"}, {"prompt": "a", "messages": "b"}, "expected one column of data with prompts"),
+        ({"q": "a", "r": "b"}, {"prompt": "z"}, r"{'prompt': \['z'\]} of q, r"),
+        ({"q": "a", "r": "b"}, {"promt": "q"}, r"{'promt': \['q'\]} of q, r"),
+        ({"q": "a", "r": "b"}, {}, "{} of q, r"),
+        ({"prompt": "a", "cot": "b", "response": "c"}, {}, r"{.*'response': \['response', 'cot'\]} of .*"),
+        ({"prompt": "a", "messages": "b"}, {}, r"{.*'messages': \['messages'\]} of .*"),
+        ({"a": "a", "b": "b"}, {"prompt": "a", "messages": "b"}, r"{'prompt': \['a'\], 'messages': \['b'\]} of a, b"),
     ],
 )
 def test_an_unknown_table_is_told_how_to_be_mapped(row: Any, columns: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^columns: expected one column of data for each .* got {message}. Name"):
         read_examples([row], columns)
 
 
@@ -163,13 +163,11 @@ def test_broken_files_are_explained(tmp_path: Path, name: str, content: bytes, m
         read_examples(tmp_path / name)
 
 
-def test_other_data_and_a_file_that_is_not_there_are_explained(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("missing.jsonl", "missing", "./user/name", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match=rf"{name} does not exist. Give a file"):
-            read_examples(name)
+def test_other_data_and_a_file_that_is_not_there_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
+        read_examples(tmp_path / "missing.jsonl")
     for data in (5, {"prompt": ["a"]}):
-        with pytest.raises(TypeError, match="data: expected the path of a file"):
+        with pytest.raises(TypeError, match=r"^data: expected a path, .* got (int|dict)\.$"):
             read_examples(data)
     with pytest.raises(ValueError, match="no rows"):
         read_examples([])
@@ -207,14 +205,14 @@ def test_datasets_are_read_from_memory_from_parquet_and_from_a_directory(dataset
     two = datasets.DatasetDict({"train": data.select([0]), "test": data})
     two.save_to_disk(tmp_path / "two")
     data.to_parquet(tmp_path / "a.parquet")
-    for one in (data, data.with_format("numpy"), datasets.DatasetDict({"train": data}), tmp_path / "a.parquet"):
+    for one in (data, data.with_format("numpy"), tmp_path / "a.parquet"):
         check(read_examples(one))
     check(read_examples(tmp_path / "two", split="test"))
     with pytest.raises(ValueError, match=r"two has the splits train, test; .* got None"):
         read_examples(tmp_path / "two")
     with pytest.raises(ValueError, match="split: data has no splits"):
         read_examples(data, split="train")
-    with pytest.raises(TypeError, match=r"without streaming\) .* got IterableDataset"):
+    with pytest.raises(TypeError, match=r"got IterableDataset"):
         read_examples(data.to_iterable_dataset())
     row = {"messages": [{**USER, "name": "x"}, ASSISTANT], "choices": CHOICES, "answer": "B"}
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "b.parquet")
@@ -232,5 +230,6 @@ def test_a_name_like_those_of_the_hub_is_loaded_by_name(datasets: Any, tmp_path:
     assert len(read_examples("user/name", split="test[:1]")) == 1
     with pytest.raises(ValueError, match=r"user/name cannot be loaded.*Unknown split"):
         read_examples("user/name", split="dev")
-    with pytest.raises((ValueError, OSError), match="user/absent"):
-        read_examples("user/absent", split="test")
+    for name in ("user/absent", "missing.parquet", "a/b/c"):
+        with pytest.raises((ValueError, OSError), match=name):
+            read_examples(name, split="test")
