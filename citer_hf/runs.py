@@ -74,12 +74,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; a `ValueError` names the file when it holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            return values
-        found = type(values).__name__
     except ValueError as error:
-        found = f"something else ({error})"
-    raise ValueError(f"{path}: expected a JSON object, got {found}. Write the file again.")
+        values = error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {values!r:.200}. Write the file again.")
+    return values
 
 
 def import_extra(library: str, extra: str) -> ModuleType:
@@ -138,10 +137,9 @@ class Work:
         return self.run(name, [None], lambda _: compute())[0]
 
     def wait(self) -> None:
-        """Wait for the other processes; `ConnectionError` when one has ended."""
+        """Wait for the other processes; torch raises `RuntimeError` when one has ended."""
         if self.processes > 1:
-            with explained():
-                process_state().wait_for_everyone()
+            process_state().wait_for_everyone()
 
 
 @contextmanager
@@ -196,18 +194,6 @@ def process_state() -> Any:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Raise `ConnectionError` where torch says that another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(
-            "Another process has ended before its work was done; the reason is above. Run the same command to resume. "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from error
-
-
-@contextmanager
 def alone() -> Iterator[None]:
     """Make `Trainer` take this process for the only one: it must not wait for the others."""
     hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ}
@@ -242,6 +228,13 @@ def provenance(model: Any, options: Any = None) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "options": anonymous(vars(options) if options is not None else {}),
     }
+
+
+def arguments_of(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a provenance what results depend on: no names, versions, date and machine."""
+    own = {key: value for key, value in made.items() if key.endswith("sha256") or key in ("checker", "dtypes")}
+    models = {f"{role}_sha256": (made.get(role) or {}).get("sample_sha256") for role in ("slm", "llm")}
+    return {**(made.get("options") or {}), **own, **models}
 
 
 def base_models(model: Any) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from .examples import Example, Messages
@@ -18,37 +19,32 @@ class Encoded:
 
 
 def encode(
-    example: Example,
-    tokenizer: Any,
-    max_length: int | None,
-    eos_token_id: int | Sequence[int] | None = None,
-    *,
-    vocab_size: int | None = None,
+    example: Example, tokenizer: Any, max_length: int | None, end_tokens: Sequence[int] = (), vocab_size: float = inf
 ) -> Encoded:
-    """Encode prompt and reference together, so that the tokens are those of generation."""
-    stops = _stops(tokenizer, eos_token_id)
+    """Encode prompt and reference together, so that the tokens are those of generation, which ends at `end_tokens`."""
     special, text = _prompt(example, tokenizer)
     prompt_ids, response_ids = special + _ids(tokenizer, text), []
     if example.response is not None:
-        response_ids = _continuation(example, tokenizer, special, text)
-        # A reference ends at its first EOS, which is added when there is none.
+        response_ids, own = _continuation(example, tokenizer, special, text), tokenizer.eos_token_id
+        # A reference ends at its first EOS, which is added when there is none: the tokenizer's own, if it is one.
+        stops = sorted(end_tokens, key=lambda stop: stop != own) or [own]
+        if stops == [None]:
+            raise ValueError("eos_token_id: neither the generation config nor the tokenizer has one; a text must end.")
         ends = [index for index, token in enumerate(response_ids) if token in stops]
         response_ids = response_ids[: ends[0] + 1] if ends else [*response_ids, stops[0]]
     # Some tokenizers, such as GPT-2's, name EOS as the unknown token and never need one.
-    unknown = {tokenizer.unk_token_id} - {*stops, tokenizer.bos_token_id}
+    unknown = {tokenizer.unk_token_id} - {*end_tokens, tokenizer.eos_token_id, tokenizer.bos_token_id}
     ids = prompt_ids + response_ids
     for place, token in enumerate(ids):
-        if token in unknown or (vocab_size is not None and token >= vocab_size):
+        if token in unknown or token >= vocab_size:
             raise ValueError(
                 f"row {example.row}: token {token} in {_text(tokenizer, ids[max(place - 5, 0) : place + 6])!r} is "
                 "unknown to the tokenizer or to one of the models. Leave the row out, or use the pair's tokenizer."
             )
     # Without a reference, one new token must fit into the context.
-    if max_length is not None and len(prompt_ids) + max(len(response_ids), 1) > max_length:
-        raise ValueError(
-            f"row {example.row}: {len(prompt_ids)} tokens of prompt and {max(len(response_ids), 1)} after it are more "
-            f"than the context of {max_length}. Leave the row out, or shorten it."
-        )
+    length = len(prompt_ids) + max(len(response_ids), 1)
+    if max_length is not None and length > max_length:
+        raise ValueError(f"row {example.row}: {length} tokens exceed the context of {max_length}. Shorten the row.")
     return Encoded(example, prompt_ids, response_ids)
 
 
@@ -64,16 +60,6 @@ def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _stops(tokenizer: Any, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    """Return the tokens that end a text, the one to add first."""
-    given = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    own = tokenizer.eos_token_id
-    stops = sorted(given, key=lambda stop: stop != own) or [own]
-    if stops == [None]:
-        raise ValueError("eos_token_id: neither the generation config nor the tokenizer has one; a text must end.")
-    return stops
 
 
 def _prompt(example: Example, tokenizer: Any) -> tuple[list[int], str]:

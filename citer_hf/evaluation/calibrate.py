@@ -1,7 +1,7 @@
 """`calibrate`: the threshold for a budget, an LLM share or a fraction of the LLM's accuracy."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -19,11 +19,9 @@ from .evaluate import Evaluation
 from .results import bootstrap_interval
 
 # The most thresholds that are tried for a share, and the difference at which it is near enough.
-MOST_TRIALS = 8
-NEAR = 0.003
-# Shares that are tried in turn until one is accurate enough; then the gap below it is halved.
-STAIRS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.95)
-HALVINGS = 4
+MOST_TRIALS, NEAR = 8, 0.003
+# Shares that are tried in turn until one is accurate enough; then the gap below it is halved so often.
+STAIRS, HALVINGS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.95), 4
 PACKAGE = Path(__file__).resolve().parents[1]
 GENERATION = "generation_config.json"
 
@@ -51,24 +49,18 @@ class Calibration:
     problems: int
     accuracy: float | None = None  # with a checker
     accuracy_ci: tuple[float, float] | None = None
-    llm_accuracy: float | None = None  # of the LLM alone, when an accuracy was wanted
 
     def summary(self) -> str:
         """Return the threshold, LLM share and accuracy as text."""
-        share, (low, high) = self.llm_share, self.llm_share_ci
-        text = f"router_threshold {self.threshold:.6g}: the LLM share is {share:.1%} ({low:.1%} to {high:.1%})"
+        low, high = self.llm_share_ci
+        text = f"router_threshold {self.threshold:.6g}: LLM share {self.llm_share:.1%} ({low:.1%} to {high:.1%})"
         if self.accuracy is not None and self.accuracy_ci is not None:
             low, high = self.accuracy_ci
-            text += f"\naccuracy {self.accuracy:.1%} ({low:.1%} to {high:.1%}) of {self.problems} problems"
-        return text
+            text += f", accuracy {self.accuracy:.1%} ({low:.1%} to {high:.1%})"
+        return f"{text}; {self.problems} problems"
 
     def write(self, directory: str | Path) -> None:
-        """Write the threshold into a router repository, and the calibration into its `provenance.json`.
-
-        Raises:
-            FileNotFoundError: when the directory holds no `config.json`.
-            ValueError: when it is part of the installed package or of the Hub's cache, or a file is broken.
-        """
+        """Write the threshold into a router repository, and the calibration into its `provenance.json`."""
         directory = Path(directory)
         _check_directory(directory)
         record = asdict(self) | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
@@ -94,12 +86,7 @@ def _check_directory(name: str | Path) -> None:
 
 
 def calibrate(
-    model: CiterForCausalLM,
-    examples: Sequence[Example],
-    checker: Checker | str | None = None,
-    *,
-    tokenizer: Any = None,
-    **options: Any,
+    model: CiterForCausalLM, examples: Sequence[Example], checker: Checker | str | None = None, **options: Any
 ) -> Calibration:
     """Find the threshold for a budget, by decoding with it: the decision about a token changes all that follow.
 
@@ -107,7 +94,6 @@ def calibrate(
         model: The pair with its router.
         examples: Problems like those that the pair will meet.
         checker: The checker that judges the outputs, or its name; needed for `accuracy`.
-        tokenizer: Default: the pair's.
         options: The fields of `CalibrateOptions`: exactly one of `llm_share` and `accuracy`; `write` needs a pair
             that was loaded from a directory.
 
@@ -115,9 +101,8 @@ def calibrate(
         The threshold and what decoding with it gave.
 
     Raises:
-        ValueError: for options out of range, an `accuracy` without a checker or that no threshold reaches, unusable
-            problems, or a pair whose directory must not or cannot be written into.
-        FileNotFoundError: when the pair to write into was not loaded from a directory.
+        ValueError: for options out of range, an `accuracy` that no threshold reaches, or unusable problems.
+        FileNotFoundError, ValueError: when the pair was not loaded from a directory that may be written into.
     """
     settings = CalibrateOptions(**options)
     if settings.accuracy is not None and checker is None:
@@ -125,14 +110,12 @@ def calibrate(
     if settings.write:
         # Before hours of work.
         _check_directory(model.name_or_path)
-    tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
-    prompts, check = encode_prompts(model, examples, tokenizer), None if checker is None else named(checker)[1]
-    with runs.work_in(None, {}) as work:
-        trials = _Trials(Evaluation(model, examples, prompts, check, tokenizer, settings, work))
-        if settings.llm_share is not None:
-            found = trials.for_share(settings.llm_share)
-        else:
-            found = trials.for_accuracy(settings.accuracy or 0)
+    prompts, check = encode_prompts(model, examples), None if checker is None else named(checker)[1]
+    trials = _Trials(Evaluation(model, examples, prompts, check, settings, runs.Work(None, {})))
+    if settings.llm_share is not None:
+        found = trials.for_share(settings.llm_share)
+    else:
+        found = trials.for_accuracy(settings.accuracy or 0)
     if settings.write:
         found.write(model.name_or_path)
     return found
@@ -191,11 +174,10 @@ class _Trials:
             best = max(self.tried.values(), key=lambda one: (one.accuracy or 0, -one.threshold))
             raise ValueError(
                 f"accuracy: no threshold reaches {fraction:.1%} of the LLM's accuracy ({of_llm:.1%}). The best is "
-                f"{best.threshold:.6g}, with an accuracy of {best.accuracy:.1%} and {best.llm_share:.1%} LLM tokens. "
-                "Ask for less, use the LLM alone, or train the router."
+                f"{best.summary()}. Ask for less, or train the router."
             )
         failed = max((one for one in STAIRS if one < share), default=share)
         for _ in range(HALVINGS):
             middle = (failed + share) / 2
             failed, share = (failed, middle) if is_enough(middle) else (middle, share)
-        return replace(self.at(share), llm_accuracy=of_llm)
+        return self.at(share)

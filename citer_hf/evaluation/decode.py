@@ -87,10 +87,6 @@ def decode(
         if one.error is not None:
             raise one.error
     per_token = (time.perf_counter() - began) / sum(len(one.record) for one in sequences)
-    if not alone:
-        check_scores(
-            type(model.router).__name__, torch.tensor([step.score for one in sequences for step in one.record])
-        )
     return [
         Output(
             tokens=one.generated,
@@ -134,12 +130,12 @@ def units(whole: Sequence[Any], longest: int, batch_tokens: int) -> list[Sequenc
     return [whole[start : start + size] for start in range(0, len(whole), size)]
 
 
-def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example], tokenizer: Any) -> list[list[int]]:
+def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example]) -> list[list[int]]:
     """Return the tokens of the prompts, each of which leaves at least one place in the context."""
     if not examples:
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
-    limit, prompts = model.config.max_position_embeddings, [replace(example, response=None) for example in examples]
-    return [encode(prompt, tokenizer, limit, end_tokens(model) or -1).prompt_ids for prompt in prompts]
+    tokenizer, limit = model.load_tokenizer(), model.config.max_position_embeddings
+    return [encode(replace(example, response=None), tokenizer, limit).prompt_ids for example in examples]
 
 
 def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:
@@ -178,16 +174,10 @@ def score_outputs(
         slm = model.run_slm(ids, logits_to_keep=len(output))
         for name, router in routers.items():
             values = router.eval()(slm.hidden, slm.logits).float()  # [1, output]
-            check_scores(name, values)
+            if values.isnan().any():
+                raise ValueError(f"router {name!r}: scores are NaN. Check its weights and the precision of the SLM.")
             scores[name].append(values[0].cpu().numpy())
     return scores
-
-
-def check_scores(name: str, scores: torch.Tensor) -> None:
-    """Raise `ValueError` for scores that no threshold can be compared with."""
-    bad = int(scores.isnan().sum())
-    if bad:
-        raise ValueError(f"router {name!r}: {bad} of {scores.numel()} scores are NaN. Check weights and dtype.")
 
 
 def spread_thresholds(scores: Sequence[float] | np.ndarray, shares: Sequence[float]) -> list[float]:

@@ -1,6 +1,5 @@
 """`evaluate`: accuracy and cost of both models alone, and of routers at many thresholds, on the same problems."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ from torch import nn
 
 from citer_hf import runs
 from citer_hf.costs import ModelCost, cost_of_model
-from citer_hf.data.checkers import Checker, Verdict, answer_of, named
+from citer_hf.data.checkers import Checker, answer_of, named
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, as_veto, defer
@@ -36,8 +35,6 @@ OWN_VETO = {BILD: 0.3, SPECULATIVE: 0.0}
 QUERY = "query"
 RESULTS = "results.json"
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class EvaluateOptions(DecodeOptions):
@@ -49,9 +46,8 @@ class EvaluateOptions(DecodeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for share in self.shares:
-            if not 0 < share < 1:
-                raise ValueError(f"shares: expected shares of LLM tokens above 0 and below 1, got {share!r}.")
+        if not all(0 < share < 1 for share in self.shares):
+            raise ValueError(f"shares: expected shares of LLM tokens above 0 and below 1, got {self.shares}.")
         for threshold in self.thresholds:
             as_threshold(threshold)
         for veto in self.vetoes:
@@ -65,7 +61,6 @@ def evaluate(
     *,
     routers: Mapping[str, nn.Module] | None = None,
     out: str | Path | None = None,
-    tokenizer: Any = None,
     **options: Any,
 ) -> Results:
     """Measure accuracy and cost of the SLM alone, the LLM alone, and routers at thresholds spread over LLM shares.
@@ -82,7 +77,6 @@ def evaluate(
             `bild` a veto of 0.3, `speculative` the threshold 2. The router `query` decides once per prompt, by its
             score after the last token (RouteLLM's setting); its outputs are those of the models alone.
         out: Directory for `results.json`, `results.md` and `curve.png`; `out/.work` holds unfinished work.
-        tokenizer: Default: the pair's.
         options: The fields of `EvaluateOptions`. Thresholds for `shares` are quantiles of a router's scores along the
             LLM's own outputs, so that resulting shares may differ.
 
@@ -90,18 +84,15 @@ def evaluate(
         The points of every method, their figures and the provenance.
 
     Raises:
-        ValueError: for problems without answers, prompts that fill the context, options out of range, a router that
-            gives NaN, or an `out` of other arguments.
-        ConnectionError: when another process has ended before its work was done.
+        ValueError: for unusable problems or options, a router that gives NaN, or an `out` of other arguments.
         FileExistsError: when `out` holds anything else.
     """
     settings = EvaluateOptions(**options)
     settings = replace(settings, vetoes=tuple(dict.fromkeys(settings.vetoes)) or (model.default_veto,))
-    tokenizer = tokenizer if tokenizer is not None else model.load_tokenizer()
     name, check = named(checker)
     for example in examples:
         answer_of(name, example)
-    prompts = decoding.encode_prompts(model, examples, tokenizer)
+    prompts = decoding.encode_prompts(model, examples)
     routers = {method_name(model): model.router} if routers is None else routers
     if settings.thresholds and all(router is not model.router for router in routers.values()):
         raise ValueError(f"thresholds: they are those of the pair's own router, which is not among {sorted(routers)}.")
@@ -118,16 +109,17 @@ def evaluate(
         },
         "dtypes": [str(part.dtype).removeprefix("torch.") for part in (model.slm, model.llm)],
     }
-    out = None if out is None else Path(out)
-    if out is not None and (out / RESULTS).is_file():
-        finished = Results.read(out / RESULTS)
-        runs.check_arguments(out, _arguments(finished.provenance), _arguments(provenance))
-        return finished
+    if out is not None:
+        out = Path(out)
+        # For the plot: before hours of work.
+        runs.import_extra("matplotlib.figure", "plot")
+        if (out / RESULTS).is_file():
+            finished = Results.read(out / RESULTS)
+            runs.check_arguments(out, runs.arguments_of(finished.provenance), runs.arguments_of(provenance))
+            return finished
 
-    with runs.work_in(out, _arguments(provenance)) as work:
-        ends, methods = Evaluation(model, examples, prompts, check, tokenizer, settings, work).measure(
-            routers, settings
-        )
+    with runs.work_in(out, runs.arguments_of(provenance)) as work:
+        ends, methods = Evaluation(model, examples, prompts, check, settings, work).measure(routers, settings)
         results = figures.make_results(ends, methods, provenance | {"processes": work.processes})
         if out is not None and work.process == 0:
             write_report(results, out)
@@ -138,11 +130,8 @@ def write_report(results: Results, out: Path) -> None:
     """Write `results.md`, `curve.png` and, last, `results.json`."""
     with runs.atomic_write(out / "results.md") as file:
         file.write(f"{results.table()}\n".encode())
-    try:
-        draw(results, out / "curve.png")
-    except ImportError as error:
-        logger.warning("curve.png is left out. %s", error)
-    results.write(out / RESULTS)
+    draw(results, out / "curve.png")
+    runs.write_json(out / RESULTS, asdict(results))
 
 
 def method_name(model: CiterForCausalLM) -> str:
@@ -158,13 +147,6 @@ def methods_of(name: str, vetoes: Iterable[float]) -> dict[str, float]:
     return {f"{name}, veto {veto:g}" if veto else name: veto for veto in vetoes}
 
 
-def _arguments(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what results depend on."""
-    names = ("checker", "data_sha256", "routers_sha256", "dtypes")
-    models = {f"{role}_sha256": (provenance.get(role) or {}).get("sample_sha256") for role in ("slm", "llm")}
-    return {**(provenance.get("options") or {}), **models, **{name: provenance.get(name) for name in names}}
-
-
 class Graded(NamedTuple):
     """A judged output, with the LLM passes that it took and the bytes that they moved."""
 
@@ -173,8 +155,7 @@ class Graded(NamedTuple):
     seconds: float
     llm_passes: int
     bytes: float
-    correct: bool = False
-    extracted: bool = False
+    correct: bool
 
 
 # A way to decode all problems: a pair, and a threshold and a veto or one of its models alone.
@@ -189,7 +170,6 @@ class Evaluation:
     examples: Sequence[Example]
     prompts: list[list[int]]
     checker: Checker | None
-    tokenizer: Any
     options: DecodeOptions
     work: runs.Work
 
@@ -270,12 +250,9 @@ class Evaluation:
         for place, (tokens, to_llm, seconds, passes) in zip(places, outputs, strict=True):
             moved = sum(figures.cost_of_passes(self.costs[role], passes[role]) for role in self.costs)
             moved += scoring * len(passes["slm"])
-            verdict = Verdict(False, None)
-            if self.checker is not None:
-                response = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                verdict = self.checker(response, self.examples[place])
-            judged = (bool(verdict.correct), verdict.extracted is not None)
-            graded.append((tokens, to_llm, seconds, len(passes["llm"]), moved, *judged))
+            response = self.model.load_tokenizer().decode(tokens, skip_special_tokens=True)
+            correct = self.checker is not None and bool(self.checker(response, self.examples[place]).correct)
+            graded.append((tokens, to_llm, seconds, len(passes["llm"]), moved, correct))
         return graded
 
     def point(self, threshold: float, veto: float, outputs: Sequence[Graded]) -> Point:
@@ -289,6 +266,5 @@ class Evaluation:
             llm_calls=sum(one.llm_passes for one in outputs) / tokens,
             bytes=sum(one.bytes for one in outputs) / tokens,
             seconds=sum(one.seconds for one in outputs) / tokens,
-            extracted=sum(one.extracted for one in outputs) / len(outputs),
             veto=veto,
         )

@@ -1,7 +1,7 @@
 """Results of an evaluation: costs of outputs, points of accuracy against cost, figures of curves, and tables."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from citer_hf.costs import ModelCost
-from citer_hf.runs import read_json, write_json
+from citer_hf.runs import read_json
 from citer_hf.terminal import table
 
 Cost = Literal["llm_share", "llm_calls", "bytes"]
@@ -56,7 +56,6 @@ class Point:
     llm_calls: float
     bytes: float
     seconds: float
-    extracted: float
     veto: float = 0.0
 
 
@@ -123,18 +122,9 @@ class Results:
     summary: dict[str, dict[str, Any]]  # areas, costs of an accuracy, accuracies at a cost
     provenance: dict[str, Any]  # router, base models, versions, machine, options, data
 
-    def write(self, path: str | Path) -> None:
-        """Write `results.json` to `path`, whole or not at all."""
-        write_json(Path(path), asdict(self))
-
     @classmethod
     def read(cls, path: str | Path) -> "Results":
-        """Load the `results.json` at `path`, also of earlier versions, whose provenance has other keys.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file holds something else.
-        """
+        """Load a `results.json`, also of earlier versions; a `ValueError` tells of a file with something else."""
         values = read_json(Path(path))
         try:
             ends = {name: _point(point) for name, point in values["ends"].items()}
@@ -145,13 +135,11 @@ class Results:
 
     def table(self) -> str:
         """Return all points, and the figures of every curve, as Markdown that is aligned for a terminal."""
-        every = [("SLM alone", self.ends["slm"])]
-        every += [(name, point) for name, points in self.methods.items() for point in points]
-        every += [("LLM alone", self.ends["llm"])]
+        every = {"SLM alone": [self.ends["slm"]], **self.methods, "LLM alone": [self.ends["llm"]]}
         problems = self.provenance.get("problems", "several")
         parts = {
             f"Points of {problems} problems; MB as if each output were decoded alone": [
-                _point_row(name, point) for name, point in every
+                _point_row(name, point) for name, points in every.items() for point in points
             ],
             "LLM tokens, passes and MB for 95 / 98 % of the LLM's accuracy, and accuracy at shares of LLM tokens": [
                 _curve_row(name, figures) for name, figures in self.summary.items()
@@ -161,8 +149,8 @@ class Results:
 
 
 def _point(values: Mapping[str, Any]) -> Point:
-    # Earlier versions counted operations too.
-    known = {key: value for key, value in values.items() if key != "flops"}
+    # Earlier versions counted operations and outputs with an answer too.
+    known = {key: value for key, value in values.items() if key not in ("flops", "extracted")}
     return Point(**{**known, "accuracy_ci": tuple(values["accuracy_ci"])})
 
 

@@ -22,7 +22,7 @@ from citer_hf.data.examples import DataOptions, read_examples
 from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation import decode
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, top_logprobs
-from citer_hf.runs import Work, option, provenance, sha256_of, work_in
+from citer_hf.runs import Work, arguments_of, option, provenance, sha256_of, work_in
 
 from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, tokenizer_sha256, write_labels
 
@@ -67,7 +67,7 @@ def label_preferences(
     (name, check), tokenizer = named(checker), tokenizer_sha256(model)
     needs, mapping = ("response", "answer"), settings.columns or {}
     examples = read_examples(dataset, mapping, split=settings.split, needs=needs, limit=settings.limit)
-    longest, end = model.config.max_position_embeddings, model.generation_config.eos_token_id
+    longest, end = model.config.max_position_embeddings, decode.end_tokens(model)
     made = [encode(one, model.load_tokenizer(), longest, end, vocab_size=model.vocab_size) for one in examples]
     # The longest first, which is the order of all work: memory that is too small shows at once.
     questions = sorted(made, key=lambda one: (-len(one.prompt_ids + one.response_ids), one.example.row))
@@ -83,9 +83,7 @@ def label_preferences(
         "data_sha256": sha256_of([[vars(one.example), one.prompt_ids, one.response_ids] for one in questions]),
         "tokenizer_sha256": tokenizer,
     }
-    shaping = {key: info[key] for key in ("checker", "data_sha256", "tokenizer_sha256", "router_sha256")}
-    shaping |= {role: info[role]["sample_sha256"] for role in ("slm", "llm")}
-    with work_in(out, {**vars(settings), **shaping, "router": dict(model.config.router)}) as work:
+    with work_in(out, arguments_of(info) | {"router": dict(model.config.router)}) as work:
         policy = Policy(model, questions, check, threshold, max_new_tokens, settings.batch_tokens, work)
         # 1. Both models along the references, in columns over all their tokens.
         columns = joined(work.run("reading", policy.units(range(len(questions))), policy.read))

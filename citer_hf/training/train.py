@@ -350,8 +350,7 @@ def baseline_routers(
                 except NothingToLearn as error:
                     # An SLM that is never right alone leaves query-level routing nothing to learn.
                     logger.warning("%s is left out. %s", name, error)
-    with runs.explained():
-        (routers,) = broadcast_object_list([routers])
+    (routers,) = broadcast_object_list([routers])
     return {name: router.to(model.slm.device) for name, router in routers.items()}
 
 

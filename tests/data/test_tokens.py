@@ -119,7 +119,7 @@ def test_bos_comes_once_and_what_a_tokenizer_puts_after_a_text_not() -> None:
 def test_the_generation_configs_eos_ends_a_text() -> None:
     tokenizer = byte_level()
     end, eos = tokenizer.convert_tokens_to_ids("<end>"), tokenizer.eos_token_id
-    assert encode(text_example("hello", " world"), tokenizer, None, end).response_ids[-1] == end
+    assert encode(text_example("hello", " world"), tokenizer, None, [end]).response_ids[-1] == end
     # Among several, the tokenizer's own is the one that a text ends with.
     assert encode(text_example("hello", " world"), tokenizer, None, [end, eos]).response_ids[-1] == eos
     tokenizer.eos_token = None
@@ -131,7 +131,7 @@ def test_the_generation_configs_eos_ends_a_text() -> None:
 def test_a_chats_reference_is_what_the_template_renders_up_to_eos(eos: list[str]) -> None:
     tokenizer = byte_level(chat_template=CHAT)
     stops = tokenizer.convert_tokens_to_ids(eos)
-    encoded = encode(chat_example(" the answer"), tokenizer, None, stops if len(stops) > 1 else stops[0])
+    encoded = encode(chat_example(" the answer"), tokenizer, None, stops)
     messages = list(chat_example().messages or ())
     given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encoded.prompt_ids == given == encode_prompt(chat_example(), tokenizer)
@@ -141,7 +141,7 @@ def test_a_chats_reference_is_what_the_template_renders_up_to_eos(eos: list[str]
 def test_a_template_that_rewrites_past_turns_still_gives_the_reference() -> None:
     tokenizer = byte_level(chat_template=THINKING)
     end = tokenizer.convert_tokens_to_ids("<end>")
-    encoded = encode(chat_example("It is.</think>B"), tokenizer, None, end)
+    encoded = encode(chat_example("It is.</think>B"), tokenizer, None, [end])
     assert text_of(tokenizer, encoded.prompt_ids).endswith("assistant\n<think>\n")
     assert text_of(tokenizer, encoded.response_ids) == "It is.</think>B<end>"
 
@@ -161,8 +161,8 @@ def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
 @pytest.mark.parametrize(
     ("example", "options", "message"),
     [
-        (text_example("abc", "de", row=7), {"max_length": 5}, "row 7: 3 tokens of prompt and 3 after it .* of 5"),
-        (text_example("abc", row=7), {"max_length": 3}, "row 7: 3 tokens of prompt and 1 after it .* of 3"),
+        (text_example("abc", "de", row=7), {"max_length": 5}, "row 7: 6 tokens exceed the context of 5"),
+        (text_example("abc", row=7), {"max_length": 3}, "row 7: 4 tokens exceed the context of 3"),
         (text_example("a", "b"), {"vocab_size": 4}, r"row 1: token 4 in 'ab.*' is unknown"),
     ],
 )

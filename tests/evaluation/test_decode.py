@@ -82,8 +82,9 @@ def test_outputs_stop_where_the_context_is_full_and_a_prompt_that_fills_it_is_na
     decoded = decode(pair, PROMPTS, router_threshold=0.5, max_new_tokens=8)
     for place, prompt in enumerate(PROMPTS):
         assert decoded[place].tokens == naive_generate(pair, prompt, min(8, 14 - len(prompt)), 0.5)[0]
-    with pytest.raises(ValueError, match=r"^row 12: 14 tokens of prompt and 1 after it .* context of 14"):
-        encode_prompts(pair, examples((3, 14)), LetterTokenizer())
+    pair._tokenizer = LetterTokenizer()
+    with pytest.raises(ValueError, match=r"^row 12: 15 tokens exceed the context of 14"):
+        encode_prompts(pair, examples((3, 14)))
 
 
 def test_a_router_in_training_decides_as_in_evaluation():
@@ -97,9 +98,7 @@ def test_a_router_in_training_decides_as_in_evaluation():
 def test_a_router_that_gives_nan_is_named(pair: Any):
     router = LinearRouter(32)
     torch.nn.init.constant_(router.score.weight, float("nan"))
-    with pytest.raises(ValueError, match=r"^router 'LinearRouter': \d+ of \d+ scores are NaN"):
-        decode(with_router(pair, router), PROMPTS, router_threshold=0.5, max_new_tokens=8)
-    with pytest.raises(ValueError, match=r"^router 'mine': \d+ of \d+ scores are NaN"):
+    with pytest.raises(ValueError, match=r"^router 'mine': scores are NaN"):
         score_outputs(pair, {"mine": router}, PROMPTS, [[5, 6]] * len(PROMPTS))
 
 

@@ -1,5 +1,6 @@
 """Costs of outputs pass by pass; intervals, areas, costs of an accuracy and comparisons, by hand on small curves."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from citer_hf.evaluation import results as module
 from citer_hf.evaluation.plot import draw
 from citer_hf.evaluation.results import Point, Results, bootstrap_interval, cost_at, make_results, summarize
 from citer_hf.model.routers import EntropyRouter, LinearRouter, MlpRouter
+from citer_hf.runs import write_json
 from tests.conftest import make_pair
 
 REPOSITORY = Path(__file__).parents[2]
@@ -17,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def point(share: float, accuracy: float, moved: float | None = None, veto: float = 0.0) -> Point:
     moved = 100 + 900 * share if moved is None else moved
-    return Point(0.5, accuracy, (accuracy - 0.1, accuracy + 0.1), share, share / 2, moved, 0.01, 1.0, veto)
+    return Point(0.5, accuracy, (accuracy - 0.1, accuracy + 0.1), share, share / 2, moved, 0.01, veto)
 
 
 ENDS = {"slm": point(0, 0.2), "llm": point(1, 1.0)}
@@ -57,7 +59,7 @@ def test_results_come_back_as_they_were_written_also_by_earlier_versions(tmp_pat
     vetoed = [point(0.2, 0.9, veto=0.3)]
     results = make_results(ENDS, {"citer": CURVE[::-1], "citer, veto 0.3": vetoed}, {"problems": 9})
     assert results.methods["citer"] == CURVE
-    results.write(tmp_path / "results.json")
+    write_json(tmp_path / "results.json", asdict(results))
     assert Results.read(tmp_path / "results.json") == results
     assert "| citer, veto 0.3 |" in results.table()
     (tmp_path / "other.json").write_text('{"ends": 3}')
