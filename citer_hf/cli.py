@@ -277,7 +277,8 @@ def label(
     """Label which of the two models should write each token of reference answers."""
     from .training.label import label_preferences
 
-    say(label_preferences(load_pair(pair), data, checker, out, **options).summary())
+    labels = label_preferences(load_pair(pair), data, checker, out, **options)
+    say(f"The labels are in {out}: {len(labels.case)} tokens of {len(labels.questions)} answers.")
 
 
 @command

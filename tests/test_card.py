@@ -64,7 +64,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_card_shows_what_the_files_say(directory):
     trained = {"options": {"objective": "citer-plus", "rounds": 2}, "labels": {"examples": 1234, "checker": "math"}}
-    trained["validation"] = {"questions": 99, "auc": 0.8765, "calibration_error": 0.0213}
+    trained["validation"] = {"questions": 99, "auc": 0.8765}
     put(directory, provenance=trained | OF_CONFIDENCE, results=results({"confidence": None, "random": None}))
     (directory / "curve.png").write_bytes(b"")
     card = card_of(directory)

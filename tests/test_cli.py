@@ -31,8 +31,7 @@ FLAGS = {
     "demo": "--seed --problems --router-threshold --json --export --split",
     "chat": f"{PAIR} --device-map --router-threshold --max-new-tokens --system",
     "label": f"{PAIR} --device-map {DATA} --out --router-threshold --rollouts",
-    "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --rollouts --learning-rate "
-    "--epochs --batch-size --seed",
+    "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --learning-rate --epochs --seed",
     "evaluate": f"{PAIR} --device-map {DATA} --out --baselines --compare --methods --shares --thresholds",
     "calibrate": f"{PAIR} --device-map {DATA} --llm-share --accuracy --write",
     "bench": f"{PAIR} --device-map --device --shares --thresholds --prompts --prompt-length --batch-size "

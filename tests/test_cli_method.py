@@ -25,7 +25,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = ("--data", folder / "train.jsonl", "--checker", f"{__name__}:has_digit")
     result = invoke("label", folder / "pair", *data, "--out", folder / "labels", "--max-new-tokens", 30)
     assert result.exit_code == 0, result.output
-    assert "answers labelled" in result.stdout and "roll-outs of the SLM: " in result.stderr
+    assert "tokens of 10 answers" in result.stdout and "roll-outs of the SLM: " in result.stderr
     result = invoke("train", folder / "pair", "--labels", folder / "labels", "--out", folder / "router", "--epochs", 2)
     assert result.exit_code == 0, result.output
     assert "held-out questions" in result.stdout
@@ -89,7 +89,7 @@ def test_routers_of_other_directories_are_compared(work: Path, tmp_path: Path) -
         ),
         (
             "evaluate {work}/pair --data {work}/test.jsonl --checker math --out {tmp}/x --methods bild,co-llm",
-            "without labels (--baselines), got bild, co-llm",
+            "got bild, co-llm. The others need labels (--baselines)",
         ),
         ("calibrate {work}/pair --data {work}/test.jsonl", "expected exactly one"),
         ("calibrate demo --data {work}/test.jsonl --llm-share 0.2 --write", "calibrate the copy"),

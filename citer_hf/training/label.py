@@ -4,13 +4,15 @@
 2. Where the SLM's token differs from the reference, it is rolled out with the current policy: case 3. Case 2 is rolled
    out as well, which `citer-plus` asks for and the paper's method does not look at. Where a roll-out fails, the LLM's
    token is rolled out too.
-3. Both are joined into Parquet shards with a card.
+3. Both are joined into Parquet with a card.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +61,7 @@ def label_preferences(
         The labels, as `Labels.load(out)` returns them.
 
     Raises:
-        ValueError: for examples or options that cannot be used, values that are not finite, or a directory that was
-            begun with other arguments.
+        ValueError: for unusable examples or options, values that are not finite, or an `out` of other arguments.
         FileExistsError: when the directory holds something else, or finished labels.
     """
     settings, out = LabelOptions(**options), Path(out)
@@ -68,9 +69,9 @@ def label_preferences(
     needs, mapping = ("response", "answer"), settings.columns or {}
     examples = read_examples(dataset, mapping, split=settings.split, needs=needs, limit=settings.limit)
     longest, end = model.config.max_position_embeddings, decode.end_tokens(model)
-    made = [encode(one, model.load_tokenizer(), longest, end, vocab_size=model.vocab_size) for one in examples]
+    encoded = [encode(one, model.load_tokenizer(), longest, end, model.vocab_size) for one in examples]
     # The longest first, which is the order of all work: memory that is too small shows at once.
-    questions = sorted(made, key=lambda one: (-len(one.prompt_ids + one.response_ids), one.example.row))
+    questions = sorted(encoded, key=lambda one: (-len(one.prompt_ids + one.response_ids), one.example.row))
     own = model.config.router_threshold
     threshold = own if settings.router_threshold is None else settings.router_threshold
     max_new_tokens = settings.max_new_tokens or 2 * max(len(one.response_ids) for one in questions)
@@ -89,16 +90,25 @@ def label_preferences(
         columns = joined(work.run("reading", policy.units(range(len(questions))), policy.read))
         case = columns["case"]
         # 2. Roll-outs at some tokens, and the answers of each model alone.
+        unsure = (torch.logit(columns.pop("score"), 1e-7) - torch.logit(torch.tensor(own), 1e-7)).abs()
         tokens = (case != SLM_RIGHT).nonzero()[:, 0]
-        unsure = torch.logit(columns.pop("score"), 1e-7) - torch.logit(torch.tensor(own), 1e-7)
-        tokens = least_sure(tokens, unsure.abs()[tokens], settings.rollouts, settings.seed)
-        rollout, llm_rollout, extracted = policy.compare(columns, tokens)
+        # The budget is spent where the router is least sure; chance decides between equal states.
+        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(settings.seed))]
+        tokens = tokens[unsure[tokens].argsort(stable=True)[: settings.rollouts]].sort().values
+        rollout, llm_rollout = policy.compare(columns, tokens)
         answers = {role: policy.answers(role) for role in ("slm", "llm")}
         # 3. Labels, -1 where nothing is known.
         label = torch.where(case == BOTH_WRONG, rollout, (case == SLM_RIGHT).to(torch.int8))
         columns |= {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}
-        counts = count(case, rollout, answers)
-        info["counts"] = {**counts, "unextracted": 1 - sum(extracted) / max(len(extracted), 1)}
+        made = rollout[rollout >= 0]
+        info["counts"] = {
+            "questions": len(questions),
+            "tokens": len(case),
+            "cases": {one: int((case == one).sum()) for one in (SLM_RIGHT, LLM_RIGHT, BOTH_WRONG)},
+            "rollouts": len(made),
+            "positive_rollouts": int(made.sum()) / max(len(made), 1),
+            **{f"{role}_accuracy": fmean(correct) for role, correct in answers.items()},
+        }
         if work.process == 0:
             write_labels(out, info, columns, questions, answers)
     return Labels.load(out)
@@ -106,25 +116,6 @@ def label_preferences(
 
 def joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def least_sure(tokens: torch.Tensor, unsure: torch.Tensor, budget: int | None, seed: int = 0) -> torch.Tensor:
-    """Return at most `budget` of some tokens, where a distance is smallest; chance decides between equal ones."""
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    return tokens[order][unsure[order].argsort(stable=True)[:budget]].sort().values
-
-
-def count(case: torch.Tensor, rollout: torch.Tensor, answers: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    cases, made, right = (SLM_RIGHT, LLM_RIGHT, BOTH_WRONG), rollout >= 0, rollout == 1
-    return {
-        "questions": len(answers["slm"]),
-        "tokens": len(case),
-        "cases": {one: int((case == one).sum()) for one in cases},
-        "rollouts": {one: int(made[case == one].sum()) for one in cases},
-        "right": {one: int(right[case == one].sum()) for one in cases},
-        "positive_rollouts": int(right.sum()) / max(int(made.sum()), 1),
-        **{f"{role}_accuracy": sum(correct) / len(correct) for role, correct in answers.items()},
-    }
 
 
 @dataclass(frozen=True)
@@ -145,10 +136,10 @@ class Policy:
 
     @torch.inference_mode()
     def read(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Return what both models predict before each token of the references of some questions."""
         return joined([self.read_one(index) for index in batch])
 
     def read_one(self, index: int) -> dict[str, torch.Tensor]:
+        """Return what both models predict before each token of the reference of a question."""
         model, question = self.model, self.questions[index]
         ids = torch.tensor([question.prompt_ids + question.response_ids], device=model.slm.device)
         count = len(question.response_ids)
@@ -161,7 +152,7 @@ class Policy:
         logprobs = [-cross_entropy(one.float(), reference, reduction="none") for one in (slm_logits, llm_logits)]
         if not (hidden.half().isfinite().all() and torch.cat(logprobs).isfinite().all()):
             raise ValueError(
-                "model: NaN or infinite hidden states (kept in fp16, up to 65504) or log-probabilities at the example "
+                "model: NaN, or hidden states that fp16 cannot hold (up to 65504), at the example "
                 f"{question.example.id!r}. Load the pair in another precision, such as dtype='bfloat16'."
             )
         case = torch.where(llm_token == reference, LLM_RIGHT, BOTH_WRONG)
@@ -182,44 +173,38 @@ class Policy:
 
     def compare(
         self, columns: Mapping[str, torch.Tensor], tokens: torch.Tensor, when: str = ""
-    ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-        """Return outcomes of the SLM's token and, where it fails, the LLM's, -1 elsewhere, and which had an answer."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return outcomes of the SLM's token and, where it fails, the LLM's; -1 elsewhere."""
         names = ("question", "position", "slm_token", "llm_token")
         states = torch.stack([columns[name][tokens] for name in names], dim=1).tolist()
         by_slm, by_llm = ([RollOut(one[0], one[1], one[action]) for one in states] for action in (2, 3))
         made = self.outcomes(f"roll-outs of the SLM{when}", by_slm)
-        failed = [other for one, other in zip(by_slm, by_llm, strict=True) if not made[one][0]]
+        failed = [other for one, other in zip(by_slm, by_llm, strict=True) if not made[one]]
         made |= self.outcomes(f"roll-outs of the LLM{when}", [one for one in failed if one not in made])
         rollout, llm_rollout = (torch.full((len(columns["case"]),), -1, dtype=torch.int8) for _ in range(2))
-        rollout[tokens] = torch.tensor([made[one][0] for one in by_slm], dtype=torch.int8)
-        llm_rollout[tokens[rollout[tokens] == 0]] = torch.tensor([made[one][0] for one in failed], dtype=torch.int8)
-        return rollout, llm_rollout, [extracted for _, extracted in made.values()]
+        rollout[tokens] = torch.tensor([made[one] for one in by_slm], dtype=torch.int8)
+        llm_rollout[tokens[rollout[tokens] == 0]] = torch.tensor([made[one] for one in failed], dtype=torch.int8)
+        return rollout, llm_rollout
 
     def answers(self, role: str) -> list[bool]:
         whole = [RollOut(index, 0, -1) for index in range(len(self.questions))]
         alone = replace(self, threshold=SLM_ALONE if role == "slm" else LLM_ALONE)
         outcomes = alone.outcomes(f"answers of the {role.upper()}", whole)
-        return [outcomes[one][0] for one in whole]
+        return [outcomes[one] for one in whole]
 
-    def outcomes(self, name: str, wanted: Sequence["RollOut"]) -> dict["RollOut", tuple[bool, bool]]:
-        """Make roll-outs, and return for each whether its answer is right, and whether it has one."""
+    def outcomes(self, name: str, wanted: Sequence["RollOut"]) -> dict["RollOut", bool]:
+        """Make roll-outs, and return for each whether its answer is right."""
         # Roll-outs of a question follow each other, those from its longest states first: the engine copies the tokens
         # that a state has in common with one that it holds.
         wanted = sorted(wanted, key=lambda one: (one.question, -one.position))
-        units = self.units(wanted)
-        judged = self.work.run(name, units, self.judge)
-        return {
-            one: (correct, extracted)
-            for unit, outcomes in zip(units, judged, strict=True)
-            for one, (correct, extracted) in zip(unit, outcomes, strict=True)
-        }
+        judged = self.work.run(name, self.units(wanted), self.judge)
+        return dict(zip(wanted, chain(*judged), strict=True))
 
-    def judge(self, batch: Sequence["RollOut"]) -> list[tuple[bool, bool]]:
+    def judge(self, batch: Sequence["RollOut"]) -> list[bool]:
         assert self.checker is not None
         responses = self.model.load_tokenizer().batch_decode(self.roll_out(batch), skip_special_tokens=True)
         examples = [self.questions[one.question].example for one in batch]
-        verdicts = [self.checker(*one) for one in zip(responses, examples, strict=True)]
-        return [(bool(one.correct), one.extracted is not None) for one in verdicts]
+        return [bool(self.checker(*one).correct) for one in zip(responses, examples, strict=True)]
 
     def roll_out(self, batch: Sequence["RollOut"]) -> list[list[int]]:
         """Take actions and let the policy write to the end; return whole responses."""

@@ -1,6 +1,6 @@
 """Labels on disk and in memory.
 
-A directory of labels is a `datasets` repository: Parquet shards in `data/` (a row per token of a reference answer) and
+A directory of labels is a `datasets` repository: Parquet in `data/` (a row per token of a reference answer) and
 `questions/` (a row per question), a card, and `labels.json`, the last file, with what the labels were made with.
 """
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +18,11 @@ from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
 from citer_hf.runs import atomic_write, base_models, import_extra, read_json, sha256_of, write_json
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-else:
-    pa, pq = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
+pa, pq = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
 
 INFO = "labels.json"
-# Rows of a file.
-SHARD = 1 << 16
+# Of a row group: bounds the memory for writing, and for looking at some rows.
+ROWS = 1 << 16
 CARD = Path(__file__).with_name("card.md")
 TOP_LOGPROBS = 8
 SLM_RIGHT, LLM_RIGHT, BOTH_WRONG = 1, 2, 3
@@ -42,13 +38,11 @@ def write_labels(
     questions: Sequence[Encoded],
     answers: Mapping[str, Sequence[bool]],
 ) -> None:
-    """Write shards, card and, last, `labels.json`; columns `[tokens]` or `[tokens, width]` are over all references."""
+    """Write tables, card and, last, `labels.json`; columns `[tokens]` or `[tokens, width]` are over all references."""
     ids = np.array([one.example.id for one in questions])
     table = {name: _array(values) for name, values in columns.items()}
     table["question"] = pa.array(ids[columns["question"].numpy()])
-    tokens, starts = pa.table(table), range(0, len(table["question"]), SHARD)
-    for number, start in enumerate(starts):
-        _write(tokens[start : start + SHARD], out / "data" / f"train-{number:05d}-of-{len(starts):05d}.parquet")
+    _write(pa.table(table), out / "data" / "train.parquet")
     asked = {
         "question": [one.example.id for one in questions],
         "prompt_ids": [one.prompt_ids for one in questions],
@@ -56,28 +50,27 @@ def write_labels(
         **{f"{role}_correct": list(correct) for role, correct in answers.items()},
         "example": [json.dumps(vars(one.example)) for one in questions],
     }
-    _write(pa.table(asked), out / "questions" / "train-00000-of-00001.parquet")
+    _write(pa.table(asked), out / "questions" / "train.parquet")
     card = CARD.read_text(encoding="utf-8").format(
         **info["counts"],
         router_threshold=info["options"]["router_threshold"],
-        info=INFO,
         made_with=json.dumps({key: value for key, value in info.items() if key != "counts"}, indent=2),
     )
     (out / "README.md").write_text(card, encoding="utf-8")
     write_json(out / INFO, info)
 
 
-def _array(values: torch.Tensor) -> pa.Array:
+def _array(values: torch.Tensor) -> Any:
     """Return a column of a table; outcomes are int8, and -1 where they are not known."""
     numbers = values.numpy()
     flat = pa.array(numbers.reshape(-1), mask=numbers < 0 if values.dtype == torch.int8 else None)
     return flat if values.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def _write(table: Any, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as file:
-        pq.write_table(table, file)
+        pq.write_table(table, file, row_group_size=ROWS)
 
 
 @dataclass(frozen=True)
@@ -105,20 +98,11 @@ class Labels:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Labels":
-        """Load a directory of labels.
-
-        Args:
-            directory: Made by `citer label` or `label_preferences`.
-
-        Raises:
-            FileNotFoundError: when there are no finished labels.
-        """
+        """Load a directory that `citer label` or `label_preferences` has made; else `FileNotFoundError`."""
         directory = Path(directory)
         if not (directory / INFO).is_file():
-            raise FileNotFoundError(
-                f"labels: {directory} holds no labels: expected a directory that `citer label` has finished. If it "
-                "was interrupted, run the same `citer label` again."
-            )
+            todo = "If it was interrupted, run the same `citer label` again."
+            raise FileNotFoundError(f"labels: {directory} holds no labels of a finished `citer label`. {todo}")
         tokens, asked = (pq.read_table(directory / folder) for folder in ("data", "questions"))
         numbers = {name: index for index, name in enumerate(asked["question"].to_pylist())}
         fields = zip(*(asked[name].to_pylist() for name in ("example", "prompt_ids", "reference_ids")), strict=True)
@@ -139,27 +123,15 @@ class Labels:
 
     def check_pair(self, model: CiterForCausalLM) -> None:
         """Raise a `ValueError` unless the labels were made with this pair; its models may have moved."""
-        different = [
-            f"{role.upper()} {here['name']}"
-            for role, here in base_models(model).items()
-            if here["sample_sha256"] != self.info[role]["sample_sha256"]
-        ]
-        if self.info["tokenizer_sha256"] != tokenizer_sha256(model):
-            different.append("tokenizer and chat template")
+        found = {role: base["sample_sha256"] for role, base in base_models(model).items()}
+        found["tokenizer and chat template"] = tokenizer_sha256(model)
+        wanted = (self.info["slm"]["sample_sha256"], self.info["llm"]["sample_sha256"], self.info["tokenizer_sha256"])
+        different = [part for part, sha256 in zip(found, wanted, strict=True) if found[part] != sha256]
         if different:
             raise ValueError(
                 f"labels: those in {self.directory} were not made with this pair's {', '.join(different)}. Give the "
                 "pair that was labelled, or make new labels with `citer label`."
             )
-
-    def summary(self) -> str:
-        """Return what was labelled, as text."""
-        counts = self.info["counts"]
-        cases = ", ".join(f"{count / counts['tokens']:.1%}" for count in counts["cases"].values())
-        return (
-            f"{counts['tokens']} tokens of {counts['questions']} answers labelled in {self.directory}: cases 1, 2, 3 "
-            f"are {cases}; {counts['positive_rollouts']:.1%} of the roll-outs are right."
-        )
 
 
 def tokenizer_sha256(model: CiterForCausalLM) -> str:

@@ -29,7 +29,7 @@ from citer_hf.model.configuration import router_width
 from citer_hf.model.loading import load_router
 from citer_hf.model.routers import build_router
 
-from .label import Policy, least_sure
+from .label import Policy
 from .labels import Labels
 from .objectives import OBJECTIVES, QUERY, Objective
 
@@ -42,9 +42,12 @@ POLICY_SHARE = 1 / 3
 # Beyond this, scores of a sigmoid in fp32 are soon equal, and thresholds could not tell them apart: nine tenths of the
 # tokens stay below.
 LARGEST_LOG_ODDS = 12.0
-BINS = 10
 # The threshold to start with sends this share of the tokens that need the LLM there.
 RECALL = 0.95
+# The share of the questions that is held out, and how many epochs without a better loss on them end a training.
+HELD_OUT, PATIENCE = 0.125, 5
+# Tokens in a batch of the training.
+BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,10 @@ class TrainOptions(runs.CommandOptions):
     checker: str | Checker | None = runs.option(
         None, "Of further rounds. [default: that of the labels]", metavar="NAME"
     )
-    rollouts: int | None = runs.option(
-        None, "Roll-outs of a further round, where the router is unsure.", metavar="N", min=0
-    )
     learning_rates: tuple[float, ...] = runs.option(
         (1e-3, 3e-3, 1e-2), "Those to try; the best by validation is kept.", metavar="X,...", flag="--learning-rate"
     )
     epochs: int = runs.option(25, "At most.", metavar="N", min=1)
-    batch_size: int = runs.option(512, "Tokens in a batch of the training.", metavar="N", min=2)
-    patience: int = runs.option(5, "Epochs without a better loss before training stops.", metavar="N", min=1)
-    validation: float = runs.option(0.125, "Share of the questions that is held out.", metavar="P")
     seed: int = runs.option(0, "Of everything that is drawn.")
 
     def __post_init__(self) -> None:
@@ -72,8 +69,6 @@ class TrainOptions(runs.CommandOptions):
         super().__post_init__()
         if self.rounds > 1 and not OBJECTIVES[self.objective].relabelled:
             raise ValueError(f"rounds: {self.objective!r} makes no roll-outs, so that further rounds change nothing.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates: expected numbers above 0, got {self.learning_rates!r}.")
 
 
 class NothingToLearn(ValueError):  # noqa: N818 - says what there is
@@ -96,10 +91,8 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
         What is in `provenance.json`: options, labels, validation, losses, versions and the sha256 of the router.
 
     Raises:
-        ValueError: for options that cannot be used, labels of another pair or that are all equal, or a directory that
-            was begun with other arguments.
-        FileExistsError: when the directory holds something else.
-        FileNotFoundError: when there are no labels.
+        ValueError: for unusable options, labels of another pair or that are all equal, or an `out` of other arguments.
+        FileExistsError, FileNotFoundError: when the directory holds something else, or there are no labels.
     """
     settings, out = TrainOptions(**options), Path(out)
     labels = labels if isinstance(labels, Labels) else Labels.load(labels)
@@ -137,11 +130,9 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
 def summary(made: Mapping[str, Any], out: str | Path) -> str:
     """Return what `train` found and where the router is, as text."""
     facts = made["validation"]
-    auc = "–" if facts["auc"] is None else f"{facts['auc']:.3f}"
     return (
-        f"On {facts['questions']} held-out questions: AUC {auc}, calibration error {facts['calibration_error']:.3f}.\n"
-        f"The router is in {out}. It starts with {facts['router_threshold']:.4f}; `citer calibrate` finds the "
-        "threshold for your budget."
+        f"The router is in {out}; on {facts['questions']} held-out questions, its AUC is {facts['auc']}.\n"
+        f"Its threshold is {facts['router_threshold']:.4f}; `citer calibrate` finds the one for your budget."
     )
 
 
@@ -166,15 +157,14 @@ def relabel(labels: Labels, settings: TrainOptions, router: Any, policy: Policy,
     with torch.no_grad():
         scores = router.log_odds(router_inputs(labels, objective))
     middle = scores.sort().values[int(POLICY_SHARE * len(scores))]
-    tokens = torch.isin(labels.case, torch.tensor(objective.relabelled)).nonzero()[:, 0]
-    tokens = least_sure(tokens, (scores[tokens] - middle).abs(), settings.rollouts, settings.seed)
+    again = torch.isin(labels.case, torch.tensor(objective.relabelled)) & (labels.rollout >= 0)
     pair = with_router(policy.model, router.to(policy.model.slm.device))
     policy = replace(policy, model=pair, threshold=float(torch.sigmoid(middle)))
-    rollout, llm_rollout, _ = policy.compare(vars(labels), tokens, f", round {number}")
+    rollout, llm_rollout = policy.compare(vars(labels), again.nonzero()[:, 0], f", round {number}")
     return replace(
         labels,
-        rollout=torch.where(rollout < 0, labels.rollout, rollout),
-        llm_rollout=torch.where(rollout < 0, labels.llm_rollout, llm_rollout),
+        rollout=torch.where(again, rollout, labels.rollout),
+        llm_rollout=torch.where(again, llm_rollout, labels.llm_rollout),
     )
 
 
@@ -219,7 +209,7 @@ def train_router(
             output_dir=str(place),
             learning_rate=rate,
             num_train_epochs=settings.epochs,
-            per_device_train_batch_size=max(min(settings.batch_size, len(training) // 16), 2),
+            per_device_train_batch_size=max(min(BATCH_SIZE, len(training) // 16), 2),
             per_device_eval_batch_size=4096,
             weight_decay=1e-4,
             lr_scheduler_type="cosine",
@@ -241,7 +231,7 @@ def train_router(
             train_dataset=training,
             eval_dataset=validation,
             data_collator=lambda batch: {name: values[batch] for name, values in columns.items()},
-            callbacks=[EarlyStoppingCallback(settings.patience)],
+            callbacks=[EarlyStoppingCallback(PATIENCE)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place)) if place.is_dir() else None)
@@ -272,18 +262,17 @@ def divide(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the targets, and the tokens for training and for validation, which have no question in common."""
     label, count = objective.targets(labels), len(labels.questions)
-    held_out = round(count * settings.validation)
-    if not 0 < held_out < count:
-        raise ValueError(f"labels: expected enough questions to hold out {settings.validation:.1%}, got {count}.")
+    held_out = round(count * HELD_OUT)
+    if not held_out:
+        raise ValueError(f"labels: expected enough questions to hold out {HELD_OUT:.1%} of them, got {count}.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
     of_validation = torch.isin(labels.question, order[:held_out])
     training, validation = (((label >= 0) & part).nonzero()[:, 0] for part in (~of_validation, of_validation))
     values = torch.unique(label[training]).tolist()
     if len(values) < 2:
-        known = f"all are {values[0]}" if values else "none is known"
         raise NothingToLearn(
-            f"labels: of the {len(training)} labels for training in {labels.directory} {known}: there is nothing to "
-            "learn. Label more examples, or roll out with another policy (--router-threshold)."
+            f"labels: of the {len(training)} labels for training in {labels.directory}, all are {values}: there is "
+            "nothing to learn. Label more examples, or roll out with another policy (--router-threshold)."
         )
     return label, training, validation
 
@@ -292,30 +281,16 @@ def report_on(scores: torch.Tensor, labels: Labels, label: torch.Tensor, validat
     """Return how good scores of all tokens are, on the questions that were held out."""
     from sklearn.metrics import roc_auc_score
 
-    scores, label = scores[validation], label[validation].float()
-    critical, needed = scores[label == 0], 1 - float(label.mean())
-    return {
-        "questions": len(torch.unique(labels.question[validation])),
-        "tokens": len(scores),
-        "prefer_llm": needed,
-        "auc": float(roc_auc_score(label.numpy(), scores.numpy())) if 0 < needed < 1 else None,
-        "calibration_error": calibration_error(scores, label),
-        "router_threshold": above(critical, RECALL) if len(critical) else 0.5,
-    }
-
-
-def above(scores: torch.Tensor, share: float) -> float:
-    """Return the smallest threshold that sends at least a share of scores to the LLM."""
-    last = scores.sort().values[min(int(share * len(scores)), len(scores) - 1)]
-    return float(torch.nextafter(last, torch.tensor(2.0)))
-
-
-def calibration_error(scores: torch.Tensor, label: torch.Tensor) -> float:
-    """Return the expected calibration error: how far `p_slm` is from what it promises, over bins of equal width."""
-    bins = (scores * BINS).long().clamp(max=BINS - 1)
-    # |mean score - share of right tokens| of a bin, times its share of the tokens.
-    gaps = torch.zeros(BINS).index_add(0, bins, scores - label).abs()
-    return float(gaps.sum()) / len(scores)
+    scores, label = scores[validation], label[validation]
+    auc, threshold, critical = None, 0.5, scores[label == 0].sort().values
+    if 0 < len(critical) < len(scores):
+        auc = round(float(roc_auc_score(label.numpy(), scores.numpy())), 4)
+    if len(critical):
+        # The smallest that sends at least this share of the critical tokens to the LLM.
+        last = critical[min(int(RECALL * len(critical)), len(critical) - 1)]
+        threshold = float(torch.nextafter(last, torch.tensor(2.0)))
+    questions = len(torch.unique(labels.question[validation]))
+    return {"questions": questions, "tokens": len(scores), "auc": auc, "router_threshold": threshold}
 
 
 # --- Routers to compare with in evaluations --------------------------------------------------------------------------
@@ -332,8 +307,8 @@ def baseline_routers(
     known = [*TRAINED, *UNTRAINED] if labels_dir is not None else [*UNTRAINED]
     chosen = methods or known
     if not set(chosen) <= set(known):
-        without = "" if labels_dir is not None else " without labels (--baselines)"
-        raise ValueError(f"methods: expected some of {', '.join(known)}{without}, got {', '.join(chosen)}.")
+        asked = f"got {', '.join(chosen)}. The others need labels (--baselines)."
+        raise ValueError(f"methods: expected some of {', '.join(known)}; {asked}")
     if labels_dir is not None:
         labels = Labels.load(labels_dir)
         labels.check_pair(model)
@@ -345,8 +320,8 @@ def baseline_routers(
                     if name in UNTRAINED:
                         routers[name] = build_router({"type": UNTRAINED[name]}, router_width(model.slm.config))
                     else:
-                        settings = TrainOptions(seed=seed)
-                        routers[name], _ = train_router(labels, TRAINED[name], settings, Path(folder, name))
+                        place, settings = Path(folder, name), TrainOptions(seed=seed)
+                        routers[name], _ = train_router(labels, TRAINED[name], settings, place)
                 except NothingToLearn as error:
                     # An SLM that is never right alone leaves query-level routing nothing to learn.
                     logger.warning("%s is left out. %s", name, error)

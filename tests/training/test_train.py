@@ -19,7 +19,7 @@ from citer_hf.training.objectives import OBJECTIVES, QUERY, co_llm_loss, prefere
 from citer_hf.training.train import TrainOptions, train, train_router
 from tests.training_data import has_letter, made_up_labels, naive_outcome, task, task_pair
 
-FEW = {"learning_rates": (1e-2,), "epochs": 4, "batch_size": 64, "patience": 2}
+FEW = {"learning_rates": (1e-2,), "epochs": 4}
 QUICK = TrainOptions(**FEW)
 LABELS = made_up_labels()
 EVERYWHERE = range(len(LABELS.case))
@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_equations() -> None:
 @pytest.mark.parametrize("name", ["citer-plus", "co-llm"])
 def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_LOG_ODDS", 1e9)
-    settings = replace(QUICK, learning_rates=(3e-2, 1e-3), epochs=5, patience=5)
+    settings = replace(QUICK, learning_rates=(3e-2, 1e-3), epochs=5)
     objective = OBJECTIVES[name]
     router, found = train_router(LABELS, objective, settings, tmp_path)
     targets, training, part = module.divide(LABELS, objective, settings)
@@ -78,10 +78,10 @@ def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path, monkeypa
 
 def test_a_router_learns_what_there_is_to_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_LOG_ODDS", 4.0)
-    labels, settings = made_up_labels(questions=80), replace(QUICK, epochs=15, patience=15)
+    labels, settings = made_up_labels(questions=80), replace(QUICK, epochs=15)
     router, found = train_router(labels, OBJECTIVES["citer-plus"], settings, tmp_path)
     facts = found["validation"]
-    assert facts["auc"] > 0.95 and facts["calibration_error"] < 0.2
+    assert facts["auc"] > 0.95
     targets, _, validation = module.divide(labels, OBJECTIVES["citer-plus"], settings)
     with torch.no_grad():
         log_odds = router.log_odds(module.router_inputs(labels, OBJECTIVES["citer-plus"]))
@@ -89,10 +89,8 @@ def test_a_router_learns_what_there_is_to_learn(tmp_path: Path, monkeypatch: pyt
     assert float((torch.sigmoid(log_odds[needed]) < facts["router_threshold"]).float().mean()) >= 0.95
     # Scores do not saturate.
     assert float(log_odds.abs().sort().values[int(0.9 * len(log_odds))]) == pytest.approx(4.0, rel=1e-4)
-    scores, label = torch.tensor([0.05, 0.05, 0.95, 0.95]), torch.tensor([0.0, 1, 1, 1])
-    assert module.calibration_error(scores, label) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
     text = module.summary(found, tmp_path)
-    assert "held-out questions: AUC 0.9" in text and f"The router is in {tmp_path}." in text
+    assert "held-out questions, its AUC is 0.9" in text and f"The router is in {tmp_path};" in text
 
 
 def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -193,16 +191,16 @@ def test_a_further_round_rolls_out_its_cases_with_the_new_router(labelled: Any, 
     [
         ({"objective": "best"}, "objective: expected one of .*'citer-plus'.*got 'best'"),
         ({"rounds": 0}, "rounds: expected at least 1"),
-        ({"learning_rates": (0.0,)}, "learning_rates: expected numbers above 0"),
         ({"objective": "co-llm", "rounds": 2}, "'co-llm' makes no roll-outs"),
         ({"rounds": 2}, "checker: there is no 'has_letter'"),
-        ({"validation": 0.01}, "enough questions to hold out 1.0%, got 12"),
     ],
 )
 def test_senseless_options_and_equal_labels_are_refused(labelled: Any, tmp_path: Path, options: Any, message: str):
     with pytest.raises(ValueError, match=message):
         train(*labelled, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=r"enough questions to hold out 12\.5% of them, got 3"):
+        train(labelled[0], replace(labelled[1], questions=labelled[1].questions[:3]), tmp_path / "out")
     same = replace(labelled[1], case=torch.ones_like(labelled[1].case))
-    with pytest.raises(module.NothingToLearn, match="all are 1: there is nothing to learn"):
+    with pytest.raises(module.NothingToLearn, match=r"all are \[1\]: there is nothing to learn"):
         train(labelled[0], same, tmp_path / "out")
     assert not (tmp_path / "out").exists()
