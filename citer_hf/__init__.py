@@ -11,41 +11,42 @@ from .model.modeling import CiterForCausalLM
 from .model.saving import UPLOADERS
 
 if TYPE_CHECKING:
-    from .data.checkers import Verdict, get_checker
-    from .data.examples import Example, read_examples
-    from .demo import DEMO_PAIR
-    from .evaluation.calibrate import Calibration, calibrate
-    from .evaluation.evaluate import evaluate
-    from .evaluation.results import Results
-    from .hub import push
-    from .importers import convert
-    from .serving.server import serve
-    from .training.label import label_preferences
-    from .training.labels import Labels
-    from .training.train import train
+    from .data.checkers import Verdict as Verdict
+    from .data.checkers import get_checker as get_checker
+    from .data.examples import Example as Example
+    from .data.examples import read_examples as read_examples
+    from .demo import DEMO_PAIR as DEMO_PAIR
+    from .evaluation.calibrate import Calibration as Calibration
+    from .evaluation.calibrate import calibrate as calibrate
+    from .evaluation.evaluate import evaluate as evaluate
+    from .evaluation.results import Results as Results
+    from .hub import push as push
+    from .importers import convert as convert
+    from .serving.server import serve as serve
+    from .training.label import label_preferences as label_preferences
+    from .training.labels import Labels as Labels
+    from .training.train import train as train
 
 __version__ = "0.1.0"
-__all__ = [
-    "DEMO_PAIR",
-    "Calibration",
-    "CiterCache",
-    "CiterConfig",
-    "CiterForCausalLM",
-    "Example",
-    "Labels",
-    "Results",
-    "Verdict",
-    "__version__",
-    "calibrate",
-    "convert",
-    "evaluate",
-    "get_checker",
-    "label_preferences",
-    "push",
-    "read_examples",
-    "serve",
-    "train",
-]
+# What takes long to import, or needs an extra, is imported when it is asked for.
+LATER = {
+    "DEMO_PAIR": "demo",
+    "Calibration": "evaluation.calibrate",
+    "Example": "data.examples",
+    "Labels": "training.labels",
+    "Results": "evaluation.results",
+    "Verdict": "data.checkers",
+    "calibrate": "evaluation.calibrate",
+    "convert": "importers",
+    "evaluate": "evaluation.evaluate",
+    "get_checker": "data.checkers",
+    "label_preferences": "training.label",
+    "push": "hub",
+    "read_examples": "data.examples",
+    "serve": "serving.server",
+    "train": "training.train",
+}
+__all__ = ["CiterCache", "CiterConfig", "CiterForCausalLM", "__version__", *LATER]
 
 AutoConfig.register("citer", CiterConfig)
 AutoModelForCausalLM.register(CiterConfig, CiterForCausalLM)
@@ -59,25 +60,8 @@ def _upload(model: CiterForCausalLM, folder: str, repo_id: str, **options: Any) 
 
 UPLOADERS[:] = [_upload]
 
-# What takes long to import, or needs an extra, is imported when it is asked for.
-_LATER = {
-    "data.checkers": ("Verdict", "get_checker"),
-    "data.examples": ("Example", "read_examples"),
-    "demo": ("DEMO_PAIR",),
-    "evaluation.calibrate": ("Calibration", "calibrate"),
-    "evaluation.evaluate": ("evaluate",),
-    "evaluation.results": ("Results",),
-    "hub": ("push",),
-    "importers": ("convert",),
-    "serving.server": ("serve",),
-    "training.label": ("label_preferences",),
-    "training.labels": ("Labels",),
-    "training.train": ("train",),
-}
-
 
 def __getattr__(name: str) -> Any:
-    for module, names in _LATER.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{LATER[name]}"), name)
