@@ -76,10 +76,7 @@ class CiterConfig(PreTrainedConfig):
         """Build a configuration from its JSON form, which must be that of a pair."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ValueError(
-                f"config: expected a CITER router repository, got model_type {model_type!r}. To wrap that model in a "
-                "pair, use CiterForCausalLM.from_pair(slm, llm)."
-            )
+            raise ValueError(f"config: expected a CITER router repository, got model_type {model_type!r}.")
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -71,13 +71,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
 
     config_class = CiterConfig
     config: CiterConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    # No gradient ever flows through the frozen base models, so that there is nothing to checkpoint.
-    supports_gradient_checkpointing = False
 
     slm: PreTrainedModel
     llm: PreTrainedModel
@@ -209,10 +205,8 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             ValueError: for input embeddings, no input, an invalid threshold, a cache of another batch, or two caches.
             TypeError: for a cache that is not a `CiterCache`.
         """
-        if kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError("inputs_embeds: the two models have an embedding space each. Pass input_ids.")
-        if input_ids is None:
-            raise ValueError("input_ids: expected token ids [batch, tokens], got None.")
+        if kwargs.pop("inputs_embeds", None) is not None or input_ids is None:
+            raise ValueError("input_ids: expected token ids. inputs_embeds fit one of the two models at most.")
         past_key_values = given_cache(past_key_values, cache)
         if past_key_values is not None:
             check_cache(past_key_values, input_ids.shape[0])
@@ -320,10 +314,7 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
             finally:
                 capture.reset(token)
         if not captured:
-            raise ValueError(
-                f"slm: {type(self.slm).__name__} does not call its output embeddings, whose input routers see. Choose "
-                "another SLM."
-            )
+            raise ValueError(f"slm: {type(self.slm).__name__} does not call its output embeddings. Choose another.")
         logits, hidden = output.logits, captured[-1]
         if "logits_to_keep" not in self._keywords[type(self.slm)].named:
             logits, hidden = keep(logits, logits_to_keep), keep(hidden, logits_to_keep)

@@ -259,14 +259,11 @@ def build_router(spec: dict[str, Any], hidden_size: int) -> Router:
     options = {key: value for key, value in spec.items() if key not in ("type", "hidden_size", UNTRAINED)}
     trained_for = spec.get("hidden_size", hidden_size)
     if trained_for != hidden_size:
-        raise ValueError(
-            f"router: expected an SLM with a hidden size of {trained_for}, for which it was made, got {hidden_size}."
-        )
+        raise ValueError(f"router: expected an SLM with a hidden size of {trained_for}, got {hidden_size}.")
     if spec["type"] == CUSTOM_ROUTER:
         raise ValueError(f"router: it has a class of its own ({spec.get('class')}), pass router=YourClass(...).")
     if spec["type"] not in ROUTERS:
         raise ValueError(
-            f"router: unknown kind {spec['type']!r}; expected one of {sorted(ROUTERS)}, the path or repository id "
-            "of a saved router, or a torch.nn.Module."
+            f"router: unknown kind {spec['type']!r}; expected one of {sorted(ROUTERS)}, a saved router or a module."
         )
     return ROUTERS[spec["type"]](hidden_size, **options)

@@ -46,7 +46,7 @@ def test_a_threshold_is_any_number_from_0_to_2(value):
 
 
 def test_embeddings_no_input_and_misspelt_keywords_are_errors(pair):
-    with pytest.raises(ValueError, match="inputs_embeds: the two models have an embedding space each"):
+    with pytest.raises(ValueError, match="inputs_embeds fit one of the two models at most"):
         pair(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="input_ids: expected token ids"):
         pair()

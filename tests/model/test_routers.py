@@ -118,7 +118,7 @@ def test_a_random_router_spreads_evenly_and_draws_nothing():
     ("spec", "message"),
     [
         ({"type": "mpl"}, "unknown kind 'mpl'; expected one of"),
-        ({"type": "mlp", "hidden_size": 32}, "hidden size of 32, for which it was made, got 16"),
+        ({"type": "mlp", "hidden_size": 32}, "hidden size of 32, got 16"),
         ({"type": "custom", "class": "Mine"}, r"class of its own \(Mine\)"),
     ],
 )
