@@ -59,6 +59,8 @@ def convert(
     file, out = Path(file), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: {out} exists already; choose another directory or remove it first.")
+    if not file.is_file():
+        raise FileNotFoundError(f"router: there is no file {file}.")
     spec, weights, threshold = read_router(file)
     threshold = threshold if router_threshold is None else router_threshold
     sources = {"slm": slm, "llm": llm}

@@ -63,6 +63,8 @@ class CiterSharingMixin:
             OSError: when the directory cannot be written; then nothing in it has changed.
             ValueError: when a base model cannot be saved.
         """
+        if not kwargs.pop("is_main_process", True):
+            return
         save_atomically(
             save_directory, lambda folder: save_router_repository(self, folder, save_base_models, **kwargs)
         )
@@ -98,8 +100,6 @@ class CiterSharingMixin:
 
 def save_router_repository(model: Any, folder: str, save_base_models: bool, **kwargs: Any) -> None:
     """Write a router, its configuration, generation settings and tokenizer, and base models where they belong."""
-    if not kwargs.pop("is_main_process", True):
-        return
     model = unwrap_model(model)
     state_dict = kwargs.pop("state_dict", None)
     config: Any = copy.deepcopy(model.config)

@@ -176,7 +176,7 @@ def test_a_base_model_that_has_moved_can_be_found_again_but_not_another_one(base
         ({"router": "confidance"}, "router: unknown kind 'confidance'; expected one of"),
         ({"dtype": "fp16"}, r"dtype: expected 'auto', or a dtype of torch such as 'bfloat16', got 'fp16'"),
         ({"llm_dtype": "half precision"}, r"llm_dtype: expected 'auto', or a dtype of torch"),
-        ({"router": {"type": "mlp", "hidden_size": 7}}, "hidden size of 7, for which it was made, got 32"),
+        ({"router": {"type": "mlp", "hidden_size": 7}}, "hidden size of 7, got 32"),
     ],
 )
 def test_bad_input_is_refused_before_any_weight_is_loaded(bases, no_weights, options, message):

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from citer_hf import CiterForCausalLM
+from tests.conftest import make_pair
 from tests.families import tiny_model
 from tests.repositories import config_of, logits, save_base_models, word_tokenizer
 
@@ -210,3 +211,12 @@ def test_added_tokens_that_the_slms_table_lacks_are_never_generated(bases):
         add_tokens(bases / "llm", "<image>", **needed)
         with pytest.raises(ValueError, match=r"slm: its vocabulary table has 61 rows, too few"):
             CiterForCausalLM.from_pair(bases / "slm", bases / "llm")
+
+
+def test_a_process_that_is_not_the_main_one_leaves_what_the_main_one_saved(tmp_path):
+    model = make_pair(router="mlp")
+    model.save_pretrained(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert tmp_path / "model.safetensors" in before
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert sorted(tmp_path.rglob("*")) == before
