@@ -1,8 +1,8 @@
 """`evaluate`: accuracy and cost of both models alone, and of routers at many thresholds, on the same problems."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,6 +177,15 @@ class Evaluation:
     def costs(self) -> dict[str, ModelCost]:
         return {"slm": cost_of_model(self.model.slm), "llm": cost_of_model(self.model.llm)}
 
+    @cached_property
+    def is_correct(self) -> Callable[[int, tuple[int, ...]], bool]:
+        """Judges every output of every problem once: many thresholds give the same text."""
+        checker, tokenizer = self.checker, self.model.load_tokenizer()
+        if checker is None:
+            return lambda place, output: False
+        text = partial(tokenizer.decode, skip_special_tokens=True)
+        return cache(lambda place, output: bool(checker(text(list(output)), self.examples[place]).correct))
+
     def measure(
         self, routers: Mapping[str, nn.Module], options: EvaluateOptions
     ) -> tuple[dict[str, Point], dict[str, list[Point]]]:
@@ -250,8 +259,7 @@ class Evaluation:
         for place, (tokens, to_llm, seconds, passes) in zip(places, outputs, strict=True):
             moved = sum(figures.cost_of_passes(self.costs[role], passes[role]) for role in self.costs)
             moved += scoring * len(passes["slm"])
-            response = self.model.load_tokenizer().decode(tokens, skip_special_tokens=True)
-            correct = self.checker is not None and bool(self.checker(response, self.examples[place]).correct)
+            correct = self.is_correct(place, tuple(tokens))
             graded.append((tokens, to_llm, seconds, len(passes["llm"]), moved, correct))
         return graded
 
