@@ -51,6 +51,17 @@ def results() -> Results:
     return run(make_pair(hidden_size=48, num_hidden_layers=3))
 
 
+def test_an_output_that_many_thresholds_give_is_judged_once():
+    judged: list[tuple[str, str]] = []
+
+    def check(response: str, example: Any) -> Any:
+        judged.append((example.id, response))
+        return has_letter(response, example)
+
+    run(make_pair(), check)
+    assert len(judged) == len(set(judged)) > len(EXAMPLES)
+
+
 @pytest.mark.parametrize("name", ["random", "entropy", "slm", "llm"])
 def test_points_are_what_decoding_each_problem_alone_gives(pair: Any, results: Results, name: str):
     alone, router = name if name in results.ends else None, routers().get(name, pair.router)
