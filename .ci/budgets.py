@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-# Lines; the package is on its way to 9 500.
-FILE, PACKAGE, TESTS = 450, 10_100, 10_000
+# Lines; the package is on its way to 10 500.
+FILE, PACKAGE, TESTS = 450, 11_300, 10_000
 
 
 def lines(*patterns: str) -> dict[str, int]:

@@ -9,14 +9,16 @@ from typing import Any
 
 import openai
 import torch
-import uvicorn
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
+from transformers import LogitsProcessor
 
+from citer_hf import CiterConfig, CiterForCausalLM
 from citer_hf.serving import ServeOptions
-from citer_hf.serving.server import Server, build_app
+from citer_hf.serving.server import Server, build_app, runner_of
 from tests.chat_pairs import character_tokenizer
+from tests.families import EOS, tiny_model
 
 NAME = "tiny"
 
@@ -66,11 +68,50 @@ class Served:
         return int(answer.split(b" ", 2)[1]), answer.partition(b"\r\n\r\n")[2]
 
 
+MARKUP = (
+    "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}"
+    "{{ m.role + ':' + m.content }}{{ m.name or '' }}{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ begin or '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class Script(LogitsProcessor):
+    """Leaves one token at each place of the answer."""
+
+    def __init__(self, tokens: list[int], begin: int):
+        self.tokens, self.begin = tokens, begin
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.tokens[input_ids.shape[1] - self.begin]] = 0
+        return only
+
+
+def scripted(text: str, model_type: str = "qwen2", template: str = MARKUP) -> Any:
+    """A pair, with its tokenizer, that writes a given text in a markup that transformers knows for a type of model."""
+    tokenizer = character_tokenizer(template, [*map(chr, range(32, 127)), "\n"], "<|im_end|>")
+    small, large = (tiny_model("llama", seed, vocab_size=len(tokenizer)) for seed in (1, 2))
+    large.config.model_type = model_type
+    tokens = [*tokenizer(text).input_ids, EOS]
+
+    class Scripted(CiterForCausalLM):
+        def as_sequence(self, input_ids: Any, logits_processor: Any = None, **options: Any) -> Any:
+            logits_processor.append(Script(tokens, input_ids.shape[1]))
+            return super().as_sequence(input_ids, logits_processor=logits_processor, **options)
+
+    config = CiterConfig(small.config, large.config, "random", router_threshold=0.5)
+    model = Scripted(config, slm=small, llm=large).eval()
+    model.generation_config.update(pad_token_id=0, eos_token_id=EOS, max_length=None)
+    return model, tokenizer
+
+
 @contextmanager
 def serving(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Served]:
     """Serve a pair on a free port."""
     server = Server(model, tokenizer or character_tokenizer(), NAME, ServeOptions(**options))
-    runner = uvicorn.Server(uvicorn.Config(build_app(server), log_level="error", timeout_graceful_shutdown=1))
+    runner = runner_of(server, build_app(server))
+    runner.config.timeout_graceful_shutdown = 1
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

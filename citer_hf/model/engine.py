@@ -111,6 +111,23 @@ class Engine:
         """Draft one token of every sequence that may, and call the LLM when it is due."""
         # 1. Sequences join where slots are free.
         self._admit()
+        self._advance()
+
+    def step_apart(self) -> None:
+        """Step every sequence alone, after a step that failed: a sequence whose own step fails ends with its error."""
+        together = self.active
+        for one in together:
+            self.active = [one]
+            self._begin_cycle()
+            try:
+                self._advance()
+            except Exception as error:
+                if not one.finished:
+                    self._finish(one, error)
+        self.active = [one for one in together if not one.finished]
+        self._begin_cycle()
+
+    def _advance(self) -> None:
         # 2. The SLM processes a prompt, or the last token of every sequence, and drafts the next one.
         parts = self._to_draft()
         if parts:
@@ -130,13 +147,21 @@ class Engine:
             if any(one.shares(other, SHARED) > other.seen["slm"] - other.origin for other in unread):
                 break
             self.waiting.popleft()
-            one.slot = self.free[0] if one.slot < 0 else one.slot
+            one.slot = self._best_slot(one) if one.slot < 0 else one.slot
             self.free.remove(one.slot)
             self.active.append(one)
-            self._take_shared("slm", one)
+            for role in self.caches:
+                self._take_shared(role, one)
+            one.shared = one.seen["slm"] - one.origin
             # The sequences that joined last come last.
             self.held.pop(one.slot, None)
             self.held[one.slot] = one
+
+    def _best_slot(self, one: Sequence) -> int:
+        """Return the free slot that holds most of a prompt, of several the one that was given last long ago."""
+        order = {slot: place for place, slot in enumerate(self.held)}
+        shared = {slot: one.shares(self.held[slot], SHARED) for slot in self.free if slot in order}
+        return min(self.free, key=lambda slot: (-shared.get(slot, 0), order.get(slot, -1)))
 
     def _recent(self) -> list[Sequence]:
         return list(islice(reversed(self.held.values()), MOST_COMPARED))
@@ -230,19 +255,9 @@ class Engine:
     def _verify(self, sequences: list[Sequence]) -> None:
         """Let the LLM process what it has not seen and judge the drafts: accept, or replace one and drop the rest."""
         # 1. Prompts first where they are longer than a chunk, or begin like one that is processed now.
-        while True:
-            for one in sequences:
-                self._take_shared("llm", one)
-            prompts = [one for one in sequences if one.seen["llm"] < one.begin - 1]
-            leaders = [
-                one
-                for index, one in enumerate(prompts)
-                if not any(one.shares(other, SHARED) for other in prompts[:index])
-            ]
-            if len(leaders) == len(prompts) and all(one.unread("llm") <= self.chunk for one in prompts):
-                break
-            ends = [(one, min(one.seen["llm"] + self.chunk, one.begin - 1)) for one in leaders]
-            self.passes.run("llm", [(one, one.seen["llm"], end) for one, end in ends], [1])
+        sequences = self._without_prompts(sequences)
+        if not sequences:
+            return
         # 2. One pass, with logits where a verdict is needed: columns are counted from the last.
         began = time.perf_counter()
         parts = [(one, one.seen["llm"], one.end - 1) for one in sequences]
@@ -276,6 +291,25 @@ class Engine:
             self._walk(one, given)
         self._begin_cycle()
 
+    def _without_prompts(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Let the LLM process prompts up to their last chunk; return the sequences that can be judged."""
+        while True:
+            for one in sequences:
+                self._take_shared("llm", one)
+            prompts = [one for one in sequences if one.seen["llm"] < one.begin - 1]
+            leaders = [
+                one
+                for index, one in enumerate(prompts)
+                if not any(one.shares(other, SHARED) for other in prompts[:index])
+            ]
+            if len(leaders) == len(prompts) and all(one.unread("llm") <= self.chunk for one in prompts):
+                return sequences
+            ends = [(one, min(one.seen["llm"] + self.chunk, one.begin - 1)) for one in leaders]
+            self.passes.run("llm", [(one, one.seen["llm"], end) for one, end in ends], [1])
+            # The streams of others flow on between two chunks.
+            if any(one not in prompts for one in self.active):
+                return [one for one in sequences if one not in prompts]
+
     def _walk(self, one: Sequence, verdicts: dict[int, tuple[int, bool, Any]]) -> None:
         place, one.survival = one.end - len(one.drafts), 1.0
         for index, draft in enumerate(list(one.drafts)):
@@ -290,7 +324,8 @@ class Engine:
                 replaced = to_llm and token != drafted
                 self.pace.judge(draft.flagged, draft.score, not replaced)
                 agreed = draft.flagged and not replaced
-                settled = Settled(draft.score, to_llm, vetoed, agreed, own if to_llm else draft.kept)
+                by_llm = to_llm or one.veto >= 1
+                settled = Settled(draft.score, to_llm, vetoed, agreed, own if by_llm else draft.kept)
             if replaced:
                 # The caches hold a dropped draft at this place, and more behind it.
                 del one.tokens[place - one.origin :], one.drafts[1:]
@@ -333,7 +368,7 @@ class Engine:
                 one.on_settled(one)
             ends = one.stops.reached(one.length - len(one.drafts), one.last)
             if one.stops.others and not ends:
-                kept = tuple(each.kept[1][None] for each in one.record) if one.keeps_logits else None
+                kept = tuple(each.kept[1][None] for each in one.record if each.kept) if one.keeps_logits else None
                 ends = bool(one.stops.others(one.prefix(count), kept).all())
         except Exception as error:
             self._finish(one, error)

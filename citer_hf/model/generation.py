@@ -8,10 +8,11 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import StoppingCriteriaList
 from transformers.utils import logging
 
-from .batch import Call, decode, why_not_decoded
+from .batch import Call, decode, sequences_of, why_not_decoded
 from .cache import CiterCache, Routing, check_cache
 from .compat import CACHE, CiterBeamOutput, CiterGenerateOutput, cache_of, with_both_names, with_cache_name
 from .routers import as_threshold, as_veto
+from .sequence import Sequence
 from .slots import SlotCache
 
 logger = logging.get_logger(__name__)
@@ -80,6 +81,33 @@ class CiterGenerationMixin(GenerationMixin):
         own = {"router_threshold": router_threshold, "llm_veto": llm_veto, "max_drafts": max_drafts}
         kwargs |= {key: value for key, value in own.items() if value is not None}
         return with_both_names(super().generate(inputs, generation_config, *args, **with_cache_name(kwargs)))
+
+    def as_sequence(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[Sequence, str]:
+        """Return the sequence that `generate` would decode for one prompt, to be submitted to an engine.
+
+        Args:
+            input_ids: The prompt, `[1, tokens]`.
+            kwargs: Other keywords of `generate`, without streamer and tokenizer.
+
+        Returns:
+            The sequence, and why only transformers' loop can decode it; "" where an engine can.
+        """
+
+        def collect(
+            model: Any,
+            input_ids: Any,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **kw: Any,
+        ) -> Any:
+            begin_record(input_ids, generation_config, kw)
+            call = Call(input_ids, logits_processor, stopping_criteria, generation_config, kw)
+            (sequence,) = sequences_of(self, call)
+            sequence.slot = -1
+            return sequence, why_not_decoded(self, call)
+
+        return self.generate(input_ids, custom_generate=collect, **kwargs)  # type: ignore[return-value]
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any

@@ -68,6 +68,8 @@ class Sequence:
     shown: list[bool] | None = None
 
     slot: int = -1
+    # How many first tokens of the prompt the slots held already.
+    shared: int = field(default=0, init=False)
     seen: dict[str, int] = field(default_factory=dict)
     record: list[Settled] = field(default_factory=list, init=False)
     drafts: list[Draft] = field(default_factory=list, init=False)

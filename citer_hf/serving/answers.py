@@ -1,195 +1,258 @@
-"""One answer: how it is generated, what it took, and its JSON, whole and in pieces."""
+"""One answer in the making, and the JSON of the answers to a request, whole and in pieces."""
 
-import asyncio
+import random
+import string
 import threading
 import time
 import uuid
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.cli.serving.utils import DirectStreamer, ReasoningText, ToolCall
+from transformers.cli.serving.utils import ReasoningText, ToolCall
+
+from ..model.sequence import Sequence, Settled
+from .text import AnswerText
+
+# What OpenAI gives for a token that cannot come.
+NEVER = -9999.0
 
 
-class StopText:
-    """Passes text on as far as it can be no part of a stop string."""
+class Token(NamedTuple):
+    """A token of a prompt or an answer, and what was thought of it; `settled` is `None` in a prompt."""
 
-    def __init__(self, stops: tuple[str, ...] = ()):
-        self.stops, self.met, self._held = stops, False, ""
-
-    def feed(self, text: str) -> str:
-        """Take new text, and return what is now known to be part of the answer."""
-        if self.met:
-            return ""
-        text = self._held + text
-        found = [place for place in map(text.find, self.stops) if place >= 0]
-        self.met = bool(found)
-        # How much of the text's end may be the beginning of a stop string.
-        begun = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
-        end = min(found) if found else len(text) - begun
-        self._held = "" if self.met else text[end:]
-        return text[:end]
-
-    def rest(self) -> str:
-        """Return what was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
+    text: str
+    logprob: float | None = None
+    top: list[tuple[str, float]] = []
+    settled: Settled | None = None
 
 
-@dataclass
-class Finished:
+class Finished(NamedTuple):
     """The end of an answer."""
 
     reason: str
     prompt_tokens: int
+    cached_tokens: int
     tokens: int
     llm_tokens: int
     llm_calls: int
     first_token_seconds: float
 
 
-@dataclass
-class Answer:
-    """What an answer is generated from, and whether anybody still wants it."""
+class Piece(NamedTuple):
+    """What is new of an answer: text, reasoning and calls, tokens where they are asked for, and perhaps the end."""
 
-    prompt: list[int]
-    settings: GenerationConfig
-    processors: LogitsProcessorList
-    threshold: float
-    stops: tuple[str, ...]
-    seed: int | None
-    parser: Any
+    number: int
+    parts: list[Any]
+    tokens: list[Token]
+    finished: Finished | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """What an answer is generated from, who is told of it, and what has come of it so far.
+
+    Args:
+        number: Of the answer among those to its request.
+        sequence: What the engine decodes.
+        alone: Why only transformers' loop can decode it; "" where the engine can.
+        text: Makes parts from tokens.
+        tell: Takes an item for the client, on any thread.
+        cancelled: Set when nobody wants it any more.
+        arrived, deadline: Of the request, on the monotonic clock.
+        length: Most new tokens.
+        decoded: The text of a token.
+        top: Number of likeliest tokens to tell of; `None`: no logarithms of probabilities.
+        wants_tokens: Whether tokens are told at all.
+        echo: The prompt, where it is told first.
+        generate: Generates it with transformers' loop.
+        seed: Of what is sampled.
+    """
+
+    number: int
+    sequence: Sequence
+    alone: str
+    text: AnswerText
+    tell: Callable[[Any], None]
+    cancelled: threading.Event
     arrived: float
     deadline: float
-    cancelled: threading.Event
+    length: int
+    decoded: Callable[[int], str]
+    top: int | None
+    wants_tokens: bool
+    echo: str | None
+    generate: partial[Any]
+    seed: int
+    parts: list[Any] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    first_token: float = 0.0
 
+    def take(self, one: Sequence) -> bool:
+        """Take a token that was settled, on the inference thread; return True if the answer ends there."""
+        self.first_token = self.first_token or time.monotonic()
+        token, settled = one.last, one.record[-1]
+        if self.wants_tokens:
+            self.tokens.append(self.described(token, settled.kept[1] if settled.kept else None, settled))
+            # The logits of a whole answer would fill the memory.
+            one.record[-1] = settled._replace(kept=())
+        if token not in one.stops.end_tokens:
+            self.parts += self.text.feed(token)
+        return self.text.stopped
 
-class Pieces(DirectStreamer):
-    """Turns tokens into text, tool calls and reasoning, as transformers' server does, up to a stop string."""
+    def described(self, token: int, logits: torch.Tensor | None, settled: Settled | None) -> Token:
+        """Return a token with its probability under these logits `[vocabulary]`."""
+        if logits is None or self.top is None:
+            return Token(self.decoded(token), settled=settled)
+        logprobs = logits.float().log_softmax(-1).clamp(min=NEVER)
+        values, ids = logprobs.topk(min(self.top, len(logprobs)))
+        top = [(self.decoded(one), value) for one, value in zip(ids.tolist(), values.tolist(), strict=True)]
+        return Token(self.decoded(token), float(logprobs[token]), top, settled)
 
-    def __init__(self, tokenizer: Any, answer: Answer, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any]):
-        self.stop = StopText(answer.stops)
-        self.tokens: list[int] = []
-        self.first_token = 0.0
-        self.text = ""
-        super().__init__(tokenizer._tokenizer, loop, queue, response_parser=answer.parser)
+    def piece(self, finished: Finished | None = None) -> Piece:
+        """Return what is new."""
+        parts, tokens, self.parts, self.tokens = self.parts, self.tokens, [], []
+        return Piece(self.number, parts, tokens, finished)
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self._first:
-            self.first_token = self.first_token or time.monotonic()
-            self.tokens += value.reshape(-1).tolist()
-        super().put(value.reshape(-1))
-
-    def _enqueue(self, item: Any) -> None:
-        if item is None:
-            item = self.stop.rest()
-        elif isinstance(item, str) and not isinstance(item, ReasoningText):
-            self.text += item
-            item = self.stop.feed(item)
-        if item != "":
-            super()._enqueue(item)
-
-
-def write(
-    model: Any, tokenizer: Any, answer: Answer, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any]
-) -> Finished:
-    """Generate an answer, whose pieces are put into a queue."""
-    if answer.seed is None:
-        torch.seed()
-    else:
-        torch.manual_seed(answer.seed)
-    settings, pieces = answer.settings, Pieces(tokenizer, answer, loop, queue)
-
-    def ends_early(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        ends = pieces.stop.met or answer.cancelled.is_set() or time.monotonic() > answer.deadline
-        return torch.full((input_ids.shape[0],), ends, device=input_ids.device)
-
-    input_ids = torch.tensor([answer.prompt], device=model.device)
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=settings,
-        logits_processor=answer.processors,
-        stopping_criteria=StoppingCriteriaList([ends_early]),
-        router_threshold=answer.threshold,
-        streamer=pieces,
-        # Published stop strings need it.
-        **({"tokenizer": tokenizer} if settings.stop_strings else {}),
-    )
-    routing = output.past_key_values.routing
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    # Stop strings of a published generation config stay in the text, as in `generate`.
-    published = settings.stop_strings or []
-    stopped = pieces.text.endswith(tuple([published] if isinstance(published, str) else published))
-    return Finished(
-        reason="stop" if pieces.stop.met or stopped or pieces.tokens[-1] in ends else "length",
-        prompt_tokens=len(answer.prompt),
-        tokens=len(pieces.tokens),
-        llm_tokens=int(routing.to_llm.sum()),
-        llm_calls=routing.llm_calls,
-        first_token_seconds=pieces.first_token - answer.arrived,
-    )
+    def finish(self, cut: bool) -> Piece:
+        """Return what is left of a sequence that has ended, which was cut off or not."""
+        one, ends = self.sequence, not cut
+        tokens = one.generated
+        if tokens and not self.text.stopped and tokens[-1] not in one.stops.end_tokens:
+            ends = ends and len(tokens) < self.length
+        self.parts += self.text.rest()
+        return self.piece(
+            Finished(
+                reason="stop" if ends and tokens else "length",
+                prompt_tokens=one.begin,
+                cached_tokens=one.shared,
+                tokens=len(tokens),
+                llm_tokens=sum(step.to_llm for step in one.record),
+                llm_calls=len(one.passes["llm"]),
+                first_token_seconds=(self.first_token or time.monotonic()) - self.arrived,
+            )
+        )
 
 
 class Reply:
     """The JSON of the answers to one request, whole and as the pieces of a stream."""
 
-    def __init__(self, model: str, is_chat: bool, choices: int, choices_of_a_prompt: int):
-        self.is_chat, self.choices_of_a_prompt = is_chat, choices_of_a_prompt
+    def __init__(self, model: str, is_chat: bool, choices: int, choices_of_a_prompt: int, logprobs: bool):
+        self.is_chat, self.choices_of_a_prompt, self.has_logprobs = is_chat, choices_of_a_prompt, logprobs
         prefix, self.object = ("chatcmpl", "chat.completion") if is_chat else ("cmpl", "text_completion")
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.messages: list[dict[str, Any]] = [{} for _ in range(choices)]
+        self.tokens: list[list[Token]] = [[] for _ in range(choices)]
         self.reasons: list[str | None] = [None] * choices
-        self.finished: list[Finished] = []
+        self.finished: dict[int, Finished] = {}
 
-    def add(self, index: int, piece: Any) -> dict[str, Any]:
-        """Add a piece to an answer, and return the event that tells it in a stream."""
-        message = self.messages[index]
-        delta: dict[str, Any] = {}
-        if not message:
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Add a piece to an answer, and return its choices in the events of a stream."""
+        index, message, events = piece.number, self.messages[piece.number], []
+        begins, delta, called = not message, dict[str, Any](), []
+        if begins:
             message.update(role="assistant", content="")
             delta["role"] = "assistant"
-        if isinstance(piece, Finished):
-            self.finished.append(piece)
-            called = piece.reason == "stop" and "tool_calls" in message
-            self.reasons[index] = "tool_calls" if called else piece.reason
-        elif isinstance(piece, ToolCall):
-            calls = message.setdefault("tool_calls", [])
-            function = {"name": piece.name, "arguments": piece.arguments}
-            name = f"{self.head['id']}_{index}_tool_call_{len(calls)}"
-            calls.append({"id": name, "type": "function", "function": function})
-            delta["tool_calls"] = [{"index": len(calls) - 1, **calls[-1]}]
-        else:
-            name = "reasoning_content" if isinstance(piece, ReasoningText) else "content"
-            message[name] = message.get(name, "") + piece
-            delta[name] = piece
-        # The last choice tells the usage, as transformers' server does.
-        complete = len(self.finished) == len(self.messages)
-        return self.chunk([self._choice(index, "delta", delta)], **({"usage": self.usage()} if complete else {}))
+        for part in piece.parts:
+            if isinstance(part, ToolCall):
+                calls = message.setdefault("tool_calls", [])
+                function = {"name": part.name, "arguments": part.arguments}
+                calls.append({"id": call_id(), "type": "function", "function": function})
+                called.append({"index": len(calls) - 1, **calls[-1]})
+            else:
+                name = "reasoning_content" if isinstance(part, ReasoningText) else "content"
+                message[name] = message.get(name, "") + part
+                delta[name] = delta.get(name, "") + part
+        if called:
+            delta["tool_calls"] = called
+        if delta or piece.tokens:
+            events.append(self._choice(index, "delta", delta, piece.tokens))
+        self.tokens[index] += piece.tokens
+        if piece.finished is not None:
+            self.finished[index] = piece.finished
+            has_called = piece.finished.reason == "stop" and "tool_calls" in message
+            self.reasons[index] = "tool_calls" if has_called else piece.finished.reason
+            events.append(self._choice(index, "delta", {}, []))
+        return events
 
     def chunk(self, choices: list[dict[str, Any]], **usage: Any) -> dict[str, Any]:
         return {**self.head, "object": self.object + ".chunk" * self.is_chat, "choices": choices, **usage}
 
     def whole(self) -> dict[str, Any]:
-        choices = [self._choice(index, "message", message) for index, message in enumerate(self.messages)]
+        for message in self.messages:
+            message["content"] = message["content"] or (None if "tool_calls" in message else "")
+        choices = [
+            self._choice(index, "message", message, self.tokens[index]) for index, message in enumerate(self.messages)
+        ]
         return {**self.head, "object": self.object, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
         """Return what the request took: OpenAI's counts, and who wrote how much."""
-        tokens = sum(one.tokens for one in self.finished)
-        llm_tokens = sum(one.llm_tokens for one in self.finished)
-        prompt_tokens = sum(one.prompt_tokens for one in self.finished[:: self.choices_of_a_prompt])
+        ends = [self.finished[index] for index in sorted(self.finished)]
+        tokens, llm_tokens = sum(one.tokens for one in ends), sum(one.llm_tokens for one in ends)
+        prompts = ends[:: self.choices_of_a_prompt]
+        prompt_tokens = sum(one.prompt_tokens for one in prompts)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": tokens,
             "total_tokens": prompt_tokens + tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
             "slm_tokens": tokens - llm_tokens,
             "llm_tokens": llm_tokens,
             "llm_share": llm_tokens / tokens if tokens else 0.0,
-            "llm_calls": sum(one.llm_calls for one in self.finished),
+            "llm_calls": sum(one.llm_calls for one in ends),
         }
 
-    def _choice(self, index: int, name: str, message: dict[str, Any]) -> dict[str, Any]:
-        content = {name: message} if self.is_chat else {"text": message.get("content", "")}
-        return {"index": index, **content, "logprobs": None, "finish_reason": self.reasons[index]}
+    def _choice(self, index: int, name: str, message: dict[str, Any], tokens: list[Token]) -> dict[str, Any]:
+        content = {name: message} if self.is_chat else {"text": message.get("content") or ""}
+        logprobs: Any = None
+        if self.has_logprobs and tokens:
+            offset = sum(len(one.text) for one in self.tokens[index]) if name == "delta" else 0
+            logprobs = chat_logprobs(tokens) if self.is_chat else completion_logprobs(tokens, offset)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": self.reasons[index]}
+
+
+def call_id() -> str:
+    """Return an id that every chat template takes."""
+    return "".join(random.SystemRandom().choices(string.ascii_letters + string.digits, k=9))
+
+
+def chat_logprobs(tokens: list[Token]) -> dict[str, Any]:
+    def entry(text: str, logprob: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    told = [{**entry(one.text, one.logprob), "top_logprobs": [entry(*top) for top in one.top]} for one in tokens]
+    return {"content": told, "refusal": None}
+
+
+def completion_logprobs(tokens: list[Token], offset: int) -> dict[str, Any]:
+    offsets = []
+    for one in tokens:
+        offsets.append(offset)
+        offset += len(one.text)
+    return {
+        "tokens": [one.text for one in tokens],
+        "token_logprobs": [one.logprob for one in tokens],
+        # The chosen token is among them, as with OpenAI.
+        "top_logprobs": [
+            None if one.logprob is None else {one.text: one.logprob, **dict(reversed(one.top))} for one in tokens
+        ],
+        "text_offset": offsets,
+    }
+
+
+def routing_of(tokens: list[Token]) -> list[dict[str, Any]]:
+    """Return who decided each token of an answer: the SLM or the LLM, which was asked, or vetoed the SLM's."""
+    return [
+        {
+            "token": one.text,
+            "decided_by": "llm" if one.settled.to_llm else "slm",
+            "vetoed": one.settled.vetoed,
+            "accepted": one.settled.agreed,
+            "score": one.settled.score,
+        }
+        for one in tokens
+        if one.settled is not None
+    ]

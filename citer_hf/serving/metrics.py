@@ -23,6 +23,7 @@ class Metrics:
         )
         self.tokens = counter("citer_tokens", "Tokens written, by model.", ["model"])
         self.prompt_tokens = counter("citer_prompt_tokens", "Tokens of prompts.")
+        self.cached_tokens = counter("citer_cached_tokens", "Tokens of prompts that a slot held already.")
         self.llm_calls = counter("citer_llm_calls", "Forward passes of the LLM.")
         self.llm_share = histogram(
             "citer_llm_share", "Share of an answer's tokens that the LLM wrote.", buckets=SHARES
@@ -38,6 +39,9 @@ class Metrics:
         self.tokens.labels("slm").inc(finished.tokens - finished.llm_tokens)
         self.tokens.labels("llm").inc(finished.llm_tokens)
         self.prompt_tokens.inc(finished.prompt_tokens)
+        self.cached_tokens.inc(finished.cached_tokens)
         self.llm_calls.inc(finished.llm_calls)
+        if not finished.tokens:
+            return
         self.llm_share.observe(finished.llm_tokens / finished.tokens)
         self.first_token_seconds.observe(finished.first_token_seconds)

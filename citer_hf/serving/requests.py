@@ -1,28 +1,22 @@
-"""From a request to what generates its answers: prompt tokens, settings, processors, parser."""
+"""From a request to what generates its answers: prompt tokens, settings, processors."""
 
 import copy
 import inspect
+import json
 from typing import Any
 
 import torch
+from jinja2 import Environment, meta
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
-from transformers.cli.serving.utils import BaseHandler, Modality, build_response_parser, get_response_template
 
-from . import ServeOptions
-from .schema import ChatRequest, CompletionRequest, Request, RequestError
+from .schema import CalledTool, ChatRequest, CompletionRequest, Message, Request, RequestError, refusal
 
-# The oldest transformers that is supported does not ask for them.
-PARSER_KNOWS_TOOLS = "tools" in inspect.signature(build_response_parser).parameters
 # A request may not set these by way of `chat_template_kwargs`: they are the function's, not the template's.
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 # The longest answer where neither the request nor the model says one; transformers' server takes the same.
 USUAL_LENGTH = 1024
 # Below this, sampling is greedy decoding, and logits divided by it may be infinite.
 COLDEST = 1e-4
-
-
-def refusal(param: str, message: str) -> RequestError:
-    return RequestError(f"{param}: {message}", param=param)
 
 
 def prompts_of(tokenizer: Any, request: Any, vocabulary: int) -> list[list[int]]:
@@ -42,15 +36,21 @@ def chat_prompt(tokenizer: Any, request: ChatRequest) -> list[int]:
     if reserved := sorted(RESERVED & options.keys()):
         raise refusal("chat_template_kwargs", f"{', '.join(reserved)} cannot be set by a request. Leave it out.")
     tools = None if request.tool_choice == "none" else request.tools or None
-    messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    for message in messages:
-        # OpenAI's newer name, which templates do not know.
-        message["role"] = message["role"].replace("developer", "system")
+    if tools and not knows_tools(tokenizer):
+        raise refusal("tools", "the chat template of this model has no place for tools. Leave them out.")
+    continues = bool(request.continue_final_message)
+    if continues:
+        last = request.messages[-1]
+        if last.role != "assistant" or last.tool_calls or not text_of(last):
+            raise refusal("continue_final_message", "expected a last message of the assistant, with a text.")
+        if request.add_generation_prompt:
+            raise refusal("add_generation_prompt", "continue_final_message begins no new message. Leave either out.")
     try:
         rendered = tokenizer.apply_chat_template(
-            BaseHandler.get_processor_inputs_from_messages(messages, Modality.LLM),
-            tools=tools,
-            add_generation_prompt=True,
+            [for_template(message) for message in request.messages],
+            tools=None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools],
+            add_generation_prompt=not continues and request.add_generation_prompt is not False,
+            continue_final_message=continues,
             return_dict=True,
             **options,
         )
@@ -59,6 +59,49 @@ def chat_prompt(tokenizer: Any, request: ChatRequest) -> list[int]:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise refusal("messages", f"the model's chat template refuses them: {reason}") from error
     return list(rendered["input_ids"])
+
+
+def knows_tools(tokenizer: Any) -> bool:
+    """Return True if the chat template of a tokenizer looks at the tools that it is given."""
+    template = tokenizer.get_chat_template(tools=[{}])
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return "tools" in meta.find_undeclared_variables(environment.parse(template))
+    except Exception:
+        # transformers' own tags, such as `generation`.
+        return "tools" in template
+
+
+def text_of(message: Message) -> str:
+    if isinstance(message.content, list):
+        return "".join(part.text for part in message.content)
+    return message.content or ""
+
+
+def for_template(message: Message) -> dict[str, Any]:
+    """Return a message as chat templates expect it."""
+    found = message.model_dump(include={"name", "reasoning_content", "reasoning", "tool_call_id"}, exclude_none=True)
+    if message.reasoning is not None:
+        # The name that templates know; older transformers does not translate it.
+        found.setdefault("reasoning_content", message.reasoning)
+    # OpenAI's newer name, which templates do not know.
+    role = "system" if message.role == "developer" else message.role
+    if message.tool_calls:
+        found["tool_calls"] = [called(one) for one in message.tool_calls]
+    return {"role": role, "content": text_of(message), **found}
+
+
+def called(tool: CalledTool) -> dict[str, Any]:
+    """Return a call with its arguments as a mapping, which templates expect, or as text where they are broken."""
+    arguments: Any = tool.function.arguments
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments) if arguments.strip() else None
+        except (ValueError, RecursionError):
+            parsed = arguments
+        arguments = {} if parsed is None else parsed if isinstance(parsed, dict) else arguments
+    function = {"name": tool.function.name, "arguments": arguments}
+    return {**({} if tool.id is None else {"id": tool.id}), "type": "function", "function": function}
 
 
 def text_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) -> list[list[int]]:
@@ -77,28 +120,19 @@ def text_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) ->
     return [one or begin for one in ids]
 
 
-def parser_of(tokenizer: Any, llm: Any, request: Request, prompt: list[int]) -> Any:
-    """Return what finds tool calls and reasoning in an answer, or `None` where its text is all there is."""
-    if not isinstance(request, ChatRequest):
-        return None
-    markup, text = get_response_template(tokenizer, llm), tokenizer.decode(prompt)
-    anchors = (markup or {}).get("start_anchor", "")
-    # A prompt that does not lead up to the answer as the markup expects would be taken for a part of the answer.
-    if markup is None or not any(one in text for one in ([anchors] if isinstance(anchors, str) else anchors)):
-        return None
-    return build_response_parser(tokenizer, llm, prompt, **({"tools": request.tools} if PARSER_KNOWS_TOOLS else {}))
-
-
-def generation_settings(model: Any, request: Request, prompt_tokens: int, options: ServeOptions) -> GenerationConfig:
+def generation_settings(model: Any, request: Request, length: int) -> GenerationConfig:
     """Return the model's own settings with what the request changes."""
     settings = copy.deepcopy(model.generation_config)
-    length = answer_length(model, request, prompt_tokens, options, settings.max_new_tokens)
-    # One answer is generated at a time, which a stream can follow.
-    settings.update(max_new_tokens=length, max_length=None, min_length=0, num_beams=1, num_return_sequences=1)
-    settings.update(use_cache=True, return_dict_in_generate=True, output_scores=False, output_logits=False)
-    settings.update(output_hidden_states=False, output_attentions=False)
+    # An answer is one sequence, which a stream can follow.
+    settings.update(max_new_tokens=max(length, 1), max_length=None, min_length=0, num_beams=1, num_return_sequences=1)
+    settings.update(use_cache=True, cache_implementation=None, prompt_lookup_num_tokens=None, stop_strings=None)
+    settings.update(output_scores=False, output_hidden_states=False, output_attentions=False)
+    settings.update(return_dict_in_generate=True, output_logits=bool(request.logprobs))  # type: ignore[attr-defined]
     sampling = request.model_dump(include={"temperature", "top_p", "top_k", "min_p"}, exclude_none=True)
-    if request.temperature is not None and request.temperature < COLDEST:
+    if sampling.get("top_k", 1) <= 0:
+        # Off, which does not ask for sampling.
+        settings.update(top_k=sampling.pop("top_k") * 0)
+    if sampling.get("temperature", 1.0) < COLDEST or sampling.get("top_p") == 0:
         settings.update(do_sample=False, temperature=1.0, top_p=1.0, min_p=None)
     elif sampling:
         settings.update(do_sample=True, **sampling)
@@ -112,21 +146,22 @@ def generation_settings(model: Any, request: Request, prompt_tokens: int, option
     return settings
 
 
-def answer_length(model: Any, request: Request, prompt_tokens: int, options: ServeOptions, usual: int | None) -> int:
-    """Return how many tokens the answer may have."""
-    context, most = model.config.max_position_embeddings, options.max_new_tokens
-    asked, param = request.max_tokens, "prompt"
-    if isinstance(request, ChatRequest):
-        asked, param = request.max_completion_tokens or asked, "messages"
-    if asked is not None and asked > most:
-        raise refusal("max_tokens", f"got {asked}, and this server writes at most {most} (--max-new-tokens).")
-    left = most if context is None else context - prompt_tokens
-    if left < (asked or 1):
-        said = f"The models read at most {context} tokens; the prompt has {prompt_tokens} and the answer may have "
+def answer_length(request: Any, prompt_tokens: int, usual: int | None, most: int, context: int | None) -> int:
+    """Return how many tokens the answer may have: what is asked for, as far as the server and the models allow it."""
+    is_chat, asked = isinstance(request, ChatRequest), request.max_tokens
+    if is_chat and request.max_completion_tokens is not None:
+        asked = request.max_completion_tokens
+    echoes = not is_chat and bool(request.echo)
+    if asked == 0 and not echoes:
+        raise refusal("max_tokens", "expected at least 1, or with echo 0.")
+    left = most if context is None else min(most, context - prompt_tokens)
+    if left < 1 and not (left == 0 and echoes):
         raise RequestError(
-            f"{said}{asked or 1}. Shorten the prompt or lower max_tokens.", 400, param, "context_length_exceeded"
+            f"The models read at most {context} tokens, and the prompt has {prompt_tokens}. Shorten the prompt.",
+            param="messages" if is_chat else "prompt",
+            code="context_length_exceeded",
         )
-    return asked or min(usual or USUAL_LENGTH, left, most)
+    return min((usual or USUAL_LENGTH) if asked is None or asked < 0 else asked, left)
 
 
 class UsedTokens(LogitsProcessor):

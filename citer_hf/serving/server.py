@@ -2,13 +2,11 @@
 
 import asyncio
 import json
-import logging
 import socket
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent import futures
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,24 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
-from transformers import LogitsProcessorList
-from transformers.cli.serving.utils import InferenceThread
+from starlette.middleware.cors import CORSMiddleware
 
 from ..model.modeling import CiterForCausalLM
-from ..model.routers import as_threshold
 from . import ServeOptions
-from .answers import Answer, Finished, Reply, write
+from .answers import Answer, Piece, Reply, routing_of
 from .metrics import Metrics
-from .requests import UsedTokens, generation_settings, parser_of, prompts_of
-from .schema import INTERNAL, ChatRequest, CompletionRequest, Request, RequestError, answer_errors, error_body
+from .planning import Planner
+from .schema import ChatRequest, CompletionRequest, Request, RequestError, StreamOptions, answer_errors, error_body
+from .worker import BEGUN, STOPPING, Worker
 
-logger = logging.getLogger(__name__)
 BODY_SECONDS = 30.0
-# The longest wait for streams and for the answer under way when the server is told to stop.
+# The longest wait for the step under way when the server ends.
 SECONDS_TO_END = 5
-BEGUN = object()
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 # nginx' status of a request whose client has gone.
 CLIENT_LEFT = 499
-NO_MEMORY = "The server has not enough memory for this request. Shorten the prompt or lower max_tokens."
+# A proxy passes events on one by one.
+STREAM_HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 
 
 class Edge:
@@ -82,21 +78,26 @@ class Edge:
 
 
 class Server:
-    """Answers the requests of many clients with a pair, one answer at a time."""
+    """Answers the requests of many clients with a pair, several at once."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, options: ServeOptions):
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.names = (name, Path(name).name)
-        threshold = options.router_threshold
-        self.threshold = as_threshold(model.default_threshold if threshold is None else threshold)
+        self.planner = Planner(model, tokenizer, options)
         self.metrics = Metrics()
-        self.thread = InferenceThread()
+        capacity = self.planner.context if self.planner.is_static else None
+        self.worker = Worker(model, options.max_batch_size, capacity, self.metrics.count)
+        self.stopping = False
         self._requests = 0
 
+    def drain(self) -> None:
+        """Refuse new requests from now on, and end those in flight within the grace time."""
+        self.stopping = True
+        self.worker.drain(self.options.grace)
+
     def close(self) -> None:
-        """Wait until the answer under way has ended, which it soon does when nobody wants it any more."""
-        with suppress(futures.TimeoutError):
-            self.thread.submit(lambda: None).result(timeout=SECONDS_TO_END)
+        """End all answers, and wait until the one under way has ended, which it soon does."""
+        self.worker.close(SECONDS_TO_END)
 
     def check_name(self, model: str | None) -> None:
         """Raise an error for a request for another model."""
@@ -106,91 +107,60 @@ class Server:
     async def answer(self, request: fastapi.Request, body: Request) -> Response:
         """Answer a request, whole or as a stream."""
         self.check_name(body.model)
+        if self.stopping:
+            raise RequestError(STOPPING, 503)
+        if self._requests >= self.options.max_batch_size + self.options.max_waiting:
+            raise RequestError(f"{self._requests} requests are here already (--max-waiting). Try again later.", 503)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def tell(item: Any) -> None:
+            # Where the server has ended meanwhile, nobody listens.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
         # Templates and tokenizers take their time over long texts, and other requests wait for the event loop.
-        answers = await run_in_threadpool(self._plan, body, time.monotonic())
-        reply = Reply(self.names[0], isinstance(body, ChatRequest), len(answers), body.n or 1)
-        pieces = self._pieces(request, answers)
+        answers = await run_in_threadpool(self.planner.answers, body, time.monotonic(), tell)
+        is_chat = isinstance(body, ChatRequest)
+        reply = Reply(self.names[0], is_chat, len(answers), body.n or 1, answers[0].top is not None)
+        pieces = self._pieces(request, answers, queue)
         if body.stream:
             # A refusal has a status, which a stream that has begun cannot give any more.
             first = await anext(pieces, None)
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = stream(first, pieces, reply, include_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        async for index, piece in pieces:
-            reply.add(index, piece)
+            events = stream(first, pieces, reply, body.stream_options or StreamOptions())
+            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        async for piece in pieces:
+            reply.add(piece)
         return JSONResponse(reply.whole())
 
-    def _plan(self, body: Request, arrived: float) -> list[Answer]:
-        """Return the answers that a request asks for, those to one prompt side by side."""
-        cancelled, penalized = threading.Event(), body.frequency_penalty or body.presence_penalty
-        return [
-            Answer(
-                prompt=prompt,
-                settings=generation_settings(self.model, body, len(prompt), self.options),
-                processors=LogitsProcessorList([UsedTokens(body, len(prompt))] if penalized else []),
-                threshold=self.threshold if body.router_threshold is None else body.router_threshold,
-                stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-                seed=None if body.seed is None else (body.seed + number) % 2**63,
-                parser=parser_of(self.tokenizer, self.model.llm, body, prompt),
-                arrived=arrived,
-                deadline=arrived + self.options.timeout,
-                cancelled=cancelled,
-            )
-            for prompt in prompts_of(self.tokenizer, body, self.model.vocab_size)
-            for number in range(body.n or 1)
-        ]
-
-    async def _pieces(self, request: fastapi.Request, answers: list[Answer]) -> AsyncGenerator[tuple[int, Any], None]:
-        """Give the pieces of several answers as they are generated, with their numbers, and `Finished` after each."""
-        if self._requests > self.options.max_waiting:
-            raise RequestError(
-                f"{self._requests} requests are here already (--max-waiting). Try again later.", status=503
-            )
+    async def _pieces(
+        self, request: fastapi.Request, answers: list[Answer], queue: asyncio.Queue[Any]
+    ) -> AsyncGenerator[Piece, None]:
+        """Give the pieces of the answers to a request as they are generated."""
         self._requests += 1
         self.metrics.requests_here.inc()
-        queue: asyncio.Queue[Any] = asyncio.Queue()
         watch = asyncio.create_task(notice_leaving(request, answers[0].cancelled, queue))
+        begun, unfinished = False, len(answers)
         try:
-            for index, answer in enumerate(answers):
-                self.thread.submit(self._write, answer, asyncio.get_running_loop(), queue)
+            for answer in answers:
+                self.worker.submit(answer)
+            while unfinished:
+                seconds = None if begun else max(answers[0].deadline - time.monotonic(), 0.001)
                 try:
-                    piece = await asyncio.wait_for(queue.get(), max(answer.deadline - time.monotonic(), 0.001))
+                    piece = await asyncio.wait_for(queue.get(), seconds)
                 except asyncio.TimeoutError:
                     late = f"Its turn did not come within {self.options.timeout:g} s (--timeout). Try again later."
-                    raise RequestError(late, status=503) from None
-                while True:
-                    if isinstance(piece, RequestError):
-                        raise piece
-                    if piece is not BEGUN:
-                        yield index, piece
-                    if isinstance(piece, Finished):
-                        break
-                    piece = await queue.get()
+                    raise RequestError(late, 503) from None
+                if isinstance(piece, RequestError):
+                    raise piece
+                begun = True
+                if piece is not BEGUN:
+                    unfinished -= piece.finished is not None
+                    yield piece
         finally:
             answers[0].cancelled.set()
             watch.cancel()
             self._requests -= 1
             self.metrics.requests_here.dec()
-
-    def _write(self, answer: Answer, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any]) -> None:
-        """Generate an answer on this thread; whatever happens, the one who awaits it is told."""
-        if answer.cancelled.is_set():
-            return
-
-        def tell(item: Any) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, item)
-
-        tell(BEGUN)
-        try:
-            finished = write(self.model, self.tokenizer, answer, loop, queue)
-        except Exception as error:
-            logger.exception("An answer could not be written.")
-            # The operator's log alone says more.
-            is_memory = type(error).__name__ == "OutOfMemoryError"
-            tell(RequestError(NO_MEMORY if is_memory else INTERNAL, status=500))
-            return
-        self.metrics.count(finished)
-        tell(finished)
 
 
 async def notice_leaving(request: fastapi.Request, cancelled: threading.Event, queue: asyncio.Queue[Any]) -> None:
@@ -206,18 +176,21 @@ def event(content: Any) -> str:
 
 
 async def stream(
-    first: tuple[int, Any] | None, others: AsyncGenerator[tuple[int, Any], None], reply: Reply, include_usage: bool
+    first: Piece | None, others: AsyncGenerator[Piece, None], reply: Reply, options: StreamOptions
 ) -> AsyncIterator[str]:
     piece = first
     try:
         async with aclosing(others):
             while piece is not None:
-                yield event(reply.add(*piece))
+                for choice in reply.add(piece):
+                    if options.include_routing and choice["finish_reason"] is None:
+                        choice["routing"] = routing_of(piece.tokens)
+                    yield event(reply.chunk([choice]))
                 piece = await anext(others, None)
     except RequestError as error:
         yield event(error_body(error))
         return
-    if include_usage:
+    if options.include_usage:
         yield event(reply.chunk([], usage=reply.usage()))
     yield "data: [DONE]\n\n"
 
@@ -237,6 +210,7 @@ def build_app(server: Server) -> FastAPI:
     answer_errors(app)
     app.add_middleware(Edge, metrics=server.metrics, most=server.options.max_request_bytes)
     card = {"id": server.names[0], "object": "model", "created": int(time.time()), "owned_by": "citer"}
+    card["max_model_len"] = server.planner.context
 
     @app.post("/v1/chat/completions", responses=ANSWERS)
     async def chat_completions(request: fastapi.Request, body: ChatRequest) -> Response:
@@ -255,10 +229,10 @@ def build_app(server: Server) -> FastAPI:
         server.check_name(model)
         return card
 
-    @app.get("/health", responses={503: {"description": "The thread that generates has died."}})
+    @app.get("/health", responses={503: {"description": "The server is being stopped, or cannot generate."}})
     async def health() -> JSONResponse:
-        alive = server.thread._thread.is_alive()
-        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+        status = "stopping" if server.stopping else "ok" if server.worker.thread.is_alive() else "dead"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -267,12 +241,39 @@ def build_app(server: Server) -> FastAPI:
     return app
 
 
-def serve(load: Callable[[], CiterForCausalLM], name: str, **options: Any) -> None:
+class Runner(uvicorn.Server):
+    """uvicorn, which tells the server of a pair when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, server: Server):
+        super().__init__(config)
+        self.server = server
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.server.drain()
+        super().handle_exit(sig, frame)
+
+
+def runner_of(server: Server, app: Any) -> Runner:
+    """Return what serves an app on sockets, with the headers that let pages of other origins ask."""
+    origins = list(server.options.cors)
+    if origins:
+        # Around everything, errors included.
+        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    grace = int(server.options.grace) + SECONDS_TO_END
+    return Runner(
+        uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=grace), server
+    )
+
+
+def serve(
+    load: Callable[[], CiterForCausalLM], name: str, mount: Callable[[Any, Any], Any] | None = None, **options: Any
+) -> None:
     """Serve a pair to OpenAI clients until interrupted.
 
     Args:
         load: Loads the pair, once the port is taken.
         name: What requests call the model; the last part of a path is accepted too.
+        mount: Adds pages to the app, which it is given with the pair.
         options: Of `ServeOptions`.
 
     Raises:
@@ -287,22 +288,18 @@ def serve(load: Callable[[], CiterForCausalLM], name: str, **options: Any) -> No
         tokenizer = model.load_tokenizer()
         if tokenizer is None or not tokenizer.is_fast:
             raise ValueError(f"{name} has no tokenizer.json, which streams need. Save a fast tokenizer there.")
-        if chosen.cache_implementation is not None:
-            model.generation_config.cache_implementation = chosen.cache_implementation
         server = Server(model, tokenizer, name, chosen)
         host, port = listener.getsockname()[:2]
         print(
             f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 with threshold "
-            f"{server.threshold:g}; also /health and /metrics. Ctrl-C stops it.\n"
-            "Anyone who reaches this address can use it: it asks for no key.",
+            f"{server.planner.threshold:g} and {chosen.max_batch_size} slots; also /health and /metrics.\n"
+            "Ctrl-C stops it. Anyone who reaches this address can use it: it asks for no key.",
             file=sys.stderr,
             flush=True,
         )
-        config = uvicorn.Config(
-            build_app(server), log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_END
-        )
+        app = build_app(server)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            runner_of(server, app if mount is None else mount(app, model)).run(sockets=[listener])
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
         finally:

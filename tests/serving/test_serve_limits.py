@@ -17,6 +17,7 @@ import schemathesis
 import torch
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from citer_hf.serving import planning
 from citer_hf.serving import server as limits
 from citer_hf.serving.server import listen
 from tests.chat_pairs import character_tokenizer, chat_pair, invoke
@@ -43,8 +44,8 @@ def refusal(server: Served, body: Any, path: str = "/v1/completions") -> tuple[i
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 51}, "max_tokens", "writes at most 50"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
         ({"temperature": float("nan")}, "temperature", "finite"),
         ({"router_threshold": -0.1}, "router_threshold", "greater than or equal to 0"),
         ({"router_threshold": 2.1}, "router_threshold", "less than or equal to 2"),
@@ -52,12 +53,11 @@ def refusal(server: Served, body: Any, path: str = "/v1/completions") -> tuple[i
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"logit_bias": {"61": 1}}, "logit_bias", "from 0 to 60"),
         ({"logit_bias": {"٣": 1}}, "logit_bias", "from 0 to 60"),
-        ({"logprobs": 3}, "logprobs", "does not offer"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"beams": 4}, "beams", "does not offer"),
         ({"prompt": [[]]}, "prompt", "at least 1 item"),
         ({"prompt": [3, 61]}, "prompt", "below 61"),
         ({"prompt": "a" * 256}, "prompt", "read at most 256 tokens"),
-        ({"prompt": "a" * 230, "max_tokens": 40}, "prompt", "lower max_tokens"),
         ({"prompt": "a\ud800b"}, "prompt", "unicode"),
         ({"model": "gpt-5"}, "model", "has 'tiny' only"),
     ],
@@ -76,11 +76,18 @@ def test_a_completion_request_that_cannot_be_met_is_refused(served, changes, par
         ({"messages": [{"role": "system", "content": "refuse"}]}, "messages", "no system messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'text'"),
         ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages", "read at most 256"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
-        ({"tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
-        ({"logprobs": True}, "logprobs", "does not offer"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
+        ({"tool_choice": "required"}, "tool_choice", "among the tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "no place for tools"),
+        ({"top_logprobs": 3}, "top_logprobs", "logprobs to be true"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "does not offer"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "continue_final_message": True},
+            "continue_final_message",
+            "assistant",
+        ),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}}, "chat_template_kwargs", "cannot be set"),
-        ({"max_completion_tokens": 51}, "max_tokens", "writes at most 50"),
+        ({"functions": [{"name": "f"}]}, "functions", "at most 0"),
     ],
 )
 def test_a_chat_request_that_cannot_be_met_is_refused(served, changes, param, message):
@@ -140,7 +147,7 @@ def test_an_answer_that_takes_too_long_ends_where_it_is() -> None:
 
 def test_a_request_whose_turn_does_not_come_in_time_may_try_again_later() -> None:
     router = HeldRouter()
-    with serving(held(router), timeout=1.0) as server, ThreadPoolExecutor(1) as other:
+    with serving(held(router), timeout=1.0, max_batch_size=1) as server, ThreadPoolExecutor(1) as other:
         first = other.submit(server.complete, "abc", max_tokens=5)
         wait_until(lambda: router.asked > 0)
         for stream in (True, False):
@@ -153,7 +160,7 @@ def test_a_request_whose_turn_does_not_come_in_time_may_try_again_later() -> Non
 
 def test_more_requests_than_may_wait_are_told_to_come_back() -> None:
     router = HeldRouter()
-    with serving(held(router), max_waiting=1) as server, ThreadPoolExecutor(2) as others:
+    with serving(held(router), max_waiting=1, max_batch_size=1) as server, ThreadPoolExecutor(2) as others:
         asked = [others.submit(server.complete, "abc", max_tokens=3) for _ in range(2)]
         wait_until(lambda: server.metric("citer_requests_in_progress") == 2)
         with pytest.raises(openai.InternalServerError, match="max-waiting") as caught:
@@ -196,7 +203,7 @@ def test_a_failure_is_told_without_secrets_and_the_server_goes_on(monkeypatch, c
 
 
 def test_a_fault_of_the_server_is_told_without_its_secrets(monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
-    monkeypatch.setattr(limits, "prompts_of", Mock(side_effect=RuntimeError("secret")))
+    monkeypatch.setattr(planning, "prompts_of", Mock(side_effect=RuntimeError("secret")))
     status, error = refusal(served, ASK)
     assert status == 500 and "its log says why" in error["message"] and "secret" not in str(error)
 

@@ -1,0 +1,130 @@
+"""Answers in a given form: JSON of a schema, or a call of a tool, by masks over the vocabulary (xgrammar)."""
+
+import json
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+from ..runs import import_extra
+from .schema import ChatRequest, Request, refusal
+
+END_OF_THOUGHT = "</think>"
+
+
+class Grammars:
+    """The grammars of a tokenizer, each compiled once.
+
+    Args:
+        tokenizer: Of the pair.
+        vocabulary: Number of logits.
+        end_tokens: Ids of end tokens.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: list[int]):
+        self.tokenizer, self.vocabulary, self.end_tokens = tokenizer, vocabulary, end_tokens
+        self._compiler: Any = None
+
+    def mask(self, request: Request, prompt_tokens: int, thinks: bool) -> "list[LogitsProcessor]":
+        """Return what keeps an answer in the form that a request asks for, or nothing where it may have any."""
+        param, schema = wanted_form(request)
+        if schema is None:
+            return []
+        if not self.end_tokens:
+            raise refusal(param, "this model has no end token, so that no answer would end.")
+        try:
+            xgrammar = import_extra("xgrammar", "grammar")
+            if self._compiler is None:
+                info = xgrammar.TokenizerInfo.from_huggingface(
+                    self.tokenizer, vocab_size=self.vocabulary, stop_token_ids=self.end_tokens
+                )
+                self._compiler = xgrammar.GrammarCompiler(info)
+            # White space that nothing ends would be valid too.
+            grammar = self._compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
+        except ImportError as error:
+            raise refusal(param, f"not offered here: {error}") from None
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise refusal(param, f"no schema that can be followed: {str(error)[:200]}") from error
+        return [Mask(xgrammar, grammar, self.tokenizer, prompt_tokens, self.end_tokens, thinks)]
+
+
+def wanted_form(request: Request) -> tuple[str, Any]:
+    """Return the field that asks for a form, and the schema; `None` where an answer may have any."""
+    tools = forced_tools(request)
+    if tools:
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.name}, "arguments": tool.parameters or {"type": "object"}},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+        return "tool_choice", calls[0] if len(calls) == 1 else {"anyOf": calls}
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return "", None
+    return "response_format", wanted.json_schema.schema_ if wanted.json_schema else {"type": "object"}
+
+
+def forced_tools(request: Request) -> list[Any]:
+    """Return the functions of which one must be called, or nothing."""
+    if not isinstance(request, ChatRequest) or request.tool_choice in (None, "none", "auto"):
+        return []
+    functions = [tool.function for tool in request.tools or []]
+    if not isinstance(request.tool_choice, str):
+        name = request.tool_choice.function.name
+        functions = [one for one in functions if one.name == name]
+    if not functions:
+        raise refusal("tool_choice", "expected a function that is among the tools.")
+    return functions
+
+
+class Mask(LogitsProcessor):
+    """Leaves the tokens that a grammar allows behind any prefix of the answer, in whatever order it is asked."""
+
+    def __init__(
+        self, xgrammar: Any, grammar: Any, tokenizer: Any, prompt_tokens: int, end_tokens: list[int], thinks: bool
+    ):
+        self._xgrammar, self._matcher = xgrammar, xgrammar.GrammarMatcher(grammar)
+        self._tokenizer, self._prompt_tokens, self._thinks = tokenizer, prompt_tokens, thinks
+        self._end_tokens, self._accepted = torch.tensor(end_tokens), list[int]()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        answer = input_ids[0, self._prompt_tokens :].tolist()
+        if self._thinks:
+            # Thoughts have no form.
+            thought = thought_tokens(self._tokenizer, answer)
+            if thought is None:
+                return scores
+            answer = answer[thought:]
+        # 1. Go back to what this prefix has in common with the last one, and on from there.
+        common = next((i for i, (a, b) in enumerate(zip(answer, self._accepted, strict=False)) if a != b), None)
+        common = min(len(answer), len(self._accepted)) if common is None else common
+        self._matcher.rollback(len(self._accepted) - common)
+        del self._accepted[common:]
+        for token in answer[common:]:
+            if not self._matcher.accept_token(token):
+                raise ValueError(f"the token {token} does not fit the grammar")
+            self._accepted.append(token)
+        # 2. What the grammar does not allow cannot be chosen.
+        bits = self._xgrammar.allocate_token_bitmask(1, scores.shape[-1])
+        self._matcher.fill_next_token_bitmask(bits)
+        allowed = torch.zeros(1, scores.shape[-1])
+        self._xgrammar.apply_token_bitmask_inplace(allowed, bits)
+        allowed = allowed == 0
+        ends = allowed[:, self._end_tokens].sum()
+        if ends and ends == allowed.sum():
+            # It is complete: the answer ends, whatever else suppresses end tokens.
+            scores = torch.zeros_like(scores)
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+
+def thought_tokens(tokenizer: Any, answer: list[int]) -> int | None:
+    """Return how many first tokens are thoughts, the mark of their end included; `None` where they have not ended."""
+    text = tokenizer.decode(answer)
+    if END_OF_THOUGHT not in text:
+        return None
+    counts = range(1, len(answer) + 1)
+    return next(count for count in counts if END_OF_THOUGHT in tokenizer.decode(answer[:count]))

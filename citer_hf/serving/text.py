@@ -1,0 +1,199 @@
+"""From tokens to what a client sees: text up to a stop string, reasoning, tool calls."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from transformers.cli.serving.utils import ReasoningText, ToolCall, get_response_template, response_events_to_chunks
+from transformers.utils.chat_parsing import ResponseParser
+
+from .grammar import forced_tools
+from .schema import ChatRequest, Request
+
+# For models of which transformers knows no markup: thoughts at the beginning of an answer, and calls where the chat
+# template asks for them in this form.
+THOUGHTS = {"open_pattern": r"\A\s*<think>", "close": "</think>", "content": "text"}
+CALLS = {
+    "open_pattern": r"\s*<tool_call>",
+    "close": "</tool_call>",
+    "repeats": True,
+    "content": "json",
+    "transform": {"type": "function", "function": "{content}"},
+}
+
+
+class StopText:
+    """Passes text on as far as it can be no part of a stop string, which sees hidden text too."""
+
+    def __init__(self, stops: Sequence[str] = ()):
+        self.stops, self.met, self._held, self._shown = stops, False, "", list[bool]()
+
+    def feed(self, text: str, shown: bool = True) -> str:
+        """Take new text, and return what is now known to be part of the answer."""
+        if self.met:
+            return ""
+        text, self._shown = self._held + text, self._shown + [shown] * len(text)
+        found = [place for place in map(text.find, self.stops) if place >= 0]
+        self.met = bool(found)
+        # How much of the text's end may be the beginning of a stop string.
+        begun = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        return self._release(text, min(found) if found else len(text) - begun)
+
+    def rest(self) -> str:
+        """Return what was held back, when no more text comes."""
+        return "" if self.met else self._release(self._held, len(self._held))
+
+    def _release(self, text: str, end: int) -> str:
+        released = "".join(one for one, shown in zip(text[:end], self._shown, strict=False) if shown)
+        self._held, self._shown = text[end:], self._shown[end:]
+        return released
+
+
+class Parser(ResponseParser):
+    """transformers' parser of answers; a call that cannot be parsed stays the text that it is."""
+
+    _start = 0
+
+    def _open_explicit(self, events: list[dict[str, Any]], field: Any, m: Any) -> None:
+        self._start = m.start()
+        super()._open_explicit(events, field, m)
+
+    def _close_current(self, events: list[dict[str, Any]]) -> None:
+        field, before, end = self._current, len(events), self._pos
+        try:
+            super()._close_current(events)
+            if field == "tool_calls" and len(events) > before:
+                function = events[-1]["value"]["function"]
+                if not (isinstance(function["name"], str) and function["name"]):
+                    raise ValueError("a call without a name")
+                if not isinstance(function["arguments"], dict | str):
+                    raise ValueError("a call without arguments")
+        except Exception:
+            # The text is a model's: it may break any rule.
+            text = {"type": "region_chunk", "field": "content", "text": self._buffer[self._start : end]}
+            events[before:] = [text]
+            self._reset_to_implicit()
+
+
+class ForcedCall:
+    """Stands for a parser where the whole answer is one call, of the form that a grammar has kept it in."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def feed(self, text: str) -> list[Any]:
+        self._text += text
+        return []
+
+    def rest(self) -> list[Any]:
+        try:
+            call = json.loads(self._text)
+            return [ToolCall(name=call["name"], arguments=json.dumps(call["arguments"], ensure_ascii=False))]
+        except (ValueError, KeyError, TypeError):
+            # Cut off.
+            return [self._text] if self._text else []
+
+
+class Markup:
+    """Tells reasoning and tool calls from the answer, without the white space around thoughts.
+
+    Args:
+        tokenizer, llm: Which say how the model marks them.
+        tools: Of the request, which say what types arguments have.
+        begun: The text that the answer continues, and that it is no part of: the mark that opens thoughts, or "".
+    """
+
+    def __init__(self, tokenizer: Any, llm: Any, tools: Any, begun: str):
+        self.template = template_of(tokenizer, llm)
+        self._parser = Parser(self.template, prefix="", tools=tools)
+        self._parser.feed(begun)
+        self._space, self._thought = "", bool(begun)
+
+    def feed(self, text: str) -> list[Any]:
+        return self._trimmed(response_events_to_chunks(self._parser.feed(text)))
+
+    def rest(self) -> list[Any]:
+        return self._trimmed(response_events_to_chunks(self._parser.finalize()[1]))
+
+    def _trimmed(self, parts: list[Any]) -> list[Any]:
+        found = []
+        for part in parts:
+            if isinstance(part, ReasoningText):
+                # White space is held until more of the thought follows.
+                held, self._space = (self._space + part, "") if part.strip() else ("", self._space + part)
+                kept = held.rstrip()
+                self._space += held[len(kept) :]
+                self._thought, part = True, ReasoningText(kept if self._begun else kept.lstrip())
+                self._begun = self._begun or bool(kept)
+            elif isinstance(part, str) and self._thought:
+                part = part.lstrip()
+                self._thought = not part
+            if part != "":
+                found.append(part)
+        return found
+
+    _begun = False
+
+
+def template_of(tokenizer: Any, llm: Any) -> dict[str, Any]:
+    """Return how a model marks reasoning and calls, in transformers' form."""
+    calls = {"tool_calls": CALLS} if "<tool_call>" in str(tokenizer.chat_template) else {}
+    fields = {"reasoning_content": THOUGHTS, **calls, "content": {"content": "text"}}
+    return get_response_template(tokenizer, llm) or {"start_anchor": "\0", "fields": fields}
+
+
+def open_thought(tokenizer: Any, llm: Any, prompt: str) -> str:
+    """Return the mark with which a prompt leaves thoughts open, or ""."""
+    field = template_of(tokenizer, llm)["fields"].get("reasoning_content", {})
+    marks = [field["open"]] if isinstance(field.get("open"), str) else list(field.get("open") or ["<think>"])
+    return next((mark for mark in marks if prompt.rstrip().endswith(mark.rstrip())), "")
+
+
+class AnswerText:
+    """Turns the tokens of an answer into parts: text, reasoning and tool calls.
+
+    Args:
+        tokenizer: Of the pair.
+        specials: The texts of its special tokens, which are not shown.
+        stops: Strings before which the answer ends.
+        parser: A `Markup` or `ForcedCall`; `None`: all is text.
+    """
+
+    def __init__(self, tokenizer: Any, specials: dict[int, str], stops: Sequence[str], parser: Any):
+        self._tokenizer, self._specials, self._parser = tokenizer._tokenizer, specials, parser
+        self._stream, self._stop = DecodeStream(skip_special_tokens=True), StopText(stops)
+        # Special tokens that mark reasoning or calls are for the parser.
+        self._marks = str(getattr(parser, "template", ""))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._stop.met
+
+    def feed(self, token: int) -> list[Any]:
+        special = self._specials.get(token)
+        if special is not None:
+            return self._parsed(self._stop.feed(special, shown=special in self._marks))
+        return self._parsed(self._stop.feed(self._stream.step(self._tokenizer, token) or ""))
+
+    def rest(self) -> list[Any]:
+        """Return what was held back, when no more tokens come."""
+        parts = self._parsed(self._stop.rest())
+        return parts if self._parser is None else parts + self._parser.rest()
+
+    def _parsed(self, text: str) -> list[Any]:
+        if self._parser is None or not text:
+            return [text] if text else []
+        found: list[Any] = self._parser.feed(text)
+        return found
+
+
+def parser_of(tokenizer: Any, llm: Any, request: Request, begun: str) -> Any:
+    """Return what finds tool calls and reasoning in an answer, or `None` where its text is all there is."""
+    if not isinstance(request, ChatRequest):
+        return None
+    if forced_tools(request):
+        return ForcedCall()
+    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or []]
+    return Markup(tokenizer, llm, tools, begun)
