@@ -27,7 +27,7 @@ class Served:
     """A running server."""
 
     def __init__(self, server: Server, port: int):
-        self.metrics, self.port = server.metrics, port
+        self.server, self.metrics, self.port = server, server.metrics, port
         self.url = f"http://127.0.0.1:{port}"
 
     def client(self) -> openai.OpenAI:
@@ -70,7 +70,7 @@ class Served:
 
 MARKUP = (
     "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}"
-    "{{ m.role + ':' + m.content }}{{ m.name or '' }}{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{{ m.role + ':' + m.content + (m.name or '') }}{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
     "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ begin or '<|im_start|>assistant\\n' }}{% endif %}"
 )

@@ -21,7 +21,7 @@ from .passes import Part, Passes
 from .routers import defer
 from .sampling import chosen, processed
 from .schedule import Pace
-from .sequence import Draft, Sequence, Settled
+from .sequence import MOST_DRAFTS, Draft, Sequence, Settled
 from .slots import keeps_slots
 
 # Most tokens of a prompt in one pass, so that other sequences go on in between.
@@ -246,7 +246,8 @@ class Engine:
         self._spent, self._expected, self._steps = 0.0, 0.0, 0
 
     def _call_is_due(self, judged: list[Sequence]) -> bool:
-        if any(one.needs_verdict for one in judged):
+        # However fast others go on, nobody waits for the LLM longer than so many steps.
+        if any(one.needs_verdict for one in judged) or self._steps >= MOST_DRAFTS:
             return True
         able = [one.survival for one in self.active if one.may_draft]
         tokens = sum(one.unread("llm") for one in judged)

@@ -10,6 +10,21 @@ from ..runs import import_extra
 from .schema import ChatRequest, Request, refusal
 
 END_OF_THOUGHT = "</think>"
+# Keywords of JSON schemas that xgrammar passes over.
+PASSED_OVER = {"not", "if", "then", "else", "uniqueItems", "unevaluatedItems"} | {
+    "dependencies", "dependentRequired", "dependentSchemas", "minContains", "maxContains"
+}  # fmt: skip
+# Of these it follows one, and nothing beside it.
+ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const", "pattern", "format")
+BESIDE = {"title", "description", "default", "examples", "deprecated", "$comment", "$schema", "$id", "$defs"}
+BESIDE |= {"definitions", "readOnly", "writeOnly", "nullable", "discriminator"}
+HOLD_SCHEMAS = (
+    "anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalProperties", "contains", "propertyNames"
+)  # fmt: skip
+TYPES: dict[str, Any] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "object": dict,
+    "array": list,
+}  # fmt: skip
 
 
 class Grammars:
@@ -39,13 +54,53 @@ class Grammars:
                     self.tokenizer, vocab_size=self.vocabulary, stop_token_ids=self.end_tokens
                 )
                 self._compiler = xgrammar.GrammarCompiler(info)
+            if fault := not_followed(schema):
+                raise ValueError(f"{fault} is not followed; leave it out")
             # White space that nothing ends would be valid too.
             grammar = self._compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
         except ImportError as error:
             raise refusal(param, f"not offered here: {error}") from None
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, RecursionError) as error:
             raise refusal(param, f"no schema that can be followed: {str(error)[:200]}") from error
         return [Mask(xgrammar, grammar, self.tokenizer, prompt_tokens, self.end_tokens, thinks)]
+
+
+def not_followed(schema: Any) -> str:
+    """Return what of a schema xgrammar would pass over, so that an answer could break it; "" where it follows all."""
+    if not isinstance(schema, dict):
+        return ""
+    if found := sorted(PASSED_OVER & schema.keys()):
+        return found[0]
+    beside, kind = schema.keys() - BESIDE, schema.get("type")
+    if found := [name for name in ALONE if name in schema]:
+        known = {"type"} if found[0] in ("enum", "const", "pattern", "format") else set()
+        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        of_type = kind is None or all(isinstance(value, TYPES.get(str(kind), ())) for value in values)
+        if beside - known - {found[0]} or not of_type or (found[0] == "allOf" and len(schema["allOf"]) > 1):
+            return f"what stands beside {found[0]}" if found[0] != "allOf" else "allOf"
+        if found[0] == "oneOf" and "discriminator" not in schema:
+            return "oneOf without a discriminator"
+    elif beside and kind is None and not beside & {"properties", "items", "prefixItems", "required"}:
+        return f"{sorted(beside)[0]} without a type"
+    if not set(schema.get("required") or ()) <= (schema.get("properties") or {}).keys():
+        return "required of what is no property"
+    if kind == "number" and "multipleOf" in schema:
+        return "multipleOf of a number"
+    named = [schema.get(name) for name in ("properties", "patternProperties", "$defs", "definitions")]
+    parts = [part for one in named if isinstance(one, dict) for part in one.values()]
+    for name in (
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "prefixItems",
+        "items",
+        "additionalProperties",
+        "contains",
+        "propertyNames",
+    ):
+        part = schema.get(name)
+        parts += part if isinstance(part, list) else [part]
+    return next(filter(None, map(not_followed, parts)), "")
 
 
 def wanted_form(request: Request) -> tuple[str, Any]:

@@ -61,8 +61,10 @@ class Planner:
                 model = copy.copy(self.model)
                 model.generation_config = options["generation_config"]
                 sequence, alone = model.as_sequence(**options)
-                if alone and top is not None:
-                    raise refusal("logprobs", f"not offered here, since {alone}.")
+                if alone:
+                    if top is not None or body.llm_veto:
+                        raise refusal("llm_veto" if top is None else "logprobs", f"not offered here, since {alone}.")
+                    options.pop("llm_veto", None)
                 if sequence.choice.generator is not None:
                     sequence.choice.generator.manual_seed(seed)
                 parser = parser_of(self.tokenizer, self.model.llm, body, begun)

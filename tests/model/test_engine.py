@@ -189,3 +189,15 @@ def test_what_a_seeded_sequence_draws_depends_on_nothing_but_its_seed(threshold)
         drawn.append([one.generated for one in sequences])
     assert all(texts == drawn[0] for texts in drawn[1:])
     assert drawn[0] != [naive_generate(MODEL, prompt, 12, threshold, EOS, 0.3).tokens for prompt in prompts]
+
+
+def test_a_sequence_gets_its_verdict_however_long_others_go_on_without_the_llm():
+    prompts = random_prompts((6, 9))
+    engine = Engine(MODEL, 2, pace=Pace(fixed_ratio=1000.0))
+    alone, asking = (sequence(prompt, 300, threshold) for prompt, threshold in zip(prompts, (0.0, 2.0), strict=True))
+    alone.stops, asking.stops = Stops(400), Stops(12)
+    for one in (alone, asking):
+        engine.submit(one)
+    for _ in range(200):
+        engine.step()
+    assert asking.finished and not alone.finished and engine.calls["llm"] <= 5

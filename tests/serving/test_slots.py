@@ -1,0 +1,215 @@
+"""Many requests at once: each answer is what the same request gets alone, whatever becomes of the others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.chat_pairs import character_tokenizer, chat_pair, save_demo_pair
+from tests.served import HeldRouter, Served, serving, wait_until
+from tests.serving.test_serve import held
+
+TOKENIZER = character_tokenizer()
+START = "the quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(chat_pair("llama", "gemma3"), max_batch_size=4) as server:
+        yield server
+
+
+def ask(server: Served, number: int, veto: bool = True) -> Any:
+    """A request with settings of its own, and what there is to compare of its answer."""
+    options: dict[str, Any] = {"max_tokens": 5 + 3 * (number % 7)}
+    options["extra_body"] = {"router_threshold": (number % 4) / 2, "llm_veto": (0.0, 0.3, 1.0)[number % 3] * veto}
+    if number % 2:
+        options |= {"temperature": 1.2, "seed": number, "frequency_penalty": number % 5 / 4}
+    if number % 5 == 0:
+        options["stop"] = ["a", "th"]
+    if number % 6 == 0:
+        options |= {"logprobs": 2, "echo": True}
+    answer = server.complete((START * (number % 4))[: 7 * number] + f"{number} is", n=1 + number % 2, **options)
+    used = answer.usage
+    return [(one.text, one.finish_reason) for one in answer.choices], used.slm_tokens, used.llm_tokens
+
+
+def test_every_answer_is_the_one_that_the_request_gets_alone(served: Served) -> None:
+    alone = [ask(served, number) for number in range(20)]
+    for order in (range(20), range(19, -1, -1)):
+        with ThreadPoolExecutor(20) as clients:
+            answers = list(clients.map(lambda number: ask(served, number), order))
+        assert answers == [alone[number] for number in order]
+
+
+def test_what_a_finished_slot_holds_of_a_prompt_is_not_processed_again(served: Served, count_calls: Any) -> None:
+    model = served.server.model
+    with serving(model, TOKENIZER) as server:
+        first = server.complete(START, max_tokens=9, extra_body={"llm_veto": 0.3})
+        assert first.usage.prompt_tokens_details.cached_tokens == 0
+        # Another request in between takes another slot.
+        server.complete("x" * 40, max_tokens=3)
+        passes = {role: count_calls(getattr(model, role)) for role in ("slm", "llm")}
+        longer = START + first.choices[0].text + "yes?"
+        again = server.complete(longer, max_tokens=1, extra_body={"llm_veto": 0.3})
+        held = len(START) + 8
+        assert again.usage.prompt_tokens_details.cached_tokens == held
+        assert max(passes["slm"]) <= len(longer) - held and max(passes["llm"]) <= len(longer) - len(START) + 1
+        fresh = served.complete(longer, max_tokens=1, extra_body={"llm_veto": 0.3})
+        assert fresh.choices[0].text == again.choices[0].text
+        assert server.metric("citer_cached_tokens_total") == held
+
+
+def test_a_request_that_the_models_fail_at_leaves_the_others_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No answer has a begin token.
+    model, bad = chat_pair(), TOKENIZER.bos_token_id
+    with serving(model) as server:
+        expected = [ask(server, number) for number in range(6)]
+        for role in ("slm", "llm"):
+            forward = getattr(model, role).forward
+
+            def fails(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+                if (kwargs["input_ids"] == bad).any():
+                    raise RuntimeError("secret")
+                return forward(*args, **kwargs)
+
+            with monkeypatch.context() as patch, ThreadPoolExecutor(8) as clients:
+                patch.setattr(getattr(model, role), "forward", fails)
+                failing = clients.submit(server.complete, [5, bad], max_tokens=9, extra_body={"router_threshold": 2})
+                answers = list(clients.map(lambda number: ask(server, number), range(6)))
+                with pytest.raises(openai.InternalServerError, match="its log says why"):
+                    failing.result()
+            assert answers == expected
+
+
+def test_a_stream_flows_while_another_prompt_is_processed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chat_pair()
+    model.generation_config.prefill_chunk_size = 8
+    lengths: list[int] = []
+    for role in ("slm", "llm"):
+        forward = getattr(model, role).forward
+
+        def slow(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            lengths.append(kwargs["input_ids"].shape[1])
+            time.sleep(0.002 * lengths[-1])
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(getattr(model, role), "forward", slow)
+    with serving(model) as server, ThreadPoolExecutor(1) as other:
+        stream = iter(server.complete("ab", max_tokens=100, stream=True, extra_body={"router_threshold": 0}))
+        next(stream)
+        long = other.submit(server.complete, "x" * 200, max_tokens=2, extra_body={"router_threshold": 2})
+        wait_until(lambda: server.metric("citer_requests_in_progress") == 2)
+        before, flowed = len(lengths), 0
+        while not long.done():
+            next(stream)
+            flowed += 1
+        assert flowed > 20 and max(lengths[before:]) <= 40
+        stream.close()
+
+
+def test_answers_that_wait_are_written_when_a_slot_is_free_and_in_order() -> None:
+    router, ends = HeldRouter(), []
+    with serving(held(router), max_batch_size=2) as server, ThreadPoolExecutor(5) as clients:
+
+        def client(number: int) -> None:
+            server.complete("abc", max_tokens=3)
+            ends.append(number)
+
+        for number in range(5):
+            clients.submit(client, number)
+            wait_until(lambda count=number + 1: server.metric("citer_requests_in_progress") == count)
+        router.permits.release(1000)
+        wait_until(lambda: len(ends) == 5)
+    assert set(ends[:2]) == {0, 1} and ends[4] == 4
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
+def test_models_that_cannot_take_tokens_back_write_one_answer_after_the_other(kind: str) -> None:
+    model = chat_pair(kind, "llama")
+    with serving(model) as server, ThreadPoolExecutor(4) as clients:
+        alone = [ask(server, number, veto=False) for number in (1, 2, 5, 7)]
+        assert list(clients.map(lambda number: ask(server, number, veto=False), (1, 2, 5, 7))) == alone
+        with pytest.raises(openai.BadRequestError, match="llm_veto: not offered here"):
+            ask(server, 1)
+        with pytest.raises(openai.BadRequestError, match="logprobs: not offered here"):
+            server.complete("ab", logprobs=1)
+
+
+def test_a_static_cache_gives_the_same_answers() -> None:
+    model = chat_pair()
+    with serving(model) as growing, serving(model, cache_implementation="static", max_model_len=120) as static:
+        assert static.client().models.list().data[0].max_model_len == 120
+        numbers = (0, 1, 2, 3, 8)
+        with ThreadPoolExecutor(5) as clients:
+            answers = list(clients.map(lambda number: ask(static, number), numbers))
+        assert answers == [ask(growing, number) for number in numbers]
+
+
+def test_a_server_that_is_told_to_stop_ends_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:
+    directory = save_demo_pair(tmp_path)
+    command = [sys.executable, "-m", "citer_hf.cli", "serve", str(directory), "--port", "0", "--max-batch-size", "1"]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([*command, "--grace", "2"], stderr=subprocess.PIPE, text=True, env=here)
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if line.startswith("Serving"))
+        client = openai.OpenAI(base_url=line.split(" at ")[1].split()[0], api_key="none", max_retries=0)
+        options: Any = {"model": directory.name, "prompt": "Tom has", "extra_body": {"logit_bias": {"0": -100}}}
+        stream = iter(client.completions.create(**options, max_tokens=4000, stream=True))
+        next(stream)
+        with ThreadPoolExecutor(1) as other:
+            waiting = other.submit(client.completions.create, **options, max_tokens=4)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.InternalServerError, match="being stopped"):
+                waiting.result()
+        chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_mixed_load_loses_nothing_and_leaves_no_memory(served: Served) -> None:
+    import psutil
+
+    seconds = float(os.environ.get("CITER_SOAK_SECONDS", "60"))
+    alone = [ask(served, number) for number in range(20)]
+    until, done, memory = time.monotonic() + seconds, [0] * 8, list[int]()
+
+    def client(place: int) -> None:
+        number = place
+        while time.monotonic() < until:
+            number += 8
+            if number % 7 == 3:
+                stream = served.complete("leave " * (number % 20), max_tokens=50, stream=True)
+                next(iter(stream))
+                stream.close()
+            elif number % 7 == 5:
+                with pytest.raises(openai.BadRequestError):
+                    served.complete("x" * 300)
+            else:
+                assert ask(served, number % 20) == alone[number % 20]
+            done[place] += 1
+
+    with ThreadPoolExecutor(8) as clients:
+        running = [clients.submit(client, place) for place in range(8)]
+        while not all(one.done() for one in running):
+            time.sleep(seconds / 20)
+            memory.append(psutil.Process().memory_info().rss >> 10)
+        for one in running:
+            one.result()
+    wait_until(lambda: served.metric("citer_requests_in_progress") == 0)
+    print(f"{sum(done)} requests; KiB: {memory}")
+    assert memory[-1] < memory[len(memory) // 2] * 1.02
