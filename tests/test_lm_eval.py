@@ -12,6 +12,7 @@ from citer_hf import CiterForCausalLM
 from tests.chat_pairs import character_tokenizer
 from tests.reference import naive_generate, naive_logits
 from tests.repositories import save_base_models
+from tests.served import NAME, serving
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -35,6 +36,7 @@ TASKS = {
     "chosen": ("multiple_choice", 0, "acc", "mean"),
     "read": ("loglikelihood_rolling", "'{{question}}'", "word_perplexity", "weighted_perplexity"),
 }
+SCORES = (("chosen", "acc"), ("read", "word_perplexity"), ("written", "exact_match"))
 GENERATED = 12
 
 
@@ -66,14 +68,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def evaluate(home: Path, model: Any, batch_size: int, gen_kwargs: str = "", **options: Any) -> tuple[Any, Any]:
+def evaluate(
+    home: Path, pair: Any, batch_size: int, gen_kwargs: str = "", backend: str = "hf", **options: Any
+) -> tuple[Any, Any]:
     """The scores of every task, and what the model answered to every request."""
     from lm_eval.tasks import TaskManager
 
-    arguments = {"pretrained": str(home / model) if isinstance(model, str) else model, **options}
+    arguments = {"pretrained": str(home / pair) if isinstance(pair, str) else pair, "dtype": "float32", **options}
     results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"dtype": "float32", **arguments},
+        model=backend,
+        model_args=arguments if backend == "hf" else options,
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=str(home / "tasks"), include_defaults=False),
         batch_size=batch_size,
@@ -129,6 +133,21 @@ def test_a_threshold_for_generation_leaves_likelihoods_as_they_are_and_so_does_o
     assert answers == expected | {"written": evaluate(home, "slm", 3)[1]["written"]} != expected
     # Without a GPU, this leaves all weights on disk.
     assert evaluate(home, "router", 3, parallelize=True, offload_folder=str(tmp_path))[1] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_server_has_the_scores_of_the_pair(home: Path, batch_size: int) -> None:
+    expected, answers = evaluate(home, "router", 1, router_threshold=0.5, trust_remote_code=True)
+    pair = CiterForCausalLM.from_pretrained(home / "router")
+    with serving(pair, pair.load_tokenizer(), router_threshold=0.5) as server:
+        options = {"base_url": f"{server.url}/v1/completions", "model": NAME, "tokenizer": str(home / "router")}
+        found, told = evaluate(home, "", batch_size, backend="local-completions", max_length=255, **options)
+    assert told["written"] == answers["written"]
+    for task, score in SCORES:
+        assert found[task][f"{score},none"] == pytest.approx(expected[task][f"{score},none"], rel=1e-4)
+    for own, theirs in zip(told["chosen"], answers["chosen"], strict=True):
+        for (one,), (other,) in zip(own, theirs, strict=True):
+            assert float(one[0]) == pytest.approx(float(other[0]), abs=1e-4) and str(one[1]) == str(other[1])
 
 
 def test_longer_texts_than_the_smaller_context_are_cut_there(home):

@@ -98,8 +98,7 @@ class Answer:
             self.tokens.append(self.described(token, settled.kept[1] if settled.kept else None, settled))
             # The logits of a whole answer would fill the memory.
             one.record[-1] = settled._replace(kept=())
-        if token not in one.stops.end_tokens:
-            self.parts += self.text.feed(token)
+        self.parts += self.text.feed(token, ends=token in one.stops.end_tokens)
         return self.text.stopped
 
     def described(self, token: int, logits: torch.Tensor | None, settled: Settled | None) -> Token:

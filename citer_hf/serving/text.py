@@ -171,10 +171,11 @@ class AnswerText:
         """Whether a stop string has come."""
         return self._stop.met
 
-    def feed(self, token: int) -> list[Any]:
+    def feed(self, token: int, ends: bool = False) -> list[Any]:
+        """Take a token, with which the answer may end, and return the parts that are known now."""
         special = self._specials.get(token)
         if special is not None:
-            return self._parsed(self._stop.feed(special, shown=special in self._marks))
+            return [] if ends else self._parsed(self._stop.feed(special, shown=special in self._marks))
         return self._parsed(self._stop.feed(self._stream.step(self._tokenizer, token) or ""))
 
     def rest(self) -> list[Any]:
