@@ -26,7 +26,14 @@ from .runs import WORK, import_extra, option, process_state
 
 INTERRUPTED = 130
 # The extra that brings the libraries which a command needs beyond the package's own.
-EXTRAS = {"serve": "serve", "label": "train", "train": "train", "evaluate": "train", "calibrate": "train"}
+EXTRAS = {
+    "serve": "serve",
+    "playground": "playground",
+    "label": "train",
+    "train": "train",
+    "evaluate": "train",
+    "calibrate": "train",
+}
 
 # --- The program ----------------------------------------------------------------------------------------------------
 
@@ -268,6 +275,14 @@ def chat(pair: Pair, options: Annotated[Options, "chat.ChatOptions"]) -> None:
     from .chat import chat
 
     chat(load_pair(pair), **options)
+
+
+@command
+def playground(pair: Pair, options: Annotated[Options, "playground.PlaygroundOptions"]) -> None:
+    """Open a page for the browser: a chat, both models and the pair side by side, and the router's curve."""
+    from .playground import playground
+
+    playground(load_pair(pair), **options)
 
 
 @command

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from .model.modeling import CiterForCausalLM
 from .model.references import file_keywords
-from .runs import atomic_write, file_sha256, option, read_json
+from .runs import atomic_write, file_sha256, method_of, option, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -164,20 +164,6 @@ def facts_of(folder: Path, find: Callable[[str], Path | None], place: str | None
             "Left out: %s of %s. They do not name the router here (sha256 %s).", ", ".join(foreign), place, router
         )
     return found
-
-
-def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | None:
-    """Return the method as which a provenance or results file holds a router, or `None` when it tells of others."""
-    provenance = told.get("provenance", told)
-    for run in provenance.get("runs") or [provenance]:
-        for method, sha256 in (run.get("routers_sha256") or {}).items():
-            # Routers without weights are known by their kind. A method may be "KIND, veto X".
-            if sha256 == router and (router is not None or str(method).partition(",")[0] == kind):
-                return str(method)
-        is_known = router is not None or (run.get("router") or {}).get("type") == kind
-        if run.get("router_sha256", "") == router and is_known:
-            return str(told.get("objective") or kind)
-    return None
 
 
 def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[str, Path]) -> None:

@@ -272,6 +272,20 @@ def router_sha256(router: Any) -> str | None:
     return hashlib.sha256(save(own, metadata={"format": "pt"})).hexdigest() if own else None
 
 
+def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | None:
+    """Return the method as which a provenance or results file holds a router, or `None` when it tells of others."""
+    provenance = told.get("provenance", told)
+    for run in provenance.get("runs") or [provenance]:
+        for method, sha256 in (run.get("routers_sha256") or {}).items():
+            # Routers without weights are known by their kind. A method may be "KIND, veto X".
+            if sha256 == router and (router is not None or str(method).partition(",")[0] == kind):
+                return str(method)
+        is_known = router is not None or (run.get("router") or {}).get("type") == kind
+        if run.get("router_sha256", "") == router and is_known:
+            return str(told.get("objective") or kind)
+    return None
+
+
 def file_sha256(path: Path) -> str | None:
     """Return the sha256 of the router in a `model.safetensors`, which may hold base models too."""
     return router_sha256(load_file(path)) if path.is_file() else None
