@@ -10,11 +10,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-from transformers.utils.hub import cached_file
 
 from .model.modeling import CiterForCausalLM
-from .model.references import file_keywords
-from .runs import atomic_write, file_sha256, method_of, option, read_json
+from .runs import atomic_write, check_inside, fetch, file_sha256, method_of, option, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -131,21 +129,6 @@ def check(folder: Path) -> None:
                 )
     for file in folder.rglob("*"):
         check_inside(file, folder)
-
-
-def check_inside(file: Path, folder: Path) -> None:
-    """Raise an error for a link that leads out of a directory."""
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"directory: {file} is a link out of the directory. Replace it by the file.")
-
-
-def fetch(source: str, name: str, keywords: Mapping[str, Any]) -> Path | None:
-    """Return a file of the repository that a pair was loaded from, or `None` where it is not there."""
-    where = file_keywords({**keywords, "force_download": None})
-    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
-    if file is not None and os.path.isdir(source):
-        check_inside(Path(file), Path(source))
-    return None if file is None else Path(file)
 
 
 def facts_of(folder: Path, find: Callable[[str], Path | None], place: str | None = None) -> dict[str, Path]:

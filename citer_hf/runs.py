@@ -24,8 +24,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers.utils.hub import cached_file
 
 from . import __version__
+from .model.references import file_keywords
 from .model.routers import as_threshold
 
 # --- Options of a command ------------------------------------------------------------------------------------------
@@ -79,6 +81,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {values!r:.200}. Write the file again.")
     return values
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Raise an error for a link that leads out of a directory."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"directory: {file} is a link out of the directory. Replace it by the file.")
+
+
+def fetch(source: str, name: str, keywords: Mapping[str, Any]) -> Path | None:
+    """Return a file of the repository that a pair was loaded from, or `None` where it is not there."""
+    where = file_keywords({**keywords, "force_download": None})
+    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
+    if file is not None and os.path.isdir(source):
+        check_inside(Path(file), Path(source))
+    return None if file is None else Path(file)
 
 
 def import_extra(library: str, extra: str) -> ModuleType:
