@@ -3,14 +3,16 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, SpaceCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+from . import __version__
 from .model.modeling import CiterForCausalLM
 from .runs import atomic_write, check_inside, fetch, file_sha256, method_of, option, read_json
 
@@ -27,6 +29,15 @@ ALL_FACTS = tuple(name for json, others in FACTS.items() for name in (json, *oth
 OF_A_ROUTER = ("*.safetensors", "*.safetensors.index.json", "citer/*", "*_citer.py", "slm*/*", "llm*/*")
 # Hidden files and Python's cache stay on this machine.
 HIDDEN = (".*", "*/.*", "*__pycache__/*")
+# The gradio of Spaces, and their program.
+GRADIO = "6.31.0"
+SPACE_APP = """\
+from citer_hf import CiterForCausalLM
+from citer_hf.playground import playground
+
+model = CiterForCausalLM.from_pretrained({repo_id!r}, device_map="auto", dtype="auto")
+playground(model, host="0.0.0.0", port=7860)
+"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,11 @@ class PushOptions:
     commit_message: str = option("Upload router", "First line of the commit.", metavar="TEXT")
     commit_description: str | None = option(None, "What else the commit says.", metavar="TEXT")
     tags: Sequence[str] = option((), "Another tag for the card. May be repeated.", metavar="TAG", flag="--tag")
+    space: str | None = option(None, "Also write a Space that shows the router on a page.", metavar="USER/NAME")
+
+    def __post_init__(self) -> None:
+        if self.space is not None and (self.create_pr or self.revision is not None):
+            raise ValueError("space: a Space shows the main branch. Leave create_pr and revision out.")
 
 
 def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:
@@ -53,7 +69,7 @@ def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool |
         options: The fields of `PushOptions`.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The address of the commit, or of the pull request; on a second line that of the commit in the Space.
 
     Raises:
         ValueError: when the directory is no router repository, or refers to models that nobody else has.
@@ -86,7 +102,7 @@ def _push(
     def on_hub(name: str) -> Path | None:
         return fetch(repo_id, name, {"token": token, "revision": options.revision})
 
-    try:
+    with uploading(repo_id):
         repo_id = api.create_repo(repo_id, private=options.private or None, exist_ok=True).repo_id
         if options.revision is not None and not options.revision.startswith("refs/"):
             api.create_branch(repo_id, branch=options.revision, exist_ok=True)
@@ -105,12 +121,41 @@ def _push(
             create_pr=options.create_pr,
             revision=options.revision,
         )
+    addresses = [commit.pr_url or commit.commit_url]
+    if options.space is not None:
+        with uploading(options.space):
+            addresses.append(push_space(api, options.space, repo_id, options.private))
+    return "\n".join(map(str, addresses))
+
+
+@contextmanager
+def uploading(repo_id: str) -> Iterator[None]:
+    """Turn whatever stops an upload into one error that says what to do."""
+    try:
+        yield
     except (OSError, RuntimeError, HTTPError) as error:
         raise OSError(
             f"push: the upload to {repo_id} failed: {str(error).strip() or repr(error)}\nNothing on this machine was "
             "lost, and nothing half on the Hub. Check the network and your token (`hf auth login`), and push again."
         ) from error
-    return str(commit.pr_url or commit.commit_url)
+
+
+def push_space(api: HfApi, space: str, repo_id: str, private: bool) -> str:
+    """Write a Space that shows a router of the Hub, in one commit, and return the address of the commit."""
+    about = SpaceCardData(
+        title=repo_id.split("/")[-1], sdk="gradio", sdk_version=GRADIO, app_file="app.py", models=[repo_id]
+    )
+    text = f"The router [{repo_id}](https://huggingface.co/{repo_id}), on the page of `citer playground`."
+    files = {
+        "app.py": SPACE_APP.format(repo_id=repo_id),
+        "requirements.txt": f"citer-hf[playground]=={__version__.rpartition('.')[0]}.*\ntorch\n",
+        "README.md": f"---\n{about.to_yaml()}\n---\n\n{text}\n",
+    }
+    space = api.create_repo(
+        space, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True
+    ).repo_id
+    added = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
+    return str(api.create_commit(space, added, repo_type="space", commit_message=f"Show {repo_id}").commit_url)
 
 
 def check(folder: Path) -> None:
