@@ -27,7 +27,8 @@ THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], 
 )
 # How gradio shows the page; nothing is loaded from elsewhere.
 LOOK: dict[str, Any] = {"theme": THEME, "css_paths": Path(__file__).with_suffix(".css"), "footer_links": []}
-LOOK |= {"run_history": False, "ssr_mode": False, "pwa": False}
+# Without an icon, a browser asks the server's root for one.
+LOOK |= {"run_history": False, "ssr_mode": False, "pwa": False, "head": '<link rel="icon" href="data:,">'}
 # Who decided a token: the class in the style sheet, and what the page calls it.
 DECIDED = {
     "slm": "SLM",
@@ -107,31 +108,31 @@ class Page:
             raise ValueError(f"{model.name_or_path} has no tokenizer.json. Save a fast tokenizer there.")
         self.curves = measured_curves(model)
 
-    def inputs(self, output: Output, said: Said, threshold: float, veto: float) -> dict[str, Any]:
-        # Where there is no chat template, the prompt is the last message alone.
-        prompt = {"messages": said} if self.tokenizer.chat_template else {"prompt": said[-1]["content"]}
-        ids = encode_prompt(Example("", 0, **prompt), self.tokenizer)
-        context = self.model.config.max_position_embeddings
-        left = self.max_new_tokens if context is None else context - len(ids)
-        if left <= 0:
-            raise ValueError(f"{len(ids)} tokens are too many for the context of {context}. Start a new chat.")
-        settings = copy.deepcopy(self.model.generation_config)
-        # A published generation config may ask for another cache, for none, or for several sequences.
-        settings.update(cache_implementation=None, use_cache=True, prompt_lookup_num_tokens=None, num_beams=1)
-        settings.update(num_return_sequences=1, max_new_tokens=min(left, self.max_new_tokens))
-        own = {"router_threshold": threshold, "llm_veto": veto, "past_key_values": output.cache}
-        input_ids = torch.tensor([ids], device=self.model.device)
-        common = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "streamer": output}
-        common |= {"generation_config": settings, "tokenizer": self.tokenizer}
-        return common | (own if output.part == "pair" else {})
-
     def generate(self, part: str, said: Said, threshold: float, veto: float) -> Iterator[Output]:
         """Give an output as it grows; the generation ends when nobody asks for more."""
         output = Output(part, CiterCache(self.model.config), self.tokenizer)
         model = self.model if part == "pair" else getattr(self.model, part)
         with ThreadPoolExecutor(1) as executor:
             try:
-                running = executor.submit(model.generate, **self.inputs(output, said, threshold, veto))
+                # 1. The prompt. Where there is no chat template, it is the last message alone.
+                prompt = {"messages": said} if self.tokenizer.chat_template else {"prompt": said[-1]["content"]}
+                ids = encode_prompt(Example("", 0, **prompt), self.tokenizer)
+                context = self.model.config.max_position_embeddings or len(ids) + self.max_new_tokens
+                if len(ids) >= context:
+                    raise ValueError(f"{len(ids)} tokens are too many for the context of {context}. Start a new chat.")
+                # 2. The settings. Published ones may ask for another cache, for none, or for several sequences.
+                settings = copy.deepcopy(self.model.generation_config)
+                settings.update(cache_implementation=None, use_cache=True, prompt_lookup_num_tokens=None, num_beams=1)
+                settings.update(num_return_sequences=1, max_new_tokens=min(context - len(ids), self.max_new_tokens))
+                given: dict[str, Any] = {
+                    "attention_mask": torch.ones((1, len(ids)), dtype=torch.long, device=model.device)
+                }
+                given |= {"tokenizer": self.tokenizer, "streamer": output}
+                if part == "pair":
+                    given |= {"router_threshold": threshold, "llm_veto": veto, "past_key_values": output.cache}
+                # 3. Another thread generates, and this one looks at the output from time to time.
+                input_ids = torch.tensor([ids], device=model.device)
+                running = executor.submit(model.generate, input_ids, settings, **given)
                 while not wait([running], SECONDS_BETWEEN_UPDATES).done:
                     yield output
                 running.result()
@@ -144,10 +145,8 @@ class Page:
 
     def chat(self, text: str, past: tuple[Said, str], threshold: float, veto: float) -> Iterator[Any]:
         """Give an empty prompt, the chat (messages and their HTML), and the HTML with figures."""
-        said, shown = (
-            (*past[0], {"role": "user", "content": text}),
-            f'{past[1]}<p class="text prompt">{escape(text)}</p>',
-        )
+        said = (*past[0], {"role": "user", "content": text})
+        shown = f'{past[1]}<p class="text prompt">{escape(text)}</p>'
         for output in self.generate("pair", said, threshold, veto) if text.strip() else ():
             answer, html = "".join(piece for _, _, piece in output.tokens), shown + output.html()
             chat = (*said, {"role": "assistant", "content": answer}), html
@@ -188,8 +187,8 @@ def measured_curves(model: CiterForCausalLM) -> dict[float, list[tuple[float, ..
         # Averages of several routers have no thresholds.
         if is_own and None not in [one["threshold"] for one in points]:
             slm, llm = ({**results["ends"][role], "threshold": end} for role, end in (("slm", 0), ("llm", LLM_ALONE)))
-            columns = [[one[key] for one in (slm, *points, llm)] for key in COLUMNS]
-            curves[points[0].get("veto", 0.0)] = sorted(zip(*columns, strict=True))
+            rows = (tuple(one[key] for key in COLUMNS) for one in (slm, *points, llm))
+            curves[points[0].get("veto", 0.0)] = sorted(rows)
     return curves
 
 
