@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
+from fastapi import Response
 from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import BaseStreamer
 
@@ -27,8 +28,7 @@ THEME = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], 
 )
 # How gradio shows the page; nothing is loaded from elsewhere.
 LOOK: dict[str, Any] = {"theme": THEME, "css_paths": Path(__file__).with_suffix(".css"), "footer_links": []}
-# Without an icon, a browser asks the server's root for one.
-LOOK |= {"run_history": False, "ssr_mode": False, "pwa": False, "head": '<link rel="icon" href="data:,">'}
+LOOK |= {"run_history": False, "ssr_mode": False, "pwa": False}
 # Who decided a token: the class in the style sheet, and what the page calls it.
 DECIDED = {
     "slm": "SLM",
@@ -235,6 +235,8 @@ def page(model: CiterForCausalLM, max_new_tokens: int = 512) -> gr.Blocks:
 
 def mount(app: Any, model: CiterForCausalLM, max_new_tokens: int = 512) -> Any:
     """Add the page of a pair to a FastAPI application, at `/playground`; the other arguments are those of `page`."""
+    # Browsers ask the root for an icon, and call it an error when there is none.
+    app.add_api_route("/favicon.ico", lambda: Response(status_code=204), include_in_schema=False)
     return gr.mount_gradio_app(app, page(model, max_new_tokens), "/playground", **LOOK)
 
 
