@@ -26,7 +26,14 @@ from .runs import WORK, import_extra, option, process_state
 
 INTERRUPTED = 130
 # The extra that brings the libraries which a command needs beyond the package's own.
-EXTRAS = {"serve": "serve", "label": "train", "train": "train", "evaluate": "train", "calibrate": "train"}
+EXTRAS = {
+    "serve": "serve",
+    "playground": "playground",
+    "label": "train",
+    "train": "train",
+    "evaluate": "train",
+    "calibrate": "train",
+}
 
 # --- The program ----------------------------------------------------------------------------------------------------
 
@@ -271,6 +278,14 @@ def chat(pair: Pair, options: Annotated[Options, "chat.ChatOptions"]) -> None:
 
 
 @command
+def playground(pair: Pair, options: Annotated[Options, "playground.PlaygroundOptions"]) -> None:
+    """Open a page for the browser: a chat, both models and the pair side by side, and the router's curve."""
+    from .playground import playground
+
+    playground(load_pair(pair), **options)
+
+
+@command
 def label(
     pair: Pair, data: Data, checker: Checker, out: Out, options: Annotated[Options, "training.label.LabelOptions"]
 ) -> None:
@@ -363,12 +378,22 @@ def bench(
 
 
 @command
-def serve(pair: Pair, options: Annotated[Options, "serving.ServeOptions"]) -> None:
+def serve(
+    pair: Pair,
+    options: Annotated[Options, "serving.ServeOptions"],
+    playground: Annotated[
+        bool, flag(None, "Add the page of `citer playground`, at /playground.", "--playground")
+    ] = False,
+) -> None:
     """Serve a pair to OpenAI clients: chat completions and completions, with `router_threshold` in each request."""
     from .serving.server import serve
 
+    mount = None
+    if playground:
+        import_extra("gradio", "playground")
+        from .playground import mount
     wanted = PairOptions(**pair)
-    serve(lambda: load_pair(pair), wanted.model or str(wanted.names[1]), **options)
+    serve(lambda: load_pair(pair), wanted.model or str(wanted.names[1]), mount, **options)
 
 
 @command

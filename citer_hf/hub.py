@@ -3,18 +3,18 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, SpaceCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-from transformers.utils.hub import cached_file
 
+from . import __version__
 from .model.modeling import CiterForCausalLM
-from .model.references import file_keywords
-from .runs import atomic_write, file_sha256, option, read_json
+from .runs import atomic_write, check_inside, fetch, file_sha256, method_of, option, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,15 @@ ALL_FACTS = tuple(name for json, others in FACTS.items() for name in (json, *oth
 OF_A_ROUTER = ("*.safetensors", "*.safetensors.index.json", "citer/*", "*_citer.py", "slm*/*", "llm*/*")
 # Hidden files and Python's cache stay on this machine.
 HIDDEN = (".*", "*/.*", "*__pycache__/*")
+# The gradio of Spaces, and their program.
+GRADIO = "6.31.0"
+SPACE_APP = """\
+from citer_hf import CiterForCausalLM
+from citer_hf.playground import playground
+
+model = CiterForCausalLM.from_pretrained({repo_id!r}, device_map="auto", dtype="auto")
+playground(model, host="0.0.0.0", port=7860)
+"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,11 @@ class PushOptions:
     commit_message: str = option("Upload router", "First line of the commit.", metavar="TEXT")
     commit_description: str | None = option(None, "What else the commit says.", metavar="TEXT")
     tags: Sequence[str] = option((), "Another tag for the card. May be repeated.", metavar="TAG", flag="--tag")
+    space: str | None = option(None, "Also write a Space that shows the router on a page.", metavar="USER/NAME")
+
+    def __post_init__(self) -> None:
+        if self.space is not None and (self.create_pr or self.revision is not None):
+            raise ValueError("space: a Space shows the main branch. Leave create_pr and revision out.")
 
 
 def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:
@@ -55,7 +69,7 @@ def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool |
         options: The fields of `PushOptions`.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The address of the commit, or of the pull request; on a second line that of the commit in the Space.
 
     Raises:
         ValueError: when the directory is no router repository, or refers to models that nobody else has.
@@ -88,7 +102,7 @@ def _push(
     def on_hub(name: str) -> Path | None:
         return fetch(repo_id, name, {"token": token, "revision": options.revision})
 
-    try:
+    with uploading(repo_id):
         repo_id = api.create_repo(repo_id, private=options.private or None, exist_ok=True).repo_id
         if options.revision is not None and not options.revision.startswith("refs/"):
             api.create_branch(repo_id, branch=options.revision, exist_ok=True)
@@ -107,12 +121,41 @@ def _push(
             create_pr=options.create_pr,
             revision=options.revision,
         )
+    addresses = [commit.pr_url or commit.commit_url]
+    if options.space is not None:
+        with uploading(options.space):
+            addresses.append(push_space(api, options.space, repo_id, options.private))
+    return "\n".join(map(str, addresses))
+
+
+@contextmanager
+def uploading(repo_id: str) -> Iterator[None]:
+    """Turn whatever stops an upload into one error that says what to do."""
+    try:
+        yield
     except (OSError, RuntimeError, HTTPError) as error:
         raise OSError(
             f"push: the upload to {repo_id} failed: {str(error).strip() or repr(error)}\nNothing on this machine was "
             "lost, and nothing half on the Hub. Check the network and your token (`hf auth login`), and push again."
         ) from error
-    return str(commit.pr_url or commit.commit_url)
+
+
+def push_space(api: HfApi, space: str, repo_id: str, private: bool) -> str:
+    """Write a Space that shows a router of the Hub, in one commit, and return the address of the commit."""
+    about = SpaceCardData(
+        title=repo_id.split("/")[-1], sdk="gradio", sdk_version=GRADIO, app_file="app.py", models=[repo_id]
+    )
+    text = f"The router [{repo_id}](https://huggingface.co/{repo_id}), on the page of `citer playground`."
+    files = {
+        "app.py": SPACE_APP.format(repo_id=repo_id),
+        "requirements.txt": f"citer-hf[playground]=={__version__.rpartition('.')[0]}.*\ntorch\n",
+        "README.md": f"---\n{about.to_yaml()}\n---\n\n{text}\n",
+    }
+    space = api.create_repo(
+        space, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True
+    ).repo_id
+    added = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
+    return str(api.create_commit(space, added, repo_type="space", commit_message=f"Show {repo_id}").commit_url)
 
 
 def check(folder: Path) -> None:
@@ -133,21 +176,6 @@ def check(folder: Path) -> None:
         check_inside(file, folder)
 
 
-def check_inside(file: Path, folder: Path) -> None:
-    """Raise an error for a link that leads out of a directory."""
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"directory: {file} is a link out of the directory. Replace it by the file.")
-
-
-def fetch(source: str, name: str, keywords: Mapping[str, Any]) -> Path | None:
-    """Return a file of the repository that a pair was loaded from, or `None` where it is not there."""
-    where = file_keywords({**keywords, "force_download": None})
-    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
-    if file is not None and os.path.isdir(source):
-        check_inside(Path(file), Path(source))
-    return None if file is None else Path(file)
-
-
 def facts_of(folder: Path, find: Callable[[str], Path | None], place: str | None = None) -> dict[str, Path]:
     """Return the files that tell of a directory's router, by name; `place` is named where others are left out."""
     router, kind = file_sha256(folder / WEIGHTS), read_json(folder / CONFIG)["router"]["type"]
@@ -164,20 +192,6 @@ def facts_of(folder: Path, find: Callable[[str], Path | None], place: str | None
             "Left out: %s of %s. They do not name the router here (sha256 %s).", ", ".join(foreign), place, router
         )
     return found
-
-
-def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | None:
-    """Return the method as which a provenance or results file holds a router, or `None` when it tells of others."""
-    provenance = told.get("provenance", told)
-    for run in provenance.get("runs") or [provenance]:
-        for method, sha256 in (run.get("routers_sha256") or {}).items():
-            # Routers without weights are known by their kind. A method may be "KIND, veto X".
-            if sha256 == router and (router is not None or str(method).partition(",")[0] == kind):
-                return str(method)
-        is_known = router is not None or (run.get("router") or {}).get("type") == kind
-        if run.get("router_sha256", "") == router and is_known:
-            return str(told.get("objective") or kind)
-    return None
 
 
 def write_card(folder: Path, repo_id: str, tags: Sequence[str], facts: Mapping[str, Path]) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +25,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers.utils.hub import cached_file
 
 from . import __version__
+from .model.references import file_keywords
 from .model.routers import as_threshold
 
 # --- Options of a command ------------------------------------------------------------------------------------------
@@ -79,6 +82,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {values!r:.200}. Write the file again.")
     return values
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Raise an error for a link that leads out of a directory."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"directory: {file} is a link out of the directory. Replace it by the file.")
+
+
+def fetch(source: str, name: str, keywords: Mapping[str, Any]) -> Path | None:
+    """Return a file of the repository that a pair was loaded from, or `None` where it is not there."""
+    where = file_keywords({**keywords, "force_download": None})
+    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
+    if file is not None and os.path.isdir(source):
+        check_inside(Path(file), Path(source))
+    return None if file is None else Path(file)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; who connects before the pair is loaded waits."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host {host} --port {port}: {error}. Choose others; --port 0 takes a free one.") from error
 
 
 def import_extra(library: str, extra: str) -> ModuleType:
@@ -270,6 +296,20 @@ def router_sha256(router: Any) -> str | None:
     tensors = router if isinstance(router, Mapping) else router.state_dict(prefix="router.")
     own = {key: value.detach().cpu().contiguous() for key, value in tensors.items() if key.startswith("router.")}
     return hashlib.sha256(save(own, metadata={"format": "pt"})).hexdigest() if own else None
+
+
+def method_of(told: Mapping[str, Any], router: str | None, kind: str) -> str | None:
+    """Return the method as which a provenance or results file holds a router, or `None` when it tells of others."""
+    provenance = told.get("provenance", told)
+    for run in provenance.get("runs") or [provenance]:
+        for method, sha256 in (run.get("routers_sha256") or {}).items():
+            # Routers without weights are known by their kind. A method may be "KIND, veto X".
+            if sha256 == router and (router is not None or str(method).partition(",")[0] == kind):
+                return str(method)
+        is_known = router is not None or (run.get("router") or {}).get("type") == kind
+        if run.get("router_sha256", "") == router and is_known:
+            return str(told.get("objective") or kind)
+    return None
 
 
 def file_sha256(path: Path) -> str | None:

@@ -88,7 +88,7 @@ class Hub:
         owner = body.get("organization") or user
         if user is None or owner != user:
             raise RefusedError(403 if user else 401, message="You may not create repositories there")
-        name = f"{owner}/{body['name']}"
+        name = f"{'spaces/' if body.get('type') == 'space' else ''}{owner}/{body['name']}"
         exists = name in self.repositories
         if not exists:
             self.repositories[name] = Repository(bool(body.get("private")) or body.get("visibility") == "private")
@@ -145,15 +145,17 @@ class Hub:
 
 
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+# Of a Space, `spaces/` is part of the name.
+ANY = r"(?:models/)?(?P<name>(?:spaces/)?[^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", r"/api/repos/create", Hub.create),
     ("POST", r"/api/validate-yaml", Hub.validate),
-    ("GET", rf"/api/models/{NAME}", Hub.info),
-    ("GET", rf"/api/models/{NAME}/revision/{REVISION}", Hub.info),
-    ("GET", rf"/api/models/{NAME}/tree/{REVISION}(?:/(?P<path>.+))?", Hub.tree),
-    ("POST", rf"/api/models/{NAME}/branch/(?P<branch>[^/]+)", Hub.branch),
-    ("POST", rf"/api/models/{NAME}/preupload/{REVISION}", Hub.preupload),
-    ("POST", rf"/api/models/{NAME}/commit/{REVISION}", Hub.commit),
+    ("GET", rf"/api/{ANY}", Hub.info),
+    ("GET", rf"/api/{ANY}/revision/{REVISION}", Hub.info),
+    ("GET", rf"/api/{ANY}/tree/{REVISION}(?:/(?P<path>.+))?", Hub.tree),
+    ("POST", rf"/api/{ANY}/branch/(?P<branch>[^/]+)", Hub.branch),
+    ("POST", rf"/api/{ANY}/preupload/{REVISION}", Hub.preupload),
+    ("POST", rf"/api/{ANY}/commit/{REVISION}", Hub.commit),
     ("GET", rf"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Hub.resolve),
 ]
 

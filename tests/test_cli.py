@@ -30,6 +30,7 @@ DATA = "--data --checker --map --split --limit --max-new-tokens --batch-tokens -
 FLAGS = {
     "demo": "--seed --problems --router-threshold --json --export --split",
     "chat": f"{PAIR} --device-map --router-threshold --max-new-tokens --system",
+    "playground": f"{PAIR} --device-map --host --port --max-new-tokens",
     "label": f"{PAIR} --device-map {DATA} --out --router-threshold --rollouts",
     "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --learning-rate --epochs --seed",
     "evaluate": f"{PAIR} --device-map {DATA} --out --baselines --compare --methods --shares --thresholds",
@@ -40,7 +41,7 @@ FLAGS = {
     "serve": f"{PAIR} --device-map --host --port --router-threshold --max-new-tokens --max-request-bytes "
     "--max-waiting --timeout --cache-implementation",
     "convert": "--slm --llm --out --router-threshold",
-    "push": "--private --create-pr --revision --commit-message --commit-description --tag",
+    "push": "--private --create-pr --revision --commit-message --commit-description --tag --space",
 }
 
 

@@ -331,6 +331,43 @@ def test_what_was_loaded_once_is_loaded_without_a_network(client, pushed, loaded
     assert len(client.hub.requests) == before
 
 
+SPACE = """
+    from citer_hf.hub import push
+
+    CiterForCausalLM.from_pair("me/slm", "me/llm", token=TOKEN).save_pretrained("shown")
+    options = {"token": TOKEN, "space": "me/page"}
+    said["addresses"] = push("shown", "me/shown", private=True, **options).splitlines()
+    push("shown", "me/shown", **options)
+    said["branch"] = error(lambda: push("shown", "me/shown", create_pr=True, **options), ValueError)
+    said["not mine"] = error(lambda: push("shown", "me/shown", token=TOKEN, space="you/page"))
+"""
+PROGRAM = """
+    import gradio as gr
+    from huggingface_hub import SpaceCard
+
+    gr.Blocks.launch = lambda page, **options: said.update(launched=[page.title, options["server_name"]])
+    exec(Path("space/app.py").read_text())
+    said["card"] = SpaceCard.load("space/README.md").data.to_dict()
+"""
+
+
+def test_a_space_shows_a_pushed_router(client, pushed):
+    said = client.run(SPACE)
+    assert said["addresses"][1].startswith(f"{client.hub.endpoint}/spaces/me/page/commit/")
+    assert "main branch" in said["branch"] and "you/page failed" in said["not mine"]
+    repository = client.hub.repositories["spaces/me/page"]
+    assert len(repository.commits) == 3 and repository.private and client.hub.repositories["me/shown"].private
+    written = files(client, "spaces/me/page")
+    assert written.keys() == {".gitattributes", "app.py", "requirements.txt", "README.md"}
+    assert written["requirements.txt"] == b"citer-hf[playground]==0.1.*\ntorch\n"
+    (client.folder / "space").mkdir()
+    for name in ("app.py", "README.md"):
+        (client.folder / "space" / name).write_bytes(written[name])
+    said = client.run(PROGRAM, HF_TOKEN=TOKEN)
+    assert said["launched"] == ["citer playground", "0.0.0.0"]
+    assert said["card"].items() >= {"sdk": "gradio", "app_file": "app.py", "models": ["me/shown"]}.items()
+
+
 EXAMPLE = r"""
 import json, os, re
 from huggingface_hub import ModelCard

@@ -24,6 +24,7 @@ ALLOWED = {
     "importers": BASE,
     "hub": BASE,
     "serving": BASE | {"data"},
+    "playground": {"", "runs", "model", "data"},
     "chat": BASE | {"data", "terminal"},
     "demo": BASE | {"data", "evaluation", "terminal"},
     "bench": BASE | {"data", "terminal"},

@@ -87,6 +87,7 @@ def decode(model: Any, call: Call) -> CiterGenerateOutput | torch.Tensor:
                 engine.submit(one)
             while engine.busy:
                 engine.step()
+                cache.routing.slm_calls, cache.routing.llm_calls = engine.calls["slm"], engine.calls["llm"]
                 for one in sequences:
                     if one.error is not None:
                         raise one.error
@@ -198,7 +199,6 @@ def hand_back(
         positions.append([0] * len(padded) + one.position(start, length))
     ids, places = (torch.tensor(rows, device=prompt.device) for rows in (unseen, positions))
     cache.resume(len(sequences), length, llm_length, ids, places)
-    cache.routing.slm_calls, cache.routing.llm_calls = engine.calls["slm"], engine.calls["llm"]
     return torch.tensor(rows, device=prompt.device)
 
 

@@ -267,12 +267,16 @@ class Routing:
 
     def by_llm(self, index: int) -> bool:
         """Return whether the LLM decided a token of a single sequence, without joining the record: for streams."""
+        return bool(self.decision(index)[TO_LLM])
+
+    def decision(self, index: int) -> tuple[Any, ...]:
+        """Return about a token, as `by_llm` does: its score, whether the LLM decided, vetoed, agreed with a draft."""
         if self._live and index < len(self._live[0]):
-            return bool(self._live[0][index][TO_LLM])
+            return tuple(self._live[0][index][:UNFINISHED])
         place = self.start + index
         for first, records in reversed(self._steps):
             if first <= place < first + records[TO_LLM].shape[1]:
-                return bool(records[TO_LLM][0, place - first])
+                return tuple(record[0, place - first].item() for record in records[:UNFINISHED])
         raise IndexError(f"index: no token number {index} has been decided yet.")
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from ..model.modeling import CiterForCausalLM
+from ..runs import listen
 from . import ServeOptions
 from .answers import Answer, Piece, Reply, routing_of
 from .metrics import Metrics
@@ -304,11 +304,3 @@ def serve(
             print("Stopped.", file=sys.stderr)
         finally:
             server.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; who connects before the pair is loaded waits."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise OSError(f"--host {host} --port {port}: {error}. Choose others; --port 0 takes a free one.") from error

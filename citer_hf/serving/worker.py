@@ -220,7 +220,7 @@ class Settler(BaseStreamer):
             return
         answer, one = self.answer, self.answer.sequence
         one.tokens.append(int(value))
-        one.record.append(Settled(0.0, self.cache.routing.by_llm(len(one.record))))
+        one.record.append(Settled(*self.cache.routing.decision(len(one.record))))
         answer.take(one)
         answer.tell(answer.piece())
 

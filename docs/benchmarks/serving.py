@@ -37,7 +37,6 @@ from transformers import PreTrainedTokenizerFast
 from citer_hf import DEMO_PAIR, CiterForCausalLM
 from citer_hf.demo.problems import problems
 
-NEW_TOKENS = 120
 Prompts = list[str]
 
 
@@ -46,7 +45,7 @@ def save_inflated(folder: Path) -> Prompts:
     shipped = CiterForCausalLM.from_pretrained(DEMO_PAIR)
     pair = CiterForCausalLM.from_pair(shipped.slm, inflate(shipped.llm, 28), router="confidence")
     save(pair, shipped.load_tokenizer(), folder)
-    return [one.prompt for one in problems("test", 7, 48)]
+    return [one.prompt for one in problems("test", 7, 200)]
 
 
 def save_random(folder: Path) -> Prompts:
@@ -61,7 +60,7 @@ def save_random(folder: Path) -> Prompts:
         one.generation_config.update(eos_token_id=None, pad_token_id=0)
     save(pair, PreTrainedTokenizerFast(tokenizer_object=tokenizer), folder)
     rng = random.Random(0)
-    return [" ".join(f"t{rng.randrange(1, 40_000)}" for _ in range(rng.randint(20, 100))) for _ in range(48)]
+    return [" ".join(f"t{rng.randrange(1, 40_000)}" for _ in range(rng.randint(20, 100))) for _ in range(200)]
 
 
 def save(pair: CiterForCausalLM, tokenizer: Any, folder: Path) -> None:
@@ -90,12 +89,12 @@ def running(command: list[str], port: int) -> Iterator[openai.OpenAI]:
         process.wait(timeout=60)
 
 
-def ask(client: openai.OpenAI, model: str, prompt: str) -> tuple[float, int]:
+def ask(client: openai.OpenAI, model: str, prompt: str, new_tokens: int) -> tuple[float, int]:
     """Stream one answer; return the seconds to its first token, and its tokens."""
     began, first, used = time.perf_counter(), 0.0, 0
     include: Any = {"include_usage": True}
     stream = client.completions.create(
-        model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, stream=True, stream_options=include
+        model=model, prompt=prompt, max_tokens=new_tokens, temperature=0, stream=True, stream_options=include
     )
     for chunk in stream:
         if chunk.choices and chunk.choices[0].text and not first:
@@ -105,22 +104,25 @@ def ask(client: openai.OpenAI, model: str, prompt: str) -> tuple[float, int]:
     return first, used
 
 
-def measure(client: openai.OpenAI, model: str, prompts: Prompts, clients: int) -> tuple[float, list[float]]:
+def measure(
+    client: openai.OpenAI, model: str, prompts: Prompts, clients: int, new_tokens: int
+) -> tuple[float, list[float]]:
     """Ask all prompts with so many clients; return tokens per second, and the seconds to every first token."""
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        found = list(pool.map(lambda prompt: ask(client, model, prompt), prompts))
+        found = list(pool.map(lambda prompt: ask(client, model, prompt, new_tokens), prompts))
     return sum(used for _, used in found) / (time.perf_counter() - began), sorted(first for first, _ in found)
 
 
-def show(name: str, client: openai.OpenAI, model: str, prompts: Prompts, clients: list[int], alone: int) -> None:
+def show(name: str, client: openai.OpenAI, model: str, prompts: Prompts, wanted: Any) -> None:
     """Print a line for one request at a time, and for each number of clients."""
-    measure(client, model, prompts[:8], 8)  # warms up
-    one, first = measure(client, model, prompts[:alone], 1)
+    new_tokens = wanted.new_tokens
+    measure(client, model, prompts[-8:], 8, new_tokens)  # warms up
+    one, first = measure(client, model, prompts[: wanted.alone], 1, new_tokens)
     idle = statistics.median(first)
     print(f"{name:44}{1:>8}{one:>10.1f}{'':>8}{idle * 1000:>10.0f} ms", flush=True)
-    for count in clients:
-        speed, first = measure(client, model, prompts, count)
+    for count in wanted.clients:
+        speed, first = measure(client, model, prompts[: wanted.requests], count, new_tokens)
         late = first[int(0.95 * (len(first) - 1))]
         print(f"{name:44}{count:>8}{speed:>10.1f}{speed / one:>7.2f}x{late * 1000:>10.0f} ms", flush=True)
 
@@ -131,6 +133,8 @@ def main() -> None:
     parser.add_argument("pair", choices=("inflated", "random"))
     parser.add_argument("--clients", type=int, nargs="+", default=[8])
     parser.add_argument("--alone", type=int, default=16, help="requests that are asked one at a time")
+    parser.add_argument("--requests", type=int, default=48, help="requests that many clients ask together")
+    parser.add_argument("--new-tokens", type=int, default=120)
     parser.add_argument("--port", type=int, default=8711)
     wanted = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,12 +147,12 @@ def main() -> None:
         serve = [sys.executable, "-m", "citer_hf.cli", "serve", folder]
         for name, options in (("the pair", []), ("the LLM's own text, lossless", ["--router-threshold", "2"])):
             with running([*serve, *options], wanted.port) as client:
-                show(f"citer serve, {name}", client, folder, prompts, wanted.clients, wanted.alone)
+                show(f"citer serve, {name}", client, folder, prompts, wanted)
         if wanted.pair == "random":
             llm = f"{folder}/llm"
             command = [str(Path(sys.executable).with_name("transformers")), "serve", llm, "--continuous-batching"]
             with running(command, wanted.port) as client:
-                show("transformers serve, the LLM alone", client, llm, prompts, wanted.clients, wanted.alone)
+                show("transformers serve, the LLM alone", client, llm, prompts, wanted)
 
 
 if __name__ == "__main__":

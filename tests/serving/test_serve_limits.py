@@ -17,9 +17,9 @@ import schemathesis
 import torch
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from citer_hf.runs import listen
 from citer_hf.serving import planning
 from citer_hf.serving import server as limits
-from citer_hf.serving.server import listen
 from tests.chat_pairs import character_tokenizer, chat_pair, invoke
 from tests.served import NAME, HeldRouter, Served, serving, wait_until
 from tests.serving.test_serve import CHAT, held
