@@ -388,7 +388,7 @@ def serve(
     """Serve a pair to OpenAI clients: chat completions and completions, with `router_threshold` in each request."""
     from .serving.server import serve
 
-    mount = None
+    mount: Any = None
     if playground:
         import_extra("gradio", "playground")
         from .playground import mount

@@ -382,5 +382,6 @@ class Engine:
         del one.tokens[len(one.tokens) - len(one.drafts) :]
         one.drafts, one.finished, one.error = [], True, error
         one.seen = {role: min(seen, one.end) for role, seen in one.seen.items()}
+        one.choice.drop_noise()
         self.active.remove(one)
         insort(self.free, one.slot)

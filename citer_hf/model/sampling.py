@@ -99,6 +99,10 @@ class Choice:
         if self.generator is not None:
             self.state = self._noise.pop(place)[1]
 
+    def drop_noise(self) -> None:
+        """Drop the noise of drafts, when no more tokens come."""
+        self._noise.clear()
+
 
 def default_generator(device: torch.device) -> torch.Generator:
     """Return the generator of a device that `torch.manual_seed` seeds."""

@@ -9,7 +9,6 @@ from transformers import LogitsProcessor
 from ..runs import import_extra
 from .schema import ChatRequest, Request, refusal
 
-END_OF_THOUGHT = "</think>"
 # Keywords of JSON schemas that xgrammar passes over.
 PASSED_OVER = {"not", "if", "then", "else", "uniqueItems", "unevaluatedItems"} | {
     "dependencies", "dependentRequired", "dependentSchemas", "minContains", "maxContains"
@@ -40,8 +39,11 @@ class Grammars:
         self.tokenizer, self.vocabulary, self.end_tokens = tokenizer, vocabulary, end_tokens
         self._compiler: Any = None
 
-    def mask(self, request: Request, prompt_tokens: int, thinks: bool) -> "list[LogitsProcessor]":
-        """Return what keeps an answer in the form that a request asks for, or nothing where it may have any."""
+    def mask(self, request: Request, prompt_tokens: int, thinks: str) -> "list[LogitsProcessor]":
+        """Return what keeps an answer in the form that a request asks for, or nothing where it may have any.
+
+        Thoughts, which end with the text `thinks` where the prompt opens them, have no form.
+        """
         param, schema = wanted_form(request)
         if schema is None:
             return []
@@ -140,17 +142,16 @@ class Mask(LogitsProcessor):
     """Leaves the tokens that a grammar allows behind any prefix of the answer, in whatever order it is asked."""
 
     def __init__(
-        self, xgrammar: Any, grammar: Any, tokenizer: Any, prompt_tokens: int, end_tokens: list[int], thinks: bool
+        self, xgrammar: Any, grammar: Any, tokenizer: Any, prompt_tokens: int, end_tokens: list[int], thinks: str
     ):
         self._xgrammar, self._matcher = xgrammar, xgrammar.GrammarMatcher(grammar)
         self._tokenizer, self._prompt_tokens, self._thinks = tokenizer, prompt_tokens, thinks
-        self._end_tokens, self._accepted = torch.tensor(end_tokens), list[int]()
+        self._end_tokens, self._accepted = end_tokens, list[int]()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         answer = input_ids[0, self._prompt_tokens :].tolist()
         if self._thinks:
-            # Thoughts have no form.
-            thought = thought_tokens(self._tokenizer, answer)
+            thought = thought_tokens(self._tokenizer, answer, self._thinks)
             if thought is None:
                 return scores
             answer = answer[thought:]
@@ -168,18 +169,15 @@ class Mask(LogitsProcessor):
         self._matcher.fill_next_token_bitmask(bits)
         allowed = torch.zeros(1, scores.shape[-1])
         self._xgrammar.apply_token_bitmask_inplace(allowed, bits)
-        allowed = allowed == 0
-        ends = allowed[:, self._end_tokens].sum()
-        if ends and ends == allowed.sum():
-            # It is complete: the answer ends, whatever else suppresses end tokens.
-            scores = torch.zeros_like(scores)
-        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+        scores = scores.masked_fill((allowed < 0).to(scores.device), -torch.inf)
+        if scores.isinf().all():
+            # It is complete, or nothing fits: the answer ends, whatever else suppresses end tokens.
+            scores[:, self._end_tokens] = 0
+        return scores
 
 
-def thought_tokens(tokenizer: Any, answer: list[int]) -> int | None:
+def thought_tokens(tokenizer: Any, answer: list[int], end: str) -> int | None:
     """Return how many first tokens are thoughts, the mark of their end included; `None` where they have not ended."""
-    text = tokenizer.decode(answer)
-    if END_OF_THOUGHT not in text:
+    if end not in tokenizer.decode(answer):
         return None
-    counts = range(1, len(answer) + 1)
-    return next(count for count in counts if END_OF_THOUGHT in tokenizer.decode(answer[:count]))
+    return next(count for count in range(1, len(answer) + 1) if end in tokenizer.decode(answer[:count]))

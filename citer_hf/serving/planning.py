@@ -49,14 +49,14 @@ class Planner:
         planned = list[Answer]()
         for place, prompt in enumerate(prompts_of(self.tokenizer, body, self.model.vocab_size)):
             length, text = answer_length(body, len(prompt), usual, most, self.context), self.tokenizer.decode(prompt)
-            begun = open_thought(self.tokenizer, self.model.llm, text) if is_chat else ""
+            begun, thinks = open_thought(self.tokenizer, self.model.llm, text) if is_chat else ("", "")
             echo = None
             if not is_chat and body.echo:
                 texts = [given] if isinstance(given, str) else given
                 echo = texts[place] if isinstance(texts[place], str) else text
             for number in range(body.n or 1):
                 seed = secrets.randbits(63) if body.seed is None else (body.seed + number) % 2**63
-                options = self._options(body, prompt, length, bool(begun))
+                options = self._options(body, prompt, length, thinks)
                 # What a request leaves out is not taken from the model's own settings again.
                 model = copy.copy(self.model)
                 model.generation_config = options["generation_config"]
@@ -89,7 +89,7 @@ class Planner:
                 )
         return planned
 
-    def _options(self, body: Any, prompt: list[int], length: int, thinks: bool) -> dict[str, Any]:
+    def _options(self, body: Any, prompt: list[int], length: int, thinks: str) -> dict[str, Any]:
         """Return the keywords with which `generate` would write the answer."""
         input_ids = torch.tensor([prompt], device=self.model.device)
         processors = LogitsProcessorList(self.grammars.mask(body, len(prompt), thinks))

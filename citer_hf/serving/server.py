@@ -90,6 +90,10 @@ class Server:
         self.stopping = False
         self._requests = 0
 
+    @property
+    def status(self) -> str:
+        return "stopping" if self.stopping else "ok" if self.worker.thread.is_alive() else "dead"
+
     def drain(self) -> None:
         """Refuse new requests from now on, and end those in flight within the grace time."""
         self.stopping = True
@@ -107,7 +111,7 @@ class Server:
     async def answer(self, request: fastapi.Request, body: Request) -> Response:
         """Answer a request, whole or as a stream."""
         self.check_name(body.model)
-        if self.stopping:
+        if self.status != "ok":
             raise RequestError(STOPPING, 503)
         if self._requests >= self.options.max_batch_size + self.options.max_waiting:
             raise RequestError(f"{self._requests} requests are here already (--max-waiting). Try again later.", 503)
@@ -231,8 +235,7 @@ def build_app(server: Server) -> FastAPI:
 
     @app.get("/health", responses={503: {"description": "The server is being stopped, or cannot generate."}})
     async def health() -> JSONResponse:
-        status = "stopping" if server.stopping else "ok" if server.worker.thread.is_alive() else "dead"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+        return JSONResponse({"status": server.status}, 200 if server.status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

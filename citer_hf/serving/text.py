@@ -8,7 +8,7 @@ from tokenizers.decoders import DecodeStream
 from transformers.cli.serving.utils import ReasoningText, ToolCall, get_response_template, response_events_to_chunks
 from transformers.utils.chat_parsing import ResponseParser
 
-from .grammar import forced_tools
+from .grammar import forced_tools, wanted_form
 from .schema import ChatRequest, Request
 
 # For models of which transformers knows no markup: thoughts at the beginning of an answer, and calls where the chat
@@ -77,38 +77,41 @@ class Parser(ResponseParser):
 
 
 class ForcedCall:
-    """Stands for a parser where the whole answer is one call, of the form that a grammar has kept it in."""
+    """Stands for a parser where the whole answer behind its thoughts is one call, in the form of a grammar."""
 
-    def __init__(self) -> None:
-        self._text = ""
+    def __init__(self, markup: "Markup"):
+        self._markup, self._text = markup, ""
 
     def feed(self, text: str) -> list[Any]:
-        self._text += text
-        return []
+        return self._kept(self._markup.feed(text))
 
     def rest(self) -> list[Any]:
+        thoughts = self._kept(self._markup.rest())
         try:
             call = json.loads(self._text)
-            return [ToolCall(name=call["name"], arguments=json.dumps(call["arguments"], ensure_ascii=False))]
+            return [*thoughts, ToolCall(call["name"], json.dumps(call["arguments"], ensure_ascii=False))]
         except (ValueError, KeyError, TypeError):
             # Cut off.
-            return [self._text] if self._text else []
+            return [*thoughts, self._text] if self._text else thoughts
+
+    def _kept(self, parts: list[Any]) -> list[Any]:
+        self._text += "".join(part for part in parts if not isinstance(part, ReasoningText))
+        return [part for part in parts if isinstance(part, ReasoningText)]
 
 
 class Markup:
     """Tells reasoning and tool calls from the answer, without the white space around thoughts.
 
     Args:
-        tokenizer, llm: Which say how the model marks them.
+        template: How the model marks them, in transformers' form.
         tools: Of the request, which say what types arguments have.
-        begun: The text that the answer continues, and that it is no part of: the mark that opens thoughts, or "".
+        begun: The mark with which the prompt opens thoughts, or "".
     """
 
-    def __init__(self, tokenizer: Any, llm: Any, tools: Any, begun: str):
-        self.template = template_of(tokenizer, llm)
-        self._parser = Parser(self.template, prefix="", tools=tools)
+    def __init__(self, template: dict[str, Any], tools: Any, begun: str):
+        self.template, self._parser = template, Parser(template, prefix="", tools=tools)
         self._parser.feed(begun)
-        self._space, self._thought = "", bool(begun)
+        self._space, self._begun, self._thought = "", False, bool(begun)
 
     def feed(self, text: str) -> list[Any]:
         return self._trimmed(response_events_to_chunks(self._parser.feed(text)))
@@ -133,21 +136,23 @@ class Markup:
                 found.append(part)
         return found
 
-    _begun = False
-
 
 def template_of(tokenizer: Any, llm: Any) -> dict[str, Any]:
     """Return how a model marks reasoning and calls, in transformers' form."""
     calls = {"tool_calls": CALLS} if "<tool_call>" in str(tokenizer.chat_template) else {}
+    return get_response_template(tokenizer, llm) or template_with(calls)
+
+
+def template_with(calls: dict[str, Any]) -> dict[str, Any]:
     fields = {"reasoning_content": THOUGHTS, **calls, "content": {"content": "text"}}
-    return get_response_template(tokenizer, llm) or {"start_anchor": "\0", "fields": fields}
+    return {"start_anchor": "\0", "fields": fields}
 
 
-def open_thought(tokenizer: Any, llm: Any, prompt: str) -> str:
-    """Return the mark with which a prompt leaves thoughts open, or ""."""
+def open_thought(tokenizer: Any, llm: Any, prompt: str) -> tuple[str, str]:
+    """Return the mark with which a prompt leaves thoughts open and the one that ends them; "" twice if it does not."""
     field = template_of(tokenizer, llm)["fields"].get("reasoning_content", {})
-    marks = [field["open"]] if isinstance(field.get("open"), str) else list(field.get("open") or ["<think>"])
-    return next((mark for mark in marks if prompt.rstrip().endswith(mark.rstrip())), "")
+    begin, end = (one if isinstance(one, str) else "" for one in (field.get("open", "<think>"), field.get("close")))
+    return (begin, end) if begin and end and prompt.rstrip().endswith(begin.rstrip()) else ("", "")
 
 
 class AnswerText:
@@ -194,7 +199,10 @@ def parser_of(tokenizer: Any, llm: Any, request: Request, begun: str) -> Any:
     """Return what finds tool calls and reasoning in an answer, or `None` where its text is all there is."""
     if not isinstance(request, ChatRequest):
         return None
-    if forced_tools(request):
-        return ForcedCall()
-    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or []]
-    return Markup(tokenizer, llm, tools, begun)
+    if wanted_form(request)[1] is not None:
+        # What is marked within a form is a part of its strings.
+        markup = Markup(template_with({}), None, begun)
+        return ForcedCall(markup) if forced_tools(request) else markup
+    return Markup(
+        template_of(tokenizer, llm), [tool.model_dump(exclude_none=True) for tool in request.tools or []], begun
+    )

@@ -38,6 +38,7 @@ from citer_hf import DEMO_PAIR, CiterForCausalLM
 from citer_hf.demo.problems import problems
 
 Prompts = list[str]
+SILENT: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def save_inflated(folder: Path) -> Prompts:
@@ -73,7 +74,7 @@ def save(pair: CiterForCausalLM, tokenizer: Any, folder: Path) -> None:
 def running(command: list[str], port: int) -> Iterator[openai.OpenAI]:
     """Run a server on one thread until the block ends."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--port", str(port)], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--port", str(port)], env=environment, **SILENT)
     client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0, timeout=600)
     try:
         for _ in range(600):
