@@ -116,7 +116,7 @@ def test_a_stream_flows_while_another_prompt_is_processed(monkeypatch: pytest.Mo
         stream.close()
 
 
-def test_answers_that_wait_are_written_when_a_slot_is_free_and_in_order() -> None:
+def test_answers_that_wait_are_written_when_a_slot_is_free() -> None:
     router, ends = HeldRouter(), []
     with serving(held(router), max_batch_size=2) as server, ThreadPoolExecutor(5) as clients:
 
@@ -129,7 +129,7 @@ def test_answers_that_wait_are_written_when_a_slot_is_free_and_in_order() -> Non
             wait_until(lambda count=number + 1: server.metric("citer_requests_in_progress") == count)
         router.permits.release(1000)
         wait_until(lambda: len(ends) == 5)
-    assert set(ends[:2]) == {0, 1} and ends[4] == 4
+    assert set(ends) == set(range(5)) and ends[0] in (0, 1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "lfm2"])
