@@ -122,8 +122,13 @@ class Server:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        # Templates and tokenizers take their time over long texts, and other requests wait for the event loop.
-        answers = await run_in_threadpool(self.planner.answers, body, time.monotonic(), tell)
+        self._count(1)
+        try:
+            # Templates and tokenizers take their time over long texts, and other requests wait for the event loop.
+            answers = await run_in_threadpool(self.planner.answers, body, time.monotonic(), tell)
+        except BaseException:
+            self._count(-1)
+            raise
         is_chat = isinstance(body, ChatRequest)
         reply = Reply(self.names[0], is_chat, len(answers), body.n or 1, answers[0].top is not None)
         pieces = self._pieces(request, answers, queue)
@@ -136,12 +141,14 @@ class Server:
             reply.add(piece)
         return JSONResponse(reply.whole())
 
+    def _count(self, change: int) -> None:
+        self._requests += change
+        self.metrics.requests_here.inc(change)
+
     async def _pieces(
         self, request: fastapi.Request, answers: list[Answer], queue: asyncio.Queue[Any]
     ) -> AsyncGenerator[Piece, None]:
         """Give the pieces of the answers to a request as they are generated."""
-        self._requests += 1
-        self.metrics.requests_here.inc()
         watch = asyncio.create_task(notice_leaving(request, answers[0].cancelled, queue))
         begun, unfinished = False, len(answers)
         try:
@@ -163,8 +170,7 @@ class Server:
         finally:
             answers[0].cancelled.set()
             watch.cancel()
-            self._requests -= 1
-            self.metrics.requests_here.dec()
+            self._count(-1)
 
 
 async def notice_leaving(request: fastapi.Request, cancelled: threading.Event, queue: asyncio.Queue[Any]) -> None:

@@ -55,6 +55,12 @@ class Parser(ResponseParser):
 
     _start = 0
 
+    def end(self) -> list[dict[str, Any]]:
+        """Return the last events; an answer may lack any field."""
+        events: list[dict[str, Any]] = []
+        self._process(events, eos=True)
+        return events
+
     def _open_explicit(self, events: list[dict[str, Any]], field: Any, m: Any) -> None:
         self._start = m.start()
         super()._open_explicit(events, field, m)
@@ -117,7 +123,7 @@ class Markup:
         return self._trimmed(response_events_to_chunks(self._parser.feed(text)))
 
     def rest(self) -> list[Any]:
-        return self._trimmed(response_events_to_chunks(self._parser.finalize()[1]))
+        return self._trimmed(response_events_to_chunks(self._parser.end()))
 
     def _trimmed(self, parts: list[Any]) -> list[Any]:
         found = []

@@ -160,10 +160,13 @@ class Worker:
                     answer.tell(answer.piece())
                 continue
             self._running.remove(answer)
-            if one.error is not None:
-                self._fail(answer, one.error)
+            try:
+                if one.error is not None:
+                    raise one.error
+                piece = answer.finish(cut=not answer.text.stopped and self._is_over(answer))
+            except Exception as error:
+                self._fail(answer, error)
                 continue
-            piece = answer.finish(cut=not answer.text.stopped and self._is_over(answer))
             if piece.finished is not None:
                 self.count(piece.finished)
             answer.tell(piece)
