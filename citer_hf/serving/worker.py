@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
@@ -40,8 +40,10 @@ class Worker:
 
     def __init__(self, model: Any, slots: int, capacity: int | None, count: Callable[[Finished], None]):
         self.model, self.slots, self.capacity, self.count = model, slots, capacity, count
+        self.chunk = model.generation_config.prefill_chunk_size or CHUNK
         self._new: SimpleQueue[Answer | None] = SimpleQueue()
         self._waiting, self._running = deque[Answer](), list[Answer]()
+        self._preparing = deque[tuple[Answer, Iterator[None]]]()
         self._stops_at: float | None = None
         self._closed = False
         self.thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -77,15 +79,14 @@ class Worker:
                     logger.exception("The engine failed.")
                     for answer in [*self._running, *self._waiting]:
                         self._fail(answer, error)
-                    self._running, self._waiting = [], deque()
+                    self._running, self._waiting, self._preparing = [], deque(), deque()
 
     def _serve(self, work: Any) -> None:
         """Serve until the thread ends."""
         cache = CiterCache(self.model.config)
         engine: Engine | None = None
         if keeps_slots(cache.slm) and keeps_slots(cache.llm):
-            chunk = self.model.generation_config.prefill_chunk_size or CHUNK
-            engine = Engine(self.model, self.slots, cache, self.capacity, chunk, self.model.pace, work)
+            engine = Engine(self.model, self.slots, cache, self.capacity, self.chunk, self.model.pace, work)
         while not self._closed:
             # 1. New answers; wait for one where there is nothing to do.
             self._collect()
@@ -93,6 +94,7 @@ class Worker:
             self._drop(engine)
             # 3. The next ones begin where slots are free.
             self._begin(engine)
+            self._go_on()
             # 4. A step of all.
             if engine is not None and engine.busy:
                 try:
@@ -119,7 +121,7 @@ class Worker:
                 self._waiting.remove(answer)
                 answer.tell(RequestError(STOPPING if not late else "Its turn did not come in time.", 503))
         for answer in self._running:
-            if engine is not None and self._is_over(answer):
+            if engine is not None and answer.sequence.on_settled is not None and self._is_over(answer):
                 engine.cancel(answer.sequence)
 
     def _is_over(self, answer: Answer) -> bool:
@@ -138,19 +140,32 @@ class Worker:
             self._waiting.popleft()
             answer.tell(BEGUN)
             self._running.append(answer)
+            self._preparing.append((answer, self._prepare(answer, None if alone else engine)))
+
+    def _go_on(self) -> None:
+        """Prepare one answer after the other, until there is a step for those that are prepared already."""
+        while self._preparing:
+            answer, steps = self._preparing[0]
             try:
-                if answer.echo is not None:
-                    self._echo(answer)
-                if answer.length == 0:
-                    answer.sequence.finished = True
-                elif alone:
-                    self._write_alone(answer)
-                elif engine is not None:
-                    answer.sequence.on_settled = partial(settle, engine, answer)
-                    engine.submit(answer.sequence)
+                next(steps)
+                return
+            except StopIteration:
+                self._preparing.popleft()
             except Exception as error:
-                self._running.remove(answer)
-                self._fail(answer, error)
+                self._preparing.popleft()
+                answer.sequence.finished, answer.sequence.error = True, error
+
+    def _prepare(self, answer: Answer, engine: Engine | None) -> Iterator[None]:
+        one = answer.sequence
+        if answer.echo is not None:
+            yield from self._echo(answer)
+        if answer.length == 0 or self._is_over(answer):
+            one.finished = True
+        elif engine is None:
+            self._write_alone(answer)
+        else:
+            one.on_settled = partial(settle, engine, answer)
+            engine.submit(one)
 
     def _hand_out(self) -> None:
         for answer in list(self._running):
@@ -178,15 +193,19 @@ class Worker:
 
     # ---- beside the engine ----------------------------------------------------------------------------------------
 
-    def _echo(self, answer: Answer) -> None:
-        """Tell the prompt first, with the likelihood that `forward` gives it where that is asked for."""
-        one = answer.sequence
-        logits: Any = [None] * one.begin
+    def _echo(self, answer: Answer) -> Iterator[None]:
+        """Tell the prompt first, with the likelihood that `forward` gives it if asked for, chunk by chunk."""
+        one, last = answer.sequence, None
         if answer.top is not None:
-            ids = torch.tensor([one.tokens], device=self.model.device)
-            dials = {"router_threshold": one.threshold, "llm_veto": one.veto}
-            logits = [None, *self.model(ids, use_cache=False, **dials).logits[0, :-1]]
-        answer.tokens += [answer.described(*both, None) for both in zip(one.tokens, logits, strict=True)]
+            cache, dials = CiterCache(self.model.config), {"router_threshold": one.threshold, "llm_veto": one.veto}
+            for chunk in torch.split(torch.tensor([one.tokens], device=self.model.device), self.chunk, dim=1):
+                logits = self.model(chunk, past_key_values=cache, **dials).logits[0]
+                known = zip(chunk[0].tolist(), [last, *logits[:-1]], strict=True)
+                answer.tokens += [answer.described(*both, None) for both in known]
+                last = logits[-1]
+                yield
+                if self._is_over(answer):
+                    return
         answer.parts.append(answer.echo)
 
     def _write_alone(self, answer: Answer) -> None:

@@ -20,7 +20,9 @@ DIALS = [(0.0, 0.0), (0.5, 0.0), (0.5, 0.3), (0.5, 1.0), (2.0, 0.0)]
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return chat_pair()
+    pair = chat_pair()
+    pair.generation_config.prefill_chunk_size = 4
+    return pair
 
 
 @pytest.fixture(scope="module")
