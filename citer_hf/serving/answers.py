@@ -1,5 +1,6 @@
 """One answer in the making, and the JSON of the answers to a request, whole and in pieces."""
 
+import codecs
 import random
 import string
 import threading
@@ -24,9 +25,11 @@ class Token(NamedTuple):
     """A token of a prompt or an answer, and what was thought of it; `settled` is `None` in a prompt."""
 
     text: str
-    logprob: float | None = None
-    top: list[tuple[str, float]] = []
-    settled: Settled | None = None
+    data: bytes
+    offset: int  # of its characters, in the text of the answer
+    logprob: float | None
+    top: list[tuple[str, bytes, float]]
+    settled: Settled | None
 
 
 class Finished(NamedTuple):
@@ -60,10 +63,11 @@ class Answer:
         alone: Why only transformers' loop can decode it; "" where the engine can.
         text: Makes parts from tokens.
         tell: Takes an item for the client, on any thread.
+        begun: Set when an answer to its request is written.
         cancelled: Set when nobody wants it any more.
         arrived, deadline: Of the request, on the monotonic clock.
         length: Most new tokens.
-        decoded: The text of a token.
+        decoded: The text of a token, and its bytes.
         top: Number of likeliest tokens to tell of; `None`: no logarithms of probabilities.
         wants_tokens: Whether tokens are told at all.
         echo: The prompt, where it is told first.
@@ -76,11 +80,12 @@ class Answer:
     alone: str
     text: AnswerText
     tell: Callable[[Any], None]
+    begun: threading.Event
     cancelled: threading.Event
     arrived: float
     deadline: float
     length: int
-    decoded: Callable[[int], str]
+    decoded: Callable[[int], tuple[str, bytes]]
     top: int | None
     wants_tokens: bool
     echo: str | None
@@ -89,6 +94,9 @@ class Answer:
     parts: list[Any] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     first_token: float = 0.0
+    # Counts characters, of which a token may be a part.
+    characters: Any = field(default_factory=partial(codecs.getincrementaldecoder("utf-8"), "ignore"))
+    place: int = 0
 
     def take(self, one: Sequence) -> bool:
         """Take a token that was settled, on the inference thread; return True if the answer ends there."""
@@ -103,12 +111,15 @@ class Answer:
 
     def described(self, token: int, logits: torch.Tensor | None, settled: Settled | None) -> Token:
         """Return a token with its probability under these logits `[vocabulary]`."""
-        if logits is None or self.top is None:
-            return Token(self.decoded(token), settled=settled)
-        logprobs = logits.float().log_softmax(-1).clamp(min=NEVER)
-        values, ids = logprobs.topk(min(self.top, len(logprobs)))
-        top = [(self.decoded(one), value) for one, value in zip(ids.tolist(), values.tolist(), strict=True)]
-        return Token(self.decoded(token), float(logprobs[token]), top, settled)
+        offset, logprob, top = self.place, None, []
+        text, data = self.decoded(token)
+        self.place += len(self.characters.decode(data))
+        if logits is not None and self.top is not None:
+            logprobs = logits.float().log_softmax(-1).clamp(min=NEVER)
+            values, ids = logprobs.topk(min(self.top, len(logprobs)))
+            logprob = float(logprobs[token])
+            top = [(*self.decoded(one), value) for one, value in zip(ids.tolist(), values.tolist(), strict=True)]
+        return Token(text, data, offset, logprob, top, settled)
 
     def piece(self, finished: Finished | None = None) -> Piece:
         """Return what is new."""
@@ -208,8 +219,7 @@ class Reply:
         content = {name: message} if self.is_chat else {"text": message.get("content") or ""}
         logprobs: Any = None
         if self.has_logprobs and tokens:
-            offset = sum(len(one.text) for one in self.tokens[index]) if name == "delta" else 0
-            logprobs = chat_logprobs(tokens) if self.is_chat else completion_logprobs(tokens, offset)
+            logprobs = chat_logprobs(tokens) if self.is_chat else completion_logprobs(tokens)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": self.reasons[index]}
 
 
@@ -219,26 +229,23 @@ def call_id() -> str:
 
 
 def chat_logprobs(tokens: list[Token]) -> dict[str, Any]:
-    def entry(text: str, logprob: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def entry(text: str, data: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(data)}
 
-    told = [{**entry(one.text, one.logprob), "top_logprobs": [entry(*top) for top in one.top]} for one in tokens]
+    told = [
+        {**entry(one.text, one.data, one.logprob), "top_logprobs": [entry(*top) for top in one.top]} for one in tokens
+    ]
     return {"content": told, "refusal": None}
 
 
-def completion_logprobs(tokens: list[Token], offset: int) -> dict[str, Any]:
-    offsets = []
-    for one in tokens:
-        offsets.append(offset)
-        offset += len(one.text)
+def completion_logprobs(tokens: list[Token]) -> dict[str, Any]:
+    # The chosen token is among the likeliest, as with OpenAI.
+    tops = [{one.text: one.logprob, **{text: value for text, _, value in reversed(one.top)}} for one in tokens]
     return {
         "tokens": [one.text for one in tokens],
         "token_logprobs": [one.logprob for one in tokens],
-        # The chosen token is among them, as with OpenAI.
-        "top_logprobs": [
-            None if one.logprob is None else {one.text: one.logprob, **dict(reversed(one.top))} for one in tokens
-        ],
-        "text_offset": offsets,
+        "top_logprobs": [None if one.logprob is None else top for one, top in zip(tokens, tops, strict=True)],
+        "text_offset": [one.offset for one in tokens],
     }
 
 

@@ -1,6 +1,8 @@
 """Answers in a given form: JSON of a schema, or a call of a tool, by masks over the vocabulary (xgrammar)."""
 
 import json
+import re
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -10,20 +12,17 @@ from ..runs import import_extra
 from .schema import ChatRequest, Request, refusal
 
 # Keywords of JSON schemas that xgrammar passes over.
-PASSED_OVER = {"not", "if", "then", "else", "uniqueItems", "unevaluatedItems"} | {
-    "dependencies", "dependentRequired", "dependentSchemas", "minContains", "maxContains"
-}  # fmt: skip
+PASSED_OVER = {"not", "if", "then", "else", "uniqueItems", "unevaluatedItems", "contains", "propertyNames"}
+PASSED_OVER |= {"dependencies", "dependentRequired", "dependentSchemas", "minContains", "maxContains"}
 # Of these it follows one, and nothing beside it.
-ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const", "pattern", "format")
+ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const", "pattern", "format", "multipleOf", "patternProperties")
+ALONE_IN_TYPE = set(ALONE[4:])
 BESIDE = {"title", "description", "default", "examples", "deprecated", "$comment", "$schema", "$id", "$defs"}
 BESIDE |= {"definitions", "readOnly", "writeOnly", "nullable", "discriminator"}
-HOLD_SCHEMAS = (
-    "anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalProperties", "contains", "propertyNames"
-)  # fmt: skip
-TYPES: dict[str, Any] = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "object": dict,
-    "array": list,
-}  # fmt: skip
+DEFINITIONS = ("$defs", "definitions")
+HOLD_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalProperties")
+TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,)}
+TYPES |= {"null": (type(None),), "object": (dict,), "array": (list,)}
 
 
 class Grammars:
@@ -38,6 +37,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: list[int]):
         self.tokenizer, self.vocabulary, self.end_tokens = tokenizer, vocabulary, end_tokens
         self._compiler: Any = None
+        self.texts: list[bytes] = []
 
     def mask(self, request: Request, prompt_tokens: int, thinks: str) -> "list[LogitsProcessor]":
         """Return what keeps an answer in the form that a request asks for, or nothing where it may have any.
@@ -55,16 +55,17 @@ class Grammars:
                 info = xgrammar.TokenizerInfo.from_huggingface(
                     self.tokenizer, vocab_size=self.vocabulary, stop_token_ids=self.end_tokens
                 )
-                self._compiler = xgrammar.GrammarCompiler(info)
+                self._compiler, self.texts = xgrammar.GrammarCompiler(info), info.decoded_vocab
             if fault := not_followed(schema):
                 raise ValueError(f"{fault} is not followed; leave it out")
             # White space that nothing ends would be valid too.
             grammar = self._compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
         except ImportError as error:
             raise refusal(param, f"not offered here: {error}") from None
-        except (RuntimeError, ValueError, TypeError, RecursionError) as error:
+        except Exception as error:
+            # The schema is a client's.
             raise refusal(param, f"no schema that can be followed: {str(error)[:200]}") from error
-        return [Mask(xgrammar, grammar, self.tokenizer, prompt_tokens, self.end_tokens, thinks)]
+        return [Mask(xgrammar, grammar, self, prompt_tokens, thinks)]
 
 
 def not_followed(schema: Any) -> str:
@@ -75,50 +76,49 @@ def not_followed(schema: Any) -> str:
         return found[0]
     beside, kind = schema.keys() - BESIDE, schema.get("type")
     if found := [name for name in ALONE if name in schema]:
-        known = {"type"} if found[0] in ("enum", "const", "pattern", "format") else set()
-        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-        of_type = kind is None or all(isinstance(value, TYPES.get(str(kind), ())) for value in values)
-        if beside - known - {found[0]} or not of_type or (found[0] == "allOf" and len(schema["allOf"]) > 1):
+        known = {"type"} if found[0] in ALONE_IN_TYPE else set()
+        if found[0] == "patternProperties":
+            known = {"type", "additionalProperties"}
+        if beside - known - {found[0]} or (found[0] == "allOf" and len(schema["allOf"]) > 1):
             return f"what stands beside {found[0]}" if found[0] != "allOf" else "allOf"
+        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        if kind is not None and not all(type(value) in TYPES.get(str(kind), ()) for value in values):
+            return f"a value of another type in {found[0]}"
         if found[0] == "oneOf" and "discriminator" not in schema:
             return "oneOf without a discriminator"
+        if found[0] == "pattern" and re.search(r"\(\?(?!:)", schema["pattern"]):
+            return "a pattern that looks around"
+        if found[0] == "multipleOf" and kind != "integer":
+            return "multipleOf of a number"
     elif beside and kind is None and not beside & {"properties", "items", "prefixItems", "required"}:
         return f"{sorted(beside)[0]} without a type"
     if not set(schema.get("required") or ()) <= (schema.get("properties") or {}).keys():
         return "required of what is no property"
-    if kind == "number" and "multipleOf" in schema:
-        return "multipleOf of a number"
-    named = [schema.get(name) for name in ("properties", "patternProperties", "$defs", "definitions")]
+    if schema.get("properties") and beside & {"minProperties", "maxProperties"}:
+        return "a number of properties beside their names"
+    named = [schema.get(name) for name in ("properties", "patternProperties", *DEFINITIONS)]
     parts = [part for one in named if isinstance(one, dict) for part in one.values()]
-    for name in (
-        "anyOf",
-        "oneOf",
-        "allOf",
-        "prefixItems",
-        "items",
-        "additionalProperties",
-        "contains",
-        "propertyNames",
-    ):
-        part = schema.get(name)
+    for part in map(schema.get, HOLD_SCHEMAS):
         parts += part if isinstance(part, list) else [part]
     return next(filter(None, map(not_followed, parts)), "")
 
 
 def wanted_form(request: Request) -> tuple[str, Any]:
     """Return the field that asks for a form, and the schema; `None` where an answer may have any."""
-    tools = forced_tools(request)
-    if tools:
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.name}, "arguments": tool.parameters or {"type": "object"}},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ]
-        return "tool_choice", calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if tools := forced_tools(request):
+        calls, shared = [], dict[str, Any]()
+        for tool in tools:
+            schema = dict(tool.parameters or {"type": "object"})
+            if '"$ref": "#"' in json.dumps(schema):
+                raise refusal("tools", "parameters that refer to themselves as a whole are not followed.")
+            for name in DEFINITIONS:
+                # References are counted from the root.
+                for key, value in schema.pop(name, {}).items():
+                    if shared.setdefault(name, {}).setdefault(key, value) != value:
+                        raise refusal("tools", f"{name} of two functions differ: {key}.")
+            form = {"type": "object", "properties": {"name": {"const": tool.name}, "arguments": schema}}
+            calls.append({**form, "required": ["name", "arguments"], "additionalProperties": False})
+        return "tool_choice", {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), **shared}
     wanted = request.response_format
     if wanted is None or wanted.type == "text":
         return "", None
@@ -141,20 +141,26 @@ def forced_tools(request: Request) -> list[Any]:
 class Mask(LogitsProcessor):
     """Leaves the tokens that a grammar allows behind any prefix of the answer, in whatever order it is asked."""
 
-    def __init__(
-        self, xgrammar: Any, grammar: Any, tokenizer: Any, prompt_tokens: int, end_tokens: list[int], thinks: str
-    ):
+    def __init__(self, xgrammar: Any, grammar: Any, of: Grammars, prompt_tokens: int, thinks: str):
+        tokenizer, texts, end_tokens = of.tokenizer, of.texts, of.end_tokens
         self._xgrammar, self._matcher = xgrammar, xgrammar.GrammarMatcher(grammar)
-        self._tokenizer, self._prompt_tokens, self._thinks = tokenizer, prompt_tokens, thinks
+        self._tokenizer, self._texts, self._prompt_tokens = tokenizer, texts, prompt_tokens
         self._end_tokens, self._accepted = end_tokens, list[int]()
+        self._thinks, self._thought = thinks, list[int]()
+        # xgrammar lets control characters into strings of a given length, where JSON has none.
+        self._never = torch.tensor([[any(byte < 32 for byte in text) for text in texts]])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         answer = input_ids[0, self._prompt_tokens :].tolist()
         if self._thinks:
-            thought = thought_tokens(self._tokenizer, answer, self._thinks)
-            if thought is None:
-                return scores
-            answer = answer[thought:]
+            if not self._thought or answer[: len(self._thought)] != self._thought:
+                text = self._tokenizer.decode(answer)
+                if self._thinks not in text:
+                    return self._ending_cleanly(text, scores)
+                counts = range(1, len(answer) + 1)
+                ended = bisect_left(counts, True, key=lambda n: self._thinks in self._tokenizer.decode(answer[:n]))
+                self._thought = answer[: ended + 1]
+            answer = answer[len(self._thought) :]
         # 1. Go back to what this prefix has in common with the last one, and on from there.
         common = next((i for i, (a, b) in enumerate(zip(answer, self._accepted, strict=False)) if a != b), None)
         common = min(len(answer), len(self._accepted)) if common is None else common
@@ -169,15 +175,19 @@ class Mask(LogitsProcessor):
         self._matcher.fill_next_token_bitmask(bits)
         allowed = torch.zeros(1, scores.shape[-1])
         self._xgrammar.apply_token_bitmask_inplace(allowed, bits)
-        scores = scores.masked_fill((allowed < 0).to(scores.device), -torch.inf)
+        scores = scores.masked_fill(((allowed < 0) | self._never).to(scores.device), -torch.inf)
         if scores.isinf().all():
             # It is complete, or nothing fits: the answer ends, whatever else suppresses end tokens.
             scores[:, self._end_tokens] = 0
         return scores
 
-
-def thought_tokens(tokenizer: Any, answer: list[int], end: str) -> int | None:
-    """Return how many first tokens are thoughts, the mark of their end included; `None` where they have not ended."""
-    if end not in tokenizer.decode(answer):
-        return None
-    return next(count for count in range(1, len(answer) + 1) if end in tokenizer.decode(answer[:count]))
+    def _ending_cleanly(self, text: str, scores: torch.Tensor) -> torch.Tensor:
+        """Forbid that the answer ends within its thoughts, and tokens that end them and go on with other text."""
+        mark, scores = self._thinks, scores.clone()
+        scores[:, self._end_tokens] = -torch.inf
+        begun = next((mark[n:] for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), None)
+        if begun is not None:
+            end = begun.encode()
+            bad = [token for token, one in enumerate(self._texts) if one.startswith(end) and one[len(end) :].strip()]
+            scores[:, bad] = -torch.inf
+        return scores

@@ -1,6 +1,7 @@
 """From a request to its answers, which the inference thread writes."""
 
 import copy
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import StopStringCriteria
 
 from ..model.routers import as_threshold
@@ -37,11 +39,11 @@ class Planner:
         end_tokens = [] if end is None else [end] if isinstance(end, int) else list(end)
         self.grammars = Grammars(tokenizer, model.vocab_size, end_tokens)
         self.specials = {token: str(one) for token, one in tokenizer.added_tokens_decoder.items() if one.special}
-        self.decoded = lru_cache(1 << 16)(lambda token: str(tokenizer.decode([token])))
+        self.decoded = lru_cache(1 << 16)(partial(text_and_bytes, tokenizer))
 
     def answers(self, body: Any, arrived: float, tell: Callable[[Any], None]) -> list[Answer]:
         """Return the answers that a request asks for, those to one prompt side by side."""
-        is_chat, cancelled = isinstance(body, ChatRequest), threading.Event()
+        is_chat, begun_writing, cancelled = isinstance(body, ChatRequest), threading.Event(), threading.Event()
         stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         top, given = number_of_logprobs(body), [] if is_chat else body.prompt
         routes = bool(body.stream and body.stream_options and body.stream_options.include_routing)
@@ -75,6 +77,7 @@ class Planner:
                         alone=alone,
                         text=AnswerText(self.tokenizer, self.specials, stops, parser),
                         tell=tell,
+                        begun=begun_writing,
                         cancelled=cancelled,
                         arrived=arrived,
                         deadline=arrived + self.options.timeout,
@@ -119,3 +122,14 @@ def number_of_logprobs(body: Any) -> int | None:
             raise refusal("top_logprobs", "expected logprobs to be true.")
         return None
     return body.top_logprobs or 0
+
+
+def text_and_bytes(tokenizer: Any, token: int) -> tuple[str, bytes]:
+    """Return a token's text and bytes; a part of a character has no text, and is written as OpenAI writes it."""
+    text, piece = str(tokenizer.decode([token])), str(tokenizer.convert_ids_to_tokens(token))
+    data, alphabet = text.encode(), {character: byte for byte, character in bytes_to_unicode().items()}
+    if "\ufffd" in text and all(character in alphabet for character in piece):
+        data = bytes(alphabet[character] for character in piece)
+    elif fallback := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        data = bytes.fromhex(fallback[1])
+    return (text if text.encode() == data else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)), data

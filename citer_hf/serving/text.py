@@ -1,6 +1,7 @@
 """From tokens to what a client sees: text up to a stop string, reasoning, tool calls."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ CALLS = {
     "content": "json",
     "transform": {"type": "function", "function": "{content}"},
 }
+
+
+# What stands around the values of a call that a grammar has formed.
+BEFORE_NAME, BEFORE_ARGUMENTS = '{"name": ', ', "arguments": '
 
 
 class StopText:
@@ -73,8 +78,12 @@ class Parser(ResponseParser):
                 function = events[-1]["value"]["function"]
                 if not (isinstance(function["name"], str) and function["name"]):
                     raise ValueError("a call without a name")
-                if not isinstance(function["arguments"], dict | str):
+                arguments = function["arguments"]
+                if not isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, dict):
                     raise ValueError("a call without arguments")
+                # No JSON has such numbers, and no response such text.
+                json.dumps(arguments, allow_nan=False)
+                function["name"].encode()
         except Exception:
             # The text is a model's: it may break any rule.
             text = {"type": "region_chunk", "field": "content", "text": self._buffer[self._start : end]}
@@ -86,7 +95,7 @@ class ForcedCall:
     """Stands for a parser where the whole answer behind its thoughts is one call, in the form of a grammar."""
 
     def __init__(self, markup: "Markup"):
-        self._markup, self._text = markup, ""
+        self._markup, self._text, self.template = markup, "", markup.template
 
     def feed(self, text: str) -> list[Any]:
         return self._kept(self._markup.feed(text))
@@ -94,9 +103,11 @@ class ForcedCall:
     def rest(self) -> list[Any]:
         thoughts = self._kept(self._markup.rest())
         try:
-            call = json.loads(self._text)
-            return [*thoughts, ToolCall(call["name"], json.dumps(call["arguments"], ensure_ascii=False))]
-        except (ValueError, KeyError, TypeError):
+            name, end = json.JSONDecoder().raw_decode(self._text, len(BEFORE_NAME))
+            arguments = self._text[end + len(BEFORE_ARGUMENTS) : -1]
+            json.loads(arguments)
+            return [*thoughts, ToolCall(name, arguments)]
+        except (ValueError, RecursionError):
             # Cut off.
             return [*thoughts, self._text] if self._text else thoughts
 
@@ -149,8 +160,8 @@ def template_of(tokenizer: Any, llm: Any) -> dict[str, Any]:
     return get_response_template(tokenizer, llm) or template_with(calls)
 
 
-def template_with(calls: dict[str, Any]) -> dict[str, Any]:
-    fields = {"reasoning_content": THOUGHTS, **calls, "content": {"content": "text"}}
+def template_with(calls: dict[str, Any], thoughts: dict[str, Any] = THOUGHTS) -> dict[str, Any]:
+    fields = {"reasoning_content": thoughts, **calls, "content": {"content": "text"}}
     return {"start_anchor": "\0", "fields": fields}
 
 
@@ -174,6 +185,8 @@ class AnswerText:
     def __init__(self, tokenizer: Any, specials: dict[int, str], stops: Sequence[str], parser: Any):
         self._tokenizer, self._specials, self._parser = tokenizer._tokenizer, specials, parser
         self._stream, self._stop = DecodeStream(skip_special_tokens=True), StopText(stops)
+        # Tokens since the stream began, their text so far, and those of which there is no text yet.
+        self._plain, self._shown, self._held = list[int](), "", list[int]()
         # Special tokens that mark reasoning or calls are for the parser.
         self._marks = str(getattr(parser, "template", ""))
 
@@ -185,14 +198,27 @@ class AnswerText:
     def feed(self, token: int, ends: bool = False) -> list[Any]:
         """Take a token, with which the answer may end, and return the parts that are known now."""
         special = self._specials.get(token)
-        if special is not None:
-            return [] if ends else self._parsed(self._stop.feed(special, shown=special in self._marks))
-        return self._parsed(self._stop.feed(self._stream.step(self._tokenizer, token) or ""))
+        if special is None:
+            text = self._stream.step(self._tokenizer, token)
+            self._shown += text or ""
+            self._held = [] if text else [*self._held, token]
+            self._plain.append(token)
+            return self._parsed(self._stop.feed(text or ""))
+        parts = self._flushed()
+        return parts if ends else parts + self._parsed(self._stop.feed(special, shown=special in self._marks))
 
     def rest(self) -> list[Any]:
         """Return what was held back, when no more tokens come."""
-        parts = self._parsed(self._stop.rest())
+        parts = self._flushed() + self._parsed(self._stop.rest())
         return parts if self._parser is None else parts + self._parser.rest()
+
+    def _flushed(self) -> list[Any]:
+        """Return the text of tokens that have begun a character which does not come."""
+        if not self._held:
+            return []
+        text = self._tokenizer.decode(self._plain, skip_special_tokens=True)[len(self._shown) :]
+        self._stream, self._held, self._plain, self._shown = DecodeStream(skip_special_tokens=True), [], [], ""
+        return self._parsed(self._stop.feed(text))
 
     def _parsed(self, text: str) -> list[Any]:
         if self._parser is None or not text:
@@ -206,8 +232,10 @@ def parser_of(tokenizer: Any, llm: Any, request: Request, begun: str) -> Any:
     if not isinstance(request, ChatRequest):
         return None
     if wanted_form(request)[1] is not None:
-        # What is marked within a form is a part of its strings.
-        markup = Markup(template_with({}), None, begun)
+        # Thoughts come before a form. What is marked within it is a part of its strings.
+        known = template_of(tokenizer, llm)["fields"].get("reasoning_content", {})
+        first = {"open_pattern": rf"\A\s*{re.escape(begun)}", "close": known.get("close"), "content": "text"}
+        markup = Markup(template_with({}, first if begun else THOUGHTS), None, begun)
         return ForcedCall(markup) if forced_tools(request) else markup
     return Markup(
         template_of(tokenizer, llm), [tool.model_dump(exclude_none=True) for tool in request.tools or []], begun

@@ -116,10 +116,11 @@ class Worker:
     def _drop(self, engine: Engine | None) -> None:
         now = time.monotonic()
         for answer in list(self._waiting):
-            late = now > answer.deadline
-            if answer.cancelled.is_set() or late or self._stops_at is not None:
+            # Where others to the same request are written already, it is in flight.
+            stopped = self._stops_at is not None and (now > self._stops_at or not answer.begun.is_set())
+            if answer.cancelled.is_set() or now > answer.deadline or stopped:
                 self._waiting.remove(answer)
-                answer.tell(RequestError(STOPPING if not late else "Its turn did not come in time.", 503))
+                answer.tell(RequestError(STOPPING if stopped else "Its turn did not come in time.", 503))
         for answer in self._running:
             if engine is not None and answer.sequence.on_settled is not None and self._is_over(answer):
                 engine.cancel(answer.sequence)
@@ -138,6 +139,7 @@ class Worker:
                 # It holds up all others, and so begins when they have ended.
                 return
             self._waiting.popleft()
+            answer.begun.set()
             answer.tell(BEGUN)
             self._running.append(answer)
             self._preparing.append((answer, self._prepare(answer, None if alone else engine)))
