@@ -27,6 +27,11 @@ TEMPLATE = (
 )
 
 
+# What generation configs are published with, that a pair does in its own way.
+PUBLISHED: list[dict[str, Any]] = [{"use_cache": False}, {"cache_implementation": "static"}, {"stop_strings": ["o"]}]
+PUBLISHED += [{"prompt_lookup_num_tokens": 3}, {"num_beams": 2}]
+
+
 def character_tokenizer(
     template: str | None = TEMPLATE, characters: Sequence[str] = CHARACTERS, eos: str = "<eos>"
 ) -> PreTrainedTokenizerFast:

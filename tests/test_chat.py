@@ -10,7 +10,7 @@ import torch
 from citer_hf import CiterForCausalLM
 from citer_hf.chat import ChatOptions, Conversation, answer, obey
 from citer_hf.terminal import Paint
-from tests.chat_pairs import TEMPLATE, chat_pair
+from tests.chat_pairs import PUBLISHED, TEMPLATE, chat_pair
 
 MESSAGES = ["how are you?", "tell me more.", "and then?"]
 TRIMMING = TEMPLATE.replace("message['content'] }}", "(message['content'] | replace('e', '') ) }}")
@@ -157,17 +157,7 @@ def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
     assert len(ask(converse(model), MESSAGES[0])) == 12
 
 
-@pytest.mark.parametrize(
-    "published",
-    [
-        {"use_cache": False},
-        {"prompt_lookup_num_tokens": 3},
-        {"stop_strings": ["b"]},
-        {"cache_implementation": "static"},
-        {"num_beams": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("published", PUBLISHED, ids=str)
 def test_a_published_generation_config_does_not_change_the_chat(published: dict[str, Any]) -> None:
     model, plain = chat_pair(), chat_pair()
     model.generation_config.update(**published)

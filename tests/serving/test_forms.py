@@ -11,7 +11,7 @@ import torch
 
 from citer_hf.serving.grammar import not_followed
 from tests.chat_pairs import character_tokenizer, chat_pair
-from tests.served import Served, scripted, serving
+from tests.served import MARKUP, Served, scripted, serving
 from tests.serving.test_clients import ASK
 
 TOKENIZER = character_tokenizer()
@@ -94,9 +94,7 @@ TOOLS: Any = [
 @pytest.fixture(scope="module")
 def wordy() -> Iterator[Served]:
     """A pair with all the letters that JSON needs, and a chat template with tools."""
-    model, tokenizer = scripted("")
-    model.__class__ = type(model).__mro__[1]
-    with serving(model, tokenizer) as server:
+    with serving(*scripted("", ends=False)) as server:
         yield server
 
 
@@ -127,23 +125,8 @@ def test_a_tool_that_must_be_called_is_called(wordy: Served, choice: Any, stream
 
 
 def test_thoughts_come_before_the_form() -> None:
-    model, tokenizer = scripted("so it is</think>")
-    template = tokenizer.chat_template.replace("assistant\\n'", "assistant\\n<think>'")
-    tokenizer.chat_template = template
-    script = type(model).as_sequence
-
-    def thinks(self: Any, input_ids: Any, logits_processor: Any = None, **options: Any) -> Any:
-        sequence, alone = script(self, input_ids, logits_processor=logits_processor, **options)
-        processor, count = sequence.choice.processors[-1], len("so it is</think>")
-        call = type(processor).__call__
-        processor.__class__ = type(
-            "Then", (type(processor),),
-            {"__call__": lambda s, ids, x: call(s, ids, x) if ids.shape[1] - s.begin < count else x},
-        )  # fmt: skip
-        return sequence, alone
-
-    type(model).as_sequence = thinks
-    with serving(model, tokenizer) as server:
+    template = MARKUP.replace("assistant\\n'", "assistant\\n<think>'")
+    with serving(*scripted("so it is</think>", template=template, ends=False)) as server:
         message = server.chat(ASK, response_format=FORM, max_tokens=110).choices[0].message
     assert message.reasoning_content == "so it is" and set(json.loads(message.content)) == set(SCHEMA["properties"])
 
