@@ -40,14 +40,8 @@ def character_tokenizer(
     tokenizer = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token=eos,
-        padding_side="left",
-        chat_template=template,
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": eos, "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
 
 
 def chat_pair(slm: str = "llama", llm: str = "llama", template: Any = TEMPLATE, **options: Any) -> Any:

@@ -8,20 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 61
 PAD, BOS, EOS = 0, 1, 2
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    # Wide enough for a random model to have opinions.
-    "initializer_range": 0.3,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-}
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+SHAPE |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+# Wide enough for a random model to have opinions.
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 LINEAR: dict[str, Any] = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4}

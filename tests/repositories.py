@@ -50,6 +50,11 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """What is in the files of a directory."""
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
 def change(folder: Path, file: str = "config.json", **changes: Any) -> None:
     """Change settings in a file of JSON."""
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))

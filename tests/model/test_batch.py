@@ -60,11 +60,10 @@ def test_any_dial_cache_and_length_gives_every_sequence_its_own_text(
 )
 def test_any_cut_into_chunks_gives_the_same_logits_and_record(pair, row, cuts, threshold):
     text, cache, parts = torch.tensor([row]), CiterCache(pair.config), []
-    with torch.no_grad():
-        whole = pair(input_ids=text, use_cache=False, router_threshold=threshold)
-        while (start := cache.get_seq_length()) < len(row):
-            chunk = text[:, start : start + cuts[len(parts) % len(cuts)]]
-            parts.append(pair(input_ids=chunk, past_key_values=cache, router_threshold=threshold).logits)
+    whole = pair(input_ids=text, use_cache=False, router_threshold=threshold)
+    while (start := cache.get_seq_length()) < len(row):
+        chunk = text[:, start : start + cuts[len(parts) % len(cuts)]]
+        parts.append(pair(input_ids=chunk, past_key_values=cache, router_threshold=threshold).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole.logits, atol=1e-4, rtol=1e-4)
     assert torch.equal(cache.routing.to_llm, whole.routed_to_llm)
 
@@ -145,8 +144,7 @@ def test_sampled_tokens_have_the_distribution_of_the_writing_model():
     drawn = model.generate(prompt, **sampling)[:, 6:]
     first = int(drawn[:, 0].mode().values)
     text = torch.cat([prompt, torch.tensor([[first]])], dim=1)
-    with torch.no_grad():
-        expected = model(input_ids=text, use_cache=False, logits_to_keep=1).logits[0, -1].softmax(-1)
+    expected = model(input_ids=text, use_cache=False, logits_to_keep=1).logits[0, -1].softmax(-1)
     seconds = drawn[drawn[:, 0] == first, 1]
     seen = torch.bincount(seconds, minlength=VOCAB) / len(seconds)
     # Six standard errors.
@@ -275,6 +273,5 @@ def test_rows_that_a_custom_criterion_stops_never_count_and_never_call_the_llm(c
 def test_a_forward_for_finished_rows_alone_skips_the_llm(pair, count_calls):
     calls = count_calls(pair.llm)
     text = torch.tensor(random_prompts((5, 5)))
-    with torch.no_grad():
-        output = pair(input_ids=text, router_threshold=2.0, finished_rows=torch.tensor([True, True]))
+    output = pair(input_ids=text, router_threshold=2.0, finished_rows=torch.tensor([True, True]))
     assert calls == [] and not output.routed_to_llm.any()

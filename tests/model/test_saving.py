@@ -236,10 +236,9 @@ IDS = torch.tensor(random_prompts((12,)))
 def scores_by_hand(model: CiterForCausalLM) -> torch.Tensor:
     """`p_slm` of every position, from the tensors in the file."""
     weights = {key.removeprefix("router."): value for key, value in load_file(SAMPLE / "model.safetensors").items()}
-    with torch.no_grad():
-        output = model.slm.model(input_ids=IDS)
-        hidden = output.last_hidden_state
-        logprobs = model.slm.lm_head(hidden).log_softmax(-1).topk(3, dim=-1).values
+    output = model.slm.model(input_ids=IDS)
+    hidden = output.last_hidden_state
+    logprobs = model.slm.lm_head(hidden).log_softmax(-1).topk(3, dim=-1).values
     return mlp_score(weights, torch.cat([hidden, logprobs], dim=-1))
 
 
@@ -249,10 +248,9 @@ def test_a_repository_of_the_first_version_loads(way):
         warnings.simplefilter("error")
         model = way(SAMPLE)
     assert model.config.router_threshold == 0.625 and model.config.citer_version == 1
-    with torch.no_grad():
-        output = model(input_ids=IDS)
-        scores = scores_by_hand(model)
-        slm, llm = (part(input_ids=IDS).logits for part in (model.slm, model.llm))
+    output = model(input_ids=IDS)
+    scores = scores_by_hand(model)
+    slm, llm = (part(input_ids=IDS).logits for part in (model.slm, model.llm))
     torch.testing.assert_close(output.router_scores, scores)
     expected = torch.where((scores < 0.625)[..., None], llm, slm)
     torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
