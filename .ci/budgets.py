@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 # Lines; the package is on its way to 10 500.
-FILE, PACKAGE, TESTS = 450, 11_300, 10_000
+FILE, PACKAGE, TESTS = 450, 11_550, 10_000
 
 
 def lines(*patterns: str) -> dict[str, int]:

@@ -42,6 +42,5 @@ def save_models_with_adapters(folder: Path) -> Path:
 def pair_with(home: Path, slm: Any = None, **options: Any) -> CiterForCausalLM:
     """A pair of the adapted SLM and the LLM."""
     torch.manual_seed(7)
-    return CiterForCausalLM.from_pair(
-        home / "slm-lora" if slm is None else slm, home / "llm", router="linear", **options
-    )
+    slm = home / "slm-lora" if slm is None else slm
+    return CiterForCausalLM.from_pair(slm, home / "llm", router="linear", **options)

@@ -27,6 +27,11 @@ TEMPLATE = (
 )
 
 
+# What generation configs are published with, that a pair does in its own way.
+PUBLISHED: list[dict[str, Any]] = [{"use_cache": False}, {"cache_implementation": "static"}, {"stop_strings": ["o"]}]
+PUBLISHED += [{"prompt_lookup_num_tokens": 3}, {"num_beams": 2}]
+
+
 def character_tokenizer(
     template: str | None = TEMPLATE, characters: Sequence[str] = CHARACTERS, eos: str = "<eos>"
 ) -> PreTrainedTokenizerFast:
@@ -35,14 +40,8 @@ def character_tokenizer(
     tokenizer = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token=eos,
-        padding_side="left",
-        chat_template=template,
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": eos, "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
 
 
 def chat_pair(slm: str = "llama", llm: str = "llama", template: Any = TEMPLATE, **options: Any) -> Any:

@@ -8,21 +8,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 61
 PAD, BOS, EOS = 0, 1, 2
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    # Wide enough for a random model to have opinions.
-    "initializer_range": 0.3,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-}
+SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+SHAPE |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+# Wide enough for a random model to have opinions.
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+LINEAR: dict[str, Any] = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4}
+LINEAR |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
 
 # Name of the family: its configuration class and what it adds to the shape.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,20 +31,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("GraniteConfig", {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "mixtral": ("MixtralConfig", {"head_dim": 8, **EXPERTS}),
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 4, **MOE}),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        {
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 16,
-            "layer_types": ["linear_attention", "full_attention"],
-            **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            **MOE,
-        },
-    ),
+    "qwen3_next": ("Qwen3NextConfig", LINEAR),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
 }
 
@@ -61,10 +44,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3Config", {**LOW_RANK, **MOE, **GROUPS, "head_dim": 4, "num_key_value_heads": 4}),
     "gemma": ("GemmaConfig", {"head_dim": 8}),
     "gpt_neox": ("GPTNeoXConfig", {}),
-    "gpt_oss": (
-        "GptOssConfig",
-        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
-    ),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 8, "sliding_window": 6, **EXPERTS}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "olmo2": ("Olmo2Config", {}),
     "phi": ("PhiConfig", {}),

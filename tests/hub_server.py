@@ -37,12 +37,13 @@ def etag(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+@dataclass
 class RefusedError(Exception):
     """An answer that is an error, with the code by which the client knows it."""
 
-    def __init__(self, status: int, code: str = "", message: str = ""):
-        super().__init__(status, code, message)
-        self.status, self.code, self.message = status, code, message
+    status: int
+    code: str = ""
+    message: str = ""
 
 
 @dataclass
@@ -217,14 +218,10 @@ class Handler(BaseHTTPRequestHandler):
 def running_hub(tokens: dict[str, str]) -> Iterator[Hub]:
     """A Hub that runs until the context ends."""
     hub = Hub(tokens)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub})) as server:
+        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()

@@ -68,12 +68,13 @@ def assert_sequences(output: Any, rows: list[list[int]], expected: list[Text]) -
         assert not output.sequences[index, width + length :].any()
         assert routing.to_llm[index, :length].tolist() == to_llm
         assert routing.vetoed[index, :length].tolist() == vetoed
-        assert not routing.unfinished[index, length:].any()
+        assert routing.unfinished[index].tolist() == [step < length for step in range(len(routing))]
         found = routing.scores[index, :length].cpu()
         torch.testing.assert_close(found, torch.tensor(scores), atol=1e-3, rtol=1e-3)
         if output.logits is not None:
             kept = torch.stack([step[index] for step in output.logits])[:length]
             torch.testing.assert_close(kept, logits, atol=1e-4, rtol=1e-4)
+    assert routing.llm_share == sum(sum(text.to_llm) for text in expected) / sum(len(text.tokens) for text in expected)
 
 
 def mlp_score(weights: dict[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:

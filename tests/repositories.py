@@ -28,22 +28,19 @@ def word_tokenizer(words: int = VOCAB, prefix: str = "w") -> PreTrainedTokenizer
     """A tokenizer that knows w0, w1, ... and pads on the left."""
     inner = Tokenizer(models.WordLevel({f"{prefix}{index}": index for index in range(words)}, unk_token=f"{prefix}0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token=f"{prefix}0", pad_token=f"{prefix}0", eos_token=f"{prefix}2"
-    )
-    fast.padding_side = "left"
+    special = {"unk_token": f"{prefix}0", "pad_token": f"{prefix}0", "eos_token": f"{prefix}2"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **special)
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     return fast
 
 
 def save_base_models(root: Path, small: int = 32, large: int = 64) -> None:
     """Save a small and a large Llama and their tokenizer in `slm` and `llm`."""
+    settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": [2, 5], "pad_token_id": 0}
     for name, seed, width in (("slm", 1, small), ("llm", 2, large)):
         shape = {"hidden_size": width, "intermediate_size": 2 * small, "head_dim": width // 4}
         model = tiny_model("llama", seed=seed, num_attention_heads=4, **shape)
-        model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=6, eos_token_id=[2, 5], pad_token_id=0
-        )
+        model.generation_config = GenerationConfig(**settings)
         model.save_pretrained(root / name)
         word_tokenizer().save_pretrained(root / name)
 
@@ -51,6 +48,11 @@ def save_base_models(root: Path, small: int = 32, large: int = 64) -> None:
 def config_of(folder: Path) -> dict[str, Any]:
     """What the configuration in a directory says."""
     return json.loads((folder / "config.json").read_text())
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """What is in the files of a directory."""
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def change(folder: Path, file: str = "config.json", **changes: Any) -> None:

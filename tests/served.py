@@ -1,10 +1,14 @@
 """A server of a tiny pair, over real sockets, in a thread of the test's process."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -77,23 +81,24 @@ MARKUP = (
 
 
 class Script(LogitsProcessor):
-    """Leaves one token at each place of the answer."""
+    """Leaves one token at each place of the answer, as long as there are some."""
 
     def __init__(self, tokens: list[int], begin: int):
         self.tokens, self.begin = tokens, begin
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        only = torch.full_like(scores, -torch.inf)
-        only[:, self.tokens[input_ids.shape[1] - self.begin]] = 0
-        return only
+        place = input_ids.shape[1] - self.begin
+        if place >= len(self.tokens):
+            return scores
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor(self.tokens[place]), 0)
 
 
-def scripted(text: str, model_type: str = "qwen2", template: str = MARKUP) -> Any:
-    """A pair, with its tokenizer, that writes a given text in a markup that transformers knows for a type of model."""
-    tokenizer = character_tokenizer(template, [*map(chr, range(32, 127)), "\n"], "<|im_end|>")
+def scripted(text: str, model_type: str = "qwen2", template: str = MARKUP, ends: bool = True, of: Any = None) -> Any:
+    """A pair, with its tokenizer, that writes a text in a markup that transformers knows for a type of model."""
+    tokenizer = of or character_tokenizer(template, [*map(chr, range(32, 127)), "\n"], "<|im_end|>")
     small, large = (tiny_model("llama", seed, vocab_size=len(tokenizer)) for seed in (1, 2))
     large.config.model_type = model_type
-    tokens = [*tokenizer(text).input_ids, EOS]
+    tokens = [*tokenizer(text).input_ids, *[EOS] * ends]
 
     class Scripted(CiterForCausalLM):
         def as_sequence(self, input_ids: Any, logits_processor: Any = None, **options: Any) -> Any:
@@ -122,6 +127,29 @@ def serving(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Serve
             runner.should_exit = True
             thread.join(timeout=30)
             server.close()
+
+
+@contextmanager
+def command(directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+    """`citer serve` of a directory in a process of its own, and a client of it."""
+    arguments = [sys.executable, "-m", "citer_hf.cli", "serve", str(directory), "--port", "0", *options]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=here) as process:
+        try:
+            assert process.stderr is not None
+            line = next(line for line in process.stderr if line.startswith("Serving"))
+            yield process, openai.OpenAI(base_url=line.split(" at ")[1].split()[0], api_key="none", max_retries=0)
+        finally:
+            process.kill()
+
+
+def told(answer: Any, stream: bool = False) -> tuple[str, str, list[Any], str]:
+    """Content, reasoning, calls and reason of the end of a chat's answer."""
+    choices = [chunk.choices[0] for chunk in answer if chunk.choices] if stream else answer.choices
+    parts = [choice.delta if stream else choice.message for choice in choices]
+    content = "".join(part.content or "" for part in parts)
+    reasoning = "".join(getattr(part, "reasoning_content", None) or "" for part in parts)
+    return content, reasoning, [one for part in parts for one in part.tool_calls or []], choices[-1].finish_reason
 
 
 def wait_until(condition: Any, seconds: float = 60) -> None:

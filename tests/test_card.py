@@ -33,9 +33,8 @@ def point(threshold: float | None, share: float, accuracy: float) -> dict[str, A
 
 def results(routers: dict[str, str | None], **about: Any) -> dict[str, Any]:
     """Results of some routers, by their sha256, each with an accuracy of its own."""
-    methods = {
-        name: [point(0.5, 0.08, 0.7), point(0.7654, 0.21, 0.88 - index / 10)] for index, name in enumerate(routers)
-    }
+    rows = enumerate(routers)
+    methods = {name: [point(0.5, 0.08, 0.7), point(0.7654, 0.21, 0.88 - row / 10)] for row, name in rows}
     facts = {"problems": 200, "checker": "math", "data_sha256": "0123456789abcdef" * 4, "routers_sha256": routers}
     ends = {"slm": point(0.0, 0.0, 0.31), "llm": point(2.0, 1.0, 0.92)}
     return {"ends": ends, "methods": methods, "summary": {}, "provenance": {**facts, **about}}

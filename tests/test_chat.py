@@ -1,16 +1,21 @@
-"""Chats: the caches live on, and what they hold is never another text than the chat's."""
+"""Chats: the caches hold the chat's text and nothing else; the streamer: every character once, by its writer."""
 
 import io
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from citer_hf import CiterForCausalLM
+from citer_hf import CiterCache, CiterForCausalLM
 from citer_hf.chat import ChatOptions, Conversation, answer, obey
-from citer_hf.terminal import Paint
-from tests.chat_pairs import TEMPLATE, chat_pair
+from citer_hf.model.cache import Routing
+from citer_hf.terminal import DIM, LLM_COLOUR, PLAIN, Paint, WriterStreamer, legend, wants_colour
+from tests.chat_pairs import PUBLISHED, TEMPLATE, Screen, chat_pair
 
 MESSAGES = ["how are you?", "tell me more.", "and then?"]
 TRIMMING = TEMPLATE.replace("message['content'] }}", "(message['content'] | replace('e', '') ) }}")
@@ -35,9 +40,7 @@ def fresh_answer(model: Any, messages: list[dict[str, str]], threshold: float) -
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, TRIMMING], ids=["template", "template that rewrites"])
-@pytest.mark.parametrize(
-    "families", [("llama", "llama"), ("mistral_sliding", "gemma3"), ("qwen3_next", "llama")], ids=str
-)
+@pytest.mark.parametrize("families", [("llama", "llama"), ("mistral_sliding", "gemma3"), ("qwen3_next", "llama")])
 def test_every_answer_is_that_of_the_whole_chat_read_afresh(families: tuple[str, str], template: str) -> None:
     model = chat_pair(*families, template=template)
     conversation = converse(model)
@@ -81,9 +84,7 @@ def test_stats_are_those_of_the_record_and_a_reset_keeps_the_system_message_alon
         ask(conversation, text)
         routing = conversation.cache.routing
         by_llm = int(routing.to_llm.sum())
-        told = (
-            f"12 tokens: {12 - by_llm} by the SLM, {by_llm} by the LLM ({by_llm / 12:.1%}); {routing.llm_calls} LLM "
-        )
+        told = f"12 tokens: {12 - by_llm} by the SLM, {by_llm} by the LLM ({by_llm / 12:.1%}); {routing.llm_calls} LLM"
         assert conversation.stats.startswith(told) and 0 < routing.llm_calls <= by_llm < 12
     assert [one["role"] for one in conversation.messages] == ["system", *["user", "assistant"] * 2]
     conversation.reset()
@@ -135,13 +136,8 @@ def test_an_interrupted_answer_stays_in_the_chat_which_goes_on(monkeypatch, caps
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     conversation = converse(chat_pair())
-    for line, printed in (
-        ("/threshold", "threshold 0.5"),
-        ("/threshold  2 ", "threshold 2"),
-        ("/stats", "no answer yet"),
-        ("/help", "/threshold X"),
-        ("/reset", "new chat"),
-    ):
+    told = {"/threshold": "threshold 0.5", "/threshold  2 ": "threshold 2", "/stats": "no answer yet"}
+    for line, printed in {**told, "/help": "/threshold X", "/reset": "new chat"}.items():
         obey(conversation, line)
         assert printed in capsys.readouterr().out
     for line in ("/threshold x", "/threshold -1", "/nothing"):
@@ -157,17 +153,7 @@ def test_a_chat_does_not_need_the_configuration_to_name_a_context() -> None:
     assert len(ask(converse(model), MESSAGES[0])) == 12
 
 
-@pytest.mark.parametrize(
-    "published",
-    [
-        {"use_cache": False},
-        {"prompt_lookup_num_tokens": 3},
-        {"stop_strings": ["b"]},
-        {"cache_implementation": "static"},
-        {"num_beams": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("published", PUBLISHED, ids=str)
 def test_a_published_generation_config_does_not_change_the_chat(published: dict[str, Any]) -> None:
     model, plain = chat_pair(), chat_pair()
     model.generation_config.update(**published)
@@ -178,3 +164,106 @@ def test_a_published_generation_config_does_not_change_the_chat(published: dict[
         if stop := published.get("stop_strings"):
             expected = expected.partition(stop[0])[0] + stop[0] if stop[0] in expected else expected
         assert ask(conversation, text) == expected
+
+
+# ---- on a terminal ----
+
+
+@pytest.fixture(autouse=True)
+def colourful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def record(to_llm: list[bool]) -> Any:
+    """A cache with the record of one sequence, as far as the streamer looks at it."""
+    routing, one = Routing(start=7), torch.ones((1, 1))
+    for index, by_llm in enumerate(to_llm):
+        routing.add(7 + index, one, torch.tensor([[by_llm]]), ~one.bool(), ~one.bool(), one.bool())
+    return SimpleNamespace(routing=routing)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def stream(tokenizer: Any, tokens: list[int], to_llm: list[bool], out: io.StringIO) -> list[str]:
+    """Stream tokens one by one; returns what each of them added, and what the end did."""
+    streamer = WriterStreamer(tokenizer, record(to_llm), Paint(out))
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    pieces, length = [], 0
+    for token in tokens:
+        streamer.put(torch.tensor([token]))
+        pieces.append(out.getvalue()[length:])
+        length = len(out.getvalue())
+    streamer.end()
+    return [*pieces, out.getvalue()[length:]]
+
+
+def test_a_character_of_several_bytes_is_painted_when_it_is_whole() -> None:
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("é漢🙂 aé").input_ids[:-1]
+    pieces = stream(tokenizer, tokens, [False] * len(tokens), io.StringIO())
+    assert pieces == ["", "é", "", "", "漢", "", "", "", "🙂", " ", "a", "", "\n"]
+
+
+def test_bytes_that_are_no_character_do_not_hold_the_text_back_for_ever() -> None:
+    tokenizer, out = byte_tokenizer(), io.StringIO()
+    broken = tokenizer("é").input_ids[0]
+    stream(tokenizer, [broken] * 9 + tokenizer("ab").input_ids, [False] * 11, out)
+    assert out.getvalue() == "\ufffd" * 9 + "ab\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "painted"),
+    [(io.StringIO(), "a[[bc]]d\n"), (Screen(), f"a{LLM_COLOUR}b{PLAIN}{LLM_COLOUR}c{PLAIN}d\n")],
+    ids=["markers", "colours"],
+)
+def test_the_llms_text_is_between_markers_or_in_colour(out: io.StringIO, painted: str) -> None:
+    tokenizer = byte_tokenizer()
+    stream(tokenizer, tokenizer("abcd").input_ids, [False, True, True, False], out)
+    assert out.getvalue() == painted and painted[1:3] in legend(out)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_no_colours_for_who_wants_none(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    assert wants_colour(Screen())
+    monkeypatch.setenv(variable, value)
+    assert not wants_colour(Screen())
+    assert "[[" in legend(Screen())
+
+
+def test_a_model_cannot_steer_the_terminal() -> None:
+    out = Screen()
+    paint = Paint(out)
+    paint.write("a\x1b[2Jb\rc\x9b1m\td\n", by_llm=False)
+    paint.dim("aside")
+    assert out.getvalue() == f"a[2Jbc1m\td\n{DIM}aside{PLAIN}\n"
+
+
+def test_a_record_has_no_token_that_was_not_decided() -> None:
+    with pytest.raises(IndexError):
+        record([True]).routing.by_llm(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}], ids=str)
+def test_the_stream_of_generate_says_what_the_record_says(options: dict[str, Any]) -> None:
+    model = chat_pair()
+    tokenizer = model.load_tokenizer()
+    cache, out = CiterCache(model.config), io.StringIO()
+    if "prompt_lookup_num_tokens" in options:
+        cache.activate_past_recording()
+    streamer = WriterStreamer(tokenizer, cache, Paint(out))
+    ids = tokenizer("abcabcabc", return_tensors="pt").input_ids
+    written = model.generate(ids, past_key_values=cache, streamer=streamer, max_new_tokens=30, **options)[0, 9:]
+    assert streamer.tokens == written.tolist()
+    expected = ""
+    for token, by_llm in zip(written.tolist(), cache.routing.to_llm[0].tolist(), strict=True):
+        expected += f"[[{tokenizer.decode([token])}]]" if by_llm else tokenizer.decode([token])
+    assert 0 < cache.routing.llm_share < 1
+    assert out.getvalue() == re.sub(r"\]\]\[\[", "", expected) + "\n"

@@ -57,9 +57,8 @@ def test_a_quantized_model_costs_what_it_stores(tmp_path: Any, bits: float, opti
     pytest.importorskip("bitsandbytes")
     shape = {"hidden_size": 256, "intermediate_size": 512}
     tiny_model("llama", **shape).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16
-    )
+    config = BitsAndBytesConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
     expected = cost_of_config(tiny_config("llama", **shape), bits=bits)
     cost = cost_of_model(model)
     # 8 bits: and one scale per output feature, which the nominal 8 leave out.
@@ -91,8 +90,7 @@ def test_bytes_moved_are_the_weights_once_and_the_cache_of_each_sequence_up_to_a
 
 
 def read(model: Any, tokens: int, cache: Any) -> None:
-    with torch.no_grad():
-        model(torch.ones(1, tokens, dtype=torch.long), **cache_argument(model, cache), logits_to_keep=1)
+    model(torch.ones(1, tokens, dtype=torch.long), **cache_argument(model, cache), logits_to_keep=1)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -314,23 +314,6 @@ def test_errors_of_the_hub_name_what_and_what_to_do(loaded):
     assert "me/nothing" in errors["missing"] and "no-such" in errors["revision"]
 
 
-OFFLINE = """
-    said["offline"] = [text(CiterForCausalLM.from_pretrained("me/router"))]
-    said["offline"].append(text(AutoModelForCausalLM.from_pretrained("me/held")))
-    pipe = pipeline("text-generation", model="me/router")
-    said["pipeline"] = pipe("w5 w6 w7", max_new_tokens=5)[0]["generated_text"]
-    said["missing"] = error(lambda: CiterForCausalLM.from_pretrained("me/never-seen"))
-"""
-
-
-def test_what_was_loaded_once_is_loaded_without_a_network(client, pushed, loaded):
-    before = len(client.hub.requests)
-    said = client.run(OFFLINE, home="other", HF_HUB_OFFLINE="1")
-    assert said["offline"] == [pushed["second"]] * 2 and said["pipeline"] == loaded["pipeline"]
-    assert "me/never-seen" in said["missing"]
-    assert len(client.hub.requests) == before
-
-
 SPACE = """
     from citer_hf.hub import push
 
@@ -395,7 +378,3 @@ def assert_no_token_is_kept(client: Client) -> None:
         found |= {f"{name}: {path}": content for path, content in files(client, name).items()}
     for secret in (TOKEN, WRONG_TOKEN):
         assert not [name for name, content in found.items() if secret.encode() in content]
-
-
-def test_a_token_is_in_no_output_and_in_no_file(client, pushed, loaded):
-    assert_no_token_is_kept(client)

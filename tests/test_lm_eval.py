@@ -75,16 +75,10 @@ def evaluate(
     from lm_eval.tasks import TaskManager
 
     arguments = {"pretrained": str(home / pair) if isinstance(pair, str) else pair, "dtype": "float32", **options}
-    results = lm_eval.simple_evaluate(
-        model=backend,
-        model_args=arguments if backend == "hf" else options,
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(home / "tasks"), include_defaults=False),
-        batch_size=batch_size,
-        device="cpu",
-        gen_kwargs=gen_kwargs or None,
-        bootstrap_iters=0,
-    )
+    settings = {"batch_size": batch_size, "device": "cpu", "gen_kwargs": gen_kwargs or None, "bootstrap_iters": 0}
+    settings["model_args"] = arguments if backend == "hf" else options
+    manager = TaskManager(include_path=str(home / "tasks"), include_defaults=False)
+    results = lm_eval.simple_evaluate(model=backend, tasks=list(TASKS), task_manager=manager, **settings)
     return results["results"], {name: [one["resps"] for one in results["samples"][name]] for name in TASKS}
 
 

@@ -45,9 +45,8 @@ def test_the_class_of_a_token_is_what_the_record_says() -> None:
         assert routing.to_llm[0].tolist() == [kind != "slm" for kind in kinds] and len(kinds) == 12
         assert routing.vetoed[0].tolist() == [kind == "vetoed" for kind in kinds]
         assert kinds.count("accepted") == round(routing.accepted * sum(kind in ("llm", "accepted") for kind in kinds))
-        assert [title.partition("; ")[2] for _, title, _ in output.tokens] == [
-            f"score {x:.3f}" for x in routing.scores[0]
-        ]
+        titles = [title.partition("; ")[2] for _, title, _ in output.tokens]
+        assert titles == [f"score {x:.3f}" for x in routing.scores[0]]
         assert f"{routing.llm_calls} passes" in output.figures()
         seen |= set(kinds)
     assert seen == {"slm", "llm", "vetoed", "accepted"}

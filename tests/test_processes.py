@@ -47,15 +47,6 @@ def results_of_one(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return measured(out)[0]
 
 
-def test_two_processes_measure_what_one_does(data: Path, results_of_one: str, tmp_path: Path) -> None:
-    said = run(TORCHRUN, *evaluation(data, tmp_path / "out"))
-    values, processes = measured(tmp_path / "out")
-    assert processes == 2
-    assert values == results_of_one
-    assert said.count("results.json, results.md and curve.png are in") == 1
-    assert not (tmp_path / "out" / ".work").exists()
-
-
 def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(data, results_of_one, tmp_path):
     arguments = evaluation(data, tmp_path / "out")
     process = start(TWO, *arguments)
@@ -88,11 +79,13 @@ def test_two_processes_label_and_train_what_one_does(tmp_path: Path) -> None:
         files = (file for file in (tmp_path / name).rglob("*") if file.is_file())
         labels.append({file.relative_to(tmp_path / name): file.read_bytes() for file in files})
     assert labels[0] == labels[1]
-    for name, launcher in (("one", ONE), ("two", TWO)):
+    for name, launcher in (("one", ONE), ("two", TORCHRUN)):
         router, out = tmp_path / name / "router", tmp_path / name / "out"
         run(launcher, *citer, "train", "demo", "--labels", tmp_path / "labels", "--out", router, "--device-map", "cpu")
         baselines = ["--baselines", tmp_path / "labels", "--methods", "co-llm,random", "--checker", "math"]
-        run(launcher, *citer, "evaluate", router, "--data", test, "--out", out, *sizes, *baselines, "--shares", 0.3)
+        evaluate = ("evaluate", router, "--data", test, "--out", out, *sizes, *baselines, "--shares", 0.3)
+        assert run(launcher, *citer, *evaluate).count("results.json, results.md and curve.png are in") == 1
+        assert not (out / ".work").exists()
         found[name] = (load_file(router / "model.safetensors"), *measured(out))
     (ours, values, processes), (of_one, values_of_one, _) = found["two"], found["one"]
     assert processes == 2

@@ -1,6 +1,7 @@
-"""`citer bench`: the comparison, its report, interruptions, failures, and the options that it takes."""
+"""`citer bench`: the comparison, its report, interruptions, failures, options, and its contenders."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,10 +12,11 @@ from transformers import GenerationConfig
 
 from citer_hf import CiterForCausalLM
 from citer_hf.bench import bench as module
+from citer_hf.bench import contenders
 from citer_hf.bench.bench import bench, table
-from citer_hf.bench.contenders import Decoders
+from citer_hf.bench.contenders import PLAIN, Decoders, Plan, count_passes, padded_batches
 from tests.chat_pairs import QUICK_BENCH, invoke
-from tests.conftest import make_pair
+from tests.conftest import make_pair, random_prompts
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 QUICK: dict[str, Any] = {"max_new_tokens": 4, "prompt_length": 6, "repeats": 1, "warmup": 0}
@@ -132,9 +134,7 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert floor["speedup"] is floor["ms_per_token"] is floor["bandwidth_fraction"] is None
 
 
-def test_ctrl_c_before_anything_was_measured_leaves_a_report(
-    pair: CiterForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_before_anything_was_measured_leaves_a_report(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "describe_machine", Mock(side_effect=KeyboardInterrupt))
     report = bench(pair, "pair", shares=(0.5,), **QUICK)
     assert report["interrupted"] and not report["complete"]
@@ -186,3 +186,90 @@ def test_the_command_refuses_before_it_measures(arguments: list[str], said: tupl
     assert result.exit_code != 0 and not result.stdout
     for part in said:
         assert part in result.stderr
+
+
+# ---- contenders: forced shares, the loops, counted passes, prompts ----
+
+
+def random_batch(vocab_size, length, sequences, seed=0):
+    return padded_batches(contenders.random_prompts(vocab_size, length, sequences, seed), sequences)[0]
+
+
+def run_all(model, batch, new_tokens, shares, thresholds=(), cache=None, agreement=None, **options):
+    """Tokens, decisions, SLM passes and LLM passes of each contender, by its name."""
+    decoders = contenders.Decoders(model, new_tokens, cache, agreement=agreement)
+    found, settings = {}, contenders.settings_of(shares, thresholds)
+    with contenders.greedy_without_end(model):
+        for one in decoders.contenders(settings, **options):
+            with count_passes(model) as passes:
+                found[one.name] = (*one.decode(batch), *passes)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99, 1.0])
+def test_share_and_agreement_are_as_exact_as_the_length_allows_for_each_seed_and_batch(share: float) -> None:
+    for seed, tokens in enumerate((1, 7, 64, 1000)):
+        plan = Plan.of(random_batch(99, 3, 2), tokens, share, 0.8, 99, seed)
+        differ = plan.tokens["slm"] != plan.tokens["llm"]
+        assert abs(int(plan.flagged.sum()) - share * 2 * tokens) <= 0.5 + 1e-3 and not (differ & ~plan.flagged).any()
+        assert abs(int(differ.sum()) - 0.2 * share * 2 * tokens) <= 0.5 + 1e-3
+    batches = [replace(random_batch(99, 3, 2), number=number) for number in (0, 1)]
+    first, again, *others = (
+        Plan.of(batches[number], 50, 0.5, None, 99, seed).flagged
+        for seed, number in ((0, 0), (0, 0), (0, 1), (1, 0), (1, 1))
+    )
+    assert torch.equal(first, again) and not any(torch.equal(first, one) for one in others)
+
+
+def test_the_floor_gives_the_output_of_the_pair(pair: CiterForCausalLM) -> None:
+    batch = random_batch(pair.vocab_size, 12, 1, seed=4)
+    found = {name: one[0] for name, one in run_all(pair, batch, 6, (0, 0.3, 1), (0.5,), assisted=True).items()}
+    assert all(tokens.shape == (1, 6) for tokens in found.values())
+    assert torch.equal(found["CITER, share 0"], found["SLM alone"])
+    for name in ("assisted generation", "CITER, lossless", "CITER, share 1"):
+        assert torch.equal(found[name], found["LLM alone"])
+    for setting in ("share 0", "share 0.3", "share 1", "threshold 0.5"):
+        assert torch.equal(found[f"floor, {setting}"], found[f"CITER, {setting}"])
+
+
+@pytest.mark.parametrize(
+    ("slm", "llm", "cache", "agreement"),
+    [
+        ("bloom", "llama", None, None),
+        ("llama", "gpt2", None, 0.75),
+        ("qwen3_next", "llama", None, 0.75),
+        ("llama", "llama", "static", 0.75),
+    ],
+)
+def test_padded_batches_follow_one_plan_however_often_a_place_is_drafted(slm, llm, cache, agreement):
+    (batch,), pair = padded_batches(random_prompts(), 3), make_pair(slm, llm)
+    found = run_all(pair, batch, 12, (0.4,), cache=cache, agreement=agreement)
+    plan, tokens = Plan.of(batch, 12, 0.4, agreement, pair.vocab_size, 0), found["CITER, share 0.4"][0]
+    for way in (PLAIN, "floor"):
+        assert torch.equal(found[f"{way}, share 0.4"][1], plan.flagged), way
+        # The floor has the bare models' tokens.
+        assert torch.equal(found[f"{way}, share 0.4"][0], tokens) or (agreement is not None and way != PLAIN)
+    if agreement is not None:
+        assert torch.equal(tokens, torch.where(plan.flagged, plan.tokens["llm"], plan.tokens["slm"]))
+
+
+def test_every_way_reads_a_token_once(pair: CiterForCausalLM) -> None:
+    found = run_all(pair, random_batch(pair.vocab_size, 5, 1), 3, (1.0,))
+    for name in ("floor, share 1", f"{PLAIN}, share 1", "LLM alone"):
+        assert found[name][3] == [(1, 5, 0), (1, 1, 5), (1, 1, 6)]
+
+
+def test_passes_that_would_be_compiled_are_counted(pair: CiterForCausalLM) -> None:
+    with count_passes(pair) as (slm, _):
+        assert pair.generation_config.disable_compile and pair.llm.generation_config.disable_compile
+        wanted = {"max_new_tokens": 4, "cache_implementation": "static", "max_drafts": 0}
+        pair.generate(torch.tensor(random_prompts((5,))), **wanted)
+    assert not pair.generation_config.disable_compile and [tokens for _, tokens, _ in slm] == [5, 1, 1, 1]
+
+
+def test_batches_are_padded_on_the_left_and_filled_up() -> None:
+    first, second = padded_batches([[97, 98, 99], [100], [101, 102]], 2)
+    assert first.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert first.input_ids[0].tolist() == [97, 98, 99] and first.input_ids[1, 2] == 100
+    assert second.input_ids[0].tolist()[-2:] == [101, 102] and second.input_ids[1].tolist() == [97, 98, 99]
+    assert (first.number, second.number) == (0, 1)

@@ -118,9 +118,7 @@ def test_exact_compares_texts_but_for_case_and_white_space() -> None:
     assert [exact(nothing, "?") for nothing in ("", " ", ".")] == [Verdict(False, None)] * 3
 
 
-@pytest.mark.parametrize(
-    ("name", "prompt"), [("math", r"Write \boxed{5}."), ("choice", "Answer: B\n"), ("exact", "5")]
-)
+@pytest.mark.parametrize(("name", "prompt"), [("math", r"Now \boxed{5}."), ("choice", "Answer: B\n"), ("exact", "5")])
 def test_a_prompt_satisfies_no_checker(name: str, prompt: str) -> None:
     asked = example("5" if name != "choice" else "B", prompt, CHOICES)
     assert get_checker(name)(prompt, asked) == Verdict(False, None)

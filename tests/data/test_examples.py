@@ -122,9 +122,8 @@ def test_a_needed_field_without_a_column_and_an_id_that_comes_twice_are_explaine
 
 def test_json_keeps_texts(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
-    path.write_text(
-        '\ufeff{"prompt": "a\u2028b", "answer": "2020-01-02"}\n\n{"prompt": "c", "answer": 123456789012345678901}\n'
-    )
+    rows = '{"prompt": "a\u2028b", "answer": "2020-01-02"}\n\n{"prompt": "c", "answer": 123456789012345678901}\n'
+    path.write_text("\ufeff" + rows)
     first, second = read_examples(path)
     assert (first.prompt, first.answer, first.row) == ("a\u2028b", "2020-01-02", 1)
     assert (second.answer, second.row, second.id) == ("123456789012345678901", 2, "2")

@@ -49,9 +49,8 @@ def metaspace(kind: str) -> PreTrainedTokenizerFast:
     unigram, bpe = trainers.UnigramTrainer(unk_token="<unk>", **options), trainers.BpeTrainer(**options)
     trainer = unigram if kind == "unigram" else bpe
     tokenizer.train_from_iterator(TEXTS * 20, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
-    )
+    bos = ("<bos>", tokenizer.token_to_id("<bos>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[bos])
     return wrapped(tokenizer, bos_token="<bos>", unk_token="<unk>")
 
 
@@ -107,9 +106,8 @@ def test_eos_comes_once(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_bos_comes_once_and_what_a_tokenizer_puts_after_a_text_not() -> None:
     tokenizer = metaspace("bpe")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)]
-    )
+    both = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", bos), ("<eos>", eos)])
+    tokenizer.backend_tokenizer.post_processor = both
     assert tokenizer("hello").input_ids[-1] == eos
     encoded = encode(text_example("hello", " world"), tokenizer, None)
     ids = encoded.prompt_ids + encoded.response_ids

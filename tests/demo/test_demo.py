@@ -1,17 +1,20 @@
-"""`citer demo`: its problems, its output, its measurements."""
+"""`citer demo`: its problems, its output, its measurements, its pair, and the script that trains that pair."""
 
+import importlib.util
 import json
 import random
 import re
-from itertools import pairwise
+import sys
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import citer_hf.demo
-from citer_hf import CiterForCausalLM
+from citer_hf import CiterConfig, CiterForCausalLM
 from citer_hf.demo import demo as module
 from citer_hf.demo.demo import demo, export
 from citer_hf.demo.problems import Problem, Step, _split_of, drill, is_correct, problem, problems
@@ -88,9 +91,8 @@ def test_json_is_all_there_is_and_adds_up(monkeypatch: pytest.MonkeyPatch) -> No
         assert row["llm_passes_per_token"] == row["llm_passes"] / row["tokens"] <= 1
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
     assert 0 < pairs[0]["llm_share"] < 1 and pairs[0]["llm_passes"] > 0
-    again, at_0 = (
-        demo(visible=False, problems=3, seed=3, router_threshold=threshold)["rows"][2] for threshold in (0.5, 0)
-    )
+    sizes: dict[str, Any] = {"visible": False, "problems": 3, "seed": 3}
+    again, at_0 = (demo(**sizes, router_threshold=threshold)["rows"][2] for threshold in (0.5, 0))
     counts = ("tokens", "llm_tokens", "llm_passes", "correct")
     for one, other in ((again, pairs[0]), (at_0, slm)):
         assert [one[name] for name in counts] == [other[name] for name in counts]
@@ -137,3 +139,52 @@ def test_the_shipped_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slm["correct"] <= pair["correct"] and 0 < pair["llm_share"] < 0.6
     for one in (untrained, lossless):
         assert one["correct"] == llm["correct"] and one["llm_passes_per_token"] < 0.25
+
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "word_problems" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    specification = importlib.util.spec_from_file_location("word_problems", SCRIPT)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    # Dataclasses look their module up.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "word_problems", module)
+        specification.loader.exec_module(module)
+    return module
+
+
+def test_the_tokenizer_is_that_of_the_shipped_pair_and_lossless(script: Any) -> None:
+    built, shipped = script.build_tokenizer(), AutoTokenizer.from_pretrained(citer_hf.demo.DEMO_PAIR)
+    assert built.get_vocab() == shipped.get_vocab()
+    assert built.chat_template == shipped.chat_template
+    assert (built.padding_side, built.model_max_length) == (shipped.padding_side, shipped.model_max_length)
+    assert len({built.pad_token_id, built.eos_token_id, built.unk_token_id}) == 3
+    for tokenizer in (built, shipped):
+        assert tokenizer.tokenize("Tom has 47 books.") == ["Tom", " has", " 4", "7", " books", "."]
+        for told in MANY[:100]:
+            prompt, response, text = tokenizer([told.prompt, told.response, told.prompt + told.response]).input_ids
+            assert prompt + response == text and tokenizer.unk_token_id not in text
+            assert tokenizer.decode(text) == told.prompt + told.response
+
+
+def test_trained_and_shipped_pairs_use_a_cache(script: Any, tmp_path: Path, monkeypatch: Any, count_calls: Any):
+    small = script.Recipe(hidden_size=8, layers=1, heads=2, intermediate_size=8, steps=2, learning_rate=1e-3)
+    monkeypatch.setattr(script, "RECIPES", {"slm": small, "llm": small})
+    train, report = script.train, script.report
+    monkeypatch.setattr(script, "train", lambda recipe, out: train(recipe, out, batch_size=2))
+    monkeypatch.setattr(script, "report", lambda name, model: report(name, model, count=2))
+    monkeypatch.setattr(script, "accuracy", lambda *rest: 0.5)
+    script.main(["--out", str(tmp_path)])
+    assert CiterForCausalLM.from_pretrained(tmp_path / "router").config.router_threshold == script.THRESHOLD
+    # Each model alone keeps keys and values, in forward passes and in `generate`.
+    for role, pair in product(("slm", "llm"), (tmp_path / "router", citer_hf.demo.DEMO_PAIR)):
+        prompt = AutoTokenizer.from_pretrained(pair)(MANY[0].prompt, return_tensors="pt")
+        model = AutoModelForCausalLM.from_pretrained(pair / role)
+        assert {"past_key_values", "cache"} & set(model(**prompt))
+        lengths = count_calls(model)
+        model.generate(**prompt, max_new_tokens=4, eos_token_id=-1)
+        assert lengths == [prompt.input_ids.shape[1], 1, 1, 1]
+        assert model.config.use_cache and getattr(CiterConfig.from_pretrained(pair), f"{role}_config").use_cache

@@ -15,6 +15,7 @@ from citer_hf.evaluation.calibrate import Calibration, calibrate
 from citer_hf.evaluation.results import bootstrap_interval
 from tests.conftest import make_pair
 from tests.reference import naive_generate
+from tests.repositories import contents
 from tests.training_data import LetterTokenizer, examples, has_letter
 
 NEW = 8
@@ -83,10 +84,6 @@ def repository(tmp_path: Path) -> Path:
     (tmp_path / "router" / "provenance.json").write_text('{"labels": "abc"}')
     (tmp_path / "router" / "notes.txt").write_text("mine")
     return tmp_path / "router"
-
-
-def contents(directory: Path) -> dict[Path, bytes]:
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_a_threshold_is_written_and_all_else_stays(repository: Path):

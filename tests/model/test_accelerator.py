@@ -19,9 +19,7 @@ FOUND = torch.accelerator.current_accelerator(check_available=True)
 DEVICE = os.environ.get("CITER_TEST_DEVICE", "cpu" if FOUND is None else f"{FOUND.type}:0")
 ROWS = (3, 11, 7, 9)
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and "CITER_TEST_DEVICE" not in os.environ, reason="there is no accelerator"
-)
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and "CITER_TEST_DEVICE" not in os.environ, reason="no accelerator")
 
 
 @pytest.fixture(scope="module")

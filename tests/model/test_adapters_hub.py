@@ -45,8 +45,10 @@ LOAD = """
     said["private"] = error(lambda: load("me/router", token=False, force_download=True, trust_remote_code=True))
 """
 OFFLINE = """
-    offline = AutoModelForCausalLM.from_pretrained("me/router", trust_remote_code=True)
-    said["offline"] = text(offline, router_threshold=0)
+    load = AutoModelForCausalLM.from_pretrained
+    offline = [load(f"me/{name}", trust_remote_code=True) for name in ("router", "held")]
+    said["offline"] = [text(model, router_threshold=0) for model in offline]
+    said["missing"] = error(lambda: load("me/never-seen", trust_remote_code=True))
 """
 
 
@@ -75,7 +77,9 @@ def loaded(client: Client, pushed: dict) -> dict:
     """What was said while they were loaded with an empty cache, where `citer_hf` is not installed."""
     prelude = WITHOUT_THE_PACKAGE + "".join(line for line in PRELUDE.splitlines(True) if "citer_hf" not in line)
     said = client.run(LOAD, home="other", prelude=prelude)
-    return said | client.run(OFFLINE, home="other", prelude=prelude, HF_HUB_OFFLINE="1")
+    before = len(client.hub.requests)
+    said |= client.run(OFFLINE, home="other", prelude=prelude, HF_HUB_OFFLINE="1")
+    return said | {"requests offline": len(client.hub.requests) - before}
 
 
 def test_a_router_refers_to_the_commits_of_the_adapter_and_of_its_model(client, pushed):
@@ -91,7 +95,7 @@ def test_a_router_refers_to_the_commits_of_the_adapter_and_of_its_model(client, 
 
 
 def test_an_adapter_is_loaded_by_id_with_its_own_revision(pushed, loaded):
-    assert loaded["router"] == loaded["held"] == loaded["offline"] == pushed["text"]
+    assert [loaded["router"], loaded["held"]] == loaded["offline"] == [pushed["text"]] * 2
     assert pushed["better"] == [loaded["better"]] * 2 and loaded["better"] != loaded["router"]
 
 
@@ -106,4 +110,5 @@ def test_errors_name_the_adapter_and_what_to_do(client, pushed, loaded):
     assert "slm: the adapter me/astray says that it is for the model" in pushed["astray"]
     assert "slm_adapter_name_or_path='me/astray'" in pushed["astray"]
     assert "slm_adapter: the SLM's adapter could not be loaded from me/lora" in loaded["private"]
+    assert "me/never-seen" in loaded["missing"] and loaded["requests offline"] == 0
     assert TOKEN not in client.output

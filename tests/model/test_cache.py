@@ -15,8 +15,7 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def read(model, cache, text, **options):
-    with torch.no_grad():
-        return model(input_ids=text, past_key_values=cache, **options)
+    return model(input_ids=text, past_key_values=cache, **options)
 
 
 def filled(model, text, seen_by_llm: int, cache: CiterCache | None = None) -> CiterCache:
@@ -37,8 +36,7 @@ def assert_continues(model, cache, text):
     for threshold in (0.0, 2.0):
         branch = copy.deepcopy(cache)
         ours = read(model, branch, follow, router_threshold=threshold).logits[:, -1]
-        with torch.no_grad():
-            expected = (model.llm if threshold else model.slm)(whole, use_cache=False).logits[:, -1]
+        expected = (model.llm if threshold else model.slm)(whole, use_cache=False).logits[:, -1]
         torch.testing.assert_close(ours, expected, **CLOSE)
 
 
@@ -74,10 +72,10 @@ def test_reordered_repeated_and_selected_sequences_go_on(pair, seen):
     assert_continues(pair, cache, text[:1])
 
 
-@pytest.mark.parametrize("with_config", [True, False])
-def test_a_copy_goes_its_own_way(pair, with_config):
+@pytest.mark.parametrize("options", [None, {}, {"max_cache_len": 32}], ids=str)
+def test_a_copy_goes_its_own_way(pair, options):
     text = torch.tensor(random_prompts((9,)))
-    cache = filled(pair, text, 4, None if with_config else CiterCache())
+    cache = filled(pair, text, 4, CiterCache() if options is None else CiterCache(pair.config, **options))
     other = copy.deepcopy(cache)
     other.crop(-3)
     read(pair, other, torch.tensor([[5, 6]]), router_threshold=2.0)

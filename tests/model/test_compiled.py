@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from citer_hf import CiterCache
 from citer_hf.model.compiled import prepare_thread
 from tests.conftest import ScriptedRouter, left_padded, make_pair, random_prompts
-from tests.model.test_static import GREEDY, ROWS, SAMPLING, STATIC
+from tests.model.test_modes import GREEDY, ROWS, SAMPLING, STATIC
 
 GRAPHS: list[Any] = []
 ALIVE: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -86,14 +86,9 @@ def test_what_is_compiled_is_kept_by_batch_size_and_serves_shorter_texts(warned)
     model = make_pair(hidden_size=48, max_position_embeddings=600)
     counts = []
     # Prompts that are too long for a compiled catch-up.
-    for rows, options in (
-        ((70,), {}),
-        ((70,) * 4, {}),
-        ((66,), {"max_cache_len": 400}),
-        ((67,), {"max_cache_len": 300}),
-        ((70,) * 4, {}),
-    ):
-        model.generate(**left_padded(random_prompts(rows)), **LLM_ALONE, **compiling(), **options)
+    for rows, length in (((70,), 0), ((70,) * 4, 0), ((66,), 400), ((67,), 300), ((70,) * 4, 0)):
+        options = compiling() | ({"max_cache_len": length} if length else {})
+        model.generate(**left_padded(random_prompts(rows)), **LLM_ALONE, **options)
         counts.append(len(GRAPHS))
     assert counts == [2, 4, 6, 6, 6] and not warned()
 

@@ -8,10 +8,15 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel, pipeline
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import DataCollatorForSeq2Seq, GenerationConfig, PreTrainedModel, Seq2SeqTrainer, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 import citer_hf
 from citer_hf import CiterForCausalLM
+from citer_hf.demo import DEMO_PAIR
+from citer_hf.demo.problems import problems
 from tests.chat_pairs import character_tokenizer
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import tiny_model
@@ -46,14 +51,8 @@ def alike(pair: CiterForCausalLM, alone: PreTrainedModel, batch: dict[str, torch
 
 
 PUBLISHED: list[dict[str, Any]] = [
-    {"use_cache": False},
-    {"prompt_lookup_num_tokens": 3},
-    {"cache_implementation": "static"},
-    {"cache_implementation": "offloaded_static"},
-    {"cache_implementation": "hybrid"},
-    {"cache_implementation": "sliding_window"},
-    {"cache_implementation": "hybrid_chunked"},
-    {"stop_strings": ["ab"]},
+    *({"cache_implementation": name} for name in ("static", "offloaded_static", "hybrid", "hybrid_chunked")),
+    *({"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"stop_strings": ["ab"]}),
 ]
 
 
@@ -148,9 +147,7 @@ def test_a_stop_string_inside_drafts_ends_the_text_there(model, max_drafts):
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=["one", "three"])
-@pytest.mark.parametrize(
-    "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}])
 def test_token_ids_may_be_of_32_bits(model, batch, options):
     generated = []
     for dtype in (torch.int64, torch.int32):
@@ -217,3 +214,34 @@ def test_our_keywords_are_documented_and_typed_and_so_is_what_comes_back(name: s
     # Loading returns the class that was asked.
     assert name == "generate" or hints["cls"] == type[returned]
     assert (Path(citer_hf.__file__).parent / "py.typed").is_file()
+
+
+# ---- a column of prompts through a pipeline and a trainer ----
+
+
+def test_a_pipeline_and_a_trainer_write_for_every_row_of_a_column_what_it_gets_alone(tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "router_threshold": 0.9}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_PAIR)
+    pair = CiterForCausalLM.from_pretrained(DEMO_PAIR, dtype=torch.float32)
+    pipe = pipeline("text-generation", model=pair, tokenizer=tokenizer)
+    told = [one.prompt for one in problems("test", 0, 10)]
+    # Of many lengths; some texts end early.
+    prompts = Dataset.from_dict({"prompt": told + [" ".join(one.split()[:4]) for one in told[:3]]})
+    alone = [pipe(prompt, return_full_text=False, **wanted)[0]["generated_text"] for prompt in prompts["prompt"]]
+    assert len({len(text) for text in alone}) > 2
+    outputs = pipe(KeyDataset(prompts, "prompt"), batch_size=4, return_full_text=False, **wanted)
+    assert [row[0]["generated_text"] for row in tqdm(outputs, total=len(prompts), disable=True)] == alone
+
+    encoded = prompts.map(lambda batch: tokenizer(batch["prompt"]), batched=True, remove_columns=["prompt"])
+    encoded = encoded.map(lambda row: {"labels": row["input_ids"]})
+    settings: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    settings |= {"predict_with_generate": True, "per_device_eval_batch_size": 4}
+    parts: dict[str, Any] = {"data_collator": DataCollatorForSeq2Seq(tokenizer), "processing_class": tokenizer}
+    arguments = transformers.Seq2SeqTrainingArguments(str(tmp_path), **settings)
+    trainer = Seq2SeqTrainer(pair, arguments, **parts)
+    found = trainer.predict(encoded, **wanted)
+    tokens = torch.tensor(found.predictions).masked_fill(torch.tensor(found.predictions) == -100, 0)
+    longest = [max(len(row) for row in encoded["input_ids"][start : start + 4]) for start in range(0, len(encoded), 4)]
+    answers = [row[longest[index // 4] :] for index, row in enumerate(tokens)]
+    assert [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers] == alone
+    assert "test_loss" in found.metrics

@@ -1,12 +1,13 @@
-"""Every decoding mode of `generate`."""
+"""Every decoding mode of `generate`, with caches that grow and static ones."""
 
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import set_seed
+from transformers import LogitsProcessorList, StoppingCriteriaList, set_seed
 
+from citer_hf import CiterCache
 from tests.conftest import left_padded, make_pair, random_prompts
 from tests.families import tiny_model
 from tests.reference import naive_generate, naive_logits
@@ -14,35 +15,23 @@ from tests.reference import naive_generate, naive_logits
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 ROWS = (3, 11, 7, 9)
 SAMPLING = {"max_new_tokens": 12, "do_sample": True}
-PROCESSORS = {
-    "temperature": {"temperature": 0.7},
-    "top_k": {"top_k": 5},
-    "top_p": {"top_p": 0.8},
-    "min_p": {"min_p": 0.1},
-    "typical_p": {"typical_p": 0.8},
-    "epsilon_cutoff": {"epsilon_cutoff": 0.01},
-    "eta_cutoff": {"eta_cutoff": 0.01},
-    "repetition_penalty": {"repetition_penalty": 1.5},
-    "no_repeat_ngram": {"no_repeat_ngram_size": 2},
-    "bad_words": {"bad_words_ids": [[7], [9, 11]]},
-    "min_new_tokens": {"min_new_tokens": 6},
-    "suppress_tokens": {"suppress_tokens": [5, 6, 7]},
-    "begin_suppress_tokens": {"begin_suppress_tokens": [5, 6, 7]},
-    "forced_eos": {"forced_eos_token_id": 2},
-    "sequence_bias": {"sequence_bias": [[[8], 3.0]]},
-    "exponential_decay": {"exponential_decay_length_penalty": (4, 1.2)},
-    "renormalize": {"renormalize_logits": True, "top_k": 5},
-    "guidance": {"guidance_scale": 1.5},
-}
+STATIC = {"cache_implementation": "static"}
+PROCESSORS: list[dict[str, Any]] = [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}]
+PROCESSORS += [{"typical_p": 0.8}, {"epsilon_cutoff": 0.01}, {"eta_cutoff": 0.01}, {"repetition_penalty": 1.5}]
+PROCESSORS += [{"no_repeat_ngram_size": 2}, {"bad_words_ids": [[7], [9, 11]]}, {"min_new_tokens": 6}]
+PROCESSORS += [{name: [5, 6, 7]} for name in ("suppress_tokens", "begin_suppress_tokens")]
+PROCESSORS += [{"forced_eos_token_id": 2}, {"sequence_bias": [[[8], 3.0]]}, {"guidance_scale": 1.5}]
+PROCESSORS += [{"exponential_decay_length_penalty": (4, 1.2)}, {"renormalize_logits": True, "top_k": 5}]
 
 
 def single(length: int = 9) -> dict[str, torch.Tensor]:
     return left_padded(random_prompts((length,)))
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
-def test_a_processor_acts_as_in_the_writing_model_and_with_any_cache(pair, name, warned):
-    options = {**SAMPLING, **PROCESSORS[name], "do_sample": name != "guidance", "pad_token_id": 0}
+@pytest.mark.parametrize("processor", PROCESSORS, ids=str)
+def test_a_processor_acts_as_in_the_writing_model_and_with_any_cache(pair, processor, warned):
+    guided = "guidance_scale" in processor
+    options = {**SAMPLING, **processor, "do_sample": not guided, "pad_token_id": 0}
 
     def generate(model: Any, lengths: tuple[int, ...], **more: Any) -> Any:
         set_seed(0)
@@ -53,7 +42,7 @@ def test_a_processor_acts_as_in_the_writing_model_and_with_any_cache(pair, name,
         assert torch.equal(generate(pair, (9,), **dials), generate(alone, (9,)))
         greedy = {"do_sample": False}
         assert torch.equal(generate(pair, ROWS, **dials, **greedy), generate(alone, ROWS, **greedy))
-    if name != "guidance":
+    if not guided:
         lossless = [generate(pair, ROWS, **one) for one in ({"router_threshold": 2.0}, {"llm_veto": 1.0})]
         assert torch.equal(*lossless)
     for lengths in ((9,), ROWS):
@@ -63,24 +52,15 @@ def test_a_processor_acts_as_in_the_writing_model_and_with_any_cache(pair, name,
         scores = [torch.stack(one.scores, 1)[ways[0].cache.routing.unfinished] for one in ways]
         torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
         # Guidance runs the model a second time, for all sequences at once.
-        assert bool(warned()) == (name == "guidance")
-
-
-def test_a_processor_changes_the_text_of_a_mixed_pair(pair):
-    batch = left_padded(random_prompts())
-    plain = pair.generate(**batch, **GREEDY)
-    banned = plain[:, 12:].flatten().unique().tolist()[3:]
-    constrained = pair.generate(**batch, **GREEDY, suppress_tokens=banned)
-    assert not set(constrained[:, 12:].flatten().tolist()) & set(banned)
+        assert bool(warned()) == guided
 
 
 def test_a_threshold_per_row_follows_its_row_through_num_return_sequences(pair):
     batch = left_padded(random_prompts())
     thresholds = torch.tensor([0.0, 0.5, 2.0])
     set_seed(1)
-    output = pair.generate(
-        **batch, **SAMPLING, num_return_sequences=2, router_threshold=thresholds, return_dict_in_generate=True
-    )
+    wanted = {**SAMPLING, "num_return_sequences": 2, "return_dict_in_generate": True}
+    output = pair.generate(**batch, **wanted, router_threshold=thresholds)
     assert torch.equal(output.sequences[:, :12], batch["input_ids"].repeat_interleave(2, 0))
     assert not torch.equal(*output.sequences[:2])
     routing = output.past_key_values.routing
@@ -144,16 +124,6 @@ def test_prompt_lookup_gives_the_greedy_text(pair):
     prompt = {"input_ids": torch.tensor([random_prompts((6,))[0] * 3])}
     plain = pair.generate(**prompt, **GREEDY)
     assert torch.equal(plain, pair.generate(**prompt, **GREEDY, prompt_lookup_num_tokens=3, max_drafts=3))
-
-
-@pytest.mark.parametrize(("chunk", "cache"), [(1, "dynamic"), (5, "dynamic"), (4, "static")])
-def test_reading_the_prompt_in_chunks_gives_the_same_text_and_record(pair, chunk, cache):
-    settings = {**left_padded(random_prompts()), **GREEDY, "return_dict_in_generate": True}
-    plain = pair.generate(**settings)
-    chunked = pair.generate(**settings, prefill_chunk_size=chunk, cache_implementation=cache)
-    assert torch.equal(plain.sequences, chunked.sequences)
-    ours, theirs = plain.cache.routing, chunked.cache.routing
-    assert torch.equal(ours.to_llm, theirs.to_llm)
 
 
 def test_the_llm_processes_a_prompt_in_chunks_too_and_once(pair, count_calls):
@@ -236,3 +206,68 @@ def test_the_record_counts_what_the_models_did(pair, count_calls):
     calls = {"slm": count_calls(pair.slm), "llm": count_calls(pair.llm)}
     routing = pair.generate(**single(), **wanted).past_key_values.routing
     assert (routing.slm_calls, routing.llm_calls) == (len(calls["slm"]), len(calls["llm"]))
+
+
+# ---- static caches ----
+
+
+def test_a_processor_of_ones_own_sees_prefixes_and_a_criterion_each_settled_token_once(pair, warned):
+    seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    lengths: list[int] = []
+
+    def note(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(tuple(input_ids[0].tolist()), []).append(scores[0].clone())
+        return scores
+
+    def at_fifteen(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        assert len(scores) == input_ids.shape[1] - 9
+        lengths.append(input_ids.shape[1])
+        return torch.tensor([input_ids.shape[1] >= 15])
+
+    mine = {"logits_processor": LogitsProcessorList([note]), "stopping_criteria": StoppingCriteriaList([at_fifteen])}
+    wanted = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    output = pair.generate(**single(), **wanted, **mine, **STATIC)
+    assert not warned() and lengths == list(range(10, 16)) and len(output.logits) == 6
+    for step, logits in enumerate(output.logits):
+        given = seen[tuple(output.sequences[0, : 9 + step].tolist())]
+        assert any(torch.equal(one, logits[0]) for one in given), "the logits of the model that decided"
+
+
+def test_the_length_is_what_was_asked_for_and_may_be_given(pair):
+    output = pair.generate(**single(), **GREEDY, **STATIC, eos_token_id=None, return_dict_in_generate=True)
+    assert output.past_key_values.get_max_length() == output.past_key_values.get_seq_length() == 9 + 12 - 1
+    for options in ({**STATIC, "max_cache_len": 200}, {"past_key_values": CiterCache(pair.config, max_cache_len=200)}):
+        output = pair.generate(**single(), **GREEDY, **options, return_dict_in_generate=True)
+        assert output.past_key_values.get_max_length() == 200
+
+
+def sees_all_rows(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    assert len(input_ids) == len(ROWS)
+    return scores
+
+
+def never(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros(len(ROWS), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_beams": 2}, "beams"),
+        ({"logits_processor": LogitsProcessorList([sees_all_rows])}, "a processor of your own"),
+        ({"stopping_criteria": StoppingCriteriaList([never])}, "a stopping criterion of your own"),
+        ({"output_hidden_states": True}, "hidden states"),
+    ],
+)
+def test_what_cannot_be_static_grows_and_says_so_once(pair, options, reason, warned):
+    batch, wanted = left_padded(random_prompts(ROWS)), {**GREEDY, **options, "return_dict_in_generate": True}
+    plain = pair.generate(**batch, **wanted)
+    for _ in range(2):
+        static = pair.generate(**batch, **wanted, **STATIC)
+    assert len(warned()) == 1 and reason in warned()[0]
+    assert torch.equal(plain.sequences, static.sequences)
+
+
+def test_what_transformers_refuses_with_a_static_cache_is_refused(pair):
+    with pytest.raises(ValueError, match="cache_implementation"):
+        pair.generate(**single(), **GREEDY, **STATIC, past_key_values=CiterCache(pair.config))

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import citer_hf
 from citer_hf import CiterForCausalLM
 from tests.conftest import random_prompts
-from tests.repositories import WITHOUT_THE_PACKAGE, change, config_of, save_base_models, word_tokenizer
+from tests.repositories import WITHOUT_THE_PACKAGE, change, save_base_models, word_tokenizer
 
 TEXT = random_prompts((12,))
 
@@ -45,17 +44,6 @@ def move_code_to_the_root(folder: Path) -> None:
     shutil.rmtree(folder / "citer")
     model = {"AutoModelForCausalLM": "modeling_citer.CiterForCausalLM"}
     change(folder, auto_map={"AutoConfig": "configuration_citer.CiterConfig", **model})
-
-
-def test_the_whole_core_lies_beside_the_weights(repositories):
-    core = {file.name: file.read_bytes() for file in Path(citer_hf.__file__).parent.glob("model/*.py")}
-    del core["__init__.py"]
-    for name in ("referring", "holding"):
-        assert {file.name: file.read_bytes() for file in (repositories / name / "citer").glob("*.py")} == core
-        assert config_of(repositories / name)["auto_map"] == {
-            "AutoConfig": "citer/configuration.CiterConfig",
-            "AutoModelForCausalLM": "citer/modeling.CiterForCausalLM",
-        }
 
 
 SAME_TEXT_WITHOUT_THE_PACKAGE = """

@@ -112,16 +112,3 @@ def test_a_random_router_spreads_evenly_and_draws_nothing():
         assert abs(float((scores < threshold).float().mean()) - threshold) < 0.02
     other = build_router({"type": "random", "seed": 1}, HIDDEN)(hidden, logits)
     assert abs(float(torch.corrcoef(torch.stack([scores, other]))[0, 1])) < 0.05
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"type": "mpl"}, "unknown kind 'mpl'; expected one of"),
-        ({"type": "mlp", "hidden_size": 32}, "hidden size of 32, got 16"),
-        ({"type": "custom", "class": "Mine"}, r"class of its own \(Mine\)"),
-    ],
-)
-def test_a_router_that_cannot_be_built_says_why(spec, message):
-    with pytest.raises(ValueError, match=message):
-        build_router(spec, HIDDEN)

@@ -38,47 +38,6 @@ def test_acceptance_starts_at_a_guess_and_is_learnt_by_score():
     assert pace.acceptance(False, 0.95) == 0.98, "of tokens that are not flagged nothing was learnt"
 
 
-def play(
-    pace: Pace, acceptance: float, share: float = 0.2, tokens: int = 20_000, seed: int = 0
-) -> tuple[float, float]:
-    """Play one sequence with dice; return SLM steps and LLM calls per token."""
-    rng, steps, calls, settled = random.Random(seed), 0, 0, 0
-    while settled < tokens:
-        drafts, survival, expected, cycle = [], 1.0, 0.0, 0
-        while True:
-            flagged = rng.random() < share
-            cycle += 1
-            expected += survival
-            if not drafts and not flagged:
-                settled += 1
-                continue
-            drafts.append(flagged)
-            survival *= pace.acceptance(True, 0.1) if flagged else 1.0
-            if len(drafts) >= 32 or pace.call_is_due([survival], cycle, 0.0, len(drafts), expected):
-                break
-        calls, steps = calls + 1, steps + cycle
-        for flagged in drafts:
-            settled += 1
-            accepted = not flagged or rng.random() < acceptance
-            if flagged:
-                pace.judge(True, 0.1, accepted)
-            if not accepted:
-                break
-    return steps / settled, calls / settled
-
-
-@pytest.mark.parametrize("ratio", [2.0, 5.0, 10.0, 30.0])
-def test_drafting_past_tokens_that_are_never_accepted_costs_at_most_two_percent(ratio):
-    steps, calls = play(Pace(fixed_ratio=ratio), acceptance=0.0)
-    assert steps + ratio * calls <= 1.02 * (1 + ratio * 0.2) * 1.01, "dice differ by a hundredth"
-
-
-@pytest.mark.parametrize(("acceptance", "less"), [(0.5, 0.75), (0.9, 0.35)])
-def test_drafting_past_tokens_that_are_often_accepted_saves_calls(acceptance, less):
-    steps, calls = play(Pace(fixed_ratio=10.0), acceptance)
-    assert calls < less * 0.2 and steps + 10 * calls < 1 + 10 * 0.2
-
-
 def test_an_llm_that_was_not_measured_or_hardly_takes_longer_is_taken_for_a_slow_one():
     pace, slow = Pace(), Pace(fixed_ratio=float(LEAST_RATIO))
     pace.steps.add(1.0, 1)

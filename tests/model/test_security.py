@@ -36,13 +36,10 @@ def router(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "reference",
     [
-        {"subfolder": "slm/../../slm"},
-        {"subfolder": "/etc"},
-        {"subfolder": "C:\\slm"},
+        *({"subfolder": folder} for folder in ("slm/../../slm", "/etc", "C:\\slm", ["slm"])),
         {"name_or_path": "../slm"},
         {"name_or_path": "team/slm", "gguf_file": "/etc/passwd"},
         {"name_or_path": "team/slm", "revision": "../../refs"},
-        {"subfolder": ["slm"]},
         "slm",
     ],
     ids=str,
@@ -168,9 +165,7 @@ def test_code_of_a_base_model_runs_when_it_is_trusted_by_name(own_code, untruste
 def test_trust_in_a_router_on_the_command_line_is_none_in_its_models(own_code, untrusted, tmp_path, command):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "w5", "answer": "w6", "response": "w6"}))
-    more = (
-        ("--data", data, "--checker", "exact", "--out", tmp_path / "out") if command in ("label", "evaluate") else ()
-    )
+    more = ("--data", data, "--checker", "exact", "--out", tmp_path / "out") * (command in ("label", "evaluate"))
     result = invoke(command, untrusted, *more, "--trust-remote-code")
     assert result.exit_code == 1 and re.search(REFUSED, result.stderr), result.output
     assert not own_code.exists() and not (tmp_path / "out").exists()

@@ -4,13 +4,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import openai
 import pytest
 
 from citer_hf.serving import requests as conversion
 from citer_hf.serving.schema import ChatRequest
-from tests.chat_pairs import TEMPLATE, character_tokenizer, chat_pair
-from tests.served import MARKUP, Served, scripted, serving
+from tests.chat_pairs import character_tokenizer, chat_pair
+from tests.served import MARKUP, Served, scripted, serving, told
 
 TOOL: Any = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 ASK: Any = [{"role": "user", "content": "1+1"}]
@@ -41,6 +40,7 @@ def call(arguments: Any = "{}") -> dict[str, Any]:
         ({"role": "assistant", "content": "2", "reasoning": "sum"}, "assistant:2(sum)"),
         ({"role": "tool", "content": "2", "tool_call_id": "abc", "name": "add"}, "tool:2add"),
         ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "user:ab"),
+        ({"role": "developer", "content": "a"}, "system:a"),
         ({"role": "assistant", "content": "x", "refusal": None, "audio": None, "annotations": []}, "assistant:x"),
     ],
     ids=lambda value: str(value)[-60:],
@@ -76,7 +76,8 @@ OFF: list[dict[str, Any]] = [
     )),
     {"top_k": 0}, {"top_k": -1}, {"max_tokens": -1}, {"max_completion_tokens": -1}, {"max_tokens": 32_000},
     {"logprobs": 0}, {"logprobs": False}, {"tools": []}, {"functions": []}, {"parallel_tool_calls": True},
-    {"prediction": {"type": "content", "content": "x"}}, {"store": True}, {"response_format": {"type": "text"}},
+    {"tools": [TOOL], "tool_choice": "none"}, {"prediction": {"type": "content", "content": "x"}}, {"store": True},
+    {"response_format": {"type": "text"}},
 ]  # fmt: skip
 
 
@@ -119,40 +120,25 @@ def test_a_stream_tells_on_request_who_decided_each_token(served: Served) -> Non
     assert set(told[0]) == {"token", "decided_by", "vetoed", "accepted", "score"}
 
 
-def test_a_page_of_another_origin_may_ask_where_it_is_let_in(served: Served) -> None:
-    head = "OPTIONS /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: http://page\r\n"
-    preflight = f"{head}Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: content-type\r\n\r\n"
-    assert b" 405 " in served.raw(preflight.encode()).partition(b"\n")[0]
+def test_a_page_of_another_origin_may_ask_where_it_is_let_in_and_a_proxy_passes_streams_on(served: Served) -> None:
+    head = "/v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: http://page\r\n"
+    asked = "Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: content-type\r\n"
+    preflight = f"OPTIONS {head}{asked}\r\n".encode()
+    assert b" 405 " in served.raw(preflight).partition(b"\n")[0]
     with serving(chat_pair(), cors=["http://page"]) as server:
-        answer = server.raw(preflight.encode())
+        answer = server.raw(preflight)
         assert b" 200 " in answer.partition(b"\n")[0] and b"access-control-allow-origin: http://page" in answer
         for body in (b'{"prompt": "a", "stream": true, "max_tokens": 2}', b"{", b'{"prompt": []}'):
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nOrigin: http://page\r\n"
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            answer = server.raw(head.encode() + body)
-            assert b"access-control-allow-origin: http://page" in answer.partition(b"\r\n\r\n")[0].lower()
-        assert b"x-accel-buffering: no" not in answer.lower()
-
-
-def test_a_proxy_is_told_to_pass_streams_on(served: Served) -> None:
-    body = b'{"prompt": "a", "stream": true, "max_tokens": 2}'
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    answer = served.raw(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body).lower()
-    assert b"x-accel-buffering: no" in answer and b"cache-control: no-cache" in answer
+            sizes = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            answer = server.raw(f"POST {head}{sizes}".encode() + body).partition(b"\r\n\r\n")[0].lower()
+            assert b"access-control-allow-origin: http://page" in answer
+            assert (b"x-accel-buffering: no" in answer and b"cache-control: no-cache" in answer) == (b"stream" in body)
 
 
 def said(pair: Any, stream: bool, **options: Any) -> tuple[str, str, list[Any], str]:
-    """Content, reasoning, calls and reason of the end of an answer."""
+    """What a pair answers."""
     with serving(*pair) as server:
-        answer = server.chat(ASK, stream=stream, **options)
-        if stream:
-            choices = [chunk.choices[0] for chunk in answer]
-            parts, reason = [choice.delta for choice in choices], choices[-1].finish_reason
-        else:
-            parts, reason = [answer.choices[0].message], answer.choices[0].finish_reason
-    content = "".join(part.content or "" for part in parts)
-    reasoning = "".join(getattr(part, "reasoning_content", None) or "" for part in parts)
-    return content, reasoning, [one for part in parts for one in part.tool_calls or []], reason
+        return told(server.chat(ASK, stream=stream, **options), stream)
 
 
 GOOD = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -177,8 +163,9 @@ def test_a_broken_call_is_text(text: str, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_has_an_id_that_every_template_takes_whatever_comes_after_it(stream: bool) -> None:
     broken = GOOD.replace("add", "").replace("}}", "}")
-    content, _, calls, reason = said(scripted(f"so {GOOD}\n{GOOD}{broken}"), stream, tools=[TOOL])
-    assert content == f"so{broken}" and reason == "tool_calls"
+    text = f"<think>add</think>so {GOOD}\n{GOOD}{broken}"
+    content, reasoning, calls, reason = said(scripted(text), stream, tools=[TOOL])
+    assert (content, reasoning, reason) == (f"so{broken}", "add", "tool_calls")
     assert [(one.function.name, json.loads(one.function.arguments)) for one in calls] == [("add", {"a": 1})] * 2
     assert all(len(one.id) == 9 and one.id.isalnum() for one in calls)
 
@@ -214,10 +201,3 @@ def test_a_stop_string_may_be_a_special_token(stream: bool) -> None:
         answer = server.complete("x", stream=stream, **options)
         choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     assert "".join(choice.text for choice in choices) == "ab" and choices[-1].finish_reason == "stop"
-
-
-def test_tools_are_refused_where_the_template_has_no_place_for_them(served: Served) -> None:
-    with pytest.raises(openai.BadRequestError, match="no place for tools"):
-        served.chat(ASK, tools=[TOOL])
-    assert served.chat(ASK, tools=[TOOL], tool_choice="none").choices
-    assert "tools" not in TEMPLATE

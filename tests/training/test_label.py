@@ -8,10 +8,11 @@ import datasets
 import pytest
 import torch
 
-from citer_hf.training.label import Policy, RollOut, label_preferences
+from citer_hf.training.label import Policy, label_preferences
 from citer_hf.training.labels import Labels
 from tests.families import EOS
 from tests.reference import naive_generate
+from tests.repositories import contents
 from tests.training_data import THRESHOLD, has_letter, naive_outcome, task, task_pair
 
 NEW = 8
@@ -21,10 +22,6 @@ PAIRS = [("llama", "llama"), ("gpt2", "bloom"), ("mistral_sliding", "llama"), ("
 def label(model: Any, out: Path, examples: Any = None, checker: Any = has_letter, **options: Any) -> Labels:
     options = {"max_new_tokens": NEW, "batch_tokens": 96, **options}
     return label_preferences(model, task(4) if examples is None else examples, checker, out, **options)
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +89,6 @@ def test_outcomes_are_what_the_pair_writes_from_the_exact_state(labelled: tuple[
             assert correct == has_letter(response, question.example).correct
 
 
-@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]], ids="-".join)
-@pytest.mark.parametrize("threshold", [0.0, THRESHOLD, 2.0])
-def test_rollouts_that_stream_through_slots_are_those_of_each_state_alone(pair: Any, llamas: Any, threshold: float):
-    model, questions = task_pair(*pair), llamas[1].questions
-    wanted = [RollOut(index, place, 10 + place) for index in range(4) for place in range(5)]
-    wanted += [RollOut(index, place, -1) for index in range(4) for place in (0, 3)] + [RollOut(0, 2, EOS)]
-    policy: Any = Policy(model, questions, None, threshold, 30, 250, work=None)
-    made = policy.roll_out(wanted)
-    assert made == [policy.roll_out([one])[0] for one in wanted]
-    assert max(map(len, made)) <= 30 and len(set(map(len, made))) > 1
-
-
 def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
     model, labels = llamas
     where = {"path": str(labels.directory), "split": "train", "cache_dir": str(tmp_path)}
@@ -152,14 +137,14 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_p
     monkeypatch.setattr(Policy, "roll_out", counted)
     with pytest.raises(KeyboardInterrupt):
         label(llamas[0], tmp_path / "out")
-    begun = content(tmp_path / "out")
+    begun = contents(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"holds no labels.*run the same `citer label` again"):
         Labels.load(tmp_path / "out")
     with pytest.raises(ValueError, match=r"router_threshold was 0.5 and is 0.9.*Give the same arguments"):
         label(llamas[0], tmp_path / "out", router_threshold=0.9)
-    assert content(tmp_path / "out") == begun
+    assert contents(tmp_path / "out") == begun
     labels = label(llamas[0], tmp_path / "out")
-    assert content(tmp_path / "out") == content(llamas[1].directory)
+    assert contents(tmp_path / "out") == contents(llamas[1].directory)
     # Every batch was made once, the one that was interrupted once more; each model answers every question.
     made = sum(calls) - calls[3]
     assert made == int((labels.rollout >= 0).sum()) + int((labels.llm_rollout >= 0).sum()) + 2 * 4

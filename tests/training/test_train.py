@@ -68,9 +68,8 @@ def test_the_saved_weights_are_the_best_ones(name: str, tmp_path: Path, monkeypa
     router, found = train_router(LABELS, objective, settings, tmp_path)
     targets, training, part = module.divide(LABELS, objective, settings)
     assert not set(LABELS.question[training].tolist()) & set(LABELS.question[part].tolist())
-    with torch.no_grad():
-        log_odds = router.log_odds(module.router_inputs(LABELS, objective)[part])
-        loss = objective.loss(log_odds, targets[part].float(), LABELS.slm_logprob[part], LABELS.llm_logprob[part])
+    log_odds = router.log_odds(module.router_inputs(LABELS, objective)[part])
+    loss = objective.loss(log_odds, targets[part].float(), LABELS.slm_logprob[part], LABELS.llm_logprob[part])
     losses = [entry["eval_loss"] for entry in found["history"] if "eval_loss" in entry]
     assert len(losses) == 5 and found["validation"]["loss"] == min(losses)
     assert float(loss.mean()) == pytest.approx(min(losses), rel=1e-4)
@@ -83,8 +82,7 @@ def test_a_router_learns_what_there_is_to_learn(tmp_path: Path, monkeypatch: pyt
     facts = found["validation"]
     assert facts["auc"] > 0.95
     targets, _, validation = module.divide(labels, OBJECTIVES["citer-plus"], settings)
-    with torch.no_grad():
-        log_odds = router.log_odds(module.router_inputs(labels, OBJECTIVES["citer-plus"]))
+    log_odds = router.log_odds(module.router_inputs(labels, OBJECTIVES["citer-plus"]))
     needed = validation[targets[validation] == 0]
     assert float((torch.sigmoid(log_odds[needed]) < facts["router_threshold"]).float().mean()) >= 0.95
     # Scores do not saturate.
