@@ -12,6 +12,9 @@ from transformers.utils.chat_parsing import ResponseParser
 from .grammar import forced_tools, wanted_form
 from .schema import ChatRequest, Request
 
+# The field of reasoning, as transformers names it: "thinking" ends when 5.18 is the oldest supported.
+PROBE = [{"type": "region_chunk", "field": "reasoning_content", "text": "x"}]
+REASONING = "reasoning_content" if response_events_to_chunks(PROBE) else "thinking"
 # For models of which transformers knows no markup: thoughts at the beginning of an answer, and calls where the chat
 # template asks for them in this form.
 THOUGHTS = {"open_pattern": r"\A\s*<think>", "close": "</think>", "content": "text"}
@@ -161,13 +164,13 @@ def template_of(tokenizer: Any, llm: Any) -> dict[str, Any]:
 
 
 def template_with(calls: dict[str, Any], thoughts: dict[str, Any] = THOUGHTS) -> dict[str, Any]:
-    fields = {"reasoning_content": thoughts, **calls, "content": {"content": "text"}}
+    fields = {REASONING: thoughts, **calls, "content": {"content": "text"}}
     return {"start_anchor": "\0", "fields": fields}
 
 
 def open_thought(tokenizer: Any, llm: Any, prompt: str) -> tuple[str, str]:
     """Return the mark with which a prompt leaves thoughts open and the one that ends them; "" twice if it does not."""
-    field = template_of(tokenizer, llm)["fields"].get("reasoning_content", {})
+    field = template_of(tokenizer, llm)["fields"].get(REASONING, {})
     begin, end = (one if isinstance(one, str) else "" for one in (field.get("open", "<think>"), field.get("close")))
     return (begin, end) if begin and end and prompt.rstrip().endswith(begin.rstrip()) else ("", "")
 
@@ -233,7 +236,7 @@ def parser_of(tokenizer: Any, llm: Any, request: Request, begun: str) -> Any:
         return None
     if wanted_form(request)[1] is not None:
         # Thoughts come before a form. What is marked within it is a part of its strings.
-        known = template_of(tokenizer, llm)["fields"].get("reasoning_content", {})
+        known = template_of(tokenizer, llm)["fields"].get(REASONING, {})
         first = {"open_pattern": rf"\A\s*{re.escape(begun)}", "close": known.get("close"), "content": "text"}
         markup = Markup(template_with({}, first if begun else THOUGHTS), None, begun)
         return ForcedCall(markup) if forced_tools(request) else markup
