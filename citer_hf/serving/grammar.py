@@ -37,7 +37,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: list[int]):
         self.tokenizer, self.vocabulary, self.end_tokens = tokenizer, vocabulary, end_tokens
         self._compiler: Any = None
-        self.texts: list[bytes] = []
+        self.texts, self.never = list[bytes](), torch.empty(0)
 
     def mask(self, request: Request, prompt_tokens: int, thinks: str) -> "list[LogitsProcessor]":
         """Return what keeps an answer in the form that a request asks for, or nothing where it may have any.
@@ -56,6 +56,8 @@ class Grammars:
                     self.tokenizer, vocab_size=self.vocabulary, stop_token_ids=self.end_tokens
                 )
                 self._compiler, self.texts = xgrammar.GrammarCompiler(info), info.decoded_vocab
+                # xgrammar lets control characters into strings of a given length, where JSON has none.
+                self.never = torch.tensor([[any(byte < 32 for byte in text) for text in self.texts]])
             if fault := not_followed(schema):
                 raise ValueError(f"{fault} is not followed; leave it out")
             # White space that nothing ends would be valid too.
@@ -142,23 +144,19 @@ class Mask(LogitsProcessor):
     """Leaves the tokens that a grammar allows behind any prefix of the answer, in whatever order it is asked."""
 
     def __init__(self, xgrammar: Any, grammar: Any, of: Grammars, prompt_tokens: int, thinks: str):
-        tokenizer, texts, end_tokens = of.tokenizer, of.texts, of.end_tokens
         self._xgrammar, self._matcher = xgrammar, xgrammar.GrammarMatcher(grammar)
-        self._tokenizer, self._texts, self._prompt_tokens = tokenizer, texts, prompt_tokens
-        self._end_tokens, self._accepted = end_tokens, list[int]()
+        self._of, self._prompt_tokens, self._accepted = of, prompt_tokens, list[int]()
         self._thinks, self._thought = thinks, list[int]()
-        # xgrammar lets control characters into strings of a given length, where JSON has none.
-        self._never = torch.tensor([[any(byte < 32 for byte in text) for text in texts]])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         answer = input_ids[0, self._prompt_tokens :].tolist()
         if self._thinks:
             if not self._thought or answer[: len(self._thought)] != self._thought:
-                text = self._tokenizer.decode(answer)
+                text = self._of.tokenizer.decode(answer)
                 if self._thinks not in text:
                     return self._ending_cleanly(text, scores)
                 counts = range(1, len(answer) + 1)
-                ended = bisect_left(counts, True, key=lambda n: self._thinks in self._tokenizer.decode(answer[:n]))
+                ended = bisect_left(counts, True, key=lambda n: self._thinks in self._of.tokenizer.decode(answer[:n]))
                 self._thought = answer[: ended + 1]
             answer = answer[len(self._thought) :]
         # 1. Go back to what this prefix has in common with the last one, and on from there.
@@ -175,19 +173,21 @@ class Mask(LogitsProcessor):
         self._matcher.fill_next_token_bitmask(bits)
         allowed = torch.zeros(1, scores.shape[-1])
         self._xgrammar.apply_token_bitmask_inplace(allowed, bits)
-        scores = scores.masked_fill(((allowed < 0) | self._never).to(scores.device), -torch.inf)
+        scores = scores.masked_fill(((allowed < 0) | self._of.never).to(scores.device), -torch.inf)
         if scores.isinf().all():
             # It is complete, or nothing fits: the answer ends, whatever else suppresses end tokens.
-            scores[:, self._end_tokens] = 0
+            scores[:, self._of.end_tokens] = 0
         return scores
 
-    def _ending_cleanly(self, text: str, scores: torch.Tensor) -> torch.Tensor:
+    def _ending_cleanly(self, thoughts: str, scores: torch.Tensor) -> torch.Tensor:
         """Forbid that the answer ends within its thoughts, and tokens that end them and go on with other text."""
         mark, scores = self._thinks, scores.clone()
-        scores[:, self._end_tokens] = -torch.inf
-        begun = next((mark[n:] for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), None)
+        scores[:, self._of.end_tokens] = -torch.inf
+        begun = next((mark[n:] for n in range(len(mark) - 1, 0, -1) if thoughts.endswith(mark[:n])), None)
         if begun is not None:
             end = begun.encode()
-            bad = [token for token, one in enumerate(self._texts) if one.startswith(end) and one[len(end) :].strip()]
+            bad = [
+                token for token, one in enumerate(self._of.texts) if one.startswith(end) and one[len(end) :].strip()
+            ]
             scores[:, bad] = -torch.inf
         return scores
