@@ -33,10 +33,11 @@ class Served:
     def __init__(self, server: Server, port: int):
         self.server, self.metrics, self.port = server, server.metrics, port
         self.url = f"http://127.0.0.1:{port}"
+        self._client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def client(self) -> openai.OpenAI:
         """The real client, which does not try again by itself."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return self._client
 
     def complete(self, prompt: Any, **options: Any) -> Any:
         """What the client gets for a text or token ids."""

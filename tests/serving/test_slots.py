@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from tests.chat_pairs import character_tokenizer, chat_pair, save_demo_pair
@@ -138,8 +139,6 @@ def test_a_server_that_is_told_to_stop_ends_what_is_in_flight_and_refuses_the_re
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_mixed_load_loses_nothing_and_leaves_no_memory(served: Served) -> None:
-    import psutil
-
     alone = [ask(served, number) for number in range(20)]
     until, memory = time.monotonic() + float(os.environ.get("CITER_SOAK_SECONDS", "60")), list[int]()
 
