@@ -70,6 +70,7 @@ class Answer:
         decoded: The text of a token, and its bytes.
         top: Number of likeliest tokens to tell of; `None`: no logarithms of probabilities.
         wants_tokens: Whether tokens are told at all.
+        streams: Whether the client sees pieces before the end.
         echo: The prompt, where it is told first.
         generate: Generates it with transformers' loop.
         seed: Of what is sampled.
@@ -88,6 +89,7 @@ class Answer:
     decoded: Callable[[int], tuple[str, bytes]]
     top: int | None
     wants_tokens: bool
+    streams: bool
     echo: str | None
     generate: partial[Any]
     seed: int
@@ -120,6 +122,11 @@ class Answer:
             logprob = float(logprobs[token])
             top = [(*self.decoded(one), value) for one, value in zip(ids.tolist(), values.tolist(), strict=True)]
         return Token(text, data, offset, logprob, top, settled)
+
+    def tell_new(self) -> None:
+        """Tell the client what is new, if it sees pieces."""
+        if self.streams and (self.parts or self.tokens):
+            self.tell(self.piece())
 
     def piece(self, finished: Finished | None = None) -> Piece:
         """Return what is new."""

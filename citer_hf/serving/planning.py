@@ -85,6 +85,7 @@ class Planner:
                         decoded=self.decoded,
                         top=top,
                         wants_tokens=top is not None or routes,
+                        streams=bool(body.stream),
                         echo=echo,
                         generate=partial(model.generate, **options),
                         seed=seed,

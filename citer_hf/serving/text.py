@@ -188,8 +188,8 @@ class AnswerText:
     def __init__(self, tokenizer: Any, specials: dict[int, str], stops: Sequence[str], parser: Any):
         self._tokenizer, self._specials, self._parser = tokenizer._tokenizer, specials, parser
         self._stream, self._stop = DecodeStream(skip_special_tokens=True), StopText(stops)
-        # Tokens since the stream began, their text so far, and those of which there is no text yet.
-        self._plain, self._shown, self._held = list[int](), "", list[int]()
+        # Tokens since the stream began, how much text they have given, and whether the last has given none yet.
+        self._plain, self._given, self._waits = list[int](), 0, False
         # Special tokens that mark reasoning or calls are for the parser.
         self._marks = str(getattr(parser, "template", ""))
 
@@ -202,11 +202,10 @@ class AnswerText:
         """Take a token, with which the answer may end, and return the parts that are known now."""
         special = self._specials.get(token)
         if special is None:
-            text = self._stream.step(self._tokenizer, token)
-            self._shown += text or ""
-            self._held = [] if text else [*self._held, token]
+            text = self._stream.step(self._tokenizer, token) or ""
             self._plain.append(token)
-            return self._parsed(self._stop.feed(text or ""))
+            self._given, self._waits = self._given + len(text), not text
+            return self._parsed(self._stop.feed(text))
         parts = self._flushed()
         return parts if ends else parts + self._parsed(self._stop.feed(special, shown=special in self._marks))
 
@@ -217,10 +216,10 @@ class AnswerText:
 
     def _flushed(self) -> list[Any]:
         """Return the text of tokens that have begun a character which does not come."""
-        if not self._held:
+        if not self._waits:
             return []
-        text = self._tokenizer.decode(self._plain, skip_special_tokens=True)[len(self._shown) :]
-        self._stream, self._held, self._plain, self._shown = DecodeStream(skip_special_tokens=True), [], [], ""
+        text = self._tokenizer.decode(self._plain, skip_special_tokens=True)[self._given :]
+        self._stream, self._plain, self._given, self._waits = DecodeStream(skip_special_tokens=True), [], 0, False
         return self._parsed(self._stop.feed(text))
 
     def _parsed(self, text: str) -> list[Any]:

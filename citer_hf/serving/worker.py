@@ -173,8 +173,7 @@ class Worker:
         for answer in list(self._running):
             one = answer.sequence
             if not one.finished:
-                if answer.parts or answer.tokens:
-                    answer.tell(answer.piece())
+                answer.tell_new()
                 continue
             self._running.remove(answer)
             try:
@@ -246,7 +245,7 @@ class Settler(BaseStreamer):
         one.tokens.append(int(value))
         one.record.append(Settled(*self.cache.routing.decision(len(one.record))))
         answer.take(one)
-        answer.tell(answer.piece())
+        answer.tell_new()
 
     def end(self) -> None:
         pass
