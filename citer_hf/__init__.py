@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation.results import Results as Results
     from .hub import push as push
     from .importers import convert as convert
+    from .scale.remote import RemoteLM as RemoteLM
     from .serving.server import serve as serve
     from .training.label import label_preferences as label_preferences
     from .training.labels import Labels as Labels
@@ -34,6 +35,7 @@ LATER = {
     "Calibration": "evaluation.calibrate",
     "Example": "data.examples",
     "Labels": "training.labels",
+    "RemoteLM": "scale.remote",
     "Results": "evaluation.results",
     "Verdict": "data.checkers",
     "calibrate": "evaluation.calibrate",

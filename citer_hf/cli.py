@@ -146,7 +146,9 @@ class PairOptions:
     slm: Sequence[str] = option(
         (), "A keyword of loading for the SLM, such as revision=v2. Without MODEL: its name or path.", "KEY=VALUE"
     )
-    llm: Sequence[str] = option((), "The same for the LLM. May be repeated.", "KEY=VALUE")
+    llm: Sequence[str] = option(
+        (), "The same for the LLM; or http://HOST:PORT/v1#NAME, a vLLM or SGLang server that has it.", "KEY=VALUE"
+    )
     router: str | None = option(
         None, "Without MODEL: kind, directory or repository id of the router. [default: confidence]", "ROUTER"
     )
@@ -157,11 +159,13 @@ class PairOptions:
     trust_remote_code: bool = option(False, "Run code that the repository brings.")
 
     def __post_init__(self) -> None:
-        given = [self.revision] if self.model is None else [*self.names, self.router]
+        named = [None if is_address(name) else name for name in self.names]
+        given = [self.revision] if self.model is None else [*named, self.router]
         if (self.model is None and None in self.names) or given.count(None) < len(given):
             raise ValueError(
                 "MODEL, --slm, --llm: expected MODEL (a router's directory or id, or `demo`), perhaps with --revision "
-                "or --llm name_or_path=X; or without MODEL both --slm X and --llm Y, perhaps with --router."
+                "or --llm name_or_path=X; or without MODEL both --slm X and --llm Y, perhaps with --router. An LLM "
+                "on a server is --llm http://host:8000/v1#NAME in either case."
             )
 
     @property
@@ -193,11 +197,18 @@ class PairOptions:
             pair = AutoConfig.from_pretrained(place_of(self.model), **where)
         of_both = split_keywords(keywords)
         for role, name in zip(ROLES, self.names, strict=True):
+            if is_address(name):
+                # Nothing is asked of a server.
+                of_both[role] = {"name_or_path": keywords.get("llm_config") or str(name).partition("#")[2]}
             own, reference = of_both[role], getattr(pair, f"{role}_reference", None) or {}
             own = own if "name_or_path" in own else {"name_or_path": name, **reference, **own}
             is_saved = pair is not None and (own["name_or_path"] is None or not getattr(self, role))
             found.append(getattr(pair, f"{role}_config") if is_saved else base_config(role, own["name_or_path"], own))
         return found
+
+
+def is_address(name: str | None) -> bool:
+    return name is not None and name.startswith(("http://", "https://"))
 
 
 def json_or_text(value: str) -> Any:
@@ -229,11 +240,19 @@ def load_pair(options: Options) -> CiterForCausalLM:
     keywords = wanted.keywords()
     if state.num_processes > 1 and wanted.device_map == "auto":
         keywords["device_map"] = {"": state.device} if state.device.type != "cpu" else "cpu"
+    slm, llm = wanted.names
     try:
+        remote: Any = None
+        if is_address(llm):
+            from .scale.remote import RemoteLM
+
+            own = {key[4:]: keywords.pop(key) for key in list(keywords) if key.startswith("llm_")}
+            url, _, name = str(llm).partition("#")
+            remote = RemoteLM(url, name or None, **own)
         if wanted.model is not None:
+            keywords |= {} if remote is None else {"llm_name_or_path": remote}
             return CiterForCausalLM.from_pretrained(place_of(wanted.model), **keywords)
-        slm, llm = map(str, wanted.names)
-        return CiterForCausalLM.from_pair(slm, llm, router=wanted.router or "confidence", **keywords)
+        return CiterForCausalLM.from_pair(str(slm), remote or str(llm), wanted.router or "confidence", **keywords)
     except TypeError as error:
         if not any(map(KEYWORD.fullmatch, (*wanted.slm, *wanted.llm))):
             raise
@@ -393,7 +412,7 @@ def serve(
         import_extra("gradio", "playground")
         from .playground import mount
     wanted = PairOptions(**pair)
-    serve(lambda: load_pair(pair), wanted.model or str(wanted.names[1]), mount, **options)
+    serve(lambda: load_pair(pair), wanted.model or str(wanted.names[1]).rpartition("#")[2], mount, **options)
 
 
 @command

@@ -46,6 +46,8 @@ class ModelCost:
 
 def cost_of_model(model: PreTrainedModel) -> ModelCost:
     """Count the cost of a loaded model, with weights of the size that they are stored in (quantized ones too)."""
+    if getattr(model, "is_remote", False):
+        return cost_of_config(model.config)
     skeleton = _skeleton(model.config, type(model))
     return _cost(skeleton, model, lambda weight, _: _stored_bytes(weight), model.dtype.itemsize)
 

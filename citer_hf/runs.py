@@ -263,6 +263,10 @@ def arguments_of(made: Mapping[str, Any]) -> dict[str, Any]:
     return {**(made.get("options") or {}), **own, **models}
 
 
+# Of a remote model, whose weights nobody here has seen.
+REMOTE = "remote: "
+
+
 def base_models(model: Any) -> dict[str, dict[str, Any]]:
     """Return what identifies both base models: name, commit, size, and a sha256 of a sample of their weights."""
     return {
@@ -278,6 +282,8 @@ def base_models(model: Any) -> dict[str, dict[str, Any]]:
 
 def sample_sha256(model: Any) -> str:
     """Return the sha256 of about 32 numbers of each weight, in whatever precision and place a model is loaded."""
+    if getattr(model, "is_remote", False):
+        return f"{REMOTE}{anonymous(model.name_or_path)}"
     digest = hashlib.sha256(str(model.config.model_type).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

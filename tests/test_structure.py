@@ -26,6 +26,7 @@ ALLOWED = {
     "training": {*BASE, "data", "evaluation"},
     "importers": BASE,
     "hub": BASE,
+    "scale": BASE | {"serving"},
     "serving": BASE | {"data"},
     "playground": {"", "runs", "model", "data"},
     "chat": BASE | {"data", "terminal"},

@@ -73,6 +73,8 @@ def decode(
         Text(list(prompt), Stops(length if limit is None else min(length, limit), ends), *dials)
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
+    if alone == "llm" and getattr(model.llm, "is_remote", False):
+        return completed(model, prompts, most, ends)
     began, pair = time.perf_counter(), only(model, alone) if alone else model
     cache = CiterCache(pair.config)
     if keeps_slots(cache.slm) and keeps_slots(cache.llm):
@@ -96,6 +98,27 @@ def decode(
         )
         for one in sequences
     ]
+
+
+def completed(
+    model: CiterForCausalLM, prompts: Sequence[Sequence[int]], most: Sequence[int], ends: Sequence[int]
+) -> list[Output]:
+    """Let a remote LLM write alone: its engine batches the completions."""
+    began, limit = time.perf_counter(), model.config.max_position_embeddings
+    lengths = [new if limit is None else min(new, limit - len(one)) for one, new in zip(prompts, most, strict=True)]
+    llm: Any = model.llm
+    written = llm.complete([list(one) for one in prompts], lengths, ends)
+    per_token = (time.perf_counter() - began) / sum(map(len, written))
+    return [
+        Output(tokens, [True] * len(tokens), per_token * len(tokens), {"slm": [], "llm": passes_of(prompt, tokens)})
+        for prompt, tokens in zip(prompts, written, strict=True)
+    ]
+
+
+def passes_of(prompt: Sequence[int], output: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the places of the passes of a model that decodes token by token."""
+    ends = range(len(prompt), len(prompt) + len(output))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def generate(model: CiterForCausalLM, one: Text) -> None:

@@ -88,9 +88,12 @@ def split_off_adapter(role: str, source: Any, keywords: dict[str, Any]) -> tuple
 
 
 def saved_adapter(
-    role: str, path: str, reference: Any, base: str, keywords: dict[str, Any], repository: dict[str, Any]
+    role: str, path: str, reference: Any, base: Any, keywords: dict[str, Any], repository: dict[str, Any]
 ) -> Adapter | None:
     """Return the adapter with which a router was saved, or that is named in its place."""
+    if isinstance(base, nn.Module):
+        # A remote LLM has its adapter on the server.
+        return None
     adapter = named_adapter(role, keywords)
     if adapter is None and reference is not None:
         name, there = resolve(f"{role}_adapter", path, reference, repository)

@@ -1,5 +1,6 @@
 """Everything that depends on a version of transformers, torch or huggingface_hub; each shim names what ends it."""
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Mapping
@@ -105,6 +106,14 @@ def keywords_of(model: nn.Module) -> Keywords:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
     return Keywords(frozenset(parameters), takes_any, cache_name(model) or CACHE)
+
+
+# ---- the HTTP library of huggingface_hub: ends when huggingface_hub 2 is the oldest supported -------------
+
+
+def http_library() -> Any:
+    """Return httpx2, or httpx where huggingface_hub is older than 2."""
+    return importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 
 # ---- errors of other libraries ----------------------------------------------------------------------------

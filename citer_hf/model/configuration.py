@@ -87,6 +87,7 @@ class CiterConfig(PreTrainedConfig):
             if reference is not None and isinstance(output.get(key), dict):
                 output[key].pop("quantization_config", None)
                 output[key].pop("_name_or_path", None)
+                output[key].pop("is_remote", None)
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

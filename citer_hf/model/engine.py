@@ -17,7 +17,7 @@ import torch
 from .cache import CiterCache
 from .compat import is_out_of_memory
 from .compiled import Workspace
-from .passes import Part, Passes
+from .passes import Asked, Part, Passes
 from .routers import defer
 from .sampling import chosen, processed
 from .schedule import Pace
@@ -28,6 +28,7 @@ from .slots import keeps_slots
 CHUNK = 512
 # A prompt that shares at least so many first tokens with what another slot holds takes them from there.
 SHARED = 16
+NONE_KNOWN = "no token that its server tells of is allowed here. Ask it for more log-probabilities."
 # With so many sequences, those that joined last, a prompt is compared.
 MOST_COMPARED = 32
 
@@ -256,7 +257,7 @@ class Engine:
     def _verify(self, sequences: list[Sequence]) -> None:
         """Let the LLM process what it has not seen and judge the drafts: accept, or replace one and drop the rest."""
         # 1. Prompts first where they are longer than a chunk, or begin like one that is processed now.
-        sequences = self._without_prompts(sequences)
+        sequences = sequences if self.passes.remote else self._without_prompts(sequences)
         if not sequences:
             return
         # 2. One pass, with logits where a verdict is needed: columns are counted from the last.
@@ -270,23 +271,32 @@ class Engine:
         ]
         distances = [len(sequences[row].drafts) - index for row, index in judged]
         columns = sorted(set(distances), reverse=True)
-        logits, _ = self.passes.run("llm", parts, columns)
-        # 3. The LLM's own tokens, and whether the SLM's stand: [positions].
-        column = {distance: index for index, distance in enumerate(columns)}
-        at = torch.tensor([[row for row, _ in judged], [column[distance] for distance in distances]])
-        logits = logits[tuple(at.to(logits.device))]
+        places = [(row, columns.index(distance)) for (row, _), distance in zip(judged, distances, strict=True)]
         positions = [(sequences[row], len(sequences[row].record) + index) for row, index in judged]
-        drafted = torch.tensor([one.tokens[one.begin - one.origin + place] for one, place in positions])
+        tokens = [one.tokens[one.begin - one.origin + place] for one, place in positions]
+        asked: Asked | None = None
+        if self.passes.remote:
+            # A veto between 0 and 1 looks at the drafted token's own probability.
+            by_veto = [not sequences[row].drafts[at].flagged and sequences[row].veto < 1 for row, at in judged]
+            asked = {at: token if veto else None for at, token, veto in zip(places, tokens, by_veto, strict=True)}
+        logits, _ = self.passes.run("llm", parts, columns, asked=asked)
+        # 3. The LLM's own tokens, and whether the SLM's stand: [positions].
+        logits = logits[tuple(torch.tensor(places).T.to(logits.device))]
+        drafted = torch.tensor(tokens)
         kept, scores, best = self._choose(positions, logits)
         least = torch.tensor([math.log(one.veto) if one.veto else -math.inf for one, _ in positions])
-        own = scores.gather(1, drafted.to(scores.device)[:, None])[:, 0]
-        stands = (own >= scores.amax(dim=-1) + least.to(scores.device)).tolist()
+        own, most = scores.gather(1, drafted.to(scores.device)[:, None])[:, 0], scores.amax(dim=-1)
+        stands = (own >= most + least.to(scores.device)).tolist()
+        if self.passes.remote:
+            for (row, _), known in zip(judged, most.isfinite().tolist(), strict=True):
+                if not (known or sequences[row].finished):
+                    self._finish(sequences[row], ValueError("llm: " + NONE_KNOWN))
         verdicts: list[dict[int, tuple[int, bool, Any]]] = [{} for _ in sequences]
         for (row, index), token, stand, own_logits in zip(judged, best.tolist(), stands, kept, strict=True):
             verdicts[row][index] = token, stand, own_logits
         if self.passes.timed and not all(start < one.begin for one, start, _ in parts):
-            seconds, tokens = time.perf_counter() - began, sum(end - start for _, start, end in parts)
-            self.pace.calls.add(seconds / self.passes.rectangles, tokens / self.passes.rectangles)
+            seconds, size = time.perf_counter() - began, sum(end - start for _, start, end in parts)
+            self.pace.calls.add(seconds / self.passes.rectangles, size / self.passes.rectangles)
         # 4. Walk along every sequence up to the first token that is replaced.
         for one, given in zip(sequences, verdicts, strict=True):
             self._walk(one, given)

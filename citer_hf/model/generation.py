@@ -102,6 +102,7 @@ class CiterGenerationMixin(GenerationMixin):
             **kw: Any,
         ) -> Any:
             begin_record(input_ids, generation_config, kw)
+            self._check_remote(logits_processor, generation_config)
             call = Call(input_ids, logits_processor, stopping_criteria, generation_config, kw)
             (sequence,) = sequences_of(self, call)
             sequence.slot = -1
@@ -177,6 +178,7 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         begin_record(input_ids, generation_config, kwargs)
+        self._check_remote(logits_processor, generation_config)
         call = Call(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
         reason = why_not_decoded(self, call)
         if not reason:
@@ -205,6 +207,10 @@ class CiterGenerationMixin(GenerationMixin):
             logger.warning_once(f"cache_implementation='static': a dynamic cache is used instead, since {reason}.")
         return {**kwargs, "llm_veto": 0.0}
 
+    def _check_remote(self, processors: Any, settings: GenerationConfig) -> None:
+        if getattr(self.llm, "is_remote", False):
+            self.llm.check_call(processors, settings)
+
     def forward_is_observed(self) -> bool:
         """Whether somebody has a stake in every call of `forward`: a hook, a compiled or a changed method."""
         cls: Any = type(self)
@@ -224,6 +230,7 @@ class CiterGenerationMixin(GenerationMixin):
         return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
 
     def _beam_search(self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        self._check_remote((), generation_config)
         kwargs = self._as_plain_citer("beams reorder their sequences at every token", kwargs)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         output = super()._beam_search(input_ids, generation_config=generation_config, **kwargs)

@@ -27,6 +27,7 @@ from .references import (
     hub_keywords,
     load_models,
     load_tokenizer,
+    name_of,
     not_the_model,
     reference_to,
     resolve,
@@ -130,11 +131,11 @@ class CiterLoadingMixin:
             model_args: As in transformers.
             config: A configuration to use instead of the repository's.
             kwargs: As for any transformers model, for both base models; with the prefix `slm_` or `llm_` for one of
-                them, `slm_name_or_path` and `slm_revision` say where it is now, `slm_adapter_name_or_path` and
-                `slm_adapter_revision` where its adapter is. `quantization_config` without a
-                prefix is for the LLM alone, `revision`, `subfolder` and `trust_remote_code` for the router alone.
-                `router_threshold` and `llm_veto` replace the saved ones; `router` is an instance of a router class of
-                one's own.
+                them, `slm_name_or_path` and `slm_revision` say where it is now (`llm_name_or_path` may be a
+                `RemoteLM`), `slm_adapter_name_or_path` and `slm_adapter_revision` where its adapter is.
+                `quantization_config` without a prefix is for the LLM alone, `revision`, `subfolder` and
+                `trust_remote_code` for the router alone. `router_threshold` and `llm_veto` replace the saved ones;
+                `router` is an instance of a router class of one's own.
 
         Raises:
             OSError: when the router or a base model cannot be found or read.
@@ -199,7 +200,8 @@ class CiterLoadingMixin:
             own = keywords[role] = {"trust_remote_code": False, **keywords[role]}
             reference = getattr(config, f"{role}_reference")
             if role in moved:
-                sources[role] = os.fspath(own.pop("name_or_path"))
+                given = own.pop("name_or_path")
+                sources[role] = given if isinstance(given, nn.Module) else os.fspath(given)
             else:
                 sources[role], there = resolve(role, path, reference, repository)
                 # A folder of the router's repository is where it is; of another model, another state may be asked for.
@@ -225,7 +227,7 @@ class CiterLoadingMixin:
                 references[role] = reference_to(sources[role], keywords[role])
                 commit = stated.get("revision", "")
                 if role in moved or len(commit) != 40 or keywords[role].get("revision") != commit:
-                    found = load_tokenizer(sources[role], adapters[role], **hub_keywords(keywords[role]))
+                    found = load_tokenizer(name_of(sources[role]), adapters[role], **hub_keywords(keywords[role]))
                     saved = load_tokenizer(path, trust_remote_code=False, **files)
                     if found is not None and saved is not None and first_difference(found, saved) is not None:
                         raise ValueError(not_the_model(role, sources[role], "its tokenizer has changed"))

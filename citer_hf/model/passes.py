@@ -12,6 +12,8 @@ from .slots import Masks
 from .support import is_plain, why_not_placed
 
 Part = tuple[Sequence, int, int]  # a sequence, and from which place to which its tokens are processed
+# (part, column) whose logits are needed, and a token whose own probability is. A remote LLM is asked for nothing else.
+Asked = dict[tuple[int, int], int | None]
 
 
 class Passes:
@@ -41,8 +43,11 @@ class Passes:
         fixed = capacity + 1 if work is None and capacity is not None else work and work.capacity
         self.capacity = {role: fixed or cache.get_seq_length() for role, cache in caches.items()}
         self._plain = all(map(is_plain, models.values()))
+        self.remote = getattr(model.llm, "is_remote", False)
 
-    def run(self, role: str, parts: list[Part], columns: list[int], decides: bool = False) -> Any:
+    def run(
+        self, role: str, parts: list[Part], columns: list[int], decides: bool = False, asked: Asked | None = None
+    ) -> Any:
         """Run a model over tokens of some sequences, and keep columns, counted from the last.
 
         Returns:
@@ -65,7 +70,7 @@ class Passes:
             found = []
             for group in groups:
                 run = self._run_alone if len(group) == 1 else self._run_together
-                found.append((group, *run(role, group, columns, decides)))
+                found.append((group, *run(role, group, columns, decides, asked)))
         for one, start, place in parts:
             one.seen[role] = place
             one.passes[role].append((start, place))
@@ -80,7 +85,8 @@ class Passes:
         """Return the parts in groups, each a rectangle of slots and tokens, so that few tokens fill up rectangles."""
         if not self.together[role]:
             return [[part] for part in parts]
-        if len({end - start for _, start, end in parts}) == 1:
+        # What fills up a rectangle costs a remote LLM nothing.
+        if len({end - start for _, start, end in parts}) == 1 or (role == "llm" and self.remote):
             return [parts]
         # The longest come first; what is cut off by the best cut is a group, and the rest is cut again.
         rest, groups, overhead = sorted(parts, key=lambda part: part[1] - part[2]), [], self.pace.overhead()
@@ -92,18 +98,22 @@ class Passes:
             rest = rest[cut:]
         return groups
 
-    def _run_alone(self, role: str, parts: list[Part], columns: list[int], decides: bool) -> Any:
+    def _run_alone(self, role: str, parts: list[Part], columns: list[int], decides: bool, asked: Asked | None) -> Any:
         """Run a model over one sequence: its slot is all that the model sees, and the model makes its own masks."""
         at, (one, start, end) = self.caches[role].at, parts[0]
         at.slots, at.start, at.first, at.places = slice(one.slot, one.slot + 1), start, one.first, None
         ids = torch.tensor([one.tokens[start - one.origin : end - one.origin]], device=self.device)
-        inputs = {"position_ids": torch.tensor([one.position(start, end)], device=self.device)}
+        inputs: dict[str, Any] = {"position_ids": torch.tensor([one.position(start, end)], device=self.device)}
+        if asked is not None:
+            inputs["asked"] = asked
         if one.shown is not None:
             shown = (one.shown + [True] * (end - one.begin))[one.first : end]
             inputs["attention_mask"] = torch.tensor([shown], dtype=torch.long, device=self.device)
         return self._call(role, ids, inputs, columns, decides)
 
-    def _run_together(self, role: str, parts: list[Part], columns: list[int], decides: bool) -> Any:
+    def _run_together(
+        self, role: str, parts: list[Part], columns: list[int], decides: bool, asked: Asked | None
+    ) -> Any:
         """Run a model over several slots, as a rectangle whose last columns align."""
         slots, width = [one.slot for one, _, _ in parts], max(end - start for _, start, end in parts)
         low, high, visible = min(slots), max(slots) + 1, max(end for _, _, end in parts)
@@ -119,8 +129,10 @@ class Passes:
             seen = {one.slot: ((one.shown or []) + [True] * visible)[:visible] for one, _, _ in parts}
             shown = torch.tensor([seen.get(slot, [True] * visible) for slot in rows], device=self.device)
         mask = self.masks[role](first[:, :1], last, visible, shown)
-        output = self._call(role, ids, {"attention_mask": mask, "position_ids": positions}, columns, decides)
-        return selected([rows.index(slot) for slot in slots], *output)
+        inputs, own_rows = {"attention_mask": mask, "position_ids": positions}, [rows.index(slot) for slot in slots]
+        if asked is not None:
+            inputs["asked"] = {(own_rows[part], column): token for (part, column), token in asked.items()}
+        return selected(own_rows, *self._call(role, ids, inputs, columns, decides))
 
     def _call(self, role: str, ids: torch.Tensor, inputs: dict[str, Any], columns: list[int], decides: bool) -> Any:
         cache, width = self.caches[role], ids.shape[1]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file, convert_file_size_to_int, extrac
 
 from .compat import cache_name, is_broken_transfer
 from .configuration import table_size
+from .slots import SlotCache
 
 logger = logging.get_logger(__name__)
 
@@ -136,9 +137,14 @@ class explained(NamedTuple):  # noqa: N801 - reads as a statement: `with explain
             raise kind(f"{role}: {source}: {error}") from error
 
 
+def name_of(source: Any) -> str:
+    """Return the name or path of a base model, which may be loaded."""
+    return str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
+
+
 def reference_to(source: Any, keywords: dict[str, Any]) -> dict[str, Any] | None:
     """Return a reference to a base model, or `None` when the model has never been on disk."""
-    name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
+    name = name_of(source)
     reference = {"name_or_path": name}
     if os.path.isdir(name):
         reference["name_or_path"] = os.path.abspath(name)
@@ -275,7 +281,9 @@ def check_model(role: str, model: Any) -> None:
 def check_pair(slm: PreTrainedModel, llm: PreTrainedModel) -> None:
     for role, model in (("slm", slm), ("llm", llm)):
         check_model(role, model)
-        layers = DynamicCache(config=model.config)
+        layers = SlotCache(model.config)
+        if role == "slm" and getattr(model, "is_remote", False):
+            raise ValueError("slm: it is remote. Load the SLM here: the router sees its hidden states.")
         if cache_name(model) is None or (len(layers) and all(layers.is_linear)):
             raise ValueError(f"{role}: {type(model).__name__} keeps no keys and values in a `cache`; choose another.")
 
@@ -326,7 +334,7 @@ def shared_tokenizer(
     found: dict[str, Any] = {}
     for role in ROLES:
         source = sources[role]
-        name = str(source.name_or_path or "") if isinstance(source, nn.Module) else os.fspath(source)
+        name = name_of(source)
         found[role] = load_tokenizer(name, adapters[role], **hub_keywords(keywords[role]))
         if name and found[role] is None:
             logger.warning(f"{role}: no tokenizer could be loaded from {name}; the pair has the other model's.")

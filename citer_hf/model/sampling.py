@@ -142,6 +142,14 @@ def chosen(choices: Several[Choice], places: Several[int], scores: torch.Tensor)
     return scores.argmax(dim=-1)
 
 
+class InexactError(ValueError):
+    """A setting that cannot be followed exactly with what is known of the LLM's probabilities."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
 def looks_at_one_sequence(processor: Any, batch: int) -> bool:
     """Return True if a processor may be asked about any position of one sequence, in any order.
 

@@ -174,6 +174,9 @@ class SlotCache(DynamicCache):
             SlotLayer(self.at, getattr(layer, "sliding_window", None)) if type(layer) in kinds else layer
             for layer in self.layers
         ]
+        if getattr(config, "is_remote", False):
+            # A remote model keeps the text alone.
+            self.layers = [SlotLayer(self.at)]
 
 
 def keeps_slots(cache: Any) -> bool:

@@ -12,6 +12,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 def why_not_placed(model: PreTrainedModel) -> str:
     """Return why sequences of a model cannot stand at different places in one pass; "" if they can."""
+    if getattr(model, "is_remote", False):
+        return ""
     config: Any = model.config.get_text_config()
     name, implementation = config.model_type, config._attn_implementation
     if "position_ids" not in inspect.signature(type(model).forward).parameters:

@@ -143,6 +143,8 @@ def forced_tools(request: Request) -> list[Any]:
 class Mask(LogitsProcessor):
     """Leaves the tokens that a grammar allows behind any prefix of the answer, in whatever order it is asked."""
 
+    field = "response_format"
+
     def __init__(self, xgrammar: Any, grammar: Any, of: Grammars, prompt_tokens: int, thinks: str):
         self._xgrammar, self._matcher = xgrammar, xgrammar.GrammarMatcher(grammar)
         self._of, self._prompt_tokens, self._accepted = of, prompt_tokens, list[int]()

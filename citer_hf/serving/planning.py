@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import StopStringCriteria
 
 from ..model.routers import as_threshold
+from ..model.sampling import InexactError
 from . import ServeOptions
 from .answers import Answer
 from .grammar import Grammars
@@ -62,7 +63,10 @@ class Planner:
                 # What a request leaves out is not taken from the model's own settings again.
                 model = copy.copy(self.model)
                 model.generation_config = options["generation_config"]
-                sequence, alone = model.as_sequence(**options)
+                try:
+                    sequence, alone = model.as_sequence(**options)
+                except InexactError as error:
+                    raise refusal("logprobs" if error.name == "output_logits" else error.name, error.reason) from None
                 if alone:
                     if top is not None or body.llm_veto:
                         raise refusal("llm_veto" if top is None else "logprobs", f"not offered here, since {alone}.")

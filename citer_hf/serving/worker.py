@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BEGUN = object()
 NO_MEMORY = "The server has not enough memory for this request. Shorten the prompt or lower max_tokens."
+NO_LLM = "The server of the LLM does not answer. Try again later."
 STOPPING = "The server is being stopped. Ask another one, or try again later."
 
 
@@ -190,6 +191,9 @@ class Worker:
     def _fail(self, answer: Answer, error: BaseException) -> None:
         # The operator's log alone says more.
         logger.error("An answer could not be written.", exc_info=error)
+        if isinstance(error, ConnectionError):
+            answer.tell(RequestError(NO_LLM, 503))
+            return
         answer.tell(RequestError(NO_MEMORY if is_out_of_memory(error) else INTERNAL, 500))
 
     # ---- beside the engine ----------------------------------------------------------------------------------------

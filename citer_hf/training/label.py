@@ -118,6 +118,11 @@ def joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def logprobs_of(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities `[tokens]` of tokens, from logits `[tokens, vocabulary]`."""
+    return -cross_entropy(logits.float(), tokens, reduction="none")
+
+
 @dataclass(frozen=True)
 class Policy:
     """The pair at a threshold, which continues roll-outs, and the checker that judges them, in units of work."""
@@ -136,10 +141,15 @@ class Policy:
 
     @torch.inference_mode()
     def read(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        return joined([self.read_one(index) for index in batch])
+        llm: Any = self.model.llm
+        by_llm: Sequence[Any] = [None] * len(batch)
+        if getattr(llm, "is_remote", False):
+            questions = [self.questions[index] for index in batch]
+            by_llm = llm.read([(one.prompt_ids + one.response_ids, len(one.response_ids)) for one in questions])
+        return joined([self.read_one(index, own) for index, own in zip(batch, by_llm, strict=True)])
 
-    def read_one(self, index: int) -> dict[str, torch.Tensor]:
-        """Return what both models predict before each token of the reference of a question."""
+    def read_one(self, index: int, by_llm: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Return what both models predict before each token of the reference; a remote LLM has told it already."""
         model, question = self.model, self.questions[index]
         ids = torch.tensor([question.prompt_ids + question.response_ids], device=model.slm.device)
         count = len(question.response_ids)
@@ -147,9 +157,11 @@ class Policy:
         # The state before a token decides about it: [tokens, width] and [tokens, vocabulary].
         slm = model.run_slm(before, logits_to_keep=count)
         hidden, slm_logits = slm.hidden[0], slm.logits[0]
-        llm_logits = model.run_llm(before, logits_to_keep=count)[0]
-        slm_token, llm_token = slm_logits.argmax(-1), llm_logits.argmax(-1)
-        logprobs = [-cross_entropy(one.float(), reference, reduction="none") for one in (slm_logits, llm_logits)]
+        if by_llm is None:
+            llm_logits = model.run_llm(before, logits_to_keep=count)[0]
+            by_llm = llm_logits.argmax(-1), logprobs_of(reference, llm_logits)
+        llm_token, llm_logprobs = (one.to(reference.device) for one in by_llm)
+        slm_token, logprobs = slm_logits.argmax(-1), [logprobs_of(reference, slm_logits), llm_logprobs]
         if not (hidden.half().isfinite().all() and torch.cat(logprobs).isfinite().all()):
             raise ValueError(
                 "model: NaN, or hidden states that fp16 cannot hold (up to 65504), at the example "

@@ -16,7 +16,7 @@ import torch
 from citer_hf import CiterForCausalLM
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
-from citer_hf.runs import atomic_write, base_models, import_extra, read_json, sha256_of, write_json
+from citer_hf.runs import REMOTE, atomic_write, base_models, import_extra, read_json, sha256_of, write_json
 
 pa, pq = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
 
@@ -126,7 +126,11 @@ class Labels:
         found = {role: base["sample_sha256"] for role, base in base_models(model).items()}
         found["tokenizer and chat template"] = tokenizer_sha256(model)
         wanted = (self.info["slm"]["sample_sha256"], self.info["llm"]["sample_sha256"], self.info["tokenizer_sha256"])
-        different = [part for part, sha256 in zip(found, wanted, strict=True) if found[part] != sha256]
+        different = [
+            part
+            for part, sha256 in zip(found, wanted, strict=True)
+            if found[part] != sha256 and not any(one.startswith(REMOTE) for one in (found[part], sha256))
+        ]
         if different:
             raise ValueError(
                 f"labels: those in {self.directory} were not made with this pair's {', '.join(different)}. Give the "

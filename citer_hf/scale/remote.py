@@ -1,0 +1,301 @@
+"""An LLM on a server: vLLM or SGLang has its weights and its keys and values; a pair asks it for verdicts."""
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from ..model.compat import CACHE, given_cache
+from ..model.references import HUB_KEYWORDS, base_config, load_tokenizer
+from ..model.sampling import InexactError
+from ..model.slots import SlotCache
+from .endpoint import API_KEY, Ask, Asks, Endpoint, Found, Request, server_of
+
+logger = logging.get_logger(__name__)
+
+# Text that two tokenizers hardly ever divide alike.
+PROBE = "Zoë's 3 quick-brown foxes paid $1,250.75 (tax included)!\n\tdef f(x): return x**2  # naïve"
+# What only takes tokens away, by their order or by name, leaves the others as likely as they were to each other.
+BY_ORDER = re.compile(r"(Epsilon|Eta|MinP|Temperature|TopH|TopK|TopP|Typical)LogitsWarper|LogitNormalization")
+NEEDS_LOGITS = re.compile(r"(Encoder)?RepetitionPenaltyLogitsProcessor|ExponentialDecayLengthPenalty")
+TAKES_AWAY = re.compile(
+    r"(Forced[BE]OSToken|InfNanRemove|Min(NewTokens)?Length|NoBadWords|NoRepeatNGram|SuppressTokens(AtBegin)?)"
+    r"LogitsProcessor"
+)
+
+
+class RemoteLM(PreTrainedModel, GenerationMixin):
+    """An LLM on a server of vLLM or SGLang, which takes the place of the LLM in `CiterForCausalLM.from_pair`.
+
+    Args:
+        url: Address of the server's OpenAI API, such as `http://host:8000/v1`.
+        model: Name of the model there. Default: the only one that the server has.
+        api_key: Key of the server. Default: the environment variable `CITER_LLM_API_KEY`.
+        config: Name or path of the model's configuration and tokenizer. Default: `model`.
+        logprobs: How many log-probabilities of a position the server is asked for. Sampling needs a `top_k` of at most
+            as many; vLLM gives 20 unless it is started with `--max-logprobs`.
+        timeout: Seconds that a request may take, with all tries.
+        max_connections: Requests in flight at most.
+        kwargs: Where the configuration is: `revision`, `token`, `cache_dir` and others of `from_pretrained`.
+
+    Raises:
+        ValueError: for an address that is none, a model that the server does not have, or another one behind its name.
+        ConnectionError: when the server cannot be reached, refuses the key, or gives fewer log-probabilities.
+        OSError: when there is no configuration of the model.
+    """
+
+    # What the rest of the package asks before it treats an LLM as one that is here.
+    is_remote = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        config: str | os.PathLike[str] | None = None,
+        logprobs: int = 20,
+        timeout: float = 60.0,
+        max_connections: int = 64,
+        **kwargs: Any,
+    ):
+        unknown = kwargs.keys() - {*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code"}
+        if unknown:
+            raise ValueError(f"llm: {', '.join(sorted(unknown))}: expected none of these, the LLM is not loaded here.")
+        if logprobs < 1 or timeout <= 0 or max_connections < 1:
+            raise ValueError(
+                "logprobs, timeout, max_connections: expected at least 1, more than 0 and at least 1, "
+                f"got {logprobs}, {timeout} and {max_connections}."
+            )
+        # 1. The server, and the model there.
+        endpoint = Endpoint(url, os.environ.get(API_KEY) if api_key is None else api_key, timeout, max_connections)
+        entry, protocol = server_of(endpoint, model)
+        # 2. What the model is: its own configuration, tokenizer and generation settings.
+        name = os.fspath(config or entry["id"])
+        try:
+            of_model = copy.deepcopy(base_config("llm", name, kwargs))
+        except OSError as error:
+            raise OSError(
+                f"config: no configuration of the model could be loaded from {name}: {error} Pass config=..., the "
+                f"name or path of what {url} has as {entry['id']}."
+            ) from error
+        of_model.is_remote = True
+        limit = entry.get("max_model_len")
+        if limit:
+            text = of_model.get_text_config()
+            text.max_position_embeddings = min(getattr(text, "max_position_embeddings", None) or limit, limit)
+        super().__init__(of_model)
+        self.name_or_path = name
+        self.endpoint = endpoint
+        self.size = int(of_model.get_text_config().vocab_size)
+        self.logprobs = min(logprobs, self.size)
+        self.protocol = protocol(endpoint, entry["id"], self.logprobs)
+        self.head = torch.nn.Identity()
+        # 3. Whether it is that model.
+        check_same_model(self, load_tokenizer(name, **kwargs))
+        self.generation_config = exact_settings(self, kwargs)
+        self.eval()
+
+    def __deepcopy__(self, memo: Any) -> "RemoteLM":
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the server gives the log-probabilities of all tokens."""
+        return self.logprobs >= self.size
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise an error: the tables are on the server."""
+        raise ValueError(f"llm: the vocabulary table of {self.name_or_path} is on a server, and keeps its size.")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Raise an error: there are no weights here."""
+        raise ValueError(f"the weights of {self.name_or_path} are on a server")
+
+    def num_parameters(self, *args: Any, **kwargs: Any) -> int:
+        """Return the number of parameters that the configuration tells."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).num_parameters()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        asked: Mapping[tuple[int, int], int | None] | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return log-probabilities as logits, -inf for all tokens of which the server gives none.
+
+        Args:
+            input_ids: New tokens `[batch, tokens]`.
+            attention_mask: `[batch, cached + tokens]`, or one that is added to scores, `[batch, 1, tokens, visible]`.
+            position_ids: Not needed.
+            past_key_values: A cache whose first layer keeps the text: token ids in the place of keys and values.
+            use_cache: Not needed.
+            logits_to_keep: As in transformers.
+            asked: (sequence, kept position) of which logits are needed, each with a token whose log-probability is
+                needed even if it is small. Default: the only kept position of each sequence.
+            cache: Another name of `past_key_values`.
+            kwargs: Not needed.
+        """
+        past, width = given_cache(past_key_values, cache), input_ids.shape[1]
+        # 1. The texts: the cache's memory is the text, and the server's is found by it.
+        ids = input_ids
+        if past is not None:
+            if len(past.layers) and getattr(past.layers[0], "is_sliding", False):
+                raise ValueError("cache: the text of a remote LLM needs a layer that keeps all of it. Use CiterCache.")
+            states = input_ids[:, None, :, None]
+            ids = past.update(states, states, 0)[0][:, 0, :, 0]
+        kept = list(range(width))[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.tolist()
+        if asked is None:
+            if len(kept) > 1 and not self.is_complete:
+                raise ValueError(f"llm: a likelihood, or a draft of another model, needs all tokens, and {self.why}")
+            asked = {(row, column): None for row in range(len(ids)) for column in range(len(kept))}
+        # 2. What each position that is asked about sees: a text of each sequence, and lengths of it.
+        texts, places = dict[int, Asks](), list[tuple[int, int]]()
+        for row, column in sorted(asked, key=lambda place: (place[0], kept[place[1]])):
+            last = ids.shape[1] - width + kept[column] + 1
+            seen = ids[row, :last]
+            if attention_mask is not None and attention_mask.dim() == 4:
+                seen = ids[row][attention_mask[row, 0, kept[column]] == 0]
+            elif attention_mask is not None:
+                seen = seen[attention_mask[row, :last].bool()]
+            asks = texts[row][1] if row in texts else []
+            asks.append(Ask(len(seen), asked[row, column]))
+            texts[row] = seen.tolist(), asks
+            places.append((row, column))
+        # 3. The server's answers, where they belong.
+        logits = torch.full((len(ids), len(kept), self.size), -torch.inf)
+        answers = self.protocol.judge(list(texts.values())) if texts else []
+        for (row, column), found in zip(places, (one for of_text in answers for one in of_text), strict=True):
+            logits[row, column, self._checked(found)] = torch.tensor(list(found.values()))
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: past})
+
+    def read(self, texts: Sequence[tuple[list[int], int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return for the last places of each text the likeliest tokens and the log-probabilities of its own."""
+        found = []
+        for (ids, count), places in zip(texts, self.protocol.read(texts), strict=True):
+            likeliest = [max(self._checked(one), key=one.__getitem__) for one in places]
+            own = [one[token] for one, token in zip(places, ids[-count:], strict=True)]
+            found.append((torch.tensor(likeliest), torch.tensor(own)))
+        return found
+
+    def complete(self, texts: Sequence[list[int]], lengths: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
+        """Return the greedy continuation of each text, of at most so many tokens, up to an end token."""
+        return self.protocol.complete(texts, lengths, ends)
+
+    def _checked(self, found: Found) -> list[int]:
+        if max(found) >= self.size or min(found) < 0:
+            raise ValueError(
+                f"llm: {self.endpoint.url} answers with the token id {max(found)}, but {self.name_or_path} has "
+                f"{self.size} tokens. Pass config=..., the name or path of the model that the server has."
+            )
+        return list(found)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Begin the text of a generation without the pair."""
+        model_kwargs.setdefault(CACHE, SlotCache(self.config))
+
+    @property
+    def why(self) -> str:
+        """What is missing, and what to do."""
+        return (
+            f"the LLM's server is asked for {self.logprobs} of {self.size} log-probabilities. Load the LLM here, or "
+            "raise the server's limit (vLLM: --max-logprobs) and RemoteLM(logprobs=...)."
+        )
+
+    def check_call(self, processors: Any, settings: GenerationConfig) -> None:
+        """Raise an error for what cannot be exact with log-probabilities of the likeliest tokens."""
+        if settings.num_beams and settings.num_beams > 1 and not self.is_complete:
+            raise InexactError("num_beams", f"beams need all tokens, and {self.why}")
+        if settings.return_dict_in_generate and (settings.output_logits or settings.output_scores):
+            raise InexactError(
+                "output_logits", "a remote LLM gives log-probabilities, and no logits. Load the LLM here."
+            )
+        removed = 0
+        for one in processors:
+            kind = type(one).__name__
+            if NEEDS_LOGITS.fullmatch(kind):
+                raise InexactError(field_of(one), "it needs logits, and a remote LLM gives log-probabilities.")
+            if not (self.is_complete or BY_ORDER.fullmatch(kind) or TAKES_AWAY.fullmatch(kind)):
+                raise InexactError(field_of(one), f"it may promote tokens beyond the likeliest, and {self.why}")
+            removed += tokens_taken(one) if TAKES_AWAY.fullmatch(kind) else 0
+        most = settings.top_k or self.size
+        if settings.do_sample and most + removed > self.logprobs and not self.is_complete:
+            lost = " while others are taken away" if removed else ""
+            raise InexactError(
+                "top_k", f"a draw from {most} tokens{lost} is not exact, since {self.why} Or lower top_k."
+            )
+
+
+def field_of(processor: Any) -> str:
+    """Return the name of the setting that stands behind a processor, as far as it is known."""
+    name = type(processor).__name__.replace("LogitsProcessor", "")
+    return getattr(processor, "field", re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
+
+
+def tokens_taken(processor: Any) -> int:
+    """Return how many tokens a processor may take away at most."""
+    known = [getattr(processor, name, None) for name in ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")]
+    counts = [torch.as_tensor(one).numel() for one in known if one is not None]
+    return max(counts) if counts else 1 << 30
+
+
+def exact_settings(llm: RemoteLM, where: Mapping[str, Any]) -> GenerationConfig:
+    """Return a model's generation settings without those that a remote LLM cannot follow exactly, with a warning."""
+    name, logprobs = llm.name_or_path, llm.logprobs
+    try:
+        settings = GenerationConfig.from_pretrained(name, **where)
+    except OSError:
+        return llm.generation_config
+    if settings.repetition_penalty not in (None, 1.0):
+        logger.warning(f"repetition_penalty={settings.repetition_penalty} of {name} is left out: the LLM is remote.")
+        settings.repetition_penalty = None
+    if not llm.is_complete and settings.do_sample and not 0 < (settings.top_k or 0) <= logprobs:
+        logger.warning(f"top_k={settings.top_k} of {name} is now {logprobs}, as many as the server gives logprobs.")
+        settings.top_k = logprobs
+    return settings
+
+
+def check_same_model(llm: RemoteLM, tokenizer: Any) -> None:
+    """Raise an error where the server's model has another vocabulary or another tokenizer."""
+    url, name = llm.endpoint.url, llm.name_or_path
+    another = f"another model than {name} is behind {url}. Pass model=... and config=... that belong together."
+    llm.protocol.judge([([0], [Ask(1)])])
+    try:
+        llm.protocol.judge([([llm.size - 1], [Ask(1)])])
+    except ValueError as error:
+        raise ValueError(f"llm: it refuses the token id {llm.size - 1}: {another} ({error})") from error
+    if tokenizer is None:
+        return
+    own = tokenizer(PROBE, add_special_tokens=False).input_ids
+    body = {"model": llm.protocol.model, "prompt": PROBE, "add_special_tokens": False}
+    answer = llm.endpoint.try_asking(Request("tokenize", body, at_root=True))
+    theirs = answer.get("tokens") if isinstance(answer, dict) else None
+    if theirs is None:
+        # The server has no such address: how many tokens it counts has to do.
+        own, theirs = len(tokenizer(PROBE).input_ids), llm.protocol.count(PROBE)
+    if theirs is not None and theirs != own:
+        raise ValueError(f"llm: the server divides a text into other tokens: {another}")
