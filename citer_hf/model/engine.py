@@ -281,7 +281,7 @@ class Engine:
             asked = {at: token if veto else None for at, token, veto in zip(places, tokens, by_veto, strict=True)}
         logits, _ = self.passes.run("llm", parts, columns, asked=asked)
         # 3. The LLM's own tokens, and whether the SLM's stand: [positions].
-        logits = logits[tuple(torch.tensor(places).T.to(logits.device))]
+        logits = logits[0] if asked is not None else logits[tuple(torch.tensor(places).T.to(logits.device))]
         drafted = torch.tensor(tokens)
         kept, scores, best = self._choose(positions, logits)
         least = torch.tensor([math.log(one.veto) if one.veto else -math.inf for one, _ in positions])

@@ -20,7 +20,8 @@ from .loading import CiterLoadingMixin
 from .references import check_pair
 from .routers import CUSTOM_ROUTER, UNTRAINED, as_threshold, as_veto, build_router, defer, marginal, takes_back
 from .saving import CiterSharingMixin
-from .schedule import Pace
+from .schedule import SHARED_RATIO, Pace
+from .support import is_shared
 
 SLM_OUTPUTS = ("hidden_states", "attentions")
 
@@ -108,7 +109,9 @@ class CiterForCausalLM(CiterLoadingMixin, CiterSharingMixin, CiterGenerationMixi
         # Otherwise transformers drops `router_threshold` from these settings when they are loaded again.
         self.generation_config._from_model_config = False
         # What earlier generations have measured and compiled: it changes their speed, never their text.
-        self.pace, self.compiled_steps = Pace(), CompiledSteps()
+        # Processes that share a model must call it together, and so their clocks must not decide.
+        self.pace = Pace(SHARED_RATIO if is_shared(slm) or is_shared(llm) else None)
+        self.compiled_steps = CompiledSteps()
         for model in (slm, llm):
             model.requires_grad_(False)
             model.eval()

@@ -51,7 +51,8 @@ class Passes:
         """Run a model over tokens of some sequences, and keep columns, counted from the last.
 
         Returns:
-            Logits `[parts, columns, vocabulary]`, and for the SLM where it decides the scores `[parts, columns]`.
+            Logits `[parts, columns, vocabulary]`, or `[1, asked, vocabulary]`; and for the SLM where it decides the
+            scores `[parts, columns]`.
         """
         end = max(end for _, _, end in parts)
         if end >= self.capacity[role]:
@@ -132,7 +133,8 @@ class Passes:
         inputs, own_rows = {"attention_mask": mask, "position_ids": positions}, [rows.index(slot) for slot in slots]
         if asked is not None:
             inputs["asked"] = {(own_rows[part], column): token for (part, column), token in asked.items()}
-        return selected(own_rows, *self._call(role, ids, inputs, columns, decides))
+        output = self._call(role, ids, inputs, columns, decides)
+        return output if asked is not None else selected(own_rows, *output)
 
     def _call(self, role: str, ids: torch.Tensor, inputs: dict[str, Any], columns: list[int], decides: bool) -> Any:
         cache, width = self.caches[role], ids.shape[1]

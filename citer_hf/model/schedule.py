@@ -57,6 +57,10 @@ class Durations:
         return min(max(slope, 0.0), seconds / mean)
 
 
+# Time of an LLM call over that of an SLM step, where a model is divided among processes.
+SHARED_RATIO = 10.0
+
+
 @dataclass
 class Pace:
     """Times and acceptances, as far as they are known. They decide when the LLM is called, and never the text.

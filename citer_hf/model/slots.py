@@ -178,6 +178,18 @@ class SlotCache(DynamicCache):
             # A remote model keeps the text alone.
             self.layers = [SlotLayer(self.at)]
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(self._kept_here(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, self._kept_here(layer_idx))
+
+    def _kept_here(self, layer: int) -> int:
+        """Return a layer that keeps tokens: a process of a pipeline has none of some layers."""
+        if not keeps_slots(self) or layer >= len(self.layers) or self.layers[layer].is_initialized:
+            return layer
+        return next((place for place, one in enumerate(self.layers) if one.is_initialized), layer)
+
 
 def keeps_slots(cache: Any) -> bool:
     """Return True if every layer keeps its tokens in slots."""

@@ -31,4 +31,9 @@ def why_not_placed(model: PreTrainedModel) -> str:
 def is_plain(model: PreTrainedModel) -> bool:
     """Return True if a forward pass involves no offloading, dequantization or gathering."""
     moved = any(hasattr(module, "_hf_hook") for module in (model, *model.children()))
-    return not (moved or getattr(model, "is_quantized", False) or getattr(model, "_tp_size", None))
+    return not (moved or getattr(model, "is_quantized", False) or is_shared(model))
+
+
+def is_shared(model: PreTrainedModel) -> bool:
+    """Return True if a model is divided among processes, by layers or within them."""
+    return any(getattr(model, name, None) is not None for name in ("_tp_size", "_device_mesh"))

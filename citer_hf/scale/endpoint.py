@@ -34,11 +34,12 @@ class RemoteError(ConnectionError):
 
 
 class Request(NamedTuple):
-    """A request: GET without a body."""
+    """A request: GET without a body. An answer of so many tokens may take a second longer for each."""
 
     path: str
     body: dict[str, Any] | None = None
     at_root: bool = False
+    tokens: int = 0
 
 
 class Endpoint:
@@ -100,9 +101,9 @@ class Endpoint:
     async def _in_time(self, request: Request) -> Any:
         async with self._slots:
             try:
-                return await asyncio.wait_for(self._tried(request), self.timeout)
+                return await asyncio.wait_for(self._tried(request), limit := self.timeout + request.tokens)
             except (TimeoutError, asyncio.TimeoutError):
-                raise self._failed(request, f"no answer within {self.timeout:g} s", "Raise timeout=...") from None
+                raise self._failed(request, f"no answer within {limit:g} s", "Raise timeout=...") from None
 
     async def _tried(self, request: Request) -> Any:
         for pause in (*BACKOFF, None):
@@ -158,7 +159,7 @@ class VLLM:
         # The server's own default settings are not ours.
         plain = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "return_tokens_as_token_ids": True}
-        return Request("completions", {**body, **plain, **options})
+        return Request("completions", {**body, **plain, **options}, tokens=options.get("max_tokens", 0))
 
     def judge(self, texts: Sequence[Asks]) -> list[list[Found]]:
         """Return log-probabilities for each question about each text."""
@@ -213,7 +214,8 @@ class SGLang:
 
     def _request(self, ids: list[int], length: int = 1, **options: Any) -> Request:
         sampling = {"temperature": 0, "max_new_tokens": length, **options.pop("sampling", {})}
-        return Request("generate", {"input_ids": ids, "sampling_params": sampling, **options}, at_root=True)
+        body = {"input_ids": ids, "sampling_params": sampling, **options}
+        return Request("generate", body, at_root=True, tokens=length - 1)
 
     def judge(self, texts: Sequence[Asks]) -> list[list[Found]]:
         """Return log-probabilities for each question about each text."""

@@ -156,7 +156,7 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
             use_cache: Not needed.
             logits_to_keep: As in transformers.
             asked: (sequence, kept position) of which logits are needed, each with a token whose log-probability is
-                needed even if it is small. Default: the only kept position of each sequence.
+                needed even if it is small: logits are then `[1, asked, vocabulary]`. Default: the only kept position.
             cache: Another name of `past_key_values`.
             kwargs: Not needed.
         """
@@ -169,13 +169,15 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
             states = input_ids[:, None, :, None]
             ids = past.update(states, states, 0)[0][:, 0, :, 0]
         kept = list(range(width))[-logits_to_keep:] if isinstance(logits_to_keep, int) else logits_to_keep.tolist()
+        places, shape = list(asked or ()), (1, len(asked or ()))
         if asked is None:
             if len(kept) > 1 and not self.is_complete:
-                raise ValueError(f"llm: a likelihood, or a draft of another model, needs all tokens, and {self.why}")
-            asked = {(row, column): None for row in range(len(ids)) for column in range(len(kept))}
+                raise ValueError(f"llm: a likelihood, or another model's draft, needs all tokens, and {self.why}")
+            places, shape = [(row, column) for row in range(len(ids)) for column in range(len(kept))], (len(ids), -1)
         # 2. What each position that is asked about sees: a text of each sequence, and lengths of it.
-        texts, places = dict[int, Asks](), list[tuple[int, int]]()
-        for row, column in sorted(asked, key=lambda place: (place[0], kept[place[1]])):
+        texts, order = dict[int, Asks](), list[int]()
+        for number in sorted(range(len(places)), key=lambda number: (places[number][0], kept[places[number][1]])):
+            row, column = places[number]
             last = ids.shape[1] - width + kept[column] + 1
             seen = ids[row, :last]
             if attention_mask is not None and attention_mask.dim() == 4:
@@ -183,15 +185,15 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
             elif attention_mask is not None:
                 seen = seen[attention_mask[row, :last].bool()]
             asks = texts[row][1] if row in texts else []
-            asks.append(Ask(len(seen), asked[row, column]))
+            asks.append(Ask(len(seen), (asked or {}).get((row, column))))
             texts[row] = seen.tolist(), asks
-            places.append((row, column))
+            order.append(number)
         # 3. The server's answers, where they belong.
-        logits = torch.full((len(ids), len(kept), self.size), -torch.inf)
+        logits = torch.full((len(places), self.size), -torch.inf)
         answers = self.protocol.judge(list(texts.values())) if texts else []
-        for (row, column), found in zip(places, (one for of_text in answers for one in of_text), strict=True):
-            logits[row, column, self._checked(found)] = torch.tensor(list(found.values()))
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: past})
+        for number, found in zip(order, (one for of_text in answers for one in of_text), strict=True):
+            logits[number, self._checked(found)] = torch.tensor(list(found.values()))
+        return CausalLMOutputWithPast(logits=logits.view(*shape, self.size), **{CACHE: past})
 
     def read(self, texts: Sequence[tuple[list[int], int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return for the last places of each text the likeliest tokens and the log-probabilities of its own."""

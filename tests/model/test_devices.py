@@ -125,35 +125,42 @@ def test_a_router_is_trained_by_replicas_as_by_one_model_with_the_whole_batch(tm
     assert run(TORCHRUN, script).count("SAME") == 2
 
 
-TENSOR_PARALLEL = """
-import sys, torch
+DIVIDED = """
+import sys, time, torch
+from torch import distributed
 from transformers.distributed import DistributedConfig
 from citer_hf import CiterForCausalLM
-bases = sys.argv[1]
-made = {}
-for name, options in (("whole", {}), ("sharded", {"llm_distributed_config": DistributedConfig(tp_plan="auto")})):
+from tests.conftest import left_padded, random_prompts
+bases, made = sys.argv[1], {}
+batch = left_padded(random_prompts((12, 5, 9)))
+modes = [{"router_threshold": 0.5, "llm_veto": 0.3}, {"router_threshold": 2.0}, {"num_beams": 2}, {"do_sample": True}]
+for name, options in (("whole", {}), ("divided", {"llm_distributed_config": DistributedConfig(**{sys.argv[2]: 2})})):
     model = CiterForCausalLM.from_pair(bases + "/slm", bases + "/llm", router="random", **options)
-    text, settings = torch.arange(3, 15)[None], {"max_new_tokens": 8, "router_threshold": 0.5}
-    out = model.generate(text, do_sample=False, return_dict_in_generate=True, **settings)
-    greedy, share = out.sequences, out.past_key_values.routing.llm_share
-    assert 0 < share < 1, share
-    torch.manual_seed(0)
-    made[name] = greedy.tolist(), model.generate(text, do_sample=True, **settings).tolist()
-kinds = [type(part.model.layers[0].self_attn.q_proj.weight).__name__ for part in (model.slm, model.llm)]
-assert kinds == ["Parameter", "DTensor"], kinds
-assert made["whole"] == made["sharded"], made
+    # The clocks of both processes differ.
+    slm, late = model.run_slm, name == "divided" and distributed.get_rank() == 1
+    model.run_slm = lambda *args, **kwargs: (time.sleep(0.02 * late), slm(*args, **kwargs))[1]
+    made[name] = []
+    for mode in modes:
+        torch.manual_seed(0)
+        settings = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, **mode}
+        settings["return_dict_in_generate"] = True
+        out = model.generate(**batch, **settings)
+        made[name].append(out.sequences.tolist())
+        assert out.past_key_values.routing.llm_share > 0
+assert made["whole"] == made["divided"], made
 print("SAME")
 """
 
 
 @pytest.mark.slow
-def test_an_llm_that_two_processes_share_writes_the_same_on_both(bases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["tp_size", "pp_size"])
+def test_an_llm_that_two_processes_share_writes_the_same_on_both(how: str, bases: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers.distributed")
     script = tmp_path / "script.py"
-    script.write_text(TENSOR_PARALLEL)
+    script.write_text(DIVIDED)
     shutil.copytree(bases, tmp_path / "bases")
     # transformers 5.17 divides a head by whole rows only.
     llm = AutoModelForCausalLM.from_pretrained(bases / "llm")
     llm.resize_token_embeddings(64, mean_resizing=False)
     llm.save_pretrained(tmp_path / "bases" / "llm")
-    assert run(TORCHRUN, script, tmp_path / "bases").count("SAME") == 2
+    assert run(TORCHRUN, script, tmp_path / "bases", how).count("SAME") == 2
