@@ -241,8 +241,8 @@ def load_pair(options: Options) -> CiterForCausalLM:
     if state.num_processes > 1 and wanted.device_map == "auto":
         keywords["device_map"] = {"": state.device} if state.device.type != "cpu" else "cpu"
     slm, llm = wanted.names
+    remote: Any = None
     try:
-        remote: Any = None
         if is_address(llm):
             from .scale.remote import RemoteLM
 
@@ -252,7 +252,8 @@ def load_pair(options: Options) -> CiterForCausalLM:
         if wanted.model is not None:
             keywords |= {} if remote is None else {"llm_name_or_path": remote}
             return CiterForCausalLM.from_pretrained(place_of(wanted.model), **keywords)
-        return CiterForCausalLM.from_pair(str(slm), remote or str(llm), wanted.router or "confidence", **keywords)
+        llm = str(llm) if remote is None else remote
+        return CiterForCausalLM.from_pair(str(slm), llm, router=wanted.router or "confidence", **keywords)
     except TypeError as error:
         if not any(map(KEYWORD.fullmatch, (*wanted.slm, *wanted.llm))):
             raise
