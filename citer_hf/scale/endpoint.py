@@ -271,7 +271,10 @@ class SGLang:
 
 def server_of(endpoint: Endpoint, model: str | None) -> tuple[dict[str, Any], type[VLLM] | type[SGLang]]:
     """Return the server's entry of a model, and the protocol that the server speaks."""
-    answer = endpoint.ask(Request("models"))
+    try:
+        answer = endpoint.ask(Request("models"))
+    except ValueError as error:
+        answer = error
     entries = answer.get("data") if isinstance(answer, dict) else None
     if not (isinstance(entries, list) and entries and all(isinstance(one, dict) and "id" in one for one in entries)):
         raise RemoteError(

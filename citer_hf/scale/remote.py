@@ -82,8 +82,8 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
             of_model = copy.deepcopy(base_config("llm", name, kwargs))
         except OSError as error:
             raise OSError(
-                f"config: no configuration of the model could be loaded from {name}: {error} Pass config=..., the "
-                f"name or path of what {url} has as {entry['id']}."
+                f"config: no configuration of a model could be loaded from {name}. Pass config=..., the name or path "
+                f"of the model that {url} has as {entry['id']}."
             ) from error
         of_model.is_remote = True
         limit = entry.get("max_model_len")
