@@ -1,0 +1,1 @@
+"""Pairs on other engines and on many machines."""
