@@ -266,6 +266,7 @@ Data = Annotated[str, flag("FILE", "JSON lines, JSON, CSV or Parquet, or the id 
 Reading = Annotated[Options, "data.examples.DataOptions"]
 Checker = Annotated[str, flag("NAME", "Which answer is right: math, choice, exact, or package.module:function.")]
 Out = Annotated[Path, flag("DIR", "A directory that does not exist yet, or was interrupted.")]
+OnRay = Annotated[bool, flag(None, "Divide the work among the machines of a Ray cluster.", "--ray")]
 Json = Annotated[bool, flag(None, "Print the measurements as JSON and nothing else.", "--json")]
 
 # --- The commands ---------------------------------------------------------------------------------------------------
@@ -307,12 +308,17 @@ def playground(pair: Pair, options: Annotated[Options, "playground.PlaygroundOpt
 
 @command
 def label(
-    pair: Pair, data: Data, checker: Checker, out: Out, options: Annotated[Options, "training.label.LabelOptions"]
+    pair: Pair,
+    data: Data,
+    checker: Checker,
+    out: Out,
+    options: Annotated[Options, "training.label.LabelOptions"],
+    ray: OnRay = False,
 ) -> None:
     """Label which of the two models should write each token of reference answers."""
     from .training.label import label_preferences
 
-    labels = label_preferences(load_pair(pair), data, checker, out, **options)
+    labels = label_preferences(load_pair(pair), data, checker, out, ray=ray and partial(load_pair, pair), **options)
     say(f"The labels are in {out}: {len(labels.case)} tokens of {len(labels.questions)} answers.")
 
 
@@ -340,6 +346,7 @@ def evaluate(
     baselines: Annotated[Path | None, flag("DIR", "Labels, to train and measure every other method on.")] = None,
     compare: Annotated[list[Path] | None, flag("DIR", "Another router of `citer train`. May be repeated.")] = None,
     methods: Annotated[str | None, flag("NAME,...", "Of the other methods, these alone; some need no labels.")] = None,
+    ray: OnRay = False,
 ) -> None:
     """Measure accuracy against cost, from the SLM alone to the LLM alone: a table, results.json and a plot."""
     from .data.examples import read_examples
@@ -352,7 +359,8 @@ def evaluate(
         chosen = None if methods is None else methods.split(",")
         routers = baseline_routers(model, baselines, chosen, options.get("seed", 0)) | routers
     routers |= dict(router_of(directory, model) for directory in compare or ())
-    say(evaluate(model, examples, checker, routers=routers, out=out, **options).table())
+    load = ray and partial(load_pair, pair)
+    say(evaluate(model, examples, checker, routers=routers, out=out, ray=load, **options).table())
     say(f"results.json, results.md and curve.png are in {out}.")
 
 

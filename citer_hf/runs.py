@@ -126,7 +126,9 @@ WORK, ARGUMENTS = ".work", "arguments.json"
 class Work:
     """Results of units of work (tensors, numbers, lists), kept in `out/.work` and divided among processes."""
 
-    def __init__(self, out: Path | None, arguments: Mapping[str, Any]):
+    def __init__(self, out: Path | None, arguments: Mapping[str, Any], pool: Any = None):
+        # Actors of Ray, where they compute the units.
+        self.pool = pool
         self.process, self.processes = 0, 1
         if out is None:
             # Everything is computed in this process.
@@ -134,6 +136,8 @@ class Work:
             self.folder = Path(self._temporary.name)
             return
         state = process_state()
+        if pool is not None and state.num_processes > 1:
+            raise ValueError("ray: expected one process, which gives work to actors. Start it without a launcher.")
         self.process, self.processes = state.process_index, state.num_processes
         self.folder = Path(out) / WORK
         begun, wanted = self.folder / ARGUMENTS, json.loads(json.dumps(dict(arguments), default=str))
@@ -149,12 +153,13 @@ class Work:
         """Compute the units that nobody has computed yet, and return the results of all, in order."""
         (self.folder / name).mkdir(exist_ok=True)
         paths = [self.folder / name / f"{number:06d}.pt" for number in range(len(units))]
-        own = range(self.process, len(units), self.processes)
-        for number in progress(own, name, shown=self.process == 0):
-            if not paths[number].exists():
-                value = compute(units[number])
-                with atomic_write(paths[number]) as file:
-                    torch.save(value, file)
+        own = [number for number in range(self.process, len(units), self.processes) if not paths[number].exists()]
+        made = ((number, compute(units[number])) for number in own)
+        if self.pool is not None:
+            made = self.pool.compute(compute, units, own, self)
+        for number, value in progress(made, name, len(own), shown=self.process == 0):
+            with atomic_write(paths[number]) as file:
+                torch.save(value, file)
         self.wait()
         return [torch.load(path, mmap=True, weights_only=True) for path in paths]
 
@@ -169,9 +174,9 @@ class Work:
 
 
 @contextmanager
-def work_in(out: Path | None, arguments: Mapping[str, Any]) -> Iterator[Work]:
+def work_in(out: Path | None, arguments: Mapping[str, Any], pool: Any = None) -> Iterator[Work]:
     """Give the work in a directory, and remove the kept results when all of it is done."""
-    work = Work(out, arguments)
+    work = Work(out, arguments, pool)
     yield work
     # Another process may still be at its last results.
     work.wait()

@@ -16,6 +16,7 @@ from citer_hf.data.checkers import Checker, answer_of, named
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, UNTRAINED, as_threshold, as_veto, defer
+from citer_hf.scale.ray_work import Load, pool_of
 
 from . import decode as decoding
 from . import results as figures
@@ -61,6 +62,7 @@ def evaluate(
     *,
     routers: Mapping[str, nn.Module] | None = None,
     out: str | Path | None = None,
+    ray: bool | Load = False,
     **options: Any,
 ) -> Results:
     """Measure accuracy and cost of the SLM alone, the LLM alone, and routers at thresholds spread over LLM shares.
@@ -77,6 +79,7 @@ def evaluate(
             `bild` a veto of 0.3, `speculative` the threshold 2. The router `query` decides once per prompt, by its
             score after the last token (RouteLLM's setting); its outputs are those of the models alone.
         out: Directory for `results.json`, `results.md` and `curve.png`; `out/.work` holds unfinished work.
+        ray: As for `label_preferences`.
         options: The fields of `EvaluateOptions`. Thresholds for `shares` are quantiles of a router's scores along the
             LLM's own outputs, so that resulting shares may differ.
 
@@ -118,7 +121,7 @@ def evaluate(
             runs.check_arguments(out, runs.arguments_of(finished.provenance), runs.arguments_of(provenance))
             return finished
 
-    with runs.work_in(out, runs.arguments_of(provenance)) as work:
+    with runs.work_in(out, runs.arguments_of(provenance), pool_of(model, ray)) as work:
         ends, methods = Evaluation(model, examples, prompts, check, settings, work).measure(routers, settings)
         results = figures.make_results(ends, methods, provenance | {"processes": work.processes})
         if out is not None and work.process == 0:

@@ -334,6 +334,25 @@ def load_router(
     return module
 
 
+def with_saved_router(model: Any, source: str) -> Any:
+    """Return a pair with the router and the dials of another repository; both models are shared."""
+    saved, other = CiterConfig.from_pretrained(source), copy.copy(model)
+    for role in ROLES:
+        check_unchanged(
+            role, getattr(model, role).name_or_path, getattr(model, role).config, getattr(saved, f"{role}_config")
+        )
+    router = load_router(saved.router, model.slm.config, source, {})
+    router = router or build_router(saved.router, router_width(model.slm.config))
+    other._modules = {**model._modules, "router": router.eval().to(model.slm.get_output_embeddings().weight.device)}
+    other.config, other.generation_config = copy.copy(model.config), copy.copy(model.generation_config)
+    for settings in (other.config, other.generation_config):
+        settings.router_threshold, settings.llm_veto = saved.router_threshold, saved.llm_veto
+    other.config.router = saved.router
+    # Measured and compiled with another router.
+    other.pace, other.compiled_steps = type(model.pace)(model.pace.fixed_ratio), type(model.compiled_steps)()
+    return other
+
+
 def end_at_union(model: Any) -> None:
     """Let a pair end at the end tokens of both models, with a warning where the LLM lacks some of the SLM's."""
     settings = model.generation_config

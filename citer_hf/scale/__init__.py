@@ -1,1 +1,1 @@
-"""What runs on engines and machines other than this process: a remote LLM, replicas, workers."""
+"""What runs on other engines and machines: a remote LLM, replicas and workers on Ray."""

@@ -71,6 +71,10 @@ class Edge:
 
         try:
             await self.app(scope, limited, noted)
+        except asyncio.CancelledError:
+            # Some servers tell so that the client has left.
+            status = status if ended else CLIENT_LEFT
+            raise
         finally:
             if scope.get("path") in ENDPOINTS:
                 self.metrics.requests.labels(scope["path"], str(status)).inc()
@@ -80,11 +84,15 @@ class Edge:
 class Server:
     """Answers the requests of many clients with a pair, several at once."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, options: ServeOptions):
+    def __init__(self, model: Any, tokenizer: Any, name: str, options: ServeOptions, metrics: Metrics | None = None):
+        if tokenizer is None or not tokenizer.is_fast:
+            raise ValueError(f"{name} has no tokenizer.json, which streams need. Save a fast tokenizer there.")
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.names = (name, Path(name).name)
+        self.names: tuple[str, ...] = (name, Path(name).name)
+        # What clients may ask for: other models may be beside this one.
+        self.offered = [name]
         self.planner = Planner(model, tokenizer, options)
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
         capacity = self.planner.context if self.planner.is_static else None
         self.worker = Worker(model, options.max_batch_size, capacity, self.metrics.count)
         self.stopping = False
@@ -106,7 +114,9 @@ class Server:
     def check_name(self, model: str | None) -> None:
         """Raise an error for a request for another model."""
         if model is not None and model not in self.names:
-            raise RequestError(f"model: this server has {self.names[0]!r} only.", 404, "model", "model_not_found")
+            raise RequestError(
+                f"model: this server has {', '.join(map(repr, self.offered))} only.", 404, "model", "model_not_found"
+            )
 
     async def answer(self, request: fastapi.Request, body: Request) -> Response:
         """Answer a request, whole or as a stream."""
@@ -219,7 +229,7 @@ def build_app(server: Server) -> FastAPI:
     app = FastAPI(title="citer serve", docs_url=None, redoc_url=None)
     answer_errors(app)
     app.add_middleware(Edge, metrics=server.metrics, most=server.options.max_request_bytes)
-    card = {"id": server.names[0], "object": "model", "created": int(time.time()), "owned_by": "citer"}
+    card = {"object": "model", "created": int(time.time()), "owned_by": "citer"}
     card["max_model_len"] = server.planner.context
 
     @app.post("/v1/chat/completions", responses=ANSWERS)
@@ -232,12 +242,12 @@ def build_app(server: Server) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [{"id": name, **card} for name in server.offered]}
 
     @app.get("/v1/models/{model:path}", responses={404: ANSWERS[404]})
     async def model(model: str) -> dict[str, Any]:
         server.check_name(model)
-        return card
+        return {"id": next(name for name in server.offered if model in (name, Path(name).name)), **card}
 
     @app.get("/health", responses={503: {"description": "The server is being stopped, or cannot generate."}})
     async def health() -> JSONResponse:
@@ -294,10 +304,7 @@ def serve(
     with listen(chosen.host, chosen.port) as listener:
         print(f"Loading {name} ...", file=sys.stderr)
         model = load()
-        tokenizer = model.load_tokenizer()
-        if tokenizer is None or not tokenizer.is_fast:
-            raise ValueError(f"{name} has no tokenizer.json, which streams need. Save a fast tokenizer there.")
-        server = Server(model, tokenizer, name, chosen)
+        server = Server(model, model.load_tokenizer(), name, chosen)
         host, port = listener.getsockname()[:2]
         print(
             f"Serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 with threshold "

@@ -47,8 +47,16 @@ class Worker:
         self._preparing = deque[tuple[Answer, Iterator[None]]]()
         self._stops_at: float | None = None
         self._closed = False
+        # When the thread last did something; `None` where there is nothing to do.
+        self._last_step: float | None = None
         self.thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.thread.start()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last step for what is under way; 0 where nothing is."""
+        last = self._last_step
+        return 0.0 if last is None else time.monotonic() - last
 
     def submit(self, answer: Answer) -> None:
         self._new.put(answer)
@@ -89,6 +97,7 @@ class Worker:
         if keeps_slots(cache.slm) and keeps_slots(cache.llm):
             engine = Engine(self.model, self.slots, cache, self.capacity, self.chunk, self.model.pace, work)
         while not self._closed:
+            self._last_step = time.monotonic()
             # 1. New answers; wait for one where there is nothing to do.
             self._collect()
             # 2. Those that nobody wants any more, or whose time is over.
@@ -109,8 +118,10 @@ class Worker:
     def _collect(self) -> None:
         idle = not (self._running or self._waiting)
         while idle or not self._new.empty():
+            if idle:
+                self._last_step = None
             answer = self._new.get()
-            idle = False
+            self._last_step, idle = time.monotonic(), False
             if answer is not None:
                 self._waiting.append(answer)
 
@@ -218,7 +229,7 @@ class Worker:
         cache, one = CiterCache(self.model.config), answer.sequence
 
         def ends_early(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            ends = answer.text.stopped or self._is_over(answer)
+            ends, self._last_step = answer.text.stopped or self._is_over(answer), time.monotonic()
             return torch.full((len(input_ids),), ends, device=input_ids.device)
 
         torch.manual_seed(answer.seed)

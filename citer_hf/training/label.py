@@ -25,6 +25,7 @@ from citer_hf.data.tokens import Encoded, encode
 from citer_hf.evaluation import decode
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, top_logprobs
 from citer_hf.runs import Work, arguments_of, option, provenance, sha256_of, work_in
+from citer_hf.scale.ray_work import Load, pool_of
 
 from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, tokenizer_sha256, write_labels
 
@@ -43,7 +44,13 @@ class LabelOptions(DataOptions):
 
 
 def label_preferences(
-    model: CiterForCausalLM, dataset: Any, checker: str | Checker, out: str | Path, **options: Any
+    model: CiterForCausalLM,
+    dataset: Any,
+    checker: str | Checker,
+    out: str | Path,
+    *,
+    ray: bool | Load = False,
+    **options: Any,
 ) -> Labels:
     """Label every token of the reference answers with the model that should write it (CITER, section 3.3).
 
@@ -55,6 +62,8 @@ def label_preferences(
         dataset: Examples with reference answers: a file, a dataset id, a `datasets.Dataset` or a list of dicts.
         checker: `math`, `choice`, `exact`, `package.module:function`, or a function (response, example) -> `Verdict`.
         out: Directory for the labels, which does not exist yet or was interrupted.
+        ray: Divide the work among the machines of a Ray cluster: a function that loads the pair there, or `True` for a
+            pair that was loaded from a repository.
         options: The fields of `LabelOptions`, such as `router_threshold`.
 
     Returns:
@@ -84,7 +93,7 @@ def label_preferences(
         "data_sha256": sha256_of([[vars(one.example), one.prompt_ids, one.response_ids] for one in questions]),
         "tokenizer_sha256": tokenizer,
     }
-    with work_in(out, arguments_of(info) | {"router": dict(model.config.router)}) as work:
+    with work_in(out, arguments_of(info) | {"router": dict(model.config.router)}, pool_of(model, ray)) as work:
         policy = Policy(model, questions, check, threshold, max_new_tokens, settings.batch_tokens, work)
         # 1. Both models along the references, in columns over all their tokens.
         columns = joined(work.run("reading", policy.units(range(len(questions))), policy.read))
