@@ -169,7 +169,7 @@ class PairOptions:
             )
 
     @property
-    def names(self) -> list[str | None]:
+    def names(self) -> list[Any]:
         """The names of the SLM and the LLM of a pair that is no router repository."""
         return [next((one for one in own if not KEYWORD.fullmatch(one)), None) for own in (self.slm, self.llm)]
 
@@ -197,8 +197,7 @@ class PairOptions:
             pair = AutoConfig.from_pretrained(place_of(self.model), **where)
         of_both = split_keywords(keywords)
         for role, name in zip(ROLES, self.names, strict=True):
-            if is_address(name):
-                # Nothing is asked of a server.
+            if is_address(name):  # nothing is asked of a server
                 of_both[role] = {"name_or_path": keywords.get("llm_config") or str(name).partition("#")[2]}
             own, reference = of_both[role], getattr(pair, f"{role}_reference", None) or {}
             own = own if "name_or_path" in own else {"name_or_path": name, **reference, **own}
@@ -241,19 +240,15 @@ def load_pair(options: Options) -> CiterForCausalLM:
     if state.num_processes > 1 and wanted.device_map == "auto":
         keywords["device_map"] = {"": state.device} if state.device.type != "cpu" else "cpu"
     slm, llm = wanted.names
-    remote: Any = None
     try:
         if is_address(llm):
-            from .scale.remote import RemoteLM
+            from .scale.remote import remote_llm
 
-            own = {key[4:]: keywords.pop(key) for key in list(keywords) if key.startswith("llm_")}
-            url, _, name = str(llm).partition("#")
-            remote = RemoteLM(url, name or None, **own)
+            llm = remote_llm(llm, keywords)
         if wanted.model is not None:
-            keywords |= {} if remote is None else {"llm_name_or_path": remote}
+            keywords |= {} if llm is None else {"llm_name_or_path": llm}
             return CiterForCausalLM.from_pretrained(place_of(wanted.model), **keywords)
-        llm = str(llm) if remote is None else remote
-        return CiterForCausalLM.from_pair(str(slm), llm, router=wanted.router or "confidence", **keywords)
+        return CiterForCausalLM.from_pair(slm, llm, router=wanted.router or "confidence", **keywords)
     except TypeError as error:
         if not any(map(KEYWORD.fullmatch, (*wanted.slm, *wanted.llm))):
             raise

@@ -258,6 +258,13 @@ def field_of(processor: Any) -> str:
     return getattr(processor, "field", re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
 
 
+def remote_llm(address: str, keywords: dict[str, Any]) -> RemoteLM:
+    """Return the LLM behind `http://host:8000/v1#NAME`; keywords that begin with `llm_` are its own, and are taken out."""
+    own = {key[4:]: keywords.pop(key) for key in list(keywords) if key.startswith("llm_")}
+    url, _, name = address.partition("#")
+    return RemoteLM(url, name or None, **own)
+
+
 def tokens_taken(processor: Any) -> int:
     """Return how many tokens a processor may take away at most."""
     known = [getattr(processor, name, None) for name in ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")]
