@@ -259,7 +259,7 @@ def field_of(processor: Any) -> str:
 
 
 def remote_llm(address: str, keywords: dict[str, Any]) -> RemoteLM:
-    """Return the LLM behind `http://host:8000/v1#NAME`; keywords that begin with `llm_` are its own, and are taken out."""
+    """Return the LLM behind `http://host:8000/v1#NAME`; keywords that begin with `llm_` are taken out."""
     own = {key[4:]: keywords.pop(key) for key in list(keywords) if key.startswith("llm_")}
     url, _, name = address.partition("#")
     return RemoteLM(url, name or None, **own)
