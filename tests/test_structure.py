@@ -27,7 +27,7 @@ ALLOWED = {
     "importers": BASE,
     "hub": BASE,
     "serving": BASE | {"data"},
-    # Replicas are the server of one machine.
+    # Replicas are servers; evaluation and labelling give units of work to actors.
     "scale": BASE | {"data", "serving"},
     "playground": {"", "runs", "model", "data"},
     "chat": BASE | {"data", "terminal"},

@@ -92,12 +92,11 @@ class Replica(Server):
         options, model = self.settings.serving(), self.settings.load()
         super().__init__(model, model.load_tokenizer(), self.settings.model or str(self.settings.llm), options)
         self.offered += self.settings.others
-        names = {short: source for source in self.settings.others for short in (Path(source).name, source)}
-        self.others = {name: source for name, source in names.items() if name not in self.names}
-        self.names = (*self.names, *self.others)
+        self.others = {name: one for one in self.offered[1:] for name in {one, Path(one).name} - {*self.names}}
+        self.names += tuple(self.others)
         self.servers = WeakSet[Server]([self])
+        # A router that does not fit is found before clients ask for it.
         for source in self.settings.others:
-            # A router that does not fit is found before clients ask for it.
             with_saved_router(model, source)
 
         async def shared(source: str) -> Server:
@@ -133,11 +132,7 @@ class Replica(Server):
 
 
 def app(options: ReplicaOptions) -> Any:
-    """Return the application of Ray Serve that serves a pair.
-
-    Args:
-        options: As `serve run` takes them from its command line, and `serve deploy` from `args` in its file.
-    """
+    """Return the application of Ray Serve that serves a pair, with options that `serve run` or a file gives."""
     serving, count = options.serving(), dict[str, Any](num_replicas=options.replicas)
     if options.max_replicas is not None:
         bounds = {"min_replicas": options.replicas, "max_replicas": options.max_replicas}

@@ -57,9 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directories `pair` and `other`: two routers of the same models."""
     folder = tmp_path_factory.mktemp("routers")
     model = CiterForCausalLM.from_pretrained(save_demo_pair(folder))
-    CiterForCausalLM.from_pair(model.slm, model.llm, router="confidence", router_threshold=0.3).save_pretrained(
-        folder / "other"
-    )
+    other = CiterForCausalLM.from_pair(model.slm, model.llm, router="confidence", router_threshold=0.3)
+    other.save_pretrained(folder / "other")
     return folder
 
 
@@ -83,12 +82,11 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         wait_until(lambda: len(running.replicas()) == 2)
         yield running
     finally:
-        processes = [*psutil.Process(process.pid).children(recursive=True)]
+        processes = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         process.wait(60)
-        for one_left in processes:
-            if one_left.is_running():
-                one_left.kill()
+        for left in filter(psutil.Process.is_running, processes):
+            left.kill()
         shutil.rmtree(place, ignore_errors=True)
 
 
