@@ -22,7 +22,8 @@ from .model.compat import is_out_of_memory
 from .model.modeling import CiterForCausalLM
 from .model.references import ROLES, base_config, split_keywords
 from .options import Options, expanded
-from .runs import WORK, import_extra, option, process_state
+from .runs import WORK, import_extra, is_address, option, process_state
+from .scale.remote import remote_llm
 
 INTERRUPTED = 130
 # The extra that brings the libraries which a command needs beyond the package's own.
@@ -206,10 +207,6 @@ class PairOptions:
         return found
 
 
-def is_address(name: str | None) -> bool:
-    return name is not None and name.startswith(("http://", "https://"))
-
-
 def json_or_text(value: str) -> Any:
     try:
         return json_format.loads(value)
@@ -241,10 +238,7 @@ def load_pair(options: Options) -> CiterForCausalLM:
         keywords["device_map"] = {"": state.device} if state.device.type != "cpu" else "cpu"
     slm, llm = wanted.names
     try:
-        if is_address(llm):
-            from .scale.remote import remote_llm
-
-            llm = remote_llm(llm, keywords)
+        llm = remote_llm(llm, keywords)
         if wanted.model is not None:
             keywords |= {} if llm is None else {"llm_name_or_path": llm}
             return CiterForCausalLM.from_pretrained(place_of(wanted.model), **keywords)

@@ -107,6 +107,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"--host {host} --port {port}: {error}. Choose others; --port 0 takes a free one.") from error
 
 
+def is_address(llm: Any) -> bool:
+    """Return True if an LLM is named by the address of a server that has it."""
+    return isinstance(llm, str) and llm.startswith(("http://", "https://"))
+
+
 def import_extra(library: str, extra: str) -> ModuleType:
     """Return a library of an optional extra, or raise one line that says how to install it."""
     try:

@@ -15,9 +15,10 @@ from starlette.middleware.cors import CORSMiddleware
 from ..model.loading import with_saved_router
 from ..model.modeling import CiterForCausalLM
 from ..model.references import REPOSITORY_ID
-from ..runs import import_extra
+from ..runs import import_extra, is_address
 from ..serving import ServeOptions
 from ..serving.server import Server, build_app
+from .remote import remote_llm
 
 serve = import_extra("ray.serve", "ray")
 # The same options, from texts of a command line too.
@@ -27,7 +28,7 @@ Serving: Any = pydantic.dataclasses.dataclass(ServeOptions, frozen=True, config=
 class ReplicaOptions(pydantic.BaseModel, extra="allow"):
     """The pair and its replicas; more options are those of `ServeOptions`, but for host and port, which are Ray's."""
 
-    # A router's directory on every machine or its repository id; or both models, and a router for them.
+    # A router's directory on every machine or its id; or both models. An LLM may be http://HOST:PORT/v1#NAME.
     model: str | None = None
     slm: str | None = None
     llm: str | None = None
@@ -37,15 +38,12 @@ class ReplicaOptions(pydantic.BaseModel, extra="allow"):
     max_routers: int = 4
     dtype: str = "auto"
     device_map: str = "auto"
-    # Further keywords of loading, such as revision.
-    keywords: dict[str, Any] = {}
-    # With `max_replicas`, there are more of them when more requests are in flight.
+    keywords: dict[str, Any] = {}  # further ones of loading, such as revision
     replicas: int = 1
-    max_replicas: int | None = None
+    max_replicas: int | None = None  # so many, when more requests are in flight
     num_cpus: float = 1
     num_gpus: float = 0
-    # A replica that makes no step for so long is replaced.
-    stall_seconds: float = 300
+    stall_seconds: float = 300  # a replica that makes no step for so long is replaced
 
     @property
     def others(self) -> list[str]:
@@ -53,9 +51,10 @@ class ReplicaOptions(pydantic.BaseModel, extra="allow"):
 
     def serving(self) -> ServeOptions:
         """Return the options of the server, after a check of all that a replica could not serve, or see."""
-        if [self.slm is None, self.llm is None] != [self.model is not None] * 2:
+        llm = None if is_address(self.llm) else self.llm
+        if [self.slm is None, (llm if self.model else self.llm) is None] != [self.model is not None] * 2:
             raise ValueError("model: expected either model=PATH_OR_ID, or slm=PATH_OR_ID and llm=PATH_OR_ID.")
-        for source in filter(None, (self.model, self.slm, self.llm, *self.others)):
+        for source in filter(None, (self.model, self.slm, llm, *self.others)):
             path = Path(source)
             if not path.is_absolute() and (path.exists() or not REPOSITORY_ID.fullmatch(source)):
                 raise ValueError(f"{source}: replicas see no relative path. Give an absolute one, or a repository id.")
@@ -67,9 +66,11 @@ class ReplicaOptions(pydantic.BaseModel, extra="allow"):
 
     def load(self) -> CiterForCausalLM:
         keywords = {"dtype": self.dtype, "device_map": self.device_map, **self.keywords}
+        llm = remote_llm(self.llm, keywords)
         if self.model is not None:
+            keywords |= {} if llm is None else {"llm_name_or_path": llm}
             return CiterForCausalLM.from_pretrained(self.model, **keywords)
-        return CiterForCausalLM.from_pair(str(self.slm), str(self.llm), router=self.router, **keywords)
+        return CiterForCausalLM.from_pair(str(self.slm), llm, router=self.router, **keywords)
 
 
 class Shared(Server):
@@ -90,14 +91,14 @@ class Replica(Server):
     def __init__(self, settings: dict[str, Any]):
         self.settings, self.gauges = ReplicaOptions(**settings), dict[str, Any]()
         options, model = self.settings.serving(), self.settings.load()
-        super().__init__(model, model.load_tokenizer(), self.settings.model or str(self.settings.llm), options)
+        name = self.settings.model or str(self.settings.llm).rpartition("#")[2]
+        super().__init__(model, model.load_tokenizer(), name, options)
         self.offered += self.settings.others
         self.others = {name: one for one in self.offered[1:] for name in {one, Path(one).name} - {*self.names}}
         self.names += tuple(self.others)
         self.servers = WeakSet[Server]([self])
-        # A router that does not fit is found before clients ask for it.
         for source in self.settings.others:
-            with_saved_router(model, source)
+            with_saved_router(model, source)  # one that does not fit is an error before clients ask for it
 
         async def shared(source: str) -> Server:
             other = await run_in_threadpool(with_saved_router, model, source)
@@ -122,8 +123,7 @@ class Replica(Server):
         for server in self.servers:
             if server.status == "dead" or server.worker.silence > self.settings.stall_seconds:
                 raise RuntimeError(f"The inference thread is {server.status}, for {server.worker.silence:.0f} s.")
-        # A device that has failed raises an error.
-        torch.zeros(1, device=self.model.device).item()
+        torch.zeros(1, device=self.model.device).item()  # a device that has failed raises an error
         for family in self.metrics.registry.collect():
             for name, labels, value, *_ in family.samples:
                 if name not in self.gauges:

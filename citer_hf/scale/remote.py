@@ -15,6 +15,7 @@ from ..model.compat import CACHE, given_cache
 from ..model.references import HUB_KEYWORDS, base_config, load_tokenizer
 from ..model.sampling import InexactError
 from ..model.slots import SlotCache
+from ..runs import is_address
 from .endpoint import API_KEY, Ask, Asks, Endpoint, Found, Request, server_of
 
 logger = logging.get_logger(__name__)
@@ -258,10 +259,12 @@ def field_of(processor: Any) -> str:
     return getattr(processor, "field", re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
 
 
-def remote_llm(address: str, keywords: dict[str, Any]) -> RemoteLM:
-    """Return the LLM behind `http://host:8000/v1#NAME`; keywords that begin with `llm_` are taken out."""
+def remote_llm(llm: Any, keywords: dict[str, Any]) -> Any:
+    """Return the LLM behind `http://host:8000/v1#NAME`, which takes the LLM's keywords; any other LLM as it is."""
+    if not is_address(llm):
+        return llm
     own = {key[4:]: keywords.pop(key) for key in list(keywords) if key.startswith("llm_")}
-    url, _, name = address.partition("#")
+    url, _, name = llm.partition("#")
     return RemoteLM(url, name or None, **own)
 
 
