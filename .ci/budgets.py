@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-# Lines; the package is on its way to 10 500.
-FILE, PACKAGE, TESTS = 450, 11_550, 10_000
+# Lines; the package is on its way to 10 500, the tests to 10 000.
+FILE, PACKAGE, TESTS = 450, 12_750, 10_850
 
 
 def lines(*patterns: str) -> dict[str, int]:
