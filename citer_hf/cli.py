@@ -238,6 +238,10 @@ def load_pair(options: Options) -> CiterForCausalLM:
         keywords["device_map"] = {"": state.device} if state.device.type != "cpu" else "cpu"
     slm, llm = wanted.names
     try:
+        if not is_address(llm) and keywords.keys() & {"llm_config", "llm_logprobs", "llm_timeout"}:
+            raise ValueError(
+                "--llm config, logprobs, timeout: they need an LLM on a server, --llm http://HOST/v1#NAME."
+            )
         llm = remote_llm(llm, keywords)
         if wanted.model is not None:
             keywords |= {} if llm is None else {"llm_name_or_path": llm}

@@ -109,7 +109,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def is_address(llm: Any) -> bool:
     """Return True if an LLM is named by the address of a server that has it."""
-    return isinstance(llm, str) and llm.startswith(("http://", "https://"))
+    return isinstance(llm, str) and llm.lower().startswith(("http://", "https://"))
 
 
 def import_extra(library: str, extra: str) -> ModuleType:

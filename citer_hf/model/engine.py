@@ -19,7 +19,7 @@ from .compat import is_out_of_memory
 from .compiled import Workspace
 from .passes import Asked, Part, Passes
 from .routers import defer
-from .sampling import chosen, processed
+from .sampling import InexactError, chosen, processed
 from .schedule import Pace
 from .sequence import MOST_DRAFTS, Draft, Sequence, Settled
 from .slots import keeps_slots
@@ -28,7 +28,7 @@ from .slots import keeps_slots
 CHUNK = 512
 # A prompt that shares at least so many first tokens with what another slot holds takes them from there.
 SHARED = 16
-NONE_KNOWN = "no token that its server tells of is allowed here. Ask it for more log-probabilities."
+UNDECIDED = "the tokens of which its server tells do not decide the next one. Raise RemoteLM(logprobs=...)."
 # With so many sequences, those that joined last, a prompt is compared.
 MOST_COMPARED = 32
 
@@ -279,7 +279,7 @@ class Engine:
             # A veto between 0 and 1 looks at the drafted token's own probability.
             by_veto = [not sequences[row].drafts[at].flagged and sequences[row].veto < 1 for row, at in judged]
             asked = {at: token if veto else None for at, token, veto in zip(places, tokens, by_veto, strict=True)}
-        logits, _ = self.passes.run("llm", parts, columns, asked=asked)
+        logits, told = self.passes.run("llm", parts, columns, asked=asked)
         # 3. The LLM's own tokens, and whether the SLM's stand: [positions].
         logits = logits[0] if asked is not None else logits[tuple(torch.tensor(places).T.to(logits.device))]
         drafted = torch.tensor(tokens)
@@ -288,9 +288,7 @@ class Engine:
         own, most = scores.gather(1, drafted.to(scores.device)[:, None])[:, 0], scores.amax(dim=-1)
         stands = (own >= most + least.to(scores.device)).tolist()
         if self.passes.remote:
-            for (row, _), known in zip(judged, most.isfinite().tolist(), strict=True):
-                if not (known or sequences[row].finished):
-                    self._finish(sequences[row], ValueError("llm: " + NONE_KNOWN))
+            self._end_undecided([one for one, _ in positions], logits, scores, told)
         verdicts: list[dict[int, tuple[int, bool, Any]]] = [{} for _ in sequences]
         for (row, index), token, stand, own_logits in zip(judged, best.tolist(), stands, kept, strict=True):
             verdicts[row][index] = token, stand, own_logits
@@ -320,6 +318,18 @@ class Engine:
             # The streams of others flow on between two chunks.
             if any(one not in prompts for one in self.active):
                 return [one for one in sequences if one not in prompts]
+
+    def _end_undecided(self, sequences: list[Sequence], logits: torch.Tensor, scores: torch.Tensor, told: Any) -> None:
+        """End sequences whose remote LLM fails, or tells of too few tokens for the next one to be known."""
+        least = told.least.to(logits.device)
+        known, best = (logits >= least[:, None]).sum(-1).tolist(), scores.argmax(-1).to(logits.device)
+        decided = (logits.gather(1, best[:, None])[:, 0] >= least).tolist()
+        for number, one in enumerate(sequences):
+            error = told.errors.get(number)
+            if error is None and not (decided[number] and known[number] >= self.passes.model.llm.needed(one.choice)):
+                error = InexactError("llm", UNDECIDED)
+            if error is not None and not one.finished:
+                self._finish(one, error)
 
     def _walk(self, one: Sequence, verdicts: dict[int, tuple[int, bool, Any]]) -> None:
         place, one.survival = one.end - len(one.drafts), 1.0

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .batch import Call, decode, sequences_of, why_not_decoded
 from .cache import CiterCache, Routing, check_cache
 from .compat import CACHE, CiterBeamOutput, CiterGenerateOutput, cache_of, with_both_names, with_cache_name
-from .routers import as_threshold, as_veto
+from .routers import SLM_ALONE, as_threshold, as_veto
 from .sequence import Sequence
 from .slots import SlotCache
 
@@ -102,7 +102,7 @@ class CiterGenerationMixin(GenerationMixin):
             **kw: Any,
         ) -> Any:
             begin_record(input_ids, generation_config, kw)
-            self._check_remote(logits_processor, generation_config)
+            self._check_remote(logits_processor, generation_config, kw)
             call = Call(input_ids, logits_processor, stopping_criteria, generation_config, kw)
             (sequence,) = sequences_of(self, call)
             sequence.slot = -1
@@ -178,7 +178,7 @@ class CiterGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         begin_record(input_ids, generation_config, kwargs)
-        self._check_remote(logits_processor, generation_config)
+        self._check_remote(logits_processor, generation_config, kwargs)
         call = Call(input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
         reason = why_not_decoded(self, call)
         if not reason:
@@ -207,8 +207,10 @@ class CiterGenerationMixin(GenerationMixin):
             logger.warning_once(f"cache_implementation='static': a dynamic cache is used instead, since {reason}.")
         return {**kwargs, "llm_veto": 0.0}
 
-    def _check_remote(self, processors: Any, settings: GenerationConfig) -> None:
-        if getattr(self.llm, "is_remote", False):
+    def _check_remote(self, processors: Any, settings: GenerationConfig, kwargs: dict[str, Any]) -> None:
+        threshold = kwargs.get("router_threshold")
+        threshold = self.config.router_threshold if threshold is None else threshold
+        if getattr(self.llm, "is_remote", False) and bool((torch.as_tensor(threshold) > SLM_ALONE).any()):
             self.llm.check_call(processors, settings)
 
     def forward_is_observed(self) -> bool:
@@ -230,7 +232,7 @@ class CiterGenerationMixin(GenerationMixin):
         return super()._assisted_decoding(input_ids, generation_config=generation_config, **kwargs)
 
     def _beam_search(self, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any) -> Any:
-        self._check_remote((), generation_config)
+        self._check_remote((), generation_config, kwargs)
         kwargs = self._as_plain_citer("beams reorder their sequences at every token", kwargs)
         begin_record(input_ids, generation_config, kwargs, follows_beams=True)
         output = super()._beam_search(input_ids, generation_config=generation_config, **kwargs)

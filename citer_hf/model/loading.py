@@ -240,6 +240,8 @@ class CiterLoadingMixin:
         model: Any = cls(config, **models, router=router)  # type: ignore[call-arg]
         with contextlib.suppress(OSError):
             model.generation_config = generation_config or GenerationConfig.from_pretrained(path, **files)
+        if getattr(model.llm, "is_remote", False):
+            model.llm.make_exact(model.generation_config)
         model.config.name_or_path = model.name_or_path = path
         model._commits = commits_of(sources, keywords)
         model = ready(model, keywords)

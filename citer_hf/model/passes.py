@@ -51,8 +51,8 @@ class Passes:
         """Run a model over tokens of some sequences, and keep columns, counted from the last.
 
         Returns:
-            Logits `[parts, columns, vocabulary]`, or `[1, asked, vocabulary]`; and for the SLM where it decides the
-            scores `[parts, columns]`.
+            Logits `[parts, columns, vocabulary]`, and for the SLM where it decides the scores `[parts, columns]`; of a
+            remote LLM logits `[1, asked, vocabulary]`, and all that it tells.
         """
         end = max(end for _, _, end in parts)
         if end >= self.capacity[role]:
@@ -145,6 +145,9 @@ class Passes:
         context: AbstractContextManager[Any] = torch.inference_mode() if self._plain else nullcontext()
         try:
             with context:
+                if "asked" in inputs:
+                    told = self.model._run("llm", ids, cache, kept, inputs)
+                    return told.logits[..., : self.model.vocab_size], told
                 if role == "llm":
                     return self.model.run_llm(ids, cache, kept, **inputs), None
                 slm = self.model.run_slm(ids, cache, kept, **inputs)

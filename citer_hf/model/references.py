@@ -66,6 +66,8 @@ def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedC
         if keywords.get("quantization_config") is not None:
             raise ValueError(f"{role}: expected a name or path with quantization_config, got a loaded model.")
     else:
+        if str(source).startswith(("http://", "https://")):
+            raise ValueError(f"{role}: {source} is no model. For an LLM on a server, pass citer_hf.RemoteLM(address).")
         with explained(role, source, keywords):
             config = AutoConfig.from_pretrained(source, **hub_keywords(keywords))
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)

@@ -1,18 +1,21 @@
 """The server of a remote LLM: its address, and the protocols of vLLM and SGLang."""
 
 import asyncio
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import wraps
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ..model.compat import http_library
 
 API_KEY = "CITER_LLM_API_KEY"
-# Seconds between the tries of a request, and after a failure until the server is asked again.
-BACKOFF, PAUSE = (0.2, 0.4, 0.8), 0.5
+# Seconds between the tries of a request.
+BACKOFF = (0.2, 0.4, 0.8)
 # The server may be busy, or restarted.
 TRIED_AGAIN = (408, 429, 500, 502, 503, 504)
 
@@ -29,8 +32,38 @@ class Ask(NamedTuple):
 Asks = tuple[list[int], list[Ask]]  # a text and the questions about it
 
 
+Verdict = Found | BaseException  # or why there are none
+
+
 class RemoteError(ConnectionError):
     """The LLM's server cannot be reached, or does not do what it is asked for."""
+
+
+def checked(answers: Sequence[Any]) -> list[Any]:
+    """Return answers, or raise the first error among them."""
+    for one in answers:
+        if isinstance(one, BaseException):
+            raise one
+    return list(answers)
+
+
+def or_error(found: Callable[..., Found]) -> Callable[..., Verdict]:
+    """Return a function that hands on the error in the place of an answer, and its own."""
+
+    @wraps(found)
+    def run(protocol: Any, answer: Any, *rest: Any) -> Verdict:
+        try:
+            return answer if isinstance(answer, BaseException) else found(protocol, answer, *rest)
+        except RemoteError as error:
+            return error
+
+    return run
+
+
+def run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Run requests until the endpoint is gone."""
+    loop.run_forever()
+    loop.close()
 
 
 class Request(NamedTuple):
@@ -46,25 +79,41 @@ class Endpoint:
     """An address, and requests to it: many at once over kept connections, repeated where that may help."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float, connections: int):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url: expected an address such as http://host:8000/v1, got {url!r}.")
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except (ValueError, AttributeError, TypeError):
+            is_address = False
+        if not is_address or parts.query or parts.fragment:
+            raise ValueError(
+                f"url: expected an address such as http://host:8000/v1, got {url!r}. Name a model by model=."
+            )
+        if parts.username is not None:
+            raise ValueError("url: expected an address without a user and a password. Pass the key as api_key=.")
+        api_key = (api_key or "").strip()
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("api_key: expected printable ASCII characters.")
         self.url, self.timeout = url.rstrip("/"), timeout
         self.root = self.url.removesuffix("/v1")
         # What it has cost so far: requests, bytes there and back, seconds until the last of several was answered.
         self.requests, self.sent, self.received, self.waited = 0, 0, 0, 0.0
-        self._failed_at = -PAUSE
-        http = http_library()
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        limits = http.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._client = http.AsyncClient(headers=headers, limits=limits, timeout=None)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._connections, self._process = connections, 0
+        self._lock = threading.Lock()
+
+    def _start(self) -> None:
+        """Begin a thread for the requests of this process, which may be a fork of another one."""
+        http, count = http_library(), self._connections
+        limits = http.Limits(max_connections=count, max_keepalive_connections=count)
+        self._client = http.AsyncClient(headers=self._headers, limits=limits, timeout=None)
         self._errors = (http.TransportError, http.DecodingError)
-        self._slots = asyncio.Semaphore(connections)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="remote-llm", daemon=True).start()
+        self._slots, self._process = asyncio.Semaphore(count), os.getpid()
+        self._loop = loop = asyncio.new_event_loop()
+        threading.Thread(target=run_loop, args=(loop,), name="remote-llm", daemon=True).start()
+        weakref.finalize(self, loop.call_soon_threadsafe, loop.stop)
 
     def ask(self, request: Request) -> Any:
-        (answer,) = self.ask_all([request])
+        (answer,) = checked(self.ask_all([request]))
         return answer
 
     def try_asking(self, request: Request) -> Any:
@@ -72,20 +121,17 @@ class Endpoint:
         try:
             return self.ask(request)
         except (ValueError, RemoteError):
-            self._failed_at = -PAUSE
             return None
 
     def ask_all(self, requests: Sequence[Request]) -> list[Any]:
-        """Send requests at once, and return the answers in order; the first error ends them all."""
+        """Send requests at once, and return in order the answers, or the errors of those that failed."""
         began = time.monotonic()
-        if began < self._failed_at + PAUSE:
-            raise RemoteError(f"llm: {self.url} has just failed. Try again in a moment.")
+        with self._lock:
+            if self._process != os.getpid():
+                self._start()
         future = asyncio.run_coroutine_threadsafe(self._gather(requests), self._loop)
         try:
             return future.result()
-        except RemoteError:
-            self._failed_at = time.monotonic()
-            raise
         finally:
             future.cancel()
             self.waited += time.monotonic() - began
@@ -93,7 +139,7 @@ class Endpoint:
     async def _gather(self, requests: Sequence[Request]) -> list[Any]:
         tasks = [asyncio.ensure_future(self._in_time(one)) for one in requests]
         try:
-            return await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             for one in tasks:
                 one.cancel()
@@ -115,7 +161,8 @@ class Endpoint:
             if answer is not None and answer.status_code not in TRIED_AGAIN:
                 return self._read(request, answer)
             if pause is not None:
-                await asyncio.sleep(pause)
+                told = "" if answer is None else answer.headers.get("Retry-After", "")
+                await asyncio.sleep(float(told) if told.isdigit() else pause)
         if answer is not None:
             problem = f"status {answer.status_code}: {answer.text[:200]}"
         raise self._failed(request, problem, "Is it running? It is asked again by the next call.")
@@ -133,6 +180,9 @@ class Endpoint:
     def _read(self, request: Request, answer: Any) -> Any:
         if answer.status_code in (401, 403):
             raise self._failed(request, "the key was refused", f"Pass api_key=..., or set {API_KEY}.")
+        if 300 <= answer.status_code < 400:
+            place = answer.headers.get("Location", "another address")
+            raise self._failed(request, f"it redirects to {place}", "Pass that address.")
         try:
             value = answer.json()
         except ValueError:
@@ -161,7 +211,7 @@ class VLLM:
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "return_tokens_as_token_ids": True}
         return Request("completions", {**body, **plain, **options}, tokens=options.get("max_tokens", 0))
 
-    def judge(self, texts: Sequence[Asks]) -> list[list[Found]]:
+    def judge(self, texts: Sequence[Asks]) -> list[list[Verdict]]:
         """Return log-probabilities for each question about each text."""
         requests = [
             # The chosen token's own log-probability is always told: that of the one which is asked about.
@@ -176,6 +226,7 @@ class VLLM:
         answers = iter(self.endpoint.ask_all(requests))
         return [[self._found(next(answers)) for _ in asks] for _, asks in texts]
 
+    @or_error
     def _found(self, answer: Any) -> Found:
         with understood(self.endpoint):
             top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
@@ -183,7 +234,9 @@ class VLLM:
 
     def read(self, texts: Sequence[tuple[list[int], int]]) -> list[list[Found]]:
         """Return log-probabilities at the last places of each text, in one pass beside the prefix cache."""
-        answers = self.endpoint.ask_all([self._request(ids, prompt_logprobs=self.logprobs) for ids, _ in texts])
+        answers = checked(
+            self.endpoint.ask_all([self._request(ids, prompt_logprobs=self.logprobs) for ids, _ in texts])
+        )
         with understood(self.endpoint):
             places = [
                 answer["choices"][0]["prompt_logprobs"][-count:]
@@ -194,16 +247,22 @@ class VLLM:
     def complete(self, texts: Sequence[list[int]], lengths: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
         """Return greedy continuations, end tokens included."""
         stops = {"ignore_eos": True, "stop_token_ids": list(ends), "logprobs": 0, "skip_special_tokens": False}
-        answers = self.endpoint.ask_all(
-            [self._request(ids, **stops, max_tokens=length) for ids, length in zip(texts, lengths, strict=True)]
+        answers = checked(
+            self.endpoint.ask_all(
+                [self._request(ids, **stops, max_tokens=length) for ids, length in zip(texts, lengths, strict=True)]
+            )
         )
         with understood(self.endpoint):
             return [list(map(number, one["choices"][0]["logprobs"]["tokens"])) for one in answers]
 
+    def takes(self, token: int) -> bool:
+        """Return True if the server's model has this token."""
+        return self.endpoint.try_asking(self._request([token])) is not None
+
     def count(self, text: str) -> Any:
         """Return how many tokens a text has for the server, or `None` where it does not tell."""
-        answer = self.endpoint.try_asking(self._request(text)) or {}
-        return answer.get("usage", {}).get("prompt_tokens")
+        with suppress(KeyError, TypeError):
+            return self.endpoint.try_asking(self._request(text))["usage"]["prompt_tokens"]
 
 
 class SGLang:
@@ -217,7 +276,7 @@ class SGLang:
         body = {"input_ids": ids, "sampling_params": sampling, **options}
         return Request("generate", body, at_root=True, tokens=length - 1)
 
-    def judge(self, texts: Sequence[Asks]) -> list[list[Found]]:
+    def judge(self, texts: Sequence[Asks]) -> list[list[Verdict]]:
         """Return log-probabilities for each question about each text."""
         requests = []
         for ids, asks in texts:
@@ -230,43 +289,49 @@ class SGLang:
             if asks[-1].token is not None:
                 options["token_ids_logprob"] = [asks[-1].token]
             requests.append(self._request(ids, **options))
-        found = []
-        for (ids, asks), answer in zip(texts, self.endpoint.ask_all(requests), strict=True):
-            with understood(self.endpoint):
-                found.append([self._found(ids, ask, answer["meta_info"]) for ask in asks])
-        return found
+        answers = self.endpoint.ask_all(requests)
+        return [
+            [self._found(answer, ids, ask) for ask in asks] for (ids, asks), answer in zip(texts, answers, strict=True)
+        ]
 
-    def _found(self, ids: list[int], ask: Ask, told: dict[str, Any]) -> Found:
-        if ask.length == len(ids):
-            more = (told.get("output_token_ids_logprobs") or [None])[0] or []
-            return enough(self, {one[1]: one[0] for one in [*told["output_top_logprobs"][0], *more]})
-        # Entries end with the last token of the text.
-        place = ask.length - len(ids)
-        own = told["input_token_logprobs"][place]
-        return enough(self, {one[1]: one[0] for one in [*told["input_top_logprobs"][place], own]})
+    @or_error
+    def _found(self, answer: Any, ids: list[int], ask: Ask) -> Found:
+        with understood(self.endpoint):
+            told = answer["meta_info"]
+            if ask.length == len(ids):
+                more = (told.get("output_token_ids_logprobs") or [None])[0] or []
+                return enough(self, {one[1]: one[0] for one in [*told["output_top_logprobs"][0], *more]})
+            # Entries end with the last token of the text.
+            place = ask.length - len(ids)
+            own = told["input_token_logprobs"][place]
+            return enough(self, {one[1]: one[0] for one in [*told["input_top_logprobs"][place], own]})
 
     def read(self, texts: Sequence[tuple[list[int], int]]) -> list[list[Found]]:
         """Return log-probabilities at the last places of each text."""
-        return self.judge([(ids, [Ask(at) for at in range(len(ids) - count, len(ids))]) for ids, count in texts])
+        asked = [(ids, [Ask(at) for at in range(len(ids) - count, len(ids))]) for ids, count in texts]
+        return [checked(one) for one in self.judge(asked)]
 
     def complete(self, texts: Sequence[list[int]], lengths: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
         """Return greedy continuations, end tokens included."""
         # There, `ignore_eos` ignores the stop tokens too.
         sampling: dict[str, Any] = {"stop_token_ids": list(ends)} if ends else {"ignore_eos": True}
-        answers = self.endpoint.ask_all(
-            [
-                self._request(ids, length, sampling=sampling, return_logprob=True)
-                for ids, length in zip(texts, lengths, strict=True)
-            ]
-        )
+        requests = [
+            self._request(ids, length, sampling=sampling, return_logprob=True)
+            for ids, length in zip(texts, lengths, strict=True)
+        ]
+        answers = checked(self.endpoint.ask_all(requests))
         with understood(self.endpoint):
             return [[one[1] for one in answer["meta_info"]["output_token_logprobs"]] for answer in answers]
+
+    def takes(self, token: int) -> bool:
+        """Return False: SGLang may use an id before it is checked."""
+        return False
 
     def count(self, text: str) -> Any:
         """Return how many tokens a text has for the server, or `None` where it does not tell."""
         body = {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
-        answer = self.endpoint.try_asking(Request("generate", body, at_root=True)) or {}
-        return answer.get("meta_info", {}).get("prompt_tokens")
+        with suppress(KeyError, TypeError):
+            return self.endpoint.try_asking(Request("generate", body, at_root=True))["meta_info"]["prompt_tokens"]
 
 
 def server_of(endpoint: Endpoint, model: str | None) -> tuple[dict[str, Any], type[VLLM] | type[SGLang]]:
@@ -294,7 +359,9 @@ def server_of(endpoint: Endpoint, model: str | None) -> tuple[dict[str, Any], ty
 
 
 def enough(protocol: VLLM | SGLang, found: Found) -> Found:
-    """Return the log-probabilities of a position if they are as many as were asked for."""
+    """Return the log-probabilities of a position if they are that, and as many as were asked for."""
+    if not all(isinstance(one, (int, float)) and one <= 0.01 and one == one for one in found.values()):
+        raise ValueError(f"log-probabilities {str(list(found.values()))[:80]}")
     if len(found) < protocol.logprobs:
         raise RemoteError(
             f"llm: {protocol.endpoint.url} gives {len(found)} log-probabilities of a position, expected "
@@ -313,7 +380,7 @@ def understood(endpoint: Endpoint) -> Iterator[None]:
     """Raise an error that names the server where an answer is not of the expected form."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise RemoteError(
             f"llm: {endpoint.url} answers in an unknown form ({type(error).__name__}: {error}). Is it vLLM or SGLang?"
         ) from error

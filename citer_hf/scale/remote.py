@@ -4,6 +4,8 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +15,30 @@ from transformers.utils import logging
 
 from ..model.compat import CACHE, given_cache
 from ..model.references import HUB_KEYWORDS, base_config, load_tokenizer
-from ..model.sampling import InexactError
+from ..model.sampling import Choice, InexactError
 from ..model.slots import SlotCache
 from ..runs import is_address
-from .endpoint import API_KEY, Ask, Asks, Endpoint, Found, Request, server_of
+from .endpoint import API_KEY, Ask, Asks, Endpoint, Found, Request, checked, server_of
 
 logger = logging.get_logger(__name__)
 
 # Text that two tokenizers hardly ever divide alike.
 PROBE = "Zoë's 3 quick-brown foxes paid $1,250.75 (tax included)!\n\tdef f(x): return x**2  # naïve"
 # What only takes tokens away, by their order or by name, leaves the others as likely as they were to each other.
-BY_ORDER = re.compile(r"(Epsilon|Eta|MinP|Temperature|TopH|TopK|TopP|Typical)LogitsWarper|LogitNormalization")
+BY_ORDER = re.compile(r"(Epsilon|Eta|MinP|Temperature|TopK|TopP|Typical)LogitsWarper|LogitNormalization")
 NEEDS_LOGITS = re.compile(r"(Encoder)?RepetitionPenaltyLogitsProcessor|ExponentialDecayLengthPenalty")
 TAKES_AWAY = re.compile(
     r"(Forced[BE]OSToken|InfNanRemove|Min(NewTokens)?Length|NoBadWords|NoRepeatNGram|SuppressTokens(AtBegin)?)"
     r"LogitsProcessor"
 )
+
+
+@dataclass
+class RemoteOutput(CausalLMOutputWithPast):
+    """What a remote LLM tells: `least` `[asked]` is the smallest log-probability of those that came unasked."""
+
+    least: Any = None
+    errors: Any = None  # by number of the question
 
 
 class RemoteLM(PreTrainedModel, GenerationMixin):
@@ -66,13 +76,22 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
         max_connections: int = 64,
         **kwargs: Any,
     ):
+        arguments: dict[str, Any] = {
+            "url": url,
+            "model": model,
+            "api_key": api_key,
+            "config": config,
+            "logprobs": logprobs,
+        }
+        arguments |= {"timeout": timeout, "max_connections": max_connections, **kwargs}
         unknown = kwargs.keys() - {*HUB_KEYWORDS, "revision", "subfolder", "trust_remote_code"}
         if unknown:
             raise ValueError(f"llm: {', '.join(sorted(unknown))}: expected none of these, the LLM is not loaded here.")
-        if logprobs < 1 or timeout <= 0 or max_connections < 1:
+        is_number = isinstance(timeout, int | float) and 0 < timeout < 1e9
+        if not (is_number and all(isinstance(one, int) and one >= 1 for one in (logprobs, max_connections))):
             raise ValueError(
-                "logprobs, timeout, max_connections: expected at least 1, more than 0 and at least 1, "
-                f"got {logprobs}, {timeout} and {max_connections}."
+                "logprobs, timeout, max_connections: expected at least 1, seconds above 0 and at least 1, "
+                f"got {logprobs!r}, {timeout!r} and {max_connections!r}."
             )
         # 1. The server, and the model there.
         endpoint = Endpoint(url, os.environ.get(API_KEY) if api_key is None else api_key, timeout, max_connections)
@@ -93,15 +112,31 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
             text.max_position_embeddings = min(getattr(text, "max_position_embeddings", None) or limit, limit)
         super().__init__(of_model)
         self.name_or_path = name
-        self.endpoint = endpoint
+        self.endpoint, self.limit = endpoint, limit
         self.size = int(of_model.get_text_config().vocab_size)
         self.logprobs = min(logprobs, self.size)
         self.protocol = protocol(endpoint, entry["id"], self.logprobs)
-        self.head = torch.nn.Identity()
+        self.head, self.arguments = torch.nn.Identity(), arguments
         # 3. Whether it is that model.
         check_same_model(self, load_tokenizer(name, **kwargs))
-        self.generation_config = exact_settings(self, kwargs)
+        with suppress(OSError):
+            self.generation_config = GenerationConfig.from_pretrained(name, **kwargs)
+        self.make_exact(self.generation_config)
         self.eval()
+
+    def make_exact(self, settings: GenerationConfig) -> None:
+        """Leave out or lower what generation settings of a model say that is not exact here, with a warning."""
+        name, penalty, top_k = self.name_or_path, settings.repetition_penalty, settings.top_k
+        if penalty not in (None, 1.0):
+            logger.warning(f"repetition_penalty={penalty} of {name} is left out: the LLM is remote.")
+            settings.repetition_penalty = None
+        if not self.is_complete and not 0 < (top_k or 0) <= self.logprobs:
+            if settings.do_sample:
+                logger.warning(f"top_k={top_k} of {name} is now {self.logprobs}: the server tells of so many tokens.")
+            settings.top_k = self.logprobs
+
+    def __reduce__(self) -> Any:
+        return remade, (self.arguments,)
 
     def __deepcopy__(self, memo: Any) -> "RemoteLM":
         return self
@@ -133,7 +168,8 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
     def num_parameters(self, *args: Any, **kwargs: Any) -> int:
         """Return the number of parameters that the configuration tells."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).num_parameters()
+            one = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False, attn_implementation="eager")
+        return one.num_parameters()
 
     def forward(
         self,
@@ -190,11 +226,28 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
             texts[row] = seen.tolist(), asks
             order.append(number)
         # 3. The server's answers, where they belong.
-        logits = torch.full((len(places), self.size), -torch.inf)
+        logits, least = torch.full((len(places), self.size), -torch.inf), torch.zeros(len(places))
         answers = self.protocol.judge(list(texts.values())) if texts else []
+        errors = dict[int, BaseException]()
         for number, found in zip(order, (one for of_text in answers for one in of_text), strict=True):
+            if isinstance(found, BaseException):
+                errors[number] = found
+                continue
             logits[number, self._checked(found)] = torch.tensor(list(found.values()))
-        return CausalLMOutputWithPast(logits=logits.view(*shape, self.size), **{CACHE: past})
+            # One that was asked about may lie below those of which the server tells by itself.
+            known = sorted(found.values(), reverse=True)
+            least[number] = -torch.inf if self.is_complete else known[self.logprobs - 1]
+        if asked is None:
+            checked(list(errors.values()))
+        return RemoteOutput(logits=logits.view(*shape, self.size), **{CACHE: past}, least=least, errors=errors)
+
+    def needed(self, choice: Choice) -> int:
+        """Return of how many tokens the server must tell for a sequence that chooses like this."""
+        if choice.generator is None or self.is_complete:
+            return 1
+        top_k = [one.top_k for one in choice.processors if type(one).__name__ == "TopKLogitsWarper"]
+        taken = [tokens_taken(one) for one in choice.processors if TAKES_AWAY.fullmatch(type(one).__name__)]
+        return min(top_k, default=self.logprobs) + sum(taken)
 
     def read(self, texts: Sequence[tuple[list[int], int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return for the last places of each text the likeliest tokens and the log-probabilities of its own."""
@@ -210,9 +263,10 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
         return self.protocol.complete(texts, lengths, ends)
 
     def _checked(self, found: Found) -> list[int]:
-        if max(found) >= self.size or min(found) < 0:
+        wrong = [token for token in found if not 0 <= token < self.size]
+        if wrong:
             raise ValueError(
-                f"llm: {self.endpoint.url} answers with the token id {max(found)}, but {self.name_or_path} has "
+                f"llm: {self.endpoint.url} answers with the token id {wrong[0]}, but {self.name_or_path} has "
                 f"{self.size} tokens. Pass config=..., the name or path of the model that the server has."
             )
         return list(found)
@@ -230,7 +284,13 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
         )
 
     def check_call(self, processors: Any, settings: GenerationConfig) -> None:
-        """Raise an error for what cannot be exact with log-probabilities of the likeliest tokens."""
+        """Raise an error for what the server cannot do, or not exactly."""
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if self.limit and longest and settings.max_length and settings.max_length > longest:
+            raise ValueError(
+                f"max_new_tokens: prompt and output may have {settings.max_length} tokens here, but the LLM's server "
+                f"takes {longest}. Ask for fewer."
+            )
         if settings.num_beams and settings.num_beams > 1 and not self.is_complete:
             raise InexactError("num_beams", f"beams need all tokens, and {self.why}")
         if settings.return_dict_in_generate and (settings.output_logits or settings.output_scores):
@@ -275,31 +335,23 @@ def tokens_taken(processor: Any) -> int:
     return max(counts) if counts else 1 << 30
 
 
-def exact_settings(llm: RemoteLM, where: Mapping[str, Any]) -> GenerationConfig:
-    """Return a model's generation settings without those that a remote LLM cannot follow exactly, with a warning."""
-    name, logprobs = llm.name_or_path, llm.logprobs
-    try:
-        settings = GenerationConfig.from_pretrained(name, **where)
-    except OSError:
-        return llm.generation_config
-    if settings.repetition_penalty not in (None, 1.0):
-        logger.warning(f"repetition_penalty={settings.repetition_penalty} of {name} is left out: the LLM is remote.")
-        settings.repetition_penalty = None
-    if not llm.is_complete and settings.do_sample and not 0 < (settings.top_k or 0) <= logprobs:
-        logger.warning(f"top_k={settings.top_k} of {name} is now {logprobs}, as many as the server gives logprobs.")
-        settings.top_k = logprobs
-    return settings
+def remade(arguments: dict[str, Any]) -> RemoteLM:
+    """Return the same remote LLM in another process."""
+    return RemoteLM(**arguments)
 
 
 def check_same_model(llm: RemoteLM, tokenizer: Any) -> None:
     """Raise an error where the server's model has another vocabulary or another tokenizer."""
     url, name = llm.endpoint.url, llm.name_or_path
     another = f"another model than {name} is behind {url}. Pass model=... and config=... that belong together."
-    llm.protocol.judge([([0], [Ask(1)])])
-    try:
-        llm.protocol.judge([([llm.size - 1], [Ask(1)])])
-    except ValueError as error:
-        raise ValueError(f"llm: it refuses the token id {llm.size - 1}: {another} ({error})") from error
+    for (verdict,) in llm.protocol.judge([([0], [Ask(1)])]):
+        llm._checked(checked([verdict])[0])
+    for (verdict,) in llm.protocol.judge([([llm.size - 1], [Ask(1)])]):
+        if isinstance(verdict, BaseException):
+            raise ValueError(f"llm: it refuses the token id {llm.size - 1}: {another} ({verdict})") from verdict
+    beyond = max(llm.size, 0 if tokenizer is None else len(tokenizer))
+    if llm.protocol.takes(beyond):
+        raise ValueError(f"llm: it has a token id {beyond}, beyond the table of {llm.size} rows: {another}")
     if tokenizer is None:
         return
     own = tokenizer(PROBE, add_special_tokens=False).input_ids

@@ -167,10 +167,9 @@ def answer_length(request: Any, prompt_tokens: int, usual: int | None, most: int
 class UsedTokens(LogitsProcessor):
     """OpenAI's penalties, which transformers does not have: on the logits, for tokens of the answer alone."""
 
-    field = "frequency_penalty"
-
     def __init__(self, request: Request, prompt_tokens: int):
         self.prompt_tokens = prompt_tokens
+        self.field = "frequency_penalty" if request.frequency_penalty else "presence_penalty"
         self.frequency, self.presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

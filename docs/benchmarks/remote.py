@@ -7,6 +7,7 @@ The pair is the shipped one, with the confidence router and a veto of 0.3. Witho
 stand-in for vLLM, in a process of its own; with it, a real one: `vllm serve citer_hf/demo/pair/llm --tokenizer
 citer_hf/demo/pair --dtype float32`. The first table has one, 8 and 32 sequences at a time. The second adds round trips
 to the stand-in, for LLMs whose step takes so long, and states how much longer 8 sequences take than without.
+Labels per second are those of 24 examples with 48 roll-outs, which the LLM writes.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from citer_hf import DEMO_PAIR, CiterForCausalLM, RemoteLM
+from citer_hf import DEMO_PAIR, CiterForCausalLM, RemoteLM, label_preferences
 from citer_hf.demo.problems import problems
 from citer_hf.evaluation.decode import decode
 from tests.llm_server import serving_llm
@@ -59,7 +61,7 @@ def pair_of(url: str | None) -> Any:
     shipped = CiterForCausalLM.from_pretrained(DEMO_PAIR)
     llm: Any = shipped.llm if url is None else RemoteLM(url, config=DEMO_PAIR / "llm")
     pair = CiterForCausalLM.from_pair(shipped.slm, llm, router="confidence")
-    pair.generation_config = shipped.generation_config
+    pair.generation_config, pair._tokenizer = shipped.generation_config, shipped.load_tokenizer()
     return pair
 
 
@@ -81,6 +83,15 @@ def median(pair: Any, prompts: list[list[int]], args: argparse.Namespace) -> dic
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
+def labels_per_second(pair: Any) -> float:
+    """Label reference answers, with answers of the LLM where the SLM is wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        examples = [vars(one) for one in problems("train", 5, 24)]
+        began = time.perf_counter()
+        labels = label_preferences(pair, examples, "math", Path(folder) / "labels", router_threshold=2, rollouts=48)
+        return len(labels.case) / (time.perf_counter() - began)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="A vLLM or SGLang server that has the shipped pair's LLM.")
@@ -90,14 +101,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     local = pair_of(None)
-    tokenizer = CiterForCausalLM.from_pretrained(DEMO_PAIR).load_tokenizer()
-    prompts = [tokenizer(one.prompt).input_ids for one in problems("test", 5, 32)]
+    prompts = [local.load_tokenizer()(one.prompt).input_ids for one in problems("test", 5, 32)]
     found: dict[str, Any] = {"sequences": {}, "round_trips": {}}
     with served() as stand_in_url:
         remote = pair_of(args.url or stand_in_url)
         for count in (1, 8, 32):
             here, there = (median(pair, prompts[:count], args) for pair in (local, remote))
             found["sequences"][count] = {**there, "local_s": here["s"]}
+        found["labels"] = {"remote": labels_per_second(remote), "local": labels_per_second(local)}
     if args.url is None:
         for step in STEPS:
             with served(0.0, step) as url:
@@ -115,6 +126,7 @@ def main() -> None:
     for count, one in found["sequences"].items():
         speeds = f"{1 / one['s']:.1f} | {1 / one['local_s']:.1f}"
         print(f"| {count} | {speeds} | {one['requests']:.2f} | {one['bytes']:.0f} | {one['waiting']:.2f} |")
+    print("\nLabels per second: remote {remote:.1f}, local {local:.1f}".format(**found["labels"]))
     if found["round_trips"]:
         print("\n| round trip | " + " | ".join(f"LLM step of {1000 * step:g} ms" for step in STEPS) + " |")
         print("| --- " * (len(STEPS) + 1) + "|")

@@ -1,8 +1,11 @@
 """A pair whose LLM is on a server decides as the same pair with the LLM in the process."""
 
 import copy
+import gc
 import json
 import os
+import pickle
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +18,15 @@ import torch
 from citer_hf import DEMO_PAIR, CiterForCausalLM, RemoteLM
 from citer_hf.demo.problems import problems
 from citer_hf.evaluation.decode import decode
+from citer_hf.model.engine import Engine
+from citer_hf.model.sampling import Stops
+from citer_hf.model.sequence import Sequence as Text
 from citer_hf.training.labels import Labels
 from tests.chat_pairs import QUICK_BENCH, character_tokenizer, invoke
 from tests.conftest import left_padded, random_prompts
 from tests.families import EOS, PAD, tiny_model
 from tests.llm_server import LLMServer, serving_llm
-from tests.served import serving
+from tests.served import serving, wait_until
 
 KINDS = ("vllm", "sglang")
 SETTINGS: list[dict[str, Any]] = [
@@ -197,6 +203,10 @@ def vllm(tmp_path: Path) -> Iterator[Reached]:
         ({"logprobs": 21}, "refuses the request: 21 logprobs"),
         ({"logprobs": 0}, "logprobs, timeout, max_connections: expected at least 1"),
         ({"device_map": "auto"}, "device_map: expected none of these"),
+        ({"timeout": "soon"}, "logprobs, timeout, max_connections"),
+        ({"api_key": "k\u00e9y"}, "api_key: expected printable ASCII"),
+        ({"url": "http://me:secret@127.0.0.1/v1"}, "url: expected an address without a user"),
+        ({"url": "http://127.0.0.1:99999/v1"}, "url: expected an address such as"),
     ],
 )
 def test_a_wrong_argument_is_named(vllm: Reached, options: dict[str, Any], error: str) -> None:
@@ -209,6 +219,8 @@ def test_another_model_or_tokenizer_behind_the_name_is_found(vllm: Reached, tmp_
     server, folder = vllm
     with pytest.raises(ValueError, match=r"refuses the token id 69.*another model"):
         RemoteLM(server.url, api_key="right", config=saved(tmp_path / "larger", vocab_size=70))
+    with pytest.raises(ValueError, match=r"answers with the token id|beyond the table of 50 rows"):
+        RemoteLM(server.url, api_key="right", config=saved(tmp_path / "smaller", vocab_size=50))
     server.tokenizer = character_tokenizer(characters="zyxwvutsrqponmlkjihgfedcba0123456789 \n.,?!:;'-+*=/()[]<>_&")
     with pytest.raises(ValueError, match="divides a text into other tokens"):
         RemoteLM(server.url, api_key="right", config=folder)
@@ -226,7 +238,7 @@ def cut(handler: Any, body: dict[str, Any]) -> bool:
 
 FAULTS: list[tuple[Any, str]] = [
     (telling({"token_id:5": -0.1, "token_id:6": -3.0}), "gives 2 log-probabilities .* expected 20. Pass logprobs=2"),
-    (telling({f"token_id:{55 + number}": -number for number in range(20)}), "token id 74, but .* has 61 tokens"),
+    (telling({f"token_id:{55 + number}": -number for number in range(20)}), "token id 61, but .* has 61 tokens"),
     (cut, "request completions: .*Is it running"),
     (lambda handler, body: handler.answer(503, {"error": "busy"}), "status 503.*busy"),
     (lambda handler, body: handler.answer(200, b"<html>"), "expected JSON, got '<html>'"),
@@ -249,6 +261,61 @@ def test_a_server_that_fails_ends_the_call_in_time_and_is_used_again(vllm: Reach
     server.fault = None
     time.sleep(0.6)
     assert torch.equal(pair.generate(**left_padded(random_prompts((6,))), **settings), expected)
+
+
+def test_one_failing_request_ends_its_own_sequence_alone(vllm: Reached) -> None:
+    server, folder = vllm
+    remote = RemoteLM(server.url, api_key="right", config=folder)
+    pair = CiterForCausalLM.from_pair(tiny_model("llama"), remote, router="random", router_threshold=2.0)
+    sequences = [Text([5, 6, number], Stops(12), 2.0) for number in range(7, 11)]
+    server.fault = lambda handler, body: body.get("prompt", [])[:3] == [5, 6, 8] and handler.answer(500, {})
+    engine = Engine(pair, 4)
+    for one in sequences:
+        engine.submit(one)
+    engine.run()
+    assert [isinstance(one.error, ConnectionError) for one in sequences] == [False, True, False, False]
+    assert [len(one.record) for one in sequences] == [9, 0, 9, 9]
+
+
+def test_what_the_server_tells_must_decide_the_token(tmp_path: Path) -> None:
+    folder = saved(tmp_path, vocab_size=90)
+    with serving_llm(tiny_model("llama", 1, vocab_size=90)) as server:
+        remote = CiterForCausalLM.from_pair(tiny_model("llama"), RemoteLM(server.url, config=folder), router="random")
+        local = CiterForCausalLM.from_pair(tiny_model("llama"), server.model, router="random")
+        found = []
+        for seed in range(12):
+            texts = []
+            for model in (local, remote):
+                torch.manual_seed(seed)
+                settings = {
+                    "do_sample": True,
+                    "top_k": 20 if seed % 2 else 8,
+                    "max_new_tokens": 8,
+                    "pad_token_id": PAD,
+                }
+                try:
+                    texts.append(model.generate(torch.tensor([[5, 6]]), router_threshold=2.0, **settings).tolist())
+                except ValueError as error:
+                    texts.append(str(error))
+            found.append(texts[0] == texts[1] or "do not decide" in texts[1])
+        assert all(found)
+        few = RemoteLM(server.url, config=folder, logprobs=5)
+        few_pair = CiterForCausalLM.from_pair(tiny_model("llama"), few, router="random", router_threshold=0.3)
+        with pytest.raises(ValueError, match="do not decide"):
+            few_pair.generate(torch.tensor([[5, 6]]), llm_veto=0.5, suppress_tokens=list(range(40)), max_new_tokens=20)
+
+
+def test_a_fork_and_a_copy_ask_for_themselves_and_nothing_is_left_of_one_that_is_gone(vllm: Reached) -> None:
+    server, folder = vllm
+    remote = RemoteLM(server.url, api_key=" right\n", config=folder)
+    before, expected = threading.active_count(), remote.complete([[5, 6]], [4], [])
+    assert pickle.loads(pickle.dumps(remote)).complete([[5, 6]], [4], []) == expected
+    gc.collect()
+    wait_until(lambda: threading.active_count() <= before + 1)
+    child = os.fork()
+    if child == 0:
+        os._exit(remote.complete([[5, 6]], [4], []) != expected)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_short_failure_is_not_seen(vllm: Reached) -> None:
