@@ -130,9 +130,8 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
         if penalty not in (None, 1.0):
             logger.warning(f"repetition_penalty={penalty} of {name} is left out: the LLM is remote.")
             settings.repetition_penalty = None
-        if not self.is_complete and not 0 < (top_k or 0) <= self.logprobs:
-            if settings.do_sample:
-                logger.warning(f"top_k={top_k} of {name} is now {self.logprobs}: the server tells of so many tokens.")
+        if settings.do_sample and not self.is_complete and not 0 < (top_k or 0) <= self.logprobs:
+            logger.warning(f"top_k={top_k} of {name} is now {self.logprobs}: the server tells of so many tokens.")
             settings.top_k = self.logprobs
 
     def __reduce__(self) -> Any:

@@ -136,6 +136,9 @@ def generation_settings(model: Any, request: Request, length: int) -> Generation
         settings.update(do_sample=False, temperature=1.0, top_p=1.0, min_p=None)
     elif sampling:
         settings.update(do_sample=True, **sampling)
+        if getattr(model.llm, "is_remote", False) and request.top_k is None:
+            # Its server tells of so many tokens.
+            settings.update(top_k=min(settings.top_k or model.llm.logprobs, model.llm.logprobs))
     if request.repetition_penalty is not None:
         settings.update(repetition_penalty=request.repetition_penalty)
     for token in request.logit_bias or {}:

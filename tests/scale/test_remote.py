@@ -350,6 +350,7 @@ def test_a_server_of_the_pair_answers_many_and_tells_when_the_llm_is_gone(served
         expected = [ask(server, number) for number in range(8)]
     with serving(remote) as server, ThreadPoolExecutor(8) as clients:
         assert list(clients.map(lambda number: ask(server, number), range(8))) == expected
+        assert server.complete("a", temperature=1, seed=3).choices[0].text
         with pytest.raises(Exception, match=r"400.*top_k"):
             server.complete("a", temperature=1, extra_body={"top_k": 30})
         served[0].fault = lambda handler, body: handler.answer(503, {})
