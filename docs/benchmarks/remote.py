@@ -6,7 +6,7 @@
 The pair is the shipped one, with the confidence router and a veto of 0.3. Without `--url`, the server is the tests'
 stand-in for vLLM, in a process of its own; with it, a real one: `vllm serve citer_hf/demo/pair/llm --tokenizer
 citer_hf/demo/pair --dtype float32`. The first table has one, 8 and 32 sequences at a time. The second adds round trips
-to the stand-in, for LLMs whose step takes so long, and states how much longer 8 sequences take than without.
+to the stand-in, for LLMs whose step takes so long, and states how much longer one sequence takes than without.
 Labels per second are those of 24 examples with 48 roll-outs, which the LLM writes.
 """
 
@@ -112,10 +112,10 @@ def main() -> None:
     if args.url is None:
         for step in STEPS:
             with served(0.0, step) as url:
-                base = median(pair_of(url), prompts[:8], args)["s"]
+                base = median(pair_of(url), prompts[:1], args)["s"]
             for delay in ROUND_TRIPS:
                 with served(delay, step) as url:
-                    found["round_trips"][f"{delay}, {step}"] = median(pair_of(url), prompts[:8], args)["s"] / base
+                    found["round_trips"][f"{delay}, {step}"] = median(pair_of(url), prompts[:1], args)["s"] / base
     if args.json:
         print(json.dumps(found, indent=2))
         return
