@@ -314,7 +314,7 @@ class RemoteLM(PreTrainedModel, GenerationMixin):
 
 def field_of(processor: Any) -> str:
     """Return the name of the setting that stands behind a processor, as far as it is known."""
-    name = type(processor).__name__.replace("LogitsProcessor", "")
+    name = re.sub("Logits(Processor|Warper)", "", type(processor).__name__)
     return getattr(processor, "field", re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
 
 
