@@ -271,7 +271,8 @@ class Engine:
         ]
         distances = [len(sequences[row].drafts) - index for row, index in judged]
         columns = sorted(set(distances), reverse=True)
-        places = [(row, columns.index(distance)) for (row, _), distance in zip(judged, distances, strict=True)]
+        column = {distance: index for index, distance in enumerate(columns)}
+        places = [(row, column[distance]) for (row, _), distance in zip(judged, distances, strict=True)]
         positions = [(sequences[row], len(sequences[row].record) + index) for row, index in judged]
         tokens = [one.tokens[one.begin - one.origin + place] for one, place in positions]
         asked: Asked | None = None
@@ -285,8 +286,8 @@ class Engine:
         drafted = torch.tensor(tokens)
         kept, scores, best = self._choose(positions, logits)
         least = torch.tensor([math.log(one.veto) if one.veto else -math.inf for one, _ in positions])
-        own, most = scores.gather(1, drafted.to(scores.device)[:, None])[:, 0], scores.amax(dim=-1)
-        stands = (own >= most + least.to(scores.device)).tolist()
+        own = scores.gather(1, drafted.to(scores.device)[:, None])[:, 0]
+        stands = (own >= scores.amax(dim=-1) + least.to(scores.device)).tolist()
         if self.passes.remote:
             self._end_undecided([one for one, _ in positions], logits, scores, told)
         verdicts: list[dict[int, tuple[int, bool, Any]]] = [{} for _ in sequences]

@@ -53,7 +53,8 @@ def or_error(found: Callable[..., Found]) -> Callable[..., Verdict]:
     @wraps(found)
     def run(protocol: Any, answer: Any, *rest: Any) -> Verdict:
         try:
-            return answer if isinstance(answer, BaseException) else found(protocol, answer, *rest)
+            with understood(protocol.endpoint):
+                return answer if isinstance(answer, BaseException) else found(protocol, answer, *rest)
         except RemoteError as error:
             return error
 
@@ -228,9 +229,8 @@ class VLLM:
 
     @or_error
     def _found(self, answer: Any) -> Found:
-        with understood(self.endpoint):
-            top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-            return enough(self, {number(token): one for token, one in top.items()})
+        top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        return enough(self, {number(token): one for token, one in top.items()})
 
     def read(self, texts: Sequence[tuple[list[int], int]]) -> list[list[Found]]:
         """Return log-probabilities at the last places of each text, in one pass beside the prefix cache."""
@@ -296,15 +296,14 @@ class SGLang:
 
     @or_error
     def _found(self, answer: Any, ids: list[int], ask: Ask) -> Found:
-        with understood(self.endpoint):
-            told = answer["meta_info"]
-            if ask.length == len(ids):
-                more = (told.get("output_token_ids_logprobs") or [None])[0] or []
-                return enough(self, {one[1]: one[0] for one in [*told["output_top_logprobs"][0], *more]})
-            # Entries end with the last token of the text.
-            place = ask.length - len(ids)
-            own = told["input_token_logprobs"][place]
-            return enough(self, {one[1]: one[0] for one in [*told["input_top_logprobs"][place], own]})
+        told = answer["meta_info"]
+        if ask.length == len(ids):
+            more = (told.get("output_token_ids_logprobs") or [None])[0] or []
+            return enough(self, {one[1]: one[0] for one in [*told["output_top_logprobs"][0], *more]})
+        # Entries end with the last token of the text.
+        place = ask.length - len(ids)
+        own = told["input_token_logprobs"][place]
+        return enough(self, {one[1]: one[0] for one in [*told["input_top_logprobs"][place], own]})
 
     def read(self, texts: Sequence[tuple[list[int], int]]) -> list[list[Found]]:
         """Return log-probabilities at the last places of each text."""

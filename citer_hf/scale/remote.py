@@ -343,11 +343,10 @@ def check_same_model(llm: RemoteLM, tokenizer: Any) -> None:
     """Raise an error where the server's model has another vocabulary or another tokenizer."""
     url, name = llm.endpoint.url, llm.name_or_path
     another = f"another model than {name} is behind {url}. Pass model=... and config=... that belong together."
-    for (verdict,) in llm.protocol.judge([([0], [Ask(1)])]):
-        llm._checked(checked([verdict])[0])
-    for (verdict,) in llm.protocol.judge([([llm.size - 1], [Ask(1)])]):
-        if isinstance(verdict, BaseException):
-            raise ValueError(f"llm: it refuses the token id {llm.size - 1}: {another} ({verdict})") from verdict
+    (first,), (last,) = llm.protocol.judge([([0], [Ask(1)]), ([llm.size - 1], [Ask(1)])])
+    llm._checked(checked([first])[0])
+    if isinstance(last, BaseException):
+        raise ValueError(f"llm: it refuses the token id {llm.size - 1}: {another} ({last})") from last
     beyond = max(llm.size, 0 if tokenizer is None else len(tokenizer))
     if llm.protocol.takes(beyond):
         raise ValueError(f"llm: it has a token id {beyond}, beyond the table of {llm.size} rows: {another}")
