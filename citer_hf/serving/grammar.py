@@ -24,6 +24,9 @@ HOLD_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalPr
 TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,)}
 TYPES |= {"null": (type(None),), "object": (dict,), "array": (list,)}
 
+# Bytes that xgrammar lets into strings, though no JSON has them: control characters, and what is not UTF-8.
+FOREIGN = re.compile(rb"[\x00-\x1f\xc0\xc1\xf5-\xff]|\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]|\xf4[\x90-\xbf]")
+
 
 class Grammars:
     """The grammars of a tokenizer, each compiled once.
@@ -37,7 +40,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: list[int]):
         self.tokenizer, self.vocabulary, self.end_tokens = tokenizer, vocabulary, end_tokens
         self._compiler: Any = None
-        self.texts, self.never = list[bytes](), torch.empty(0)
+        self.texts, self._never = list[bytes](), dict[bytes, torch.Tensor]()
 
     def mask(self, request: Request, prompt_tokens: int, thinks: str) -> "list[LogitsProcessor]":
         """Return what keeps an answer in the form that a request asks for, or nothing where it may have any.
@@ -56,8 +59,6 @@ class Grammars:
                     self.tokenizer, vocab_size=self.vocabulary, stop_token_ids=self.end_tokens
                 )
                 self._compiler, self.texts = xgrammar.GrammarCompiler(info), info.decoded_vocab
-                # xgrammar lets control characters into strings of a given length, where JSON has none.
-                self.never = torch.tensor([[any(byte < 32 for byte in text) for text in self.texts]])
             if fault := not_followed(schema):
                 raise ValueError(f"{fault} is not followed; leave it out")
             # White space that nothing ends would be valid too.
@@ -68,6 +69,14 @@ class Grammars:
             # The schema is a client's.
             raise refusal(param, f"no schema that can be followed: {str(error)[:200]}") from error
         return [Mask(xgrammar, grammar, self, prompt_tokens, thinks)]
+
+    def never(self, before: int | None) -> torch.Tensor:
+        """Return the tokens that no JSON has behind the token `before`, [1, vocabulary]: they hold foreign bytes."""
+        last = b"" if before is None else self.texts[before][-1:]
+        begun = last if last in (b"\xe0", b"\xed", b"\xf0", b"\xf4") else b""
+        if begun not in self._never:
+            self._never[begun] = torch.tensor([[bool(FOREIGN.search(begun + text)) for text in self.texts]])
+        return self._never[begun]
 
 
 def not_followed(schema: Any) -> str:
@@ -175,7 +184,8 @@ class Mask(LogitsProcessor):
         self._matcher.fill_next_token_bitmask(bits)
         allowed = torch.zeros(1, scores.shape[-1])
         self._xgrammar.apply_token_bitmask_inplace(allowed, bits)
-        scores = scores.masked_fill(((allowed < 0) | self._of.never).to(scores.device), -torch.inf)
+        never = self._of.never(answer[-1] if answer else None)
+        scores = scores.masked_fill(((allowed < 0) | never).to(scores.device), -torch.inf)
         if scores.isinf().all():
             # It is complete, or nothing fits: the answer ends, whatever else suppresses end tokens.
             scores[:, self._of.end_tokens] = 0

@@ -206,8 +206,10 @@ class AnswerText:
             self._plain.append(token)
             self._given, self._waits = self._given + len(text), not text
             return self._parsed(self._stop.feed(text))
-        parts = self._flushed()
-        return parts if ends else parts + self._parsed(self._stop.feed(special, shown=special in self._marks))
+        shown = special in self._marks
+        # A special token that is not shown may stand between the bytes of a character.
+        parts = self._flushed() if ends or shown else []
+        return parts if ends else parts + self._parsed(self._stop.feed(special, shown))
 
     def rest(self) -> list[Any]:
         """Return what was held back, when no more tokens come."""

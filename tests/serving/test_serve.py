@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from citer_hf.serving.text import StopText
+from citer_hf.serving.grammar import Grammars
+from citer_hf.serving.schema import ChatRequest
+from citer_hf.serving.text import AnswerText, StopText
 from tests.chat_pairs import PUBLISHED, character_tokenizer, chat_pair, save_demo_pair
 from tests.conftest import make_pair
 from tests.served import MARKUP, NAME, HeldRouter, Served, command, scripted, serving, told, wait_until
@@ -367,12 +369,44 @@ class Whole(pydantic.BaseModel):
     parts: list[Part] = pydantic.Field(max_length=2)
 
 
-def test_a_tokenizer_of_bytes_writes_valid_forms_and_loses_no_part_of_a_character() -> None:
+def of_bytes() -> Any:
+    """Return a tokenizer with a token for each byte."""
     names = ["<pad>", "<bos>", "<eos>"]
-    own = Tokenizer(models.BPE({one: n for n, one in enumerate([*names, *ByteLevel.alphabet()])}, []))
+    own = Tokenizer(models.BPE({one: n for n, one in enumerate([*names, *sorted(ByteLevel.alphabet())])}, []))
     own.pre_tokenizer, own.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = dict(zip(("pad_token", "bos_token", "eos_token"), names, strict=True))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, chat_template=MARKUP, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=own, chat_template=MARKUP, **special)
+
+
+def test_a_special_token_that_is_not_shown_does_not_divide_a_character() -> None:
+    tokenizer = of_bytes()
+    first, second = tokenizer("\u00e9").input_ids
+    text = AnswerText(tokenizer, {0: "<pad>"}, stops=(), parser=None)
+    parts = [part for token in (first, 0, second) for part in text.feed(token)]
+    assert "".join(parts + text.rest()) == "\u00e9"
+
+
+def test_strings_of_a_form_are_utf_8() -> None:
+    pytest.importorskip("xgrammar")
+    grammars = Grammars(of_bytes(), vocabulary=259, end_tokens=[2])
+    form: Any = {"type": "json_schema", "json_schema": {"name": "f", "schema": {"type": "string", "maxLength": 4}}}
+    request = ChatRequest(messages=SHORT_CHAT, response_format=form)
+    (mask,) = grammars.mask(request, prompt_tokens=0, thinks="")
+    opened = grammars.tokenizer('"', add_special_tokens=False).input_ids
+
+    def texts(tokens: list[int]) -> list[list[int]]:
+        allowed = mask(torch.tensor([tokens]), torch.zeros(1, 259))[0].isfinite().nonzero().flatten()
+        return [[*tokens, token] for token in allowed.tolist()]
+
+    def can_end(begun: bytes) -> bool:
+        return any("\ufffd" not in (begun + b"\x80" * n).decode(errors="replace") for n in range(3))
+
+    begun = [b"".join(grammars.texts[t] for t in two) for one in texts(opened) for two in texts(one)]
+    assert len(begun) > 9000 and not [one for one in begun if not can_end(one)]
+
+
+def test_a_tokenizer_of_bytes_writes_valid_forms_and_loses_no_part_of_a_character() -> None:
+    tokenizer = of_bytes()
     pair, _ = scripted("", ends=False, of=tokenizer)
     tool: Any = {"type": "function", "function": {"name": "f", "parameters": Whole.model_json_schema()}}
     with serving(pair, tokenizer) as server:
