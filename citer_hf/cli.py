@@ -363,14 +363,15 @@ def calibrate(
     data: Data,
     reading: Reading,
     options: Annotated[Options, "evaluation.calibrate.CalibrateOptions"],
-    checker: Annotated[str | None, flag("NAME", "As for `citer label`; --accuracy needs it.")] = None,
+    checker: Annotated[str | None, flag("NAME", "As for `citer label`; only --llm-share needs none.")] = None,
+    out: Annotated[Path | None, flag("DIR", "Save the pair with what was found; DIR does not exist yet.")] = None,
 ) -> None:
-    """Find the threshold for a budget: an LLM share, or a fraction of the LLM's accuracy."""
+    """Find threshold and veto for a budget: a part of the LLM's accuracy, a speed, or an LLM share."""
     from .data.examples import read_examples
     from .evaluation.calibrate import calibrate
 
     examples = read_examples(data, needs=("answer",), **reading)
-    say(calibrate(load_pair(pair), examples, checker, **options).summary())
+    say(calibrate(load_pair(pair), examples, checker, out, **options).summary())
 
 
 @command

@@ -60,8 +60,12 @@ def decode(
     max_new_tokens: int | Sequence[int],
     alone: Alone | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    paced: bool = False,
 ) -> list[Output]:
-    """Decode every prompt greedily, with the pair or with one of its models alone, and none of their own settings."""
+    """Decode every prompt greedily, with the pair or with one of its models alone, and none of their own settings.
+
+    With `paced`, measured times decide when the LLM is called, as in `generate`.
+    """
     model.eval()
     limit, ends = model.config.max_position_embeddings, end_tokens(model)
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -76,9 +80,9 @@ def decode(
     if alone == "llm" and getattr(model.llm, "is_remote", False):
         return completed(model, prompts, most, ends)
     began, pair = time.perf_counter(), only(model, alone) if alone else model
-    cache = CiterCache(pair.config)
-    if keeps_slots(cache.slm) and keeps_slots(cache.llm):
-        engine = Engine(pair, min(slots_for(max(lengths), batch_tokens), len(prompts)), cache, pace=Pace(CALL_RATIO))
+    if takes_back(pair):
+        slots, pace = slots_for(max(lengths), batch_tokens), model.pace if paced and not alone else Pace(CALL_RATIO)
+        engine = Engine(pair, min(slots, len(prompts)), CiterCache(pair.config), pace=pace)
         for one in sequences:
             engine.submit(one)
         engine.run()
@@ -98,6 +102,12 @@ def decode(
         )
         for one in sequences
     ]
+
+
+def takes_back(model: CiterForCausalLM) -> bool:
+    """Return True if both models can take tokens back, which drafts and vetoes need."""
+    cache = CiterCache(model.config)
+    return keeps_slots(cache.slm) and keeps_slots(cache.llm)
 
 
 def completed(
@@ -158,6 +168,8 @@ def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example]) -> list
     if not examples:
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
     tokenizer, limit = model.load_tokenizer(), model.config.max_position_embeddings
+    if tokenizer is None:
+        raise ValueError("model: neither base model came with a tokenizer. Save one beside the LLM.")
     return [encode(replace(example, response=None), tokenizer, limit).prompt_ids for example in examples]
 
 

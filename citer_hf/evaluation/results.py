@@ -69,7 +69,8 @@ def bootstrap_interval(
     ratios = []
     for _ in range(resamples):
         chosen = generator.integers(0, len(above), len(above))
-        ratios.append(above[chosen].sum() / below[chosen].sum())
+        if below[chosen].any():
+            ratios.append(above[chosen].sum() / below[chosen].sum())
     low, high = np.percentile(ratios, [2.5, 97.5])
     return float(low), float(high)
 

@@ -24,6 +24,7 @@ class CiterConfig(PreTrainedConfig):
         slm_reference: Where the SLM's weights are: `{"name_or_path", "revision", ...}`. `None` means that they
             are in this repository's own `model.safetensors`. `adapter` in it says where its adapter is, likewise.
         llm_reference: The same for the LLM.
+        calibration: Thresholds and vetoes by quality, and for which pair: what `citer calibrate --quality` found.
         use_cache: Whether `forward` returns a cache when it is not told.
         citer_version: Version of this format that wrote the configuration.
 
@@ -44,6 +45,7 @@ class CiterConfig(PreTrainedConfig):
         llm_veto: float = 0.0,
         slm_reference: dict[str, Any] | None = None,
         llm_reference: dict[str, Any] | None = None,
+        calibration: dict[str, Any] | None = None,
         use_cache: bool = True,
         citer_version: int = CONFIG_VERSION,
         **kwargs: Any,
@@ -57,6 +59,7 @@ class CiterConfig(PreTrainedConfig):
         self.llm_veto: float = as_veto(llm_veto)
         self.slm_reference = slm_reference
         self.llm_reference = llm_reference
+        self.calibration = calibration
         self.use_cache = use_cache
         self.citer_version = min(citer_version, CONFIG_VERSION)
         # The base class hands its own attention and experts implementation (`None` here) down to the

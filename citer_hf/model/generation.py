@@ -11,6 +11,7 @@ from transformers.utils import logging
 from .batch import Call, decode, sequences_of, why_not_decoded
 from .cache import CiterCache, Routing, check_cache
 from .compat import CACHE, CiterBeamOutput, CiterGenerateOutput, cache_of, with_both_names, with_cache_name
+from .quality import dials_of
 from .routers import SLM_ALONE, as_threshold, as_veto
 from .sequence import Sequence
 from .slots import SlotCache
@@ -46,16 +47,17 @@ class CiterGenerationMixin(GenerationMixin):
         router_threshold: float | torch.Tensor | None = None,
         llm_veto: float | torch.Tensor | None = None,
         max_drafts: int | None = None,
+        quality: float | None = None,
         **kwargs: Any,
     ) -> CiterGenerateOutput | CiterBeamOutput | torch.LongTensor:
         """Generate text, each token with the model that the router chooses.
 
         This is `generate` of transformers, with its decoding modes, processors, streamers and stopping criteria, and
-        three keywords of its own. Generation settings are the LLM's, unless the router repository has others.
+        four keywords of its own. Generation settings are the LLM's, unless the router repository has others.
 
         Args:
             inputs: Token ids of the prompts, `[batch, tokens]`, padded on the left; also called `input_ids`.
-            generation_config: Settings; those that are not set are the model's. It may hold the three keywords.
+            generation_config: Settings; those that are not set are the model's. It may hold the first three.
             args: Further arguments of transformers' `generate`.
             router_threshold: A token is flagged, and decided by the LLM, when its score does not reach this: a number
                 from 0 (the SLM alone) to 2 (above 1: the LLM's own text), or a tensor `[batch]`. Default: that of the
@@ -66,6 +68,8 @@ class CiterGenerationMixin(GenerationMixin):
             max_drafts: Most flagged tokens of a sequence that the SLM drafts past before the LLM is called; 0: the LLM
                 is called at the first flagged token, as published (CITER, section 3). The text does not depend on it.
                 Default: decided from measured times.
+            quality: Part of the LLM's accuracy that the text is to keep, above 0; 1: the LLM's own text. It stands for
+                the threshold and the veto that `citer calibrate --quality` found for it.
             kwargs: Any setting of `GenerationConfig`, `attention_mask`, `past_key_values` (a `CiterCache`; also called
                 `cache`), and other keywords of transformers' `generate`.
 
@@ -74,12 +78,17 @@ class CiterGenerationMixin(GenerationMixin):
             `past_key_values.routing` tells which model wrote each token.
 
         Raises:
-            ValueError: for an invalid threshold, veto or setting, input embeddings, or a veto in a mode that cannot
-                have one, such as beams.
+            ValueError: for an invalid threshold, veto or setting, a quality that was not calibrated for this pair,
+                input embeddings, or a veto in a mode that cannot have one, such as beams.
             TypeError: for a cache that is not a `CiterCache`.
         """
         own = {"router_threshold": router_threshold, "llm_veto": llm_veto, "max_drafts": max_drafts}
-        kwargs |= {key: value for key, value in own.items() if value is not None}
+        given = {key: value for key, value in own.items() if value is not None}
+        if quality is not None:
+            if given.keys() & {"router_threshold", "llm_veto"}:
+                raise ValueError("quality: it stands for router_threshold and llm_veto. Give either it or them.")
+            given |= dials_of(self, quality)
+        kwargs |= given
         return with_both_names(super().generate(inputs, generation_config, *args, **with_cache_name(kwargs)))
 
     def as_sequence(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[Sequence, str]:

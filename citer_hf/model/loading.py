@@ -311,7 +311,7 @@ def choose_router(
     with explained("router", name, hub):
         saved, _ = read_config(name, hub)
     spec = {"hidden_size": router_width(saved.slm_config), **saved.router}
-    saved_dials = {name: getattr(saved, name) for name in given}
+    saved_dials = {name: getattr(saved, name) for name in (*given, "calibration")}
     return spec, {**saved_dials, **dials}, load_router(spec, slm_config, name, hub)
 
 
@@ -349,7 +349,7 @@ def with_saved_router(model: Any, source: str) -> Any:
     other.config, other.generation_config = copy.copy(model.config), copy.copy(model.generation_config)
     for settings in (other.config, other.generation_config):
         settings.router_threshold, settings.llm_veto = saved.router_threshold, saved.llm_veto
-    other.config.router = saved.router
+    other.config.router, other.config.calibration = saved.router, saved.calibration
     # Measured and compiled with another router.
     other.pace, other.compiled_steps = type(model.pace)(model.pace.fixed_ratio), type(model.compiled_steps)()
     return other
