@@ -131,7 +131,7 @@ def serving(model: Any, tokenizer: Any = None, **options: Any) -> Iterator[Serve
 
 
 @contextmanager
-def command(directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+def command(directory: Path | str, *options: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
     """`citer serve` of a directory in a process of its own, and a client of it."""
     arguments = [sys.executable, "-m", "citer_hf.cli", "serve", str(directory), "--port", "0", *options]
     here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -5,12 +5,13 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from citer_hf import CiterForCausalLM, evaluate, label_preferences, read_examples
+from citer_hf import CiterForCausalLM, evaluate, label_preferences, read_examples, runs
 from citer_hf.demo import DEMO_PAIR, demo
 from tests.chat_pairs import invoke, save_demo_pair
 from tests.repositories import contents
@@ -94,3 +95,10 @@ def test_what_actors_cannot_load_or_compute_is_the_error_of_the_call(data: Path,
     model._repository = None
     with pytest.raises(ValueError, match="ray: this pair was not loaded from a repository"):
         measure(ray=True)
+
+
+def test_actors_under_a_launcher_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "process_state", lambda: SimpleNamespace(num_processes=2, process_index=0))
+    with pytest.raises(ValueError, match=r"^ray: expected one process"):
+        runs.Work(tmp_path / "out", {}, pool=object())
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.chat_pairs import QUICK_BENCH, character_tokenizer, invoke
 from tests.conftest import left_padded, random_prompts
 from tests.families import EOS, PAD, tiny_model
 from tests.llm_server import LLMServer, serving_llm
-from tests.served import serving, wait_until
+from tests.served import command, serving, wait_until
 
 KINDS = ("vllm", "sglang")
 SETTINGS: list[dict[str, Any]] = [
@@ -386,6 +387,26 @@ def test_commands_take_an_address_and_labels_are_those_of_the_local_pair(tmp_pat
     results = [json.loads((tmp_path / f"{name}-results" / "results.json").read_text()) for name in ("here", "there")]
     assert results[0]["ends"]["llm"]["accuracy"] == results[1]["ends"]["llm"]["accuracy"]
     assert server.url not in json.dumps(results)
+
+
+def test_two_servers_of_the_command_share_one_remote_llm(tmp_path: Path) -> None:
+    model = CiterForCausalLM.from_pretrained(DEMO_PAIR)
+    prompts = [one.prompt for one in problems("test", 3, 4)]
+    with serving_llm(model.llm, model.load_tokenizer(), name="big") as server, ExitStack() as stack:
+        options = ("--llm", f"{server.url}#big", "--llm", f"config={DEMO_PAIR / 'llm'}", "--router-threshold", "2")
+        clients = [stack.enter_context(command("demo", *options))[1] for _ in range(2)]
+
+        def ask(client: Any, prompt: str) -> str:
+            return client.completions.create(model="demo", prompt=prompt, max_tokens=12, temperature=0).choices[0].text
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(ask, clients * 4, [prompt for prompt in prompts for _ in range(2)]))
+    tokenizer = model.load_tokenizer()
+    for number, text in enumerate(found):
+        inputs = tokenizer(prompts[number // 2], return_tensors="pt")
+        ids = model.generate(**inputs, router_threshold=2, max_new_tokens=12, do_sample=False)
+        assert text == tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert server.bodies
 
 
 @pytest.mark.slow
