@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -290,7 +291,8 @@ class _Search:
 
     def __init__(self, trials: _Trials):
         self.trials, self.run = trials, trials.run
-        self.searched, self.fresh = (slice(0, None, 2), slice(1 if len(trials.llm) > 1 else 0, None, 2))
+        self.searched, self.fresh = slice(0, None, 2), slice(1 if len(trials.llm) > 1 else 0, None, 2)
+        self.vetoes = VETOES if takes_back(self.run.model) else VETOES[:1]
         self.seconds: dict[tuple[float, float], list[float]] = {}
         self.llm_seconds: list[float] = []
         if not any(one.correct for one in trials.llm):
@@ -311,7 +313,7 @@ class _Search:
             for dials in sorted(found, key=self.time_of):
                 if dials == lossless or self.kept(dials, self.fresh) >= quality:
                     return self.measured(dials, quality)
-        known = [lossless, *self.ladder()]
+        known = [lossless, *chain.from_iterable(map(self.ladder, self.vetoes))]
         self.time(known)
         enough = [dials for dials in known if self.speedup(dials) >= (speedup or 0)]
         if not enough:
@@ -321,31 +323,18 @@ class _Search:
         chosen = max(enough, key=lambda dials: (self.kept(dials, self.searched), self.speedup(dials)))
         return self.measured(chosen, None)
 
-    def ladder(self, veto: float | None = None) -> list[tuple[float, float]]:
-        """Return thresholds from cheap to dear, with one veto or with all."""
-        vetoes = VETOES if veto is None else (veto,)
-        if not takes_back(self.run.model):
-            vetoes = (0.0,)
-        scores = self.trials.scores
+    def ladder(self, veto: float) -> list[tuple[float, float]]:
+        """Return the thresholds for a veto, from cheap to dear."""
         # Above 0 the LLM checks every token, even where none is flagged.
-        steps = {float(np.quantile(scores, share, method="midpoint")) for share in FLAGGED}
-        return [
-            (step, one)
-            for one in vetoes
-            for step in sorted({SLM_ALONE} | steps if one == 0 else steps)
-            if step or not one
-        ]
+        scores, steps = self.trials.scores, {SLM_ALONE} if veto == 0 else set[float]()
+        steps |= {float(np.quantile(scores, share, method="midpoint")) for share in FLAGGED}
+        return [(step, veto) for step in sorted(steps) if step > SLM_ALONE or veto == 0]
 
     def of_quality(self, quality: float) -> Iterable[tuple[float, float]]:
         """Return for each veto the cheapest threshold that keeps a quality, and the next one above it."""
-        for veto in VETOES:
-            enough = 0
-            for dials in self.ladder(veto) if takes_back(self.run.model) or veto == 0 else ():
-                if self.kept(dials, self.searched) >= quality:
-                    enough += 1
-                    yield dials
-                if enough == 2:
-                    break
+        for veto in self.vetoes:
+            enough = (dials for dials in self.ladder(veto) if self.kept(dials, self.searched) >= quality)
+            yield from islice(enough, 2)
 
     def kept(self, dials: tuple[float, float], places: slice) -> float:
         """Return the part of the LLM's accuracy on some of the problems."""
@@ -392,7 +381,7 @@ class _Search:
             kept_ci=bootstrap_interval(right, of_llm, seed=self.run.options.seed) if known else None,
             seconds=self.time_of(dials),
             speedup=self.speedup(dials),
-            tried=tuple(self.row(one) for one in sorted(self.seconds, key=self.time_of)),
+            tried=tuple(self.row(one) for one in sorted(self.seconds, key=self.time_of) if one in self.trials.tried),
         )
 
     def row(self, dials: tuple[float, float]) -> dict[str, str]:
