@@ -178,6 +178,7 @@ def test_a_quality_is_kept_on_fresh_problems_and_known_to_generate(close_to_the_
     for one in (pair, saved):
         ids, settings = torch.tensor([PROMPTS[0]]), {"max_new_tokens": NEW, "do_sample": False}
         expected = one.generate(ids, router_threshold=found.threshold, llm_veto=found.llm_veto, **settings)
+        one.config.router_threshold = 0.0
         assert torch.equal(one.generate(ids, quality=0.4, **settings), expected)
     with pytest.raises(FileExistsError, match=r"^out: "):
         run(pair, check, quality=0.5, out=tmp_path / "pair")
