@@ -183,7 +183,8 @@ def check(
     wanted, needs = TwoModels(**models), ("answer",) if checker else ()
     keywords, examples = wanted.keywords(), read_examples(data, needs=needs, **reading)
     with known_keywords(wanted):
-        report = checks.check(*models_of(wanted, keywords), examples, checker, **keywords, **options)
+        slm, llm = models_of(wanted, keywords)
+        report = checks.check(slm, llm, examples, checker, **keywords, **options)
     typer.echo(json_format.dumps(report, indent=2) if json else checks.table(report))
     raise typer.Exit(0 if report["pair"]["fits"] else 1)
 

@@ -118,7 +118,7 @@ class TwoModels(LoadingOptions):
     @property
     def names(self) -> list[Any]:
         found = [given or named for given, named in zip((self.small, self.large), super().names, strict=True)]
-        return [place_of(str(found[0])) if found[1] is None else found[0], found[1]]
+        return found if None in found[:1] or found[1] else [place_of(str(found[0])), None]
 
 
 def json_or_text(value: str) -> Any:

@@ -37,7 +37,7 @@ LENGTHS, REPEATS = (1, 4, 8, 16, 32), 5
 CONFIDENCE, VETO = 0.5, 0.3
 # The fewest prompts that should fit into the time, and the shortest outputs that are decoded for it.
 FEWEST_PROMPTS, FEWEST_TOKENS = 4, 16
-# A pair pays from this speed on. A router is advised if it keeps so much of the LLM's accuracy, or else of its answers.
+# A pair pays from this speed on. An advised router keeps so much of the LLM's accuracy, or else of its answers.
 PAYS, ACCURATE, ALIKE = 1.1, 0.95, 0.5
 # An SLM is dear from this part of the LLM's time on. Accuracies of fewer problems say little.
 DEAR, FEW = 0.3, 30
@@ -69,7 +69,7 @@ def check(slm: Any, llm: Any, examples: Any, checker: Checker | str | None = Non
         ValueError: for options out of range, no examples, or examples without what is needed.
         OSError: when a model cannot be loaded.
     """
-    began, own = time.perf_counter(), {one.name for one in fields(CheckOptions)}
+    own, began = {one.name for one in fields(CheckOptions)}, time.perf_counter()
     settings = CheckOptions(**{key: value for key, value in options.items() if key in own})
     loading = {key: value for key, value in options.items() if key not in own}
     if not (isinstance(examples, Sequence) and all(isinstance(one, Example) for one in examples)):
@@ -80,7 +80,12 @@ def check(slm: Any, llm: Any, examples: Any, checker: Checker | str | None = Non
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
     found: dict[str, Any] = {"pair": {"fits": True, "reason": None}, "rows": [], "notes": []}
     found |= dict.fromkeys(("memory", "seconds", "overruled", "prompts", "advice", "provenance"))
-    free = free_bytes(loading.get("device_map"))
+    places = get_max_memory()
+    everywhere = sum(places.values())
+    free = places.get("cpu", everywhere) if loading.get("device_map") in (None, "cpu") else everywhere
+    # Weights that are there already are part of it.
+    there = (one for model in {slm, llm} if isinstance(model, torch.nn.Module) for one in model.parameters())
+    free += sum(one.nbytes for one in there)
     try:
         if llm is not None:
             # Before gigabytes are loaded.
@@ -99,17 +104,8 @@ def check(slm: Any, llm: Any, examples: Any, checker: Checker | str | None = Non
     with contenders.greedy_without_end(model):
         for part in (model, model.slm, model.llm):
             part.generation_config.eos_token_id = ends or None
-        return found | Check(model, examples, prompts, checker and named(checker)[1], settings, began).measure(free)
-
-
-def free_bytes(device_map: Any) -> int:
-    """Return the bytes that are free where models go: on all devices where accelerate chooses among them."""
-    free = get_max_memory()
-    try:
-        device = torch.device("cpu" if device_map is None else device_map)
-    except (RuntimeError, TypeError):
-        return int(sum(free.values()))
-    return int(free.get("cpu" if device.type == "cpu" else device.index or 0, sum(free.values())))
+        judge, deadline = None if checker is None else named(checker)[1], began + 60 * settings.minutes
+        return found | Check(model, examples, prompts, judge, settings, deadline).measure(free)
 
 
 def costs_before(slm: Any, llm: Any, loading: dict[str, Any]) -> dict[str, ModelCost]:
@@ -150,7 +146,7 @@ class Check:
     prompts: list[list[int]]
     checker: Checker | None
     settings: CheckOptions
-    began: float
+    deadline: float
     decoders: dict[str, Decoders] = field(default_factory=dict)
 
     def measure(self, free: int) -> dict[str, Any]:
@@ -182,7 +178,7 @@ class Check:
 
     def left(self) -> float:
         """Return the seconds that are left."""
-        return self.began + 60 * self.settings.minutes - time.perf_counter()
+        return self.deadline - time.perf_counter()
 
     @torch.no_grad()
     def pass_seconds(self, prompt: list[int]) -> dict[str, dict[str, float]]:
@@ -210,18 +206,15 @@ class Check:
         model = self.model
         for kind in ("confidence", "entropy"):
             self.decoders[kind] = Decoders(decoding.with_router(model, ROUTERS[kind](1)), 0)
-        alone, remote = self.decoders["confidence"].alone, getattr(model.llm, "is_remote", False)
+        own = self.decoders["confidence"]
         # Tokens that one model alone has are never generated.
         beyond = {role: list(range(model.vocab_size, table_size(getattr(model, role).config))) for role in ROLES}
-        slm, llm = (partial(alone, getattr(model, role), suppress_tokens=beyond[role] or None) for role in ROLES)
+        slm, llm = (partial(own.alone, getattr(model, role), suppress_tokens=beyond[role] or None) for role in ROLES)
         # transformers takes tables of different sizes for those of different tokenizers.
         both = ("tokenizer", "assistant_tokenizer") if any(beyond.values()) else ()
         assisted = partial(llm, assistant_model=model.slm, **dict.fromkeys(both, model.load_tokenizer()))
-        found = [
-            Contender(ALONE, self.by_server if remote else llm),
-            Contender(SLM, slm),
-            Contender(ASSISTED, assisted),
-        ]
+        first = partial(by_server, own) if getattr(model.llm, "is_remote", False) else llm
+        found = [Contender(ALONE, first), Contender(SLM, slm), Contender(ASSISTED, assisted)]
         # Two equally likely tokens have a confidence of one half, and of the entropy this score.
         entropy = 1 - math.log(2) / math.log(model.vocab_size)
         for kind, threshold in (("confidence", LLM_ALONE), ("confidence", CONFIDENCE), ("entropy", entropy)):
@@ -229,12 +222,6 @@ class Check:
             name = LOSSLESS if threshold == LLM_ALONE else kind
             found.append(Contender(name, partial(self.decoders[kind].citer, setting), setting))
         return found
-
-    def by_server(self, batch: contenders.Batch) -> contenders.Output:
-        """Let an LLM on a server write alone."""
-        prompts, most = batch.input_ids.tolist(), self.decoders["confidence"].new_tokens
-        (output,) = decoding.decode(self.model, prompts, max_new_tokens=most, alone="llm")
-        return torch.tensor([output.tokens]), None
 
     def decode(self, ways: Sequence[Contender], most: int) -> list[list[int]]:
         """Decode prompt by prompt, in all ways in turn, while there is time; return the LLM's own texts."""
@@ -277,9 +264,15 @@ class Check:
         if self.checker is not None:
             texts = self.model.load_tokenizer().batch_decode(outputs, skip_special_tokens=True)
             right = [bool(self.checker(text, one).correct) for text, one in zip(texts, self.examples, strict=False)]
-            row |= {"accuracy": statistics.fmean(right)}
-            row |= {"accuracy_ci": bootstrap_interval(right, seed=self.settings.seed)}
+            interval = bootstrap_interval(right, seed=self.settings.seed)
+            row |= {"accuracy": statistics.fmean(right), "accuracy_ci": interval}
         return row
+
+
+def by_server(own: Decoders, batch: contenders.Batch) -> contenders.Output:
+    """Let an LLM on a server write alone."""
+    texts = decoding.decode(own.model, batch.input_ids.tolist(), max_new_tokens=own.new_tokens, alone="llm")
+    return torch.tensor([texts[0].tokens]), None
 
 
 def speed(way: Contender) -> float:
@@ -299,40 +292,34 @@ def advice(found: Mapping[str, Any]) -> str:
         stay = f"{best['own_share']:.0%} of the answers stay the LLM's own"
         parts.append(f"{best['speedup']:.1f} times as fast with {best['name']}, where {stay}")
     of_llm = found["seconds"]["slm"]["1"] / found["seconds"]["llm"]["1"]
-    reason = (
-        f"the SLM costs {of_llm:.0%} of the LLM"
-        if of_llm > DEAR
-        else (
-            f"the pair is {lossless:.2f} times as fast as the LLM, which overrules {found['overruled']:.0%} of the tokens"
-        )
-    )
+    slow = f"it is {lossless:.2f} times as fast as the LLM, which overrules {found['overruled']:.0%} of the tokens"
+    reason = f"the SLM costs {of_llm:.0%} of the LLM" if of_llm > DEAR else slow
     text = f"yes, {', and '.join(parts)}" if parts else f"no: {reason}"
     if assisted >= PAYS and assisted > lossless:
         text += f"; at the LLM's own text, transformers' assisted generation is faster, {assisted:.1f} times"
     return f"{text}."
 
 
-# The columns of the table: what a row calls them, and how they are shown.
-COLUMNS: dict[str, tuple[str, str]] = {
-    "": ("name", "{}"),
-    "tokens / s": ("tokens_per_second", "{:.3g}"),
-    "× LLM alone": ("speedup", "{:.2f}"),
-    "× assisted": ("speedup_over_assisted", "{:.2f}"),
-    "LLM's own answers": ("own_share", "{:.0%}"),
-    "accuracy": ("accuracy", "{:.1%}"),
-    "95 % interval": ("accuracy_ci", "{0[0]:.1%}–{0[1]:.1%}"),
-}
+# Of the columns of the table: their names, what a row calls them, and how they are shown.
+COLUMNS = (
+    ("", "name", "{}"),
+    ("tokens / s", "tokens_per_second", "{:.3g}"),
+    ("× LLM alone", "speedup", "{:.2f}"),
+    ("× assisted", "speedup_over_assisted", "{:.2f}"),
+    ("LLM's own answers", "own_share", "{:.0%}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("95 % interval", "accuracy_ci", "{0[0]:.1%}–{0[1]:.1%}"),
+)
 
 
 def table(found: Mapping[str, Any]) -> str:
     """Return a report for a terminal."""
     if not found["pair"]["fits"]:
         return str(found["advice"])
-    shown = [column for column in COLUMNS.items() if any(row.get(column[1][0]) is not None for row in found["rows"])]
-    rows = [
-        {name: "" if row.get(key) is None else cell.format(row[key]) for name, (key, cell) in shown}
-        for row in found["rows"]
-    ]
+    rows = found["rows"]
+    # What is not known is left empty, and columns of which nothing is known are left out.
+    known = [{name: how.format(row[key]) for name, key, how in COLUMNS if row.get(key) is not None} for row in rows]
+    cells = [{name: row.get(name, "") for name, *_ in COLUMNS if any(name in one for one in known)} for row in known]
     slm, llm = (", ".join(f"{1e3 * one:.3g}" for one in found["seconds"][role].values()) for role in ROLES)
     needed, kv, free = (found["memory"][name] / 1e9 for name in ("needed_bytes", "kv_bytes", "free_bytes"))
     about = (
@@ -341,4 +328,4 @@ def table(found: Mapping[str, Any]) -> str:
         + f"\nA pass over {', '.join(map(str, LENGTHS))} tokens takes the SLM {slm} ms, the LLM {llm} ms."
         + f"\nThe LLM overrules the SLM at {found['overruled']:.1%} of the tokens of its own texts."
     )
-    return "\n".join([about, "", terminal.table(rows), "", *found["notes"], found["advice"]])
+    return "\n".join([about, "", terminal.table(cells), "", *found["notes"], found["advice"]])
