@@ -217,10 +217,13 @@ class Check:
         found = [Contender(ALONE, first), Contender(SLM, slm), Contender(ASSISTED, assisted)]
         # Two equally likely tokens have a confidence of one half, and of the entropy this score.
         entropy = 1 - math.log(2) / math.log(model.vocab_size)
-        for kind, threshold in (("confidence", LLM_ALONE), ("confidence", CONFIDENCE), ("entropy", entropy)):
-            setting = Setting(f"threshold {threshold:.3g}, veto {VETO:g}", threshold, veto=VETO)
-            name = LOSSLESS if threshold == LLM_ALONE else kind
-            found.append(Contender(name, partial(self.decoders[kind].citer, setting), setting))
+        # A veto takes tokens back, which not every cache can do.
+        cache = CiterCache(model.config)
+        veto = VETO if decoding.keeps_slots(cache.slm) and decoding.keeps_slots(cache.llm) else 0.0
+        found.append(Contender(LOSSLESS, partial(own.citer, Setting(LOSSLESS, LLM_ALONE, veto=0.0))))
+        for kind, threshold in (("confidence", CONFIDENCE), ("entropy", entropy)):
+            setting = Setting(f"threshold {threshold:.3g}, veto {veto:g}", threshold, veto=veto)
+            found.append(Contender(kind, partial(self.decoders[kind].citer, setting), setting))
         return found
 
     def decode(self, ways: Sequence[Contender], most: int) -> list[list[int]]:
