@@ -169,7 +169,7 @@ class Check:
         minutes = f"in {self.settings.minutes:g} minutes (--minutes)"
         notes = {
             f"{len(texts)} of {given} prompts were decoded {minutes}; the rest was left out.": len(texts) < given,
-            f"Outputs end after {most} tokens, so that several are decoded {minutes}.": most < wanted,
+            f"Outputs end after {most} tokens, to decode several {minutes}: answers may be cut.": most < wanted,
             f"{len(texts)} problems say little of accuracy.": self.checker is not None and len(texts) < FEW,
             **{f"{way.name}: {way.error}": way.error is not None for way in ways},
         }
