@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .demo import DEMO_PAIR as DEMO_PAIR
     from .evaluation.calibrate import Calibration as Calibration
     from .evaluation.calibrate import calibrate as calibrate
+    from .evaluation.check import check as check
     from .evaluation.evaluate import evaluate as evaluate
     from .evaluation.results import Results as Results
     from .hub import push as push
@@ -39,6 +40,7 @@ LATER = {
     "Results": "evaluation.results",
     "Verdict": "data.checkers",
     "calibrate": "evaluation.calibrate",
+    "check": "evaluation.check",
     "convert": "importers",
     "evaluate": "evaluation.evaluate",
     "get_checker": "data.checkers",

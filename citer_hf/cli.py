@@ -2,28 +2,22 @@
 
 import inspect
 import json as json_format
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 import typer.core
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from . import __version__
 from .model.compat import is_out_of_memory
-from .model.modeling import CiterForCausalLM
-from .model.references import ROLES, base_config, split_keywords
 from .options import Options, expanded
-from .runs import WORK, import_extra, is_address, option, process_state
-from .scale.remote import remote_llm
+from .pairs import PairOptions, TwoModels, known_keywords, load_pair, models_of
+from .runs import WORK, import_extra, process_state
 
 INTERRUPTED = 130
 # The extra that brings the libraries which a command needs beyond the package's own.
@@ -34,6 +28,7 @@ EXTRAS = {
     "train": "train",
     "evaluate": "train",
     "calibrate": "train",
+    "check": "train",
 }
 
 # --- The program ----------------------------------------------------------------------------------------------------
@@ -127,134 +122,7 @@ def say(text: str) -> None:
         typer.echo(text)
 
 
-# --- Pairs ----------------------------------------------------------------------------------------------------------
-
-KEYWORD = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
-QUANTIZATIONS: dict[str, Any] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "int8": {"load_in_8bit": True},
-}
-# What accelerate plans by itself.
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-@dataclass(frozen=True)
-class PairOptions:
-    """Options of every command that loads a pair."""
-
-    model: str | None = option(None, "A router's directory or repository id, or `demo`.", "MODEL", argument=True)
-    revision: str | None = option(None, "Branch, tag or commit of MODEL.", "NAME")
-    slm: Sequence[str] = option(
-        (), "A keyword of loading for the SLM, such as revision=v2. Without MODEL: its name or path.", "KEY=VALUE"
-    )
-    llm: Sequence[str] = option(
-        (), "The same for the LLM; or http://HOST:PORT/v1#NAME, a vLLM or SGLang server that has it.", "KEY=VALUE"
-    )
-    router: str | None = option(
-        None, "Without MODEL: kind, directory or repository id of the router. [default: confidence]", "ROUTER"
-    )
-    slm_quantization: str | None = option(None, "Quantize the SLM: nf4 or int8.", "NAME")
-    llm_quantization: str | None = option(None, "Quantize the LLM: nf4 or int8.", "NAME")
-    dtype: str = option("auto", "Precision of both models, such as bfloat16.")
-    device_map: str = option("auto", "Where the models go, such as auto, cpu or cuda:0.", flag="--device-map --device")
-    trust_remote_code: bool = option(False, "Run code that the repository brings.")
-
-    def __post_init__(self) -> None:
-        named = [None if is_address(name) else name for name in self.names]
-        given = [self.revision] if self.model is None else [*named, self.router]
-        if (self.model is None and None in self.names) or given.count(None) < len(given):
-            raise ValueError(
-                "MODEL, --slm, --llm: expected MODEL (a router's directory or id, or `demo`), perhaps with --revision "
-                "or --llm name_or_path=X; or without MODEL both --slm X and --llm Y, perhaps with --router. An LLM "
-                "on a server is --llm http://host:8000/v1#NAME in either case."
-            )
-
-    @property
-    def names(self) -> list[Any]:
-        """The names of the SLM and the LLM of a pair that is no router repository."""
-        return [next((one for one in own if not KEYWORD.fullmatch(one)), None) for own in (self.slm, self.llm)]
-
-    def keywords(self) -> Options:
-        found: Options = {"dtype": self.dtype, "device_map": self.device_map}
-        found |= {"trust_remote_code": True} if self.trust_remote_code else {}
-        found |= {"revision": self.revision} if self.revision is not None else {}
-        for role in ROLES:
-            if (name := getattr(self, f"{role}_quantization")) is not None:
-                if name not in QUANTIZATIONS:
-                    raise ValueError(f"--{role}-quantization: expected {' or '.join(QUANTIZATIONS)}, got {name!r}.")
-                import_extra("bitsandbytes", "bnb")
-                found[f"{role}_quantization_config"] = BitsAndBytesConfig(**QUANTIZATIONS[name])
-            given = filter(None, map(KEYWORD.fullmatch, getattr(self, role)))
-            found |= {f"{role}_{key}": json_or_text(value) for key, value in (pair.groups() for pair in given)}
-        for key in ("device_map", "slm_device_map", "llm_device_map"):
-            check_device(found.get(key))
-        return found
-
-    def configs(self) -> list[PreTrainedConfig]:
-        """Return the configurations of both models, without loading the models."""
-        keywords, pair, found = self.keywords(), None, []
-        if self.model is not None:
-            where = {key: keywords.pop(key) for key in ("revision", "trust_remote_code") if key in keywords}
-            pair = AutoConfig.from_pretrained(place_of(self.model), **where)
-        of_both = split_keywords(keywords)
-        for role, name in zip(ROLES, self.names, strict=True):
-            if is_address(name):  # nothing is asked of a server
-                of_both[role] = {"name_or_path": keywords.get("llm_config") or str(name).partition("#")[2]}
-            own, reference = of_both[role], getattr(pair, f"{role}_reference", None) or {}
-            own = own if "name_or_path" in own else {"name_or_path": name, **reference, **own}
-            is_saved = pair is not None and (own["name_or_path"] is None or not getattr(self, role))
-            found.append(getattr(pair, f"{role}_config") if is_saved else base_config(role, own["name_or_path"], own))
-        return found
-
-
-def json_or_text(value: str) -> Any:
-    try:
-        return json_format.loads(value)
-    except ValueError:
-        return value
-
-
-def check_device(name: Any) -> None:
-    """Raise an error when torch cannot use a device."""
-    try:
-        if isinstance(name, str) and name not in DEVICE_MAPS:
-            torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device-map: expected auto or a device, got {name!r}. {error}") from error
-
-
-def place_of(model: str) -> str:
-    """Return the directory or repository id that a user means."""
-    from .demo import DEMO_PAIR
-
-    return str(DEMO_PAIR) if model == "demo" else model
-
-
-def load_pair(options: Options) -> CiterForCausalLM:
-    """Load a pair; under `accelerate launch`, each process on a device of its own."""
-    wanted, state = PairOptions(**options), process_state()
-    keywords = wanted.keywords()
-    if state.num_processes > 1 and wanted.device_map == "auto":
-        keywords["device_map"] = {"": state.device} if state.device.type != "cpu" else "cpu"
-    slm, llm = wanted.names
-    try:
-        if not is_address(llm) and keywords.keys() & {"llm_config", "llm_logprobs", "llm_timeout"}:
-            raise ValueError(
-                "--llm config, logprobs, timeout: they need an LLM on a server, --llm http://HOST/v1#NAME."
-            )
-        llm = remote_llm(llm, keywords)
-        if wanted.model is not None:
-            keywords |= {} if llm is None else {"llm_name_or_path": llm}
-            return CiterForCausalLM.from_pretrained(place_of(wanted.model), **keywords)
-        return CiterForCausalLM.from_pair(slm, llm, router=wanted.router or "confidence", **keywords)
-    except TypeError as error:
-        if not any(map(KEYWORD.fullmatch, (*wanted.slm, *wanted.llm))):
-            raise
-        # A keyword that a model does not know.
-        raise ValueError(str(error)) from error
-
-
-Pair = Annotated[Options, "cli.PairOptions"]
+Pair = Annotated[Options, "pairs.PairOptions"]
 Data = Annotated[str, flag("FILE", "JSON lines, JSON, CSV or Parquet, or the id of a dataset on the Hub.")]
 Reading = Annotated[Options, "data.examples.DataOptions"]
 Checker = Annotated[str, flag("NAME", "Which answer is right: math, choice, exact, or package.module:function.")]
@@ -297,6 +165,28 @@ def playground(pair: Pair, options: Annotated[Options, "playground.PlaygroundOpt
     from .playground import playground
 
     playground(load_pair(pair), **options)
+
+
+@command
+def check(
+    models: Annotated[Options, "pairs.TwoModels"],
+    data: Data,
+    reading: Reading,
+    options: Annotated[Options, "evaluation.check.CheckOptions"],
+    checker: Annotated[str | None, flag("NAME", "As for `citer evaluate`, where the data has answers.")] = None,
+    json: Json = False,
+) -> None:
+    """Find out whether two models pay as a pair, before any training: costs, speed, and one sentence of advice."""
+    from .data.examples import read_examples
+    from .evaluation import check as checks
+
+    wanted, needs = TwoModels(**models), ("answer",) if checker else ()
+    keywords, examples = wanted.keywords(), read_examples(data, needs=needs, **reading)
+    with known_keywords(wanted):
+        slm, llm = models_of(wanted, keywords)
+        report = checks.check(slm, llm, examples, checker, **keywords, **options)
+    typer.echo(json_format.dumps(report, indent=2) if json else checks.table(report))
+    raise typer.Exit(0 if report["pair"]["fits"] else 1)
 
 
 @command

@@ -39,6 +39,7 @@ FLAGS = {
     "label": f"{PAIR} --device-map {DATA} --out --router-threshold --rollouts",
     "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --learning-rate --epochs --seed",
     "evaluate": f"{PAIR} --device-map {DATA} --out --baselines --compare --methods --shares --thresholds",
+    "check": f"--slm --llm --device-map {DATA.replace(' --batch-tokens', '')} --minutes --json",
     "calibrate": f"{PAIR} --device-map {DATA} --llm-share --accuracy --write",
     "bench": f"{PAIR} --device-map --device --shares --thresholds --prompts --prompt-length --batch-size "
     "--max-new-tokens --repeats --warmup --cache-implementation --seed --no-assisted --json --simulate --gpu "

@@ -58,6 +58,10 @@ def hub_keywords(keywords: dict[str, Any]) -> dict[str, Any]:
     return file_keywords(keywords, "gguf_file", "trust_remote_code")
 
 
+class NotAPairError(ValueError):
+    """Raised for two models that share no vocabulary: the one's tokens mean nothing to the other."""
+
+
 def base_config(role: str, source: Any, keywords: dict[str, Any]) -> PreTrainedConfig:
     """Return the configuration of a base model, without loading its weights."""
     if isinstance(source, nn.Module):
@@ -343,7 +347,7 @@ def shared_tokenizer(
     slm, llm = found["slm"], found["llm"]
     different = None if slm is None or llm is None else first_difference(slm, llm)
     if different is not None:
-        raise ValueError(
+        raise NotAPairError(
             f"slm, llm: their tokenizers differ, first at token id {different[0]}: it is {different[1]!r} for the SLM "
             f"and {different[2]!r} for the LLM. Choose two models of the same family."
         )
@@ -356,7 +360,7 @@ def shared_tokenizer(
             continue
         beyond = [token for token, index in one.get_vocab().items() if index >= size]
         if not fitting or any(token == one.eos_token or token in str(one.chat_template) for token in beyond):
-            raise ValueError(
+            raise NotAPairError(
                 f"{smaller}: its vocabulary table has {size} rows, too few for the tokenizer, whose largest token id "
                 f"is {max(one.get_vocab().values())}. Resize the model's token embeddings."
             )
