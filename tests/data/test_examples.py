@@ -54,7 +54,7 @@ def test_the_reference_of_a_chat_is_its_last_turn_or_a_column(row: dict[str, Any
 def test_columns_are_mapped_and_answers_become_text() -> None:
     row = {"q": "a", "r": "b", "final": 4, "key": 9, "cot": "unused"}
     example = only(row, columns={"prompt": "q", "response": "r", "answer": "final", "id": "key"})
-    assert example == Example(id="9", row=1, prompt="a", response="b", answer="4")
+    assert example == Example(id="9", row=1, prompt="a", response=" b", answer="4")
     assert only({"prompt": "a", "cot": "b", "response": "c"}, columns={"response": "response"}).response == "c"
     assert only({"talk": [USER, ASSISTANT]}, columns={"messages": "talk"}).messages == (USER,)
     for answer, text in ((4.0, "4"), (4.5, "4.5"), (7, "7"), (" 4.0 ", "4.0")):
@@ -88,7 +88,7 @@ CHOICE = {"question": "q", "choices": CHOICES, "answerKey": "A"}
         ({"messages": []}, r"messages \(column 'messages'\) is missing or empty"),
         ({"prompt": [USER], "completion": [{"role": "user"}]}, "response .*'completion'.* list of messages"),
         ({"prompt": "a", "answer": ["4"]}, r"answer \(column 'answer'\) must be text, got list"),
-        ({**CHOICE, "choices": ["a", "b"]}, "choices .* as many different labels as texts"),
+        ({**CHOICE, "choices": 5}, "choices .* as many different labels as texts"),
         ({**CHOICE, "choices": {"text": ["a"], "label": ["A", "B"]}}, "choices .* as many different labels as texts"),
         ({**CHOICE, "choices": {"text": ["a", "b"], "label": "AA"}}, "choices .* as many different labels as texts"),
         ({**CHOICE, "answerKey": "E"}, "answer .* must be one of the labels A, B, got 'E'"),

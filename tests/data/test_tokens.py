@@ -167,9 +167,9 @@ def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
 def test_tokens_beyond_context_or_vocabulary_are_an_error(example: Example, options: dict[str, int], message: str):
     limits: dict[str, Any] = {"max_length": None, **options}
     with pytest.raises(ValueError, match=message):
-        encode(example, character_tokenizer(), **limits)
+        encode(example, character_tokenizer(template=None), **limits)
     if limits["max_length"]:
-        encode(example, character_tokenizer(), limits["max_length"] + 1)
+        encode(example, character_tokenizer(template=None), limits["max_length"] + 1)
 
 
 def test_text_and_a_boundary_that_no_tokens_have_are_an_error() -> None:
