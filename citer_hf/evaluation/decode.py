@@ -168,25 +168,22 @@ def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example]) -> list
     return prompts
 
 
-def check_answers(name: str, checker: Checker | None, examples: Sequence[Example]) -> None:
+def check_answers(checker: Checker | None, examples: Sequence[Example]) -> None:
     """Raise an error where a checker of the package cannot find an answer in any of the data's answers."""
-    if name not in CHECKERS or checker is None:
+    name = next((name for name, one in CHECKERS.items() if one is checker), None)
+    if name is None or checker is None:
         return
     for one in examples:
-        answer = answer_of(name, one)
-        if one.choices is None and name == "choice":
-            checker(answer, one)
-    # Words alone are no mathematics, though a box may hold them.
-    if not any(checker(str(one.answer), one).extracted or not is_words(str(one.answer)) for one in examples):
+        if answer_of(name, one) and name == "choice" and one.choices is None:
+            checker("", one)  # raises the error
+    answers = [(str(one.answer), one) for one in examples]
+    # A box may hold anything that is more than words.
+    if not any(checker(*one).extracted or re.search(r"[\d\\^_=+*/<>|(){}]", one[0]) for one in answers):
         shown = "; ".join(f"{one.answer!r:.40} in row {one.row}" for one in examples[:3])
         raise ValueError(
             f"answer: the checker {name} finds no answer in the answers of any row: {shown}. Name their column "
             "(--map answer=COLUMN), or choose another checker."
         )
-
-
-def is_words(text: str) -> bool:
-    return not re.search(r"[\d\\^_=+*/<>|(){}\[\]]", text)
 
 
 def warn_of_llm(correct: Sequence[bool]) -> None:

@@ -95,7 +95,7 @@ def evaluate(
     name, check = named(checker)
     for example in examples:
         answer_of(name, example)
-    decoding.check_answers(name, check, examples)
+    decoding.check_answers(check, examples)
     prompts = decoding.encode_prompts(model, examples)
     routers = {method_name(model): model.router} if routers is None else routers
     if settings.thresholds and all(router is not model.router for router in routers.values()):
@@ -176,6 +176,9 @@ class Evaluation:
     checker: Checker | None
     options: DecodeOptions
     work: runs.Work
+
+    def __post_init__(self) -> None:
+        decoding.check_answers(self.checker, self.examples)
 
     @cached_property
     def costs(self) -> dict[str, ModelCost]:

@@ -21,8 +21,7 @@ COSTS: dict[Cost, str] = {"llm_share": "share", "llm_calls": "calls", "bytes": "
 # LLM shares at which accuracies are compared.
 MATCHED_SHARES = (0.05, 0.1, 0.2, 0.3)
 MARKED = (
-    "A figure with * was not measured: it is on a straight line between a method's point and a model alone. Areas have "
-    "such lines at both ends."
+    "A figure with * was not measured: it is on the line between a point and a model alone, as the ends of areas are."
 )
 # Percentages of the LLM's accuracy whose costs are compared.
 LEVELS = (95, 98)

@@ -77,7 +77,7 @@ def label_preferences(
     (name, check), tokenizer = named(checker), tokenizer_sha256(model)
     reading = {field.name: getattr(settings, field.name) for field in fields(DataOptions)}
     examples = read_examples(dataset, **reading, needs=("response", "answer"))
-    decode.check_answers(name, check, examples)
+    decode.check_answers(check, examples)
     longest, end = model.config.max_position_embeddings, decode.end_tokens(model)
     encoded = [encode(one, model.load_tokenizer(), longest, end, model.vocab_size) for one in examples]
     show_prompt(model.load_tokenizer(), encoded[0].prompt_ids)
