@@ -1,5 +1,6 @@
 """Prompts and references in tokens."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,6 +135,34 @@ def test_a_chats_reference_is_what_the_template_renders_up_to_eos(eos: list[str]
     given = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert encoded.prompt_ids == given == encode_prompt(chat_example(), tokenizer)
     assert text_of(tokenizer, encoded.response_ids) == " the answer<end>"
+
+
+def test_a_plain_prompt_becomes_a_chat_where_there_is_a_template_unless_it_is_to_stay_a_text() -> None:
+    tokenizer, plain = byte_level(chat_template=CHAT), byte_level()
+    end = [tokenizer.convert_tokens_to_ids("<end>")]
+    given = text_example("hello", " world")
+    chat = encode(chat_example("world"), tokenizer, None, end)
+    assert replace(encode(given, tokenizer, None, end), example=chat.example) == chat
+    kept = replace(given, is_text=True)
+    assert replace(encode(kept, tokenizer, None, end), example=given) == encode(given, plain, None, end)
+
+
+def test_tools_and_the_reasoning_of_a_turn_reach_the_template() -> None:
+    thought = "{{ '<think>' + m['reasoning_content'] if 'reasoning_content' in m else '' }}"
+    turns = CHAT.replace("{{ '<start>'", "{{ '<start>' }}" + thought + "{{ ''")
+    template = "{{ tools | length if tools else '' }}" + turns.replace("+ m['role'] + '\\n' ", "").replace(
+        "assistant\\n", ""
+    )
+    turn = {"role": "assistant", "content": "B", "reasoning_content": "hm"}
+    example = replace(chat_example("B"), turn=turn, tools=({"name": "f"},))
+    for one, prompt, response in (
+        (template, "1<start>", "<think>hmB<end>"),
+        (THINKING, "<start>", "hm\n</think>\n\nB<end>"),
+    ):
+        tokenizer = byte_level(chat_template=one)
+        encoded = encode(example, tokenizer, None, [tokenizer.convert_tokens_to_ids("<end>")])
+        assert text_of(tokenizer, encoded.prompt_ids).startswith(prompt)
+        assert text_of(tokenizer, encoded.response_ids) == response
 
 
 def test_a_template_that_rewrites_past_turns_still_gives_the_reference() -> None:
