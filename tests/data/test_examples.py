@@ -136,7 +136,8 @@ def test_the_reader_tells_in_a_line_what_it_took_each_column_for(capsys: pytest.
     only({"": 1, "question": "Q", "answer": "R #### 2", "l": 3})
     only({"talk": TURNS}, columns={"messages": "talk"})
     assert capsys.readouterr().err.splitlines() == [
-        "data: 1 examples; prompt from 'question', response from 'answer', answer from 'answer' after ####; not used: l.",
+        "data: 1 examples; prompt from 'question', response from 'answer', answer from 'answer' after ####; "
+        "not used: l.",
         "data: 1 examples; messages from 'talk', response from the last turn.",
     ]
 
