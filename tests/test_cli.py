@@ -96,7 +96,7 @@ class Sample:
         ("", {}),
         ("here --shares 0.5,1 --names a,b", {"place": "here", "shares": (0.5, 1.0), "names": ("a", "b")}),
         ("--folder a --folder b", {"folders": [Path("a"), Path("b")]}),
-        ("--map a=b --map c=d=e", {"columns": {"a": "b", "c": "d=e"}}),
+        ("--map a=b,x=y,z --map c=d=e", {"columns": {"a": "b", "x": "y,z", "c": "d=e"}}),
         ("--size 4 --no-fast --loud", {"size": 4, "fast": False, "loud": True}),
         ("--size 0", "--size"),
         ("--size 13", "Error: size: anything but 13."),

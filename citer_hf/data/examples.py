@@ -85,8 +85,8 @@ class DataOptions(CommandOptions):
         given = self.prompt_template
         if given is None or QUESTION in given:
             return given
-        is_file = os.path.isfile(Path(given).expanduser())
-        text = Path(given).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n") if is_file else ""
+        path = Path(given).expanduser()
+        text = path.read_text(encoding="utf-8-sig").removesuffix("\n") if os.path.isfile(path) else ""
         if QUESTION not in text:
             raise ValueError(f"prompt_template: expected a text with {QUESTION}, or a file with one, got {given!r}.")
         return text
@@ -148,10 +148,10 @@ def _in_form(example: Example, options: DataOptions) -> Example:
 
 def _taken(names: Iterable[str], layout: Mapping[str, str], examples: Sequence[Example]) -> str:
     """Return which column each field was taken from."""
-    taken, unused = {field: repr(column) for field, column in layout.items()}, {*names} - {*layout.values(), ""}
+    taken, used = {field: repr(column) for field, column in layout.items()}, {*layout.values(), ""}
     if joins_input(layout, names):
         taken["prompt"] += " and 'input'"
-        unused -= {"input"}
+        used.add("input")
     if any(one.response or one.turn for one in examples):
         taken.setdefault("response", "the last turn" if examples[0].messages else repr(layout.get("answer")))
     if any(one.answer for one in examples):
@@ -159,7 +159,8 @@ def _taken(names: Iterable[str], layout: Mapping[str, str], examples: Sequence[E
     if "answer" in taken and taken["answer"] == taken.get("response"):
         taken["answer"] += f" after {FINAL}"
     fields = ", ".join(f"{field} from {taken[field]}" for field in COLUMNS if field in taken)
-    return f"{fields}; not used: {', '.join(sorted(unused))}" if unused else fields
+    unused = ", ".join(str(one) for one in names if one not in used)
+    return f"{fields}; not used: {unused}" if unused else fields
 
 
 def joins_input(layout: Mapping[str, str], names: Iterable[str]) -> bool:
