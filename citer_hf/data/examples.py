@@ -180,6 +180,11 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def final_of(text: str) -> str | None:
+    """Return what comes after the last `####`, if anything does."""
+    return text.rpartition(FINAL)[2].strip() or None if FINAL in text else None
+
+
 # --- Fields ---------------------------------------------------------------------------------------------------------
 
 
@@ -218,9 +223,9 @@ class Row:
         response = None if has_turns else self.text("response")
         choices, answer = self.choices(), self.text("answer", short=True)
         if answer is not None and FINAL in answer:
-            solution, _, final = answer.rpartition(FINAL)
-            response = self.text("answer") if "response" not in self.layout and solution.strip() else response
-            answer = final.strip() or None
+            if "response" not in self.layout and not answer.startswith(FINAL):
+                response = self.text("answer")
+            answer = final_of(answer)
         field = "messages" if "messages" in self.layout else "prompt"
         if field == "messages" or isinstance(self.value("prompt"), list):
             if self.template is not None:
@@ -243,8 +248,7 @@ class Row:
         if not (prompt or messages):
             raise self.error(field, "is missing or empty.")
         if "answer" not in self.layout:
-            final = (response or "").rpartition(FINAL)
-            answer = last_boxed(response or "") or (final[2].strip() if final[1] else "") or None
+            answer = last_boxed(response or "") or final_of(response or "")
         if choices is not None and answer is not None:
             answer = self.label(answer, choices)
         identity = self.text("id", short=True) or str(number)
@@ -361,7 +365,7 @@ def as_message(given: Any) -> dict[str, Any] | None:
         message = {"role": ROLES.get(speaker, speaker), "content": message.pop("value", None), **message}
     calls, content = message.get("tool_calls"), message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        parts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     elif content is None and calls:
         content = ""

@@ -122,7 +122,8 @@ def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, A
         found = {f"{name}_at_{level}": cost_at(ends, points, level / 100, cost) for level in LEVELS}
         figures, places = figures | found, places + [(figure, value, cost) for figure, value in found.items()]
     figures["accuracy_at"] = {str(share): accuracy_at(ends, points, share) for share in MATCHED_SHARES}
-    return figures | {"rests_on_end": [name for name, *place in places if rests_on_end(ends, points, *place)]}
+    marked = [name for name, value, cost in places if rests_on_end(ends, points, value, cost)]
+    return figures | {"rests_on_end": marked}
 
 
 @dataclass(frozen=True)
