@@ -273,6 +273,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = invoke("label", folder / "pair", *data, "--out", folder / "labels", "--max-new-tokens", 30)
     assert result.exit_code == 0, result.output
     assert "tokens of 10 answers" in result.stdout and "roll-outs of the SLM: " in result.stderr
+    assert "exactly as the models see it" in result.stderr and "response from 'response'" in result.stderr
     result = invoke("train", folder / "pair", "--labels", folder / "labels", "--out", folder / "router", "--epochs", 2)
     assert result.exit_code == 0, result.output
     assert "held-out questions" in result.stdout

@@ -125,6 +125,10 @@ def read_examples(
     for number, values in enumerate(islice(rows, limit), start=1):
         row = Row(f"{name}, row {number}", values, layout, template)
         example = row.example(number)
+        if "response" in needs and example.choices and example.answer and not example.response:
+            # The reference of a question with choices is the label.
+            space = "" if (example.prompt or " ")[-1].isspace() else " "
+            example = replace(example, response=space + example.answer)
         for field in needs:
             if not getattr(example, field) and not (field == "response" and example.turn):
                 raise row.error(field, "is missing or empty.")
@@ -156,7 +160,7 @@ def _taken(names: Iterable[str], layout: Mapping[str, str], examples: Sequence[E
         taken.setdefault("response", "the last turn" if examples[0].messages else repr(layout.get("answer")))
     if any(one.answer for one in examples):
         taken.setdefault("answer", "the end of the response")
-    if "answer" in taken and taken["answer"] == taken.get("response"):
+    if "answer" in taken and taken["answer"] == taken.get("response") and "choices" not in taken:
         taken["answer"] += f" after {FINAL}"
     fields = ", ".join(f"{field} from {taken[field]}" for field in COLUMNS if field in taken)
     unused = ", ".join(str(one) for one in names if one not in used)
@@ -218,41 +222,47 @@ class Row:
     template: str | None
 
     def example(self, number: int) -> Example:
-        turn = tools = messages = prompt = None
-        has_turns = isinstance(self.value("response"), list)
-        response = None if has_turns else self.text("response")
         choices, answer = self.choices(), self.text("answer", short=True)
+        response = None if isinstance(self.value("response"), list) else self.text("response")
         if answer is not None and FINAL in answer:
             if "response" not in self.layout and not answer.startswith(FINAL):
                 response = self.text("answer")
             answer = final_of(answer)
         field = "messages" if "messages" in self.layout else "prompt"
-        if field == "messages" or isinstance(self.value("prompt"), list):
-            if self.template is not None:
-                raise self.error(field, "is a chat, which takes no prompt template. Leave --prompt-template out.")
-            turns = self.messages(field) + (self.messages("response") if has_turns else ())
-            if turns and turns[-1]["role"] == "assistant":
-                if response is not None:
-                    raise self.error(field, f"ends with a reference, and so does {self.layout['response']!r}.")
-                turns, last = turns[:-1], turns[-1]
-                turn = last if last.keys() > {"role", "content"} else None
-                response = last["content"] or ("" if turn else None)
-            messages, tools = turns or None, self.tools()
-        else:
-            prompt = self.prompt(choices)
-            # A prompt and its response are texts as they are; other columns' texts are texts of their own.
-            as_they_are = self.layout.get("prompt") == "prompt" and self.template is None
-            apart = not (as_they_are and self.layout.get("response") in ("response", "completion"))
-            if apart and prompt and response and not prompt[-1].isspace() and not response[0].isspace():
-                response = " " + response
-        if not (prompt or messages):
+        is_chat = field == "messages" or isinstance(self.value("prompt"), list)
+        found = self.chat(field, response) if is_chat else self.texts(response, choices)
+        if not (found.get("prompt") or found.get("messages")):
             raise self.error(field, "is missing or empty.")
         if "answer" not in self.layout:
-            answer = last_boxed(response or "") or final_of(response or "")
+            answer = last_boxed(found["response"] or "") or final_of(found["response"] or "")
         if choices is not None and answer is not None:
             answer = self.label(answer, choices)
         identity = self.text("id", short=True) or str(number)
-        return Example(identity, number, prompt, messages, response, answer, choices, turn, tools)
+        return Example(identity, number, answer=answer, choices=choices, **found)
+
+    def chat(self, field: str, response: str | None) -> dict[str, Any]:
+        """Return messages, reference and tools of a chat; the last turn is the reference if it is the assistant's."""
+        if self.template is not None:
+            raise self.error(field, "is a chat, which takes no prompt template. Leave --prompt-template out.")
+        has_turns, turn = isinstance(self.value("response"), list), None
+        turns = self.messages(field) + (self.messages("response") if has_turns else ())
+        if turns and turns[-1]["role"] == "assistant":
+            if response is not None:
+                raise self.error(field, f"ends with a reference, and so does {self.layout['response']!r}.")
+            turns, last = turns[:-1], turns[-1]
+            turn = last if last.keys() > {"role", "content"} else None
+            response = last["content"] or ("" if turn else None)
+        return {"messages": turns or None, "response": response, "turn": turn, "tools": self.tools()}
+
+    def texts(self, response: str | None, choices: Choices | None) -> dict[str, Any]:
+        """Return prompt and reference that are texts."""
+        prompt = self.prompt(choices)
+        # A prompt and its response are texts as they are; other columns' texts are texts of their own.
+        as_they_are = self.layout.get("prompt") == "prompt" and self.template is None
+        apart = not (as_they_are and self.layout.get("response") in ("response", "completion"))
+        if apart and prompt and response and not prompt[-1].isspace() and not response[0].isspace():
+            response = " " + response
+        return {"prompt": prompt, "response": response}
 
     def error(self, field: str, problem: str) -> ValueError:
         column = f"column {self.layout[field]!r}" if field in self.layout else f"name it with --map {field}=COLUMN"

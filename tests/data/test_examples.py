@@ -28,6 +28,8 @@ def test_multiple_choice_lists_the_choices_in_the_prompt_and_has_no_reference() 
     example = only({"id": "q7", "question": "What shines?", "choices": CHOICES, "answerKey": "A"}, needs=["answer"])
     prompt = "What shines?\nA. the sun\nB. the moon\nAnswer:"
     assert example == Example("q7", 1, prompt, answer="A", choices=(("A", "the sun"), ("B", "the moon")))
+    # Where a reference is needed, it is the label.
+    assert only({"question": "Q", "choices": ["x", "y"], "answer": 1}, needs=["response"]).response == " B"
 
 
 def test_a_chain_of_thought_follows_its_prompt_with_one_space() -> None:
