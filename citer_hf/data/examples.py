@@ -185,8 +185,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def final_of(text: str) -> str | None:
-    """Return what comes after the last `####`, if anything does."""
-    return text.rpartition(FINAL)[2].strip() or None if FINAL in text else None
+    """Return the line after the last `####`, if there is one."""
+    return text.rpartition(FINAL)[2].strip().partition("\n")[0].strip() or None if FINAL in text else None
 
 
 # --- Fields ---------------------------------------------------------------------------------------------------------

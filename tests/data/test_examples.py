@@ -75,7 +75,10 @@ THINKING = {**ASSISTANT, "reasoning": "hm", "reasoning_content": "hm"}
     [
         ({"question": "Q", "answer": "6*3\n#### 18"}, {"prompt": "Q", "response": " 6*3\n#### 18", "answer": "18"}),
         ({"question": "Q", "answer": "#### 18"}, {"prompt": "Q", "answer": "18"}),
-        ({"problem": "Q", "solution": "So 2\n#### 2"}, {"prompt": "Q", "response": " So 2\n#### 2", "answer": "2"}),
+        (
+            {"problem": "Q", "solution": "So\n#### 2\nEnd"},
+            {"prompt": "Q", "response": " So\n#### 2\nEnd", "answer": "2"},
+        ),
         ({"question": "Q", "choices": ["x", "y"], "answer": 1}, {"prompt": LISTED, "answer": "B", "choices": AB}),
         ({"question": "Q", "choices": "['x', 'y']", "answer": "b)"}, {"prompt": LISTED, "answer": "B", "choices": AB}),
         (
