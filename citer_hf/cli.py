@@ -260,7 +260,7 @@ def calibrate(
     from .data.examples import read_examples
     from .evaluation.calibrate import calibrate
 
-    examples = read_examples(data, needs=("answer",), **reading)
+    examples = read_examples(data, needs=("answer",) if checker else (), **reading)
     say(calibrate(load_pair(pair), examples, checker, out, **options).summary())
 
 

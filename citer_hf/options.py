@@ -3,9 +3,11 @@
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -41,7 +43,7 @@ def expanded(
             for name, options in classes.items():
                 own = {field.name: values[field.name] for field in dataclasses.fields(options)}
                 # Pairs come as a list; what was not given is left to the default of the dataclass.
-                own = {key: dict(value) if is_pairs(value) else value for key, value in own.items()}
+                own = {key: dict(chain(*value)) if is_pairs(value) else value for key, value in own.items()}
                 keywords[name] = {key: value for key, value in own.items() if value not in (None, [], {})}
                 # Wrong values are found before the command has done anything.
                 options(**keywords[name])
@@ -65,7 +67,7 @@ def parameters_of(options: type[Any]) -> list[inspect.Parameter]:
             if default:
                 about["help"] += f" [default: {','.join(map(str, default))}]"
             if get_origin(kind) is Mapping:
-                kind, about["parser"] = list[Any], as_pair
+                kind, about["parser"] = list[Any], as_pairs
             elif str(about["metavar"]).endswith(",..."):
                 kind, about["callback"] = str, separated_by_commas(get_args(kind)[0])
             else:
@@ -88,11 +90,12 @@ def is_pairs(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(one, tuple) for one in value)
 
 
-def as_pair(text: str) -> tuple[str, str]:
-    key, _, value = text.partition("=")
-    if not (key and value):
-        raise typer.BadParameter(f"expected FIELD=COLUMN, such as prompt=question, got {text!r}.")
-    return key, value
+def as_pairs(text: str) -> tuple[tuple[str, str], ...]:
+    # A comma divides where a field follows: the name of a column may have one.
+    pairs = [one.partition("=") for one in re.split(r",(?=\s*\w+\s*=)", text)]
+    if not all(key.strip() and value.strip() for key, _, value in pairs):
+        raise typer.BadParameter(f"expected FIELD=COLUMN,..., such as prompt=question, got {text!r}.")
+    return tuple((key.strip(), value.strip()) for key, _, value in pairs)
 
 
 def separated_by_commas(kind: type[Any]) -> Callable[[str | None], Any]:

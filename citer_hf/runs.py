@@ -203,6 +203,12 @@ def check_arguments(out: Path, found: Mapping[str, Any], arguments: Mapping[str,
 # --- Progress -------------------------------------------------------------------------------------------------------
 
 
+def note(text: str) -> None:
+    """Print a text on stderr, once where there are several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def progress(things: Any, description: str, total: int | None = None, shown: bool = True) -> Any:
     """Return things within a bar on stderr; where that is no terminal, one line says how many they are."""
     total = len(things) if total is None else total

@@ -97,7 +97,7 @@ class Sample:
         ("", {}),
         ("here --shares 0.5,1 --names a,b", {"place": "here", "shares": (0.5, 1.0), "names": ("a", "b")}),
         ("--folder a --folder b", {"folders": [Path("a"), Path("b")]}),
-        ("--map a=b --map c=d=e", {"columns": {"a": "b", "c": "d=e"}}),
+        ("--map a=b,x=y,z --map c=d=e", {"columns": {"a": "b", "x": "y,z", "c": "d=e"}}),
         ("--size 4 --no-fast --loud", {"size": 4, "fast": False, "loud": True}),
         ("--size 0", "--size"),
         ("--size 13", "Error: size: anything but 13."),
@@ -274,6 +274,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = invoke("label", folder / "pair", *data, "--out", folder / "labels", "--max-new-tokens", 30)
     assert result.exit_code == 0, result.output
     assert "tokens of 10 answers" in result.stdout and "roll-outs of the SLM: " in result.stderr
+    assert "exactly as the models see it" in result.stderr and "response from 'response'" in result.stderr
     result = invoke("train", folder / "pair", "--labels", folder / "labels", "--out", folder / "router", "--epochs", 2)
     assert result.exit_code == 0, result.output
     assert "held-out questions" in result.stdout

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from ..runs import note
 from .examples import Example, Messages
 
+THOUGHT = "<think>"
 # What a tokenizer may merge with a text that follows; only what comes after it is used.
 ANCHORS = ("", "\n", ".", ":", "0", "a", "(")
 
@@ -22,6 +24,7 @@ def encode(
     example: Example, tokenizer: Any, max_length: int | None, end_tokens: Sequence[int] = (), vocab_size: float = inf
 ) -> Encoded:
     """Encode prompt and reference together, so that the tokens are those of generation, which ends at `end_tokens`."""
+    given, example = example, in_chat(example, tokenizer)
     special, text = _prompt(example, tokenizer)
     prompt_ids, response_ids = special + _ids(tokenizer, text), []
     if example.response is not None:
@@ -45,13 +48,24 @@ def encode(
     length = len(prompt_ids) + max(len(response_ids), 1)
     if max_length is not None and length > max_length:
         raise ValueError(f"row {example.row}: {length} tokens exceed the context of {max_length}. Shorten the row.")
-    return Encoded(example, prompt_ids, response_ids)
+    return Encoded(given, prompt_ids, response_ids)
 
 
 def encode_prompt(example: Example, tokenizer: Any) -> list[int]:
     """Encode a prompt as `generate` is given it: after what the tokenizer puts before a text, such as BOS."""
-    special, text = _prompt(example, tokenizer)
+    special, text = _prompt(in_chat(example, tokenizer), tokenizer)
     return special + _ids(tokenizer, text)
+
+
+def in_chat(example: Example, tokenizer: Any) -> Example:
+    """Return an example as a chat where the tokenizer has a chat template, unless its prompt is to stay a text."""
+    return example.as_chat() if tokenizer.chat_template and not example.is_text else example
+
+
+def show_prompt(tokenizer: Any, prompt: Sequence[int]) -> None:
+    note(
+        f"The first prompt, between the lines, exactly as the models see it:\n---\n{_text(tokenizer, [*prompt])}\n---"
+    )
 
 
 def _ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
@@ -76,11 +90,12 @@ def _prompt(example: Example, tokenizer: Any) -> tuple[list[int], str]:
 def _render(example: Example, tokenizer: Any, messages: Messages, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
+    options: dict[str, Any] = {"tools": list(example.tools)} if example.tools else {}
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
         )
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"row {example.row}: the chat template cannot render the messages: {error}") from error
 
 
@@ -88,13 +103,14 @@ def _continuation(example: Example, tokenizer: Any, special: list[int], text: st
     """Return the tokens of the reference, which follow the tokens of the prompt."""
     following = response = str(example.response)
     if example.messages is not None:
-        turn = {"role": "assistant", "content": response}
+        turn = example.turn or {"role": "assistant", "content": response}
         rendered = _render(example, tokenizer, (*example.messages, turn), add_generation_prompt=False)
         following = rendered.removeprefix(text)
         if following == rendered:
             # Templates of reasoning models open a thought in the prompt that they leave out of a turn of the past.
-            _, found, end = rendered.rpartition(response.strip())
-            following = response + end
+            _, found, end = rendered.rpartition(response.strip() or "\0")
+            thought = turn.get("reasoning_content") if text.rstrip().endswith(THOUGHT) else None
+            following = (f"{thought}\n</think>\n\n" if thought else "") + response + end
             if not found:
                 raise ValueError(f"row {example.row}: the chat template does not render the reference as it is.")
     before, whole = _ids(tokenizer, text), _ids(tokenizer, text + following)

@@ -12,7 +12,7 @@ import numpy as np
 from transformers.utils import logging
 
 from citer_hf import runs
-from citer_hf.data.checkers import Checker, answer_of, named
+from citer_hf.data.checkers import Checker, named
 from citer_hf.data.examples import Example
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.quality import as_quality, pair_of, with_setting
@@ -181,12 +181,7 @@ def calibrate(
         _check_directory(model.name_or_path)
     if out is not None and Path(out).exists():
         raise FileExistsError(f"out: {out} exists. Give a directory that does not exist yet.")
-    check = None
-    if checker is not None:
-        name, check = named(checker)
-        for example in examples:
-            answer_of(name, example)
-    prompts = encode_prompts(model, examples)
+    prompts, check = encode_prompts(model, examples), None if checker is None else named(checker)[1]
     if len(examples) < FEW:
         logger.warning(f"examples: {len(examples)} problems say little; see the interval. Give at least {FEW}.")
     trials = _Trials(Evaluation(model, examples, prompts, check, settings, runs.Work(None, {})))

@@ -1,9 +1,11 @@
 """Greedy decoding of many prompts, which stream through the engine's slots, and the router's scores along outputs."""
 
 import copy
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from citer_hf.data.checkers import CHECKERS, Checker, answer_of
 from citer_hf.data.examples import Example
-from citer_hf.data.tokens import encode
+from citer_hf.data.tokens import encode, show_prompt
 from citer_hf.model.cache import CiterCache
 from citer_hf.model.engine import Engine
 from citer_hf.model.modeling import CiterForCausalLM
@@ -22,7 +25,7 @@ from citer_hf.model.schedule import Pace
 from citer_hf.model.sequence import Sequence as Text
 from citer_hf.model.sequence import Settled
 from citer_hf.model.slots import keeps_slots
-from citer_hf.runs import CommandOptions, option
+from citer_hf.runs import CommandOptions, note, option
 
 Alone = Literal["slm", "llm"]
 
@@ -31,6 +34,8 @@ BATCH_TOKENS = 1 << 14
 # Time of an LLM call over that of an SLM step. A measured ratio would differ from run to run, and with it the passes,
 # their costs and the last bits of the scores.
 CALL_RATIO = 10.0
+# The LLM's accuracy below which a warning is printed.
+FEW = 0.2
 # A unit of work has so many times as many sequences as there are slots, which are mostly full then.
 UNIT = 4
 
@@ -170,7 +175,37 @@ def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example]) -> list
     tokenizer, limit = model.load_tokenizer(), model.config.max_position_embeddings
     if tokenizer is None:
         raise ValueError("model: neither base model came with a tokenizer. Save one beside the LLM.")
-    return [encode(replace(example, response=None), tokenizer, limit).prompt_ids for example in examples]
+    prompts = [encode(replace(example, response=None), tokenizer, limit).prompt_ids for example in examples]
+    show_prompt(tokenizer, prompts[0])
+    return prompts
+
+
+def check_answers(checker: Checker | None, examples: Sequence[Example]) -> None:
+    """Raise an error where a checker of the package cannot find an answer in any of the data's answers."""
+    name = next((name for name, one in CHECKERS.items() if one is checker), None)
+    if name is None or checker is None:
+        return
+    for one in examples:
+        if answer_of(name, one) and name == "choice" and one.choices is None:
+            checker("", one)  # raises the error
+    answers = [(str(one.answer), one) for one in examples]
+    # A box may hold anything that is more than words.
+    if not any(checker(*one).extracted or re.search(r"[\d\\^_=+*/<>|(){}]", one[0]) for one in answers):
+        shown = "; ".join(f"{one.answer!r:.40} in row {one.row}" for one in examples[:3])
+        raise ValueError(
+            f"answer: the checker {name} finds no answer in the answers of any row: {shown}. Name their column "
+            "(--map answer=COLUMN), or choose another checker."
+        )
+
+
+def warn_of_llm(correct: Sequence[bool]) -> None:
+    """Warn when the LLM alone answers so few problems that the form of the prompts may be wrong."""
+    if (share := fmean(correct)) < FEW:
+        note(
+            f"Warning: the LLM alone is right on {share:.1%} of {len(correct)} problems, less than {FEW:.0%}. Is the "
+            "prompt above of the form that the LLM knows? --prompt-template, --chat and --system-prompt change it. Or "
+            "--max-new-tokens is too small, or another --checker is needed."
+        )
 
 
 def with_router(model: CiterForCausalLM, router: nn.Module) -> CiterForCausalLM:

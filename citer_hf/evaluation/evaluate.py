@@ -95,6 +95,7 @@ def evaluate(
     name, check = named(checker)
     for example in examples:
         answer_of(name, example)
+    decoding.check_answers(check, examples)
     prompts = decoding.encode_prompts(model, examples)
     routers = {method_name(model): model.router} if routers is None else routers
     if settings.thresholds and all(router is not model.router for router in routers.values()):
@@ -176,6 +177,9 @@ class Evaluation:
     options: DecodeOptions
     work: runs.Work
 
+    def __post_init__(self) -> None:
+        decoding.check_answers(self.checker, self.examples)
+
     @cached_property
     def costs(self) -> dict[str, ModelCost]:
         return {"slm": cost_of_model(self.model.slm), "llm": cost_of_model(self.model.llm)}
@@ -198,6 +202,7 @@ class Evaluation:
         for way in (*alone, (self.model, 0.5, 0.0, None)):
             decoding.decode(way[0], self.prompts[:2], router_threshold=way[1], alone=way[3], max_new_tokens=2)
         by_slm, by_llm = self.decode("models alone", alone)
+        decoding.warn_of_llm([one.correct for one in by_llm])
         ends = {"slm": self.point(SLM_ALONE, 0.0, by_slm), "llm": self.point(LLM_ALONE, 0.0, by_llm)}
 
         # 2. Thresholds. A router that decides once per prompt looks at the scores after the prompts alone.

@@ -33,7 +33,8 @@ def draw(results: Results, path: Path) -> None:
     # Results of earlier versions call the pair `model`.
     origin = results.provenance
     name = (origin.get("router") or origin.get("model") or {}).get("name") or "the pair"
-    figure.suptitle(f"Accuracy and cost of {name}, {origin.get('problems')} problems; shaded: 95 % intervals")
+    told = "shaded: 95 % intervals; dotted: nothing measured in between"
+    figure.suptitle(f"Accuracy and cost of {name}, {origin.get('problems')} problems; {told}")
     with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=150)
 
@@ -41,15 +42,15 @@ def draw(results: Results, path: Path) -> None:
 def _draw_curves(axes: Any, results: Results, cost: str, unit: float) -> None:
     slm, llm = results.ends["slm"], results.ends["llm"]
     for (name, of_method), colour, mark in zip(results.methods.items(), cycle(COLOURS), cycle(MARKS), strict=False):
-        # A line from end to end with the interval shaded; marks are where something was measured.
+        # The interval is shaded from end to end; marks are of what was measured; dotted lines lead to the ends.
         points = [slm, *of_method, llm]
         costs = [getattr(point, cost) / unit for point in points]
         low, high = ([point.accuracy_ci[side] * 100 for point in points] for side in (0, 1))
         axes.fill_between(costs, low, high, color=colour, alpha=0.13, linewidth=0)
         style = "--" if of_method and of_method[0].veto else "-"
-        measured = list(range(1, len(points) - 1))
         accuracies = [point.accuracy * 100 for point in points]
-        axes.plot(costs, accuracies, color=colour, ls=style, label=name, marker=mark, markevery=measured)
+        axes.plot(costs, accuracies, color=colour, ls=":", linewidth=0.9)
+        axes.plot(costs[1:-1], accuracies[1:-1], color=colour, ls=style, label=name, marker=mark)
     for end, name, mark in ((slm, "SLM alone", "kh"), (llm, "LLM alone", "k*")):
         axes.plot(getattr(end, cost) / unit, end.accuracy * 100, mark, markersize=10, label=name)
     label = f"{LEVEL:.0%} of the LLM's accuracy"

@@ -20,6 +20,9 @@ COSTS: dict[Cost, str] = {"llm_share": "share", "llm_calls": "calls", "bytes": "
 
 # LLM shares at which accuracies are compared.
 MATCHED_SHARES = (0.05, 0.1, 0.2, 0.3)
+MARKED = (
+    "A figure with * was not measured: it is on the line between a point and a model alone, as the ends of areas are."
+)
 # Percentages of the LLM's accuracy whose costs are compared.
 LEVELS = (95, 98)
 
@@ -103,15 +106,25 @@ def cost_at(
     return float(np.interp(wanted, accuracies[crossing], costs[crossing]))
 
 
+def rests_on_end(ends: Mapping[str, Point], points: Sequence[Point], value: float | None, cost: Cost) -> bool:
+    """Return True where a place of a curve is between an end and the method's points, not at or between these."""
+    costs = _curve(ends, points, cost)[0]
+    return value is not None and not costs[1] <= value <= costs[-2] and value not in (costs[0], costs[-1])
+
+
 def summarize(ends: Mapping[str, Point], points: Sequence[Point]) -> dict[str, Any]:
     # The area under accuracy, 0 for the SLM alone and 1 for the LLM alone, against the LLM share.
     slm, llm = ends["slm"].accuracy, ends["llm"].accuracy
     shares, accuracies = _curve(ends, points, "llm_share")
     area = (np.diff(shares) * ((accuracies[1:] + accuracies[:-1]) / 2 - slm)).sum()
     figures: dict[str, Any] = {"auc": None if llm == slm else float(area / (llm - slm))}
+    places: list[tuple[str, float | None, Cost]] = [(str(share), share, "llm_share") for share in MATCHED_SHARES]
     for cost, name in COSTS.items():
-        figures |= {f"{name}_at_{level}": cost_at(ends, points, level / 100, cost) for level in LEVELS}
-    return figures | {"accuracy_at": {str(share): accuracy_at(ends, points, share) for share in MATCHED_SHARES}}
+        found = {f"{name}_at_{level}": cost_at(ends, points, level / 100, cost) for level in LEVELS}
+        figures, places = figures | found, places + [(figure, value, cost) for figure, value in found.items()]
+    figures["accuracy_at"] = {str(share): accuracy_at(ends, points, share) for share in MATCHED_SHARES}
+    marked = [name for name, value, cost in places if rests_on_end(ends, points, value, cost)]
+    return figures | {"rests_on_end": marked}
 
 
 @dataclass(frozen=True)
@@ -146,7 +159,9 @@ class Results:
                 _curve_row(name, figures) for name, figures in self.summary.items()
             ],
         }
-        return "\n\n".join(f"**{title}**\n\n{table(rows)}" for title, rows in parts.items() if rows)
+        text = "\n\n".join(f"**{title}**\n\n{table(rows)}" for title, rows in parts.items() if rows)
+        is_marked = any(figures.get("rests_on_end") for figures in self.summary.values())
+        return f"{text}\n\n{MARKED}" if is_marked else text
 
 
 def _point(values: Mapping[str, Any]) -> Point:
@@ -180,12 +195,22 @@ def _point_row(name: str, point: Point) -> dict[str, str]:
 
 def _curve_row(name: str, figures: Mapping[str, Any]) -> dict[str, str]:
     # Results of earlier versions have no figures of passes.
-    shares, calls, megabytes = ([figures.get(f"{name}_at_{level}") for level in LEVELS] for name in COSTS.values())
+    shares, calls, megabytes = ([f"{name}_at_{level}" for level in LEVELS] for name in COSTS.values())
+    marked = figures.get("rests_on_end", ())
+
+    def shown(keys: Sequence[str], form: str, unit: float = 1.0) -> str:
+        values = {key: figures.get(key) for key in keys}
+        cells = ["–" if one is None else f"{one / unit:{form}}{'*' * (key in marked)}" for key, one in values.items()]
+        return " / ".join(cells)
+
     return {
         "method": name,
         "area": "–" if figures["auc"] is None else f"{figures['auc']:.3f}",
-        "LLM tokens": " / ".join("–" if one is None else f"{one:.1%}" for one in shares),
-        "passes / token": " / ".join("–" if one is None else f"{one:.3f}" for one in calls),
-        "MB / token": " / ".join("–" if one is None else f"{one / 1e6:.4g}" for one in megabytes),
-        **{f"at {float(share):.0%}": f"{accuracy:.1%}" for share, accuracy in figures["accuracy_at"].items()},
+        "LLM tokens": shown(shares, ".1%"),
+        "passes / token": shown(calls, ".3f"),
+        "MB / token": shown(megabytes, ".4g", 1e6),
+        **{
+            f"at {float(one):.0%}": f"{value:.1%}{'*' * (one in marked)}"
+            for one, value in figures["accuracy_at"].items()
+        },
     }

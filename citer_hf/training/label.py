@@ -9,7 +9,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Checker, named
 from citer_hf.data.examples import DataOptions, read_examples
-from citer_hf.data.tokens import Encoded, encode
+from citer_hf.data.tokens import Encoded, encode, show_prompt
 from citer_hf.evaluation import decode
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, top_logprobs
 from citer_hf.runs import Work, arguments_of, option, provenance, sha256_of, work_in
@@ -75,10 +75,12 @@ def label_preferences(
     """
     settings, out = LabelOptions(**options), Path(out)
     (name, check), tokenizer = named(checker), tokenizer_sha256(model)
-    needs, mapping = ("response", "answer"), settings.columns or {}
-    examples = read_examples(dataset, mapping, split=settings.split, needs=needs, limit=settings.limit)
+    reading = {field.name: getattr(settings, field.name) for field in fields(DataOptions)}
+    examples = read_examples(dataset, **reading, needs=("response", "answer"))
+    decode.check_answers(check, examples)
     longest, end = model.config.max_position_embeddings, decode.end_tokens(model)
     encoded = [encode(one, model.load_tokenizer(), longest, end, model.vocab_size) for one in examples]
+    show_prompt(model.load_tokenizer(), encoded[0].prompt_ids)
     # The longest first, which is the order of all work: memory that is too small shows at once.
     questions = sorted(encoded, key=lambda one: (-len(one.prompt_ids + one.response_ids), one.example.row))
     own = model.config.router_threshold
@@ -98,14 +100,15 @@ def label_preferences(
         # 1. Both models along the references, in columns over all their tokens.
         columns = joined(work.run("reading", policy.units(range(len(questions))), policy.read))
         case = columns["case"]
-        # 2. Roll-outs at some tokens, and the answers of each model alone.
+        # 2. The answers of each model alone, and roll-outs at some tokens.
+        answers = {role: policy.answers(role) for role in ("slm", "llm")}
+        decode.warn_of_llm(answers["llm"])
         unsure = (torch.logit(columns.pop("score"), 1e-7) - torch.logit(torch.tensor(own), 1e-7)).abs()
         tokens = (case != SLM_RIGHT).nonzero()[:, 0]
         # The budget is spent where the router is least sure; chance decides between equal states.
         tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(settings.seed))]
         tokens = tokens[unsure[tokens].argsort(stable=True)[: settings.rollouts]].sort().values
         rollout, llm_rollout = policy.compare(columns, tokens)
-        answers = {role: policy.answers(role) for role in ("slm", "llm")}
         # 3. Labels, -1 where nothing is known.
         label = torch.where(case == BOTH_WRONG, rollout, (case == SLM_RIGHT).to(torch.int8))
         columns |= {"label": label, "rollout": rollout, "llm_rollout": llm_rollout}

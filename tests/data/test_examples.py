@@ -1,5 +1,6 @@
 """Reading the examples of a task."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def test_multiple_choice_lists_the_choices_in_the_prompt_and_has_no_reference() 
     example = only({"id": "q7", "question": "What shines?", "choices": CHOICES, "answerKey": "A"}, needs=["answer"])
     prompt = "What shines?\nA. the sun\nB. the moon\nAnswer:"
     assert example == Example("q7", 1, prompt, answer="A", choices=(("A", "the sun"), ("B", "the moon")))
+    # Where a reference is needed, it is the label.
+    assert only({"question": "Q", "choices": ["x", "y"], "answer": 1}, needs=["response"]).response == " B"
 
 
 def test_a_chain_of_thought_follows_its_prompt_with_one_space() -> None:
@@ -51,10 +54,103 @@ def test_the_reference_of_a_chat_is_its_last_turn_or_a_column(row: dict[str, Any
     assert only(row, needs=["response"]) == Example("1", 1, messages=(USER,), response="Hello")
 
 
+AB, ABC = (("A", "x"), ("B", "y")), (("A", "x"), ("B", "y"), ("C", "z"))
+LISTED = "Q\nA. x\nB. y\nAnswer:"
+TURNS = [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+SYSTEM = {"role": "system", "content": "S"}
+CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+SENT = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+AGENT = [
+    {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+    {"role": "assistant", "content": None, "tool_calls": [SENT]},
+    {"role": "tool", "content": "3"},
+    {**ASSISTANT, "reasoning": "hm"},
+]
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+THINKING = {**ASSISTANT, "reasoning": "hm", "reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"question": "Q", "answer": "6*3\n#### 18"}, {"prompt": "Q", "response": " 6*3\n#### 18", "answer": "18"}),
+        ({"question": "Q", "answer": "#### 18"}, {"prompt": "Q", "answer": "18"}),
+        (
+            {"problem": "Q", "solution": "So\n#### 2\nEnd"},
+            {"prompt": "Q", "response": " So\n#### 2\nEnd", "answer": "2"},
+        ),
+        ({"question": "Q", "choices": ["x", "y"], "answer": 1}, {"prompt": LISTED, "answer": "B", "choices": AB}),
+        ({"question": "Q", "choices": "['x', 'y']", "answer": "b)"}, {"prompt": LISTED, "answer": "B", "choices": AB}),
+        (
+            {"question": "Q", "options": ["x", "y", "z"], "answer": "C", "answer_index": 2},
+            {"prompt": "Q\nA. x\nB. y\nC. z\nAnswer:", "answer": "C", "choices": ABC},
+        ),
+        (
+            {
+                "question": {"stem": "Q", "choices": [{"text": text, "label": label} for label, text in AB]},
+                "answerKey": "B",
+            },
+            {"prompt": LISTED, "answer": "B", "choices": AB},
+        ),
+        ({"question": "Q", "options": dict(AB), "answer": "y"}, {"prompt": LISTED, "answer": "B", "choices": AB}),
+        ({"conversations": TURNS}, {"messages": (SYSTEM, USER), "response": "Hello"}),
+        ({"query": "Q", "response": "R"}, {"prompt": "Q", "response": " R"}),
+        ({"input": "Q", "output": "R"}, {"prompt": "Q", "response": " R"}),
+        ({"instruction": "Q", "input": "X", "output": "R"}, {"prompt": "Q\n\nX", "response": " R"}),
+        ({"instruction": "Q", "input": "", "output": "R"}, {"prompt": "Q", "response": " R"}),
+        (
+            {"messages": AGENT, "tools": json.dumps([{"name": "f"}])},
+            {"messages": (USER, CALLING, AGENT[2]), "response": "Hello", "turn": THINKING, "tools": ({"name": "f"},)},
+        ),
+        ({"messages": [USER, AGENT[1]]}, {"messages": (USER,), "response": "", "turn": CALLING}),
+        ({"": 0, "prompt": "Q"}, {"prompt": "Q"}),
+    ],
+)
+def test_published_rows_are_read(row: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert only(row) == Example("1", 1, **fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({"chat": True}, {"messages": ({**USER, "content": LISTED},)}),
+        ({"system_prompt": "S"}, {"messages": (SYSTEM, {**USER, "content": LISTED})}),
+        (
+            {"prompt_template": r"In \boxed{}: {question}!"},
+            {"prompt": "In \\boxed{}: Q\nA. x\nB. y!", "is_text": True},
+        ),
+        (
+            {"prompt_template": "{choices}? {question}", "chat": True},
+            {"messages": ({**USER, "content": "A. x\nB. y? Q"},)},
+        ),
+        ({"prompt_template": "form.txt"}, {"prompt": "Q\nA. x\nB. y\n>", "is_text": True}),
+    ],
+)
+def test_options_say_how_a_question_becomes_a_prompt(
+    options: Any, fields: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("form.txt").write_text("{question}\n>\n")
+    row = {"question": "Q", "choices": ["x", "y"], "answer": 1}
+    assert only(row, **options) == Example("1", 1, answer="B", choices=AB, **fields)
+    with pytest.raises(ValueError, match=r"prompt_template: expected a text with {question}, .* got 'form'"):
+        only(row, prompt_template="form")
+
+
+def test_the_reader_tells_in_a_line_what_it_took_each_column_for(capsys: pytest.CaptureFixture[str]) -> None:
+    only({"": 1, "question": "Q", "answer": "R #### 2", "l": 3})
+    only({"talk": TURNS}, columns={"messages": "talk"})
+    assert capsys.readouterr().err.splitlines() == [
+        "data: 1 examples; prompt from 'question', response from 'answer', answer from 'answer' after ####; "
+        "not used: l.",
+        "data: 1 examples; messages from 'talk', response from the last turn.",
+    ]
+
+
 def test_columns_are_mapped_and_answers_become_text() -> None:
     row = {"q": "a", "r": "b", "final": 4, "key": 9, "cot": "unused"}
     example = only(row, columns={"prompt": "q", "response": "r", "answer": "final", "id": "key"})
-    assert example == Example(id="9", row=1, prompt="a", response="b", answer="4")
+    assert example == Example(id="9", row=1, prompt="a", response=" b", answer="4")
     assert only({"prompt": "a", "cot": "b", "response": "c"}, columns={"response": "response"}).response == "c"
     assert only({"talk": [USER, ASSISTANT]}, columns={"messages": "talk"}).messages == (USER,)
     for answer, text in ((4.0, "4"), (4.5, "4.5"), (7, "7"), (" 4.0 ", "4.0")):
@@ -85,10 +181,15 @@ CHOICE = {"question": "q", "choices": CHOICES, "answerKey": "A"}
     [
         ({"messages": [USER, ASSISTANT], "response": "Hello"}, "messages .* ends with a reference, .*'response'"),
         ({"messages": [{"role": "user"}]}, "messages .*list of messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "messages .*list of messages.*parts of text",
+        ),
+        ({"messages": [USER], "tools": "f"}, "tools .* must be a list of tools"),
         ({"messages": []}, r"messages \(column 'messages'\) is missing or empty"),
         ({"prompt": [USER], "completion": [{"role": "user"}]}, "response .*'completion'.* list of messages"),
         ({"prompt": "a", "answer": ["4"]}, r"answer \(column 'answer'\) must be text, got list"),
-        ({**CHOICE, "choices": ["a", "b"]}, "choices .* as many different labels as texts"),
+        ({**CHOICE, "choices": 5}, "choices .* as many different labels as texts"),
         ({**CHOICE, "choices": {"text": ["a"], "label": ["A", "B"]}}, "choices .* as many different labels as texts"),
         ({**CHOICE, "choices": {"text": ["a", "b"], "label": "AA"}}, "choices .* as many different labels as texts"),
         ({**CHOICE, "answerKey": "E"}, "answer .* must be one of the labels A, B, got 'E'"),
@@ -131,6 +232,18 @@ def test_json_keeps_texts(tmp_path: Path) -> None:
     assert [example.prompt for example in read_examples(str(path))] == ["a", "b"]
 
 
+def test_compressed_files_with_a_bom_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    for name, content in (
+        ("task.csv", b',prompt,answer\r\n0,"a\r\nb",4\r\n'),
+        ("task.jsonl", b'{"prompt": "a\\nb", "answer": 4}\r\n\r\n'),
+        ("task.json", b'[{"prompt": "a\\nb",\r\n"answer": 4}]'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + content))
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            assert read_examples(path) == [Example("1", 1, "a\nb", answer="4")]
+
+
 def test_csv_keeps_texts_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "task.csv"
     long = "x" * 200_000
@@ -150,7 +263,9 @@ def test_csv_keeps_texts_as_they_are(tmp_path: Path) -> None:
         ("a.json", b'[{"prompt": "a"},\n]', "a.json, row 1: .*line [12]"),
         ("a.csv", b"prompt,answer\na,b\nc\n", "a.csv, row 2: a row without one value for each column"),
         ("a.csv", b'prompt,answer\na,"b\n', "a.csv, row 1: unexpected end of data"),
-        ("a.csv", b"prompt\n\xe9\n", "a.csv, row 1: .*codec"),
+        ("a.csv", b"prompt\na\n\xe9\n", "a.csv, row 2: .*codec"),
+        ("a.csv.gz", b"prompt", "a.csv.gz, row 1: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz, row 1: Compressed file ended"),
         ("a.txt", b"a", r"a.txt cannot be loaded: .* Expected a file \(.jsonl, .json, .csv, .parquet\), a directory"),
         ("a.parquet", b"a", "a.parquet cannot be loaded"),
     ],

@@ -1,5 +1,6 @@
 """Prompts and references in tokens."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,6 +137,34 @@ def test_a_chats_reference_is_what_the_template_renders_up_to_eos(eos: list[str]
     assert text_of(tokenizer, encoded.response_ids) == " the answer<end>"
 
 
+def test_a_plain_prompt_becomes_a_chat_where_there_is_a_template_unless_it_is_to_stay_a_text() -> None:
+    tokenizer, plain = byte_level(chat_template=CHAT), byte_level()
+    end = [tokenizer.convert_tokens_to_ids("<end>")]
+    given = text_example("hello", " world")
+    chat = encode(chat_example("world"), tokenizer, None, end)
+    assert replace(encode(given, tokenizer, None, end), example=chat.example) == chat
+    kept = replace(given, is_text=True)
+    assert replace(encode(kept, tokenizer, None, end), example=given) == encode(given, plain, None, end)
+
+
+def test_tools_and_the_reasoning_of_a_turn_reach_the_template() -> None:
+    thought = "{{ '<think>' + m['reasoning_content'] if 'reasoning_content' in m else '' }}"
+    turns = CHAT.replace("{{ '<start>'", "{{ '<start>' }}" + thought + "{{ ''")
+    template = "{{ tools | length if tools else '' }}" + turns.replace("+ m['role'] + '\\n' ", "").replace(
+        "assistant\\n", ""
+    )
+    turn = {"role": "assistant", "content": "B", "reasoning_content": "hm"}
+    example = replace(chat_example("B"), turn=turn, tools=({"name": "f"},))
+    for one, prompt, response in (
+        (template, "1<start>", "<think>hmB<end>"),
+        (THINKING, "<start>", "hm\n</think>\n\nB<end>"),
+    ):
+        tokenizer = byte_level(chat_template=one)
+        encoded = encode(example, tokenizer, None, [tokenizer.convert_tokens_to_ids("<end>")])
+        assert text_of(tokenizer, encoded.prompt_ids).startswith(prompt)
+        assert text_of(tokenizer, encoded.response_ids) == response
+
+
 def test_a_template_that_rewrites_past_turns_still_gives_the_reference() -> None:
     tokenizer = byte_level(chat_template=THINKING)
     end = tokenizer.convert_tokens_to_ids("<end>")
@@ -167,9 +196,9 @@ def test_a_chat_that_cannot_be_rendered_is_explained() -> None:
 def test_tokens_beyond_context_or_vocabulary_are_an_error(example: Example, options: dict[str, int], message: str):
     limits: dict[str, Any] = {"max_length": None, **options}
     with pytest.raises(ValueError, match=message):
-        encode(example, character_tokenizer(), **limits)
+        encode(example, character_tokenizer(template=None), **limits)
     if limits["max_length"]:
-        encode(example, character_tokenizer(), limits["max_length"] + 1)
+        encode(example, character_tokenizer(template=None), limits["max_length"] + 1)
 
 
 def test_text_and_a_boundary_that_no_tokens_have_are_an_error() -> None:

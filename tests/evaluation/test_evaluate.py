@@ -14,6 +14,7 @@ from torch import nn
 
 from citer_hf import CiterForCausalLM, runs
 from citer_hf.costs import cost_of_model
+from citer_hf.data.checkers import Verdict
 from citer_hf.data.tokens import encode_prompt
 from citer_hf.evaluation import evaluate as module
 from citer_hf.evaluation.decode import decode, with_router
@@ -201,11 +202,21 @@ def test_results_of_other_arguments_stay_as_they_are_and_the_difference_is_named
         ({"vetoes": (0.3, 1.1)}, r"^llm_veto: expected a number from 0 .* got 1.1"),
         ({"examples": []}, r"^examples: expected at least one"),
         ({"examples": examples(answer=None)}, r"^row 11: no answer"),
+        ({"examples": examples(answer="a few"), "checker": "math"}, r"^answer: .* math finds no .*'a few' in row 11"),
+        ({"examples": examples(answer="A"), "checker": "choice"}, r"^checker choice: row 11 has no choices"),
     ],
 )
 def test_options_out_of_range_are_errors(pair: Any, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         run(pair, **options)
+
+
+def test_a_prompt_is_printed_and_a_warning_where_the_llm_is_hardly_ever_right(pair: Any, capsys: Any):
+    for checker, warnings in ((lambda text, example: Verdict(False, None), 1), (lambda *_: Verdict(True, None), 0)):
+        run(pair, checker, shares=(0.5,))
+        printed = capsys.readouterr().err
+        assert f"exactly as the models see it:\n---\n{EXAMPLES[0].prompt}\n---\n" in printed
+        assert printed.count("Warning: the LLM alone is right on 0.0% of 6 problems, less than 20%.") == warnings
 
 
 def test_the_provenance_names_router_base_models_and_data(pair: Any, tmp_path: Path):

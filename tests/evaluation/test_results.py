@@ -46,12 +46,25 @@ def test_an_accuracy_is_reached_where_the_curve_first_comes_to_it_at_less_than_t
     assert cost_at(ENDS, dear, 0.98, "bytes") == cost_at(ENDS, CURVE, 0.98, "bytes")
 
 
+def test_figures_on_a_line_to_a_model_alone_are_marked():
+    figures = summarize(ENDS, CURVE)["rests_on_end"]
+    assert figures == ["0.05", *(f"{cost}_at_{level}" for cost in ("share", "calls", "bytes") for level in (95, 98))]
+    measured = [point(0.05, 0.5), point(0.6, 0.99)]
+    assert summarize(ENDS, measured)["rests_on_end"] == []
+    # Nothing of a method that has no point below the LLM alone is measured.
+    assert len(summarize(ENDS, [])["rests_on_end"]) == 10
+    table = make_results(ENDS, {"mine": CURVE, "other": measured}, {}).table()
+    assert " 70.0%* / 88.0%* " in table and " 40.0%* " in table and " 70.0% " in table
+    assert "A figure with * was not measured" in table.splitlines()[-1]
+    assert "*" not in make_results(ENDS, {"other": measured}, {}).table().replace("**", "")
+
+
 def test_what_cannot_be_said_is_left_open():
     alike = {"slm": point(0, 0.5), "llm": point(1, 0.5)}
     assert summarize(alike, [point(0.5, 0.5)])["auc"] is None
     assert cost_at({"slm": point(0, 0.5), "llm": point(1, 0.9)}, [], 1.2) is None
     table = make_results(alike, {"mine": [point(0.5, 0.5)]}, {}).table().splitlines()
-    assert table[-1].split(" | ")[:2] == ["| mine  ", "   –"]
+    assert table[-3].split(" | ")[:2] == ["| mine  ", "   –"]
     assert len({len(line) for line in table if line.startswith("|")}) == 2
 
 

@@ -156,7 +156,8 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_p
         ({"rollouts": -1}, "rollouts: expected at least 0, got -1"),
         ({"router_threshold": 70}, "router_threshold: expected a number from 0 .* to 2"),
         ({"examples": [{"prompt": "a", "response": "b", "answer": ""}]}, "row 1.*answer"),
-        ({"examples": [*task(1), {"prompt": "a", "response": "a" * 300, "answer": "b"}]}, "row 2.*302"),
+        ({"examples": [*task(1), {"prompt": "a", "response": "a" * 300, "answer": "b"}]}, "row 2.*307"),
+        ({"examples": [{**task(1)[0], "answer": "a few"}], "checker": "math"}, "math finds no answer .* in row 1"),
     ],
 )
 def test_what_cannot_be_used_is_refused(llamas: Any, tmp_path: Path, options: Any, message: str) -> None:
