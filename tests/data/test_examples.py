@@ -239,7 +239,7 @@ def test_compressed_files_with_a_bom_and_windows_line_ends_are_read(tmp_path: Pa
         ("task.json", b'[{"prompt": "a\\nb",\r\n"answer": 4}]'),
     ):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + content))
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + content, mtime=0))
         for path in (tmp_path / name, tmp_path / f"{name}.gz"):
             assert read_examples(path) == [Example("1", 1, "a\nb", answer="4")]
 
@@ -265,7 +265,7 @@ def test_csv_keeps_texts_as_they_are(tmp_path: Path) -> None:
         ("a.csv", b'prompt,answer\na,"b\n', "a.csv, row 1: unexpected end of data"),
         ("a.csv", b"prompt\na\n\xe9\n", "a.csv, row 2: .*codec"),
         ("a.csv.gz", b"prompt", "a.csv.gz, row 1: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b"{}")[:-9], "a.jsonl.gz, row 1: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-9], "a.jsonl.gz, row 1: Compressed file ended"),
         ("a.txt", b"a", r"a.txt cannot be loaded: .* Expected a file \(.jsonl, .json, .csv, .parquet\), a directory"),
         ("a.parquet", b"a", "a.parquet cannot be loaded"),
     ],
