@@ -37,7 +37,8 @@ FLAGS = {
     "chat": f"{PAIR} --device-map --router-threshold --max-new-tokens --system",
     "playground": f"{PAIR} --device-map --host --port --max-new-tokens",
     "label": f"{PAIR} --device-map {DATA} --out --router-threshold --rollouts",
-    "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --learning-rate --epochs --seed",
+    "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --learning-rate --epochs --seed "
+    "--patience --report-to --labels-revision",
     "evaluate": f"{PAIR} --device-map {DATA} --out --baselines --compare --methods --shares --thresholds",
     "calibrate": f"{PAIR} --device-map {DATA} --llm-share --accuracy --write",
     "bench": f"{PAIR} --device-map --device --shares --thresholds --prompts --prompt-length --batch-size "
@@ -46,7 +47,7 @@ FLAGS = {
     "serve": f"{PAIR} --device-map --host --port --router-threshold --max-new-tokens --max-request-bytes "
     "--max-waiting --timeout --cache-implementation",
     "convert": "--slm --llm --out --router-threshold",
-    "push": "--private --create-pr --revision --commit-message --commit-description --tag --space",
+    "push": "--dataset --private --create-pr --revision --commit-message --commit-description --tag --space",
 }
 
 
@@ -259,7 +260,18 @@ def test_ctrl_c_at_the_prompt_leaves_the_chat_open(monkeypatch, capsys):
 # ---- label, train, evaluate, calibrate ----
 
 
-BASELINES = {"citer", "citer-s", "co-llm", "query", "confidence", "entropy", "random", "bild", "speculative"}
+BASELINES = {
+    "citer",
+    "acceptance",
+    "citer-s",
+    "co-llm",
+    "query",
+    "confidence",
+    "entropy",
+    "random",
+    "bild",
+    "speculative",
+}
 
 
 @pytest.fixture(scope="module")
