@@ -30,8 +30,8 @@ FACTS = {"provenance.json": (), "results.json": ("results.md", "curve.png")}
 ALL_FACTS = tuple(name for json, others in FACTS.items() for name in (json, *others))
 # What may be left on the Hub of a router that is replaced; files that are uploaded are not deleted.
 OF_A_ROUTER = ("*.safetensors", "*.safetensors.index.json", "citer/*", "*_citer.py", "slm*/*", "llm*/*")
-# Hidden files and Python's cache stay on this machine.
-HIDDEN = (".*", "*/.*", "*__pycache__/*")
+# Hidden files, Python's cache and logs of a training, which name this machine, stay on it.
+HIDDEN = (".*", "*/.*", "*__pycache__/*", "runs/*")
 # The gradio of Spaces, and their program.
 GRADIO = "6.31.0"
 SPACE_APP = """\

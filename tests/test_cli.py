@@ -260,18 +260,8 @@ def test_ctrl_c_at_the_prompt_leaves_the_chat_open(monkeypatch, capsys):
 # ---- label, train, evaluate, calibrate ----
 
 
-BASELINES = {
-    "citer",
-    "acceptance",
-    "citer-s",
-    "co-llm",
-    "query",
-    "confidence",
-    "entropy",
-    "random",
-    "bild",
-    "speculative",
-}
+TRAINED = {"citer", "acceptance", "citer-s", "co-llm", "query"}
+BASELINES = {*TRAINED, "confidence", "entropy", "random", "bild", "speculative"}
 
 
 @pytest.fixture(scope="module")

@@ -378,7 +378,8 @@ LABELS = """
     card = Path("labels/README.md")
     card.write_text(card.read_text().replace("---\\n", "---\\nlicense: mit\\n", 1))
     push("labels", "me/labels", dataset=True)
-    made = train(model, "me/labels", "again", labels_revision=made["labels"]["commit"], epochs=1, objective="acceptance")
+    pinned = {"labels_revision": made["labels"]["commit"], "objective": "acceptance"}
+    made = train(model, "me/labels", "again", epochs=1, **pinned)
     said["pinned"] = made["labels"]["commit"]
 """
 

@@ -113,6 +113,10 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     settings, out = TrainOptions(**options), Path(out)
     labels = labels if isinstance(labels, Labels) else Labels.load(labels, settings.labels_revision)
     labels.check_pair(model)
+    if settings.rounds > 1 and settings.checker is None and ":" in labels.info["checker"] and labels.source["commit"]:
+        raise ValueError(
+            f"checker: the labels of {labels.source['name']} name code, {labels.info['checker']}. Give it."
+        )
     name, check = named(settings.checker or labels.info["checker"]) if settings.rounds > 1 else (None, None)
     settings = replace(settings, checker=name)
     objective = OBJECTIVES[settings.objective]

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 
+from citer_hf.evaluation.results import bootstrap_interval
 from citer_hf.training.label import Policy, label_preferences
 from citer_hf.training.labels import Labels
 from tests.families import EOS
@@ -117,8 +118,8 @@ def test_what_is_left_out_and_intervals_are_in_the_provenance_and_on_the_card(ll
     (dropped,), counts = labels.info["dropped"], labels.info["counts"]
     assert (dropped["id"], dropped["row"]) == ("long", 1) and "302 tokens exceed the context" in dropped["reason"]
     assert counts["tokens_without_rollout"] == int((labels.case != 1).sum()) - 7 and counts["dropped_examples"] == 1
-    low, high = counts["slm_accuracy_ci"]
-    assert low <= counts["slm_accuracy"] <= high and low < high
+    expected = bootstrap_interval(labels.llm_correct.tolist(), seed=0)
+    assert counts["llm_accuracy_ci"] == list(expected)
     assert f"- `long`: {dropped['reason']}" in (labels.directory / "README.md").read_text()
     assert dropped["reason"] in caplog.text
 

@@ -120,7 +120,7 @@ def test_training_logs_go_where_they_are_asked_for(name: str, tmp_path: Path, mo
     monkeypatch.setattr(module, "get_available_reporting_integrations", list)
     with pytest.raises(ImportError, match=f"report_to: {name} is not installed: pip install {name}"):
         replace(QUICK, report_to=name)
-    with pytest.raises(ValueError, match="report_to: expected some of trackio.*got 'paper'"):
+    with pytest.raises(ValueError, match=r"report_to: expected some of trackio.*got 'paper'"):
         replace(QUICK, report_to="paper")
     seen: list[Any] = []
 
