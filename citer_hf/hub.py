@@ -148,7 +148,8 @@ def push_labels(folder: Path, repo_id: str, token: str | bool | None, options: P
         raise ValueError(f"directory: {folder} holds no labels. Give one that a finished `citer label` has made.")
     for name in (CARD, *files):
         check_inside(folder / name, folder)
-    api, where = HfApi(token=token), {"repo_type": "dataset", "revision": options.revision}
+    api = HfApi(token=token)
+    where: dict[str, Any] = {"repo_type": "dataset", "revision": options.revision}
     with uploading(repo_id):
         repo_id = repository(api, repo_id, options, "dataset")
         there = api.list_repo_files(repo_id, **where)
@@ -172,7 +173,8 @@ def labels_card(written: str, published: str | None, repo_id: str, tags: Sequenc
     if published is not None and GENERATED in written and GENERATED not in published:
         return published
     card = RepoCard(written.replace(NO_ID, repo_id), ignore_metadata_errors=True)
-    own, old = (RepoCard(text, ignore_metadata_errors=True).data.to_dict() for text in (written, published or written))
+    parts = (RepoCard(text, ignore_metadata_errors=True).data for text in (written, published or written))
+    own, old = map(dict, (part.__dict__ for part in parts))
     every = [*own.get("tags", ()), *old.get("tags", ()), *tags]
     card.data = CardData(**{**old, **own, "tags": list(dict.fromkeys(every))})
     return str(card)

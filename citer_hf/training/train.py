@@ -113,10 +113,9 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
     settings, out = TrainOptions(**options), Path(out)
     labels = labels if isinstance(labels, Labels) else Labels.load(labels, settings.labels_revision)
     labels.check_pair(model)
-    if settings.rounds > 1 and settings.checker is None and ":" in labels.info["checker"] and labels.source["commit"]:
-        raise ValueError(
-            f"checker: the labels of {labels.source['name']} name code, {labels.info['checker']}. Give it."
-        )
+    own = labels.info.get("checker", "")
+    if settings.rounds > 1 and settings.checker is None and ":" in own and labels.source.get("commit"):
+        raise ValueError(f"checker: the labels from the Hub name code, {own!r}. Give --checker {own} to run it.")
     name, check = named(settings.checker or labels.info["checker"]) if settings.rounds > 1 else (None, None)
     settings = replace(settings, checker=name)
     objective = OBJECTIVES[settings.objective]
@@ -279,7 +278,11 @@ def train_router(
         last.bias.mul_(shrink)
         scores = torch.sigmoid(router.log_odds(inputs))
     report = {"loss": loss, "learning_rate": rate, **report_on(scores, labels, label, parts[1])}
-    tokens = {"training": len(training), "validation": len(validation), "dropped": int((label < 0).sum())}
+    tokens: dict[str, Any] = {
+        "training": len(training),
+        "validation": len(validation),
+        "dropped": int((label < 0).sum()),
+    }
     tokens["dropped_because"] = "the labels do not tell which model is wanted there, such as beyond --rollouts"
     return router, {"validation": report, "tokens": tokens, "trainings": trainings, "history": history}
 
