@@ -11,7 +11,8 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, SpaceCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.repocard import CardData, RepoCard
+from huggingface_hub.repocard import RepoCard
+from huggingface_hub.repocard_data import CardData
 
 from . import __version__
 from .model.modeling import CiterForCausalLM
@@ -173,8 +174,8 @@ def labels_card(written: str, published: str | None, repo_id: str, tags: Sequenc
     if published is not None and GENERATED in written and GENERATED not in published:
         return published
     card = RepoCard(written.replace(NO_ID, repo_id), ignore_metadata_errors=True)
-    parts = (RepoCard(text, ignore_metadata_errors=True).data for text in (written, published or written))
-    own, old = map(dict, (part.__dict__ for part in parts))
+    cards = [RepoCard(text, ignore_metadata_errors=True) for text in (written, published or written)]
+    own, old = (one.data.to_dict() for one in cards)  # type: ignore[no-untyped-call]
     every = [*own.get("tags", ()), *old.get("tags", ()), *tags]
     card.data = CardData(**{**old, **own, "tags": list(dict.fromkeys(every))})
     return str(card)

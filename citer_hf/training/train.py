@@ -278,11 +278,8 @@ def train_router(
         last.bias.mul_(shrink)
         scores = torch.sigmoid(router.log_odds(inputs))
     report = {"loss": loss, "learning_rate": rate, **report_on(scores, labels, label, parts[1])}
-    tokens: dict[str, Any] = {
-        "training": len(training),
-        "validation": len(validation),
-        "dropped": int((label < 0).sum()),
-    }
+    tokens: dict[str, Any] = {"training": len(training), "validation": len(validation)}
+    tokens["dropped"] = int((label < 0).sum())
     tokens["dropped_because"] = "the labels do not tell which model is wanted there, such as beyond --rollouts"
     return router, {"validation": report, "tokens": tokens, "trainings": trainings, "history": history}
 
