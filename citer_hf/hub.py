@@ -56,10 +56,10 @@ class PushOptions:
     space: str | None = option(None, "Also write a Space that shows the router on a page.", metavar="USER/NAME")
 
     def __post_init__(self) -> None:
-        if self.space is not None and (self.create_pr or self.revision is not None):
-            raise ValueError("space: a Space shows the main branch. Leave create_pr and revision out.")
-        if self.space is not None and self.dataset:
-            raise ValueError("space: a Space shows a router, and labels have none. Leave space or dataset out.")
+        if self.space is not None and (self.create_pr or self.revision is not None or self.dataset):
+            raise ValueError(
+                "space: a Space shows a router on the main branch. Leave create_pr, revision and dataset out."
+            )
 
 
 def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:

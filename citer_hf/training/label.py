@@ -133,13 +133,10 @@ def label_preferences(
     return Labels.load(out)
 
 
-Dropped = list[dict[str, Any]]
-
-
-def usable(examples: Sequence[Example], encoding: Callable[[Example], Encoded]) -> tuple[list[Encoded], Dropped]:
+def usable(examples: Sequence[Example], encoding: Callable[[Example], Encoded]) -> tuple[list[Encoded], list[Any]]:
     """Return the examples that the pair can take, and why others are left out; raise an error when that is all."""
     encoded: list[Encoded] = []
-    dropped: Dropped = []
+    dropped: list[dict[str, Any]] = []
     for number, one in enumerate(examples, start=1):
         try:
             encoded.append(encoding(one))

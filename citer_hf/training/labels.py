@@ -109,16 +109,7 @@ class Labels:
 
     @classmethod
     def load(cls, labels: str | Path, revision: str | None = None) -> "Labels":
-        """Load labels that `citer label` or `label_preferences` has made.
-
-        Args:
-            labels: Their directory, or the id of a data set on the Hub that `citer push --dataset` has written.
-            revision: On the Hub: branch, tag or commit.
-
-        Raises:
-            FileNotFoundError: when there are no labels, or not all of them.
-            ValueError: when columns are missing, or a directory is given a revision.
-        """
+        """Load labels of `citer label` from their directory, or by their id from the Hub; else `FileNotFoundError`."""
         directory = downloaded(labels, revision)
         if not (directory / LABELS).is_file():
             todo = "If it was interrupted, run the same `citer label` again."
