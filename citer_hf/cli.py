@@ -208,7 +208,7 @@ def label(
 @command
 def train(
     pair: Pair,
-    labels: Annotated[Path, flag("DIR", "Made by `citer label` with the same pair.")],
+    labels: Annotated[str, flag("LABELS", "Of `citer label` with the same pair: directory, or id on the Hub.")],
     out: Out,
     options: Annotated[Options, "training.train.TrainOptions"],
 ) -> None:
@@ -226,7 +226,7 @@ def evaluate(
     out: Out,
     reading: Reading,
     options: Annotated[Options, "evaluation.evaluate.EvaluateOptions"],
-    baselines: Annotated[Path | None, flag("DIR", "Labels, to train and measure every other method on.")] = None,
+    baselines: Annotated[str | None, flag("LABELS", "Train and measure every other method on these labels.")] = None,
     compare: Annotated[list[Path] | None, flag("DIR", "Another router of `citer train`. May be repeated.")] = None,
     methods: Annotated[str | None, flag("NAME,...", "Of the other methods, these alone; some need no labels.")] = None,
     ray: OnRay = False,
@@ -325,11 +325,11 @@ def convert(
 
 @command
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A router's directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of a router, or with --dataset of labels.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to on the Hub, such as user/my-router.")],
     options: Annotated[Options, "hub.PushOptions"],
 ) -> None:
-    """Upload a router to the Hub, with a model card made from what is in its directory."""
+    """Upload a router or labels to the Hub, with a card made from what is in the directory."""
     from .hub import push
 
     typer.echo(push(directory, repo_id, **options))

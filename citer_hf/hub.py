@@ -1,4 +1,4 @@
-"""Sharing a router repository: its model card, and the push to the Hub in one commit."""
+"""Sharing a router repository or labels: the card, and the push to the Hub in one commit."""
 
 import logging
 import os
@@ -9,26 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, SpaceCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, SpaceCardData
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.repocard import RepoCard
+from huggingface_hub.repocard_data import CardData
 
 from . import __version__
 from .model.modeling import CiterForCausalLM
-from .runs import atomic_write, check_inside, fetch, file_sha256, method_of, option, read_json
+from .runs import LABELS, atomic_write, check_inside, fetch, file_sha256, method_of, option, read_json
 
 logger = logging.getLogger(__name__)
 
 CARD, CONFIG, WEIGHTS = "README.md", "config.json", "model.safetensors"
 TEMPLATE = Path(__file__).with_name("card.md")
 GENERATED = "<!-- Written by citer_hf from the files beside it. Remove this line to keep what you change below. -->"
+# The id of labels in the card that `citer label` writes, before they are pushed.
+NO_ID = "USER/LABELS"
 TAGS = ("citer", "token-level-routing")
 # The files that tell of a router: each JSON file names the router by its sha256, the others belong to that file.
 FACTS = {"provenance.json": (), "results.json": ("results.md", "curve.png")}
 ALL_FACTS = tuple(name for json, others in FACTS.items() for name in (json, *others))
 # What may be left on the Hub of a router that is replaced; files that are uploaded are not deleted.
 OF_A_ROUTER = ("*.safetensors", "*.safetensors.index.json", "citer/*", "*_citer.py", "slm*/*", "llm*/*")
-# Hidden files and Python's cache stay on this machine.
-HIDDEN = (".*", "*/.*", "*__pycache__/*")
+# Hidden files, Python's cache and logs of a training, which name this machine, stay on it.
+HIDDEN = (".*", "*/.*", "*__pycache__/*", "runs/*")
 # The gradio of Spaces, and their program.
 GRADIO = "6.31.0"
 SPACE_APP = """\
@@ -42,28 +46,31 @@ playground(model, host="0.0.0.0", port=7860)
 
 @dataclass(frozen=True)
 class PushOptions:
+    dataset: bool = option(False, "DIR holds labels of `citer label`; push them as a data set.")
     private: bool = option(False, "Make a new repository private.")
     create_pr: bool = option(False, "Open a pull request instead.")
     revision: str | None = option(None, "The branch to push to. [default: the main one]", metavar="NAME")
-    commit_message: str = option("Upload router", "First line of the commit.", metavar="TEXT")
+    commit_message: str | None = option(None, "First line of the commit. [default: what it is]", metavar="TEXT")
     commit_description: str | None = option(None, "What else the commit says.", metavar="TEXT")
     tags: Sequence[str] = option((), "Another tag for the card. May be repeated.", metavar="TAG", flag="--tag")
     space: str | None = option(None, "Also write a Space that shows the router on a page.", metavar="USER/NAME")
 
     def __post_init__(self) -> None:
-        if self.space is not None and (self.create_pr or self.revision is not None):
-            raise ValueError("space: a Space shows the main branch. Leave create_pr and revision out.")
+        if self.space is not None and (self.create_pr or self.revision is not None or self.dataset):
+            raise ValueError(
+                "space: a Space shows a router on the main branch. Leave create_pr, revision and dataset out."
+            )
 
 
 def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool | None = None, **options: Any) -> str:
-    """Upload a router repository with a model card, in one commit.
+    """Upload a router repository with a model card, or labels with a card of their own, in one commit.
 
     The card is written into the directory as `README.md`, unless a person's card is there or on the Hub. What is left
     on the Hub of another router is removed there in the same commit.
 
     Args:
-        directory: Made by `save_pretrained` or `citer train`. `results.json` and `curve.png` of `citer evaluate` in it
-            are shown in the card when they are of this router.
+        directory: Made by `save_pretrained` or `citer train`; with `dataset`, by `citer label`. `results.json` and
+            `curve.png` of `citer evaluate` in it are shown in the card when they are of this router.
         repo_id: Where to, such as `user/my-router`; made when it is not there.
         token: Of the Hub. Default: the one that `hf auth login` saved.
         options: The fields of `PushOptions`.
@@ -75,7 +82,8 @@ def push(directory: str | os.PathLike[str], repo_id: str, *, token: str | bool |
         ValueError: when the directory is no router repository, or refers to models that nobody else has.
         OSError: when something cannot be read or uploaded; then the directory is as it was, but for the card.
     """
-    return _push(Path(directory), repo_id, token, PushOptions(**options))
+    wanted = PushOptions(**options)
+    return (push_labels if wanted.dataset else _push)(Path(directory), repo_id, token, wanted)
 
 
 def push_model(
@@ -103,9 +111,7 @@ def _push(
         return fetch(repo_id, name, {"token": token, "revision": options.revision})
 
     with uploading(repo_id):
-        repo_id = api.create_repo(repo_id, private=options.private or None, exist_ok=True).repo_id
-        if options.revision is not None and not options.revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=options.revision, exist_ok=True)
+        repo_id = repository(api, repo_id, options, "model")
         if not (folder / CARD).exists() and (card := on_hub(CARD) or earlier_card) is not None:
             shutil.copyfile(card, folder / CARD)
         # Beside the same router, what tells of it stays on the Hub.
@@ -116,7 +122,7 @@ def _push(
             folder_path=folder,
             ignore_patterns=[*HIDDEN, *(name for name in ALL_FACTS if name not in here)],
             delete_patterns=[*OF_A_ROUTER, *(name for name in ALL_FACTS if name not in kept)],
-            commit_message=options.commit_message,
+            commit_message=options.commit_message or "Upload router",
             commit_description=options.commit_description,
             create_pr=options.create_pr,
             revision=options.revision,
@@ -126,6 +132,53 @@ def _push(
         with uploading(options.space):
             addresses.append(push_space(api, options.space, repo_id, options.private))
     return "\n".join(map(str, addresses))
+
+
+def repository(api: HfApi, repo_id: str, options: PushOptions, kind: str) -> str:
+    """Make a repository and its branch where they are not there, and return the whole id."""
+    repo_id = api.create_repo(repo_id, repo_type=kind, private=options.private or None, exist_ok=True).repo_id
+    if options.revision is not None and not options.revision.startswith("refs/"):
+        api.create_branch(repo_id, repo_type=kind, branch=options.revision, exist_ok=True)
+    return repo_id
+
+
+def push_labels(folder: Path, repo_id: str, token: str | bool | None, options: PushOptions) -> str:
+    """Upload the labels in a directory as a data set; its card names the data set."""
+    files = [LABELS, *(file.relative_to(folder).as_posix() for file in sorted(folder.glob("*/*.parquet")))]
+    if len(files) == 1 or not all((folder / name).is_file() for name in (LABELS, CARD)):
+        raise ValueError(f"directory: {folder} holds no labels. Give one that a finished `citer label` has made.")
+    for name in (CARD, *files):
+        check_inside(folder / name, folder)
+    api = HfApi(token=token)
+    where: dict[str, Any] = {"repo_type": "dataset", "revision": options.revision}
+    with uploading(repo_id):
+        repo_id = repository(api, repo_id, options, "dataset")
+        there = api.list_repo_files(repo_id, **where)
+        published = Path(api.hf_hub_download(repo_id, CARD, **where)).read_text("utf-8") if CARD in there else None
+        card = labels_card((folder / CARD).read_text("utf-8"), published, repo_id, options.tags)
+        old = [name for name in there if name.endswith(".parquet") and name not in files]
+        added = [CommitOperationAdd(CARD, card.encode()), *(CommitOperationAdd(name, folder / name) for name in files)]
+        commit = api.create_commit(
+            repo_id,
+            [*added, *map(CommitOperationDelete, old)],
+            commit_message=options.commit_message or "Upload labels",
+            commit_description=options.commit_description,
+            create_pr=options.create_pr,
+            **where,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def labels_card(written: str, published: str | None, repo_id: str, tags: Sequence[str]) -> str:
+    """Return the card of labels under their id; on the Hub, a person's card stays, and so does added metadata."""
+    if published is not None and GENERATED in written and GENERATED not in published:
+        return published
+    card = RepoCard(written.replace(NO_ID, repo_id), ignore_metadata_errors=True)
+    cards = [RepoCard(text, ignore_metadata_errors=True) for text in (written, published or written)]
+    own, old = (one.data.to_dict() for one in cards)  # type: ignore[no-untyped-call]
+    every = [*own.get("tags", ()), *old.get("tags", ()), *tags]
+    card.data = CardData(**{**old, **own, "tags": list(dict.fromkeys(every))})
+    return str(card)
 
 
 @contextmanager
@@ -162,7 +215,9 @@ def check(folder: Path) -> None:
     """Raise an error when a directory holds no router, or one that nobody else could load."""
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if config.get("model_type") != "citer":
-        raise ValueError(f"directory: {folder} is no router repository. Give one that `save_pretrained` has made.")
+        has_labels = (folder / LABELS).is_file()
+        todo = "Add --dataset to push labels" if has_labels else "Give one that `save_pretrained` has made"
+        raise ValueError(f"directory: {folder} is no router repository. {todo}.")
     for role in ("slm", "llm"):
         reference = config.get(f"{role}_reference") or {}
         for part in (reference, reference.get("adapter") or {}):

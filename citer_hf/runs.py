@@ -250,6 +250,8 @@ def alone() -> Iterator[None]:
 
 # --- Provenance -----------------------------------------------------------------------------------------------------
 
+# The file of a directory of labels that says how they were made.
+LABELS = "labels.json"
 # A token of the Hub; real ones are longer.
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 

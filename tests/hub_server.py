@@ -1,4 +1,4 @@
-"""A small Hub on localhost, for the unmodified `huggingface_hub` client: models, commits, tokens.
+"""A small Hub on localhost, for the unmodified `huggingface_hub` client: models, data sets, commits, tokens.
 
 Files of every size come with the commit, as small ones do on the Hub. Xet, its way for large ones, is not imitated:
 the tests switch it off in the client's process (`HF_HUB_DISABLE_XET=1`).
@@ -89,7 +89,8 @@ class Hub:
         owner = body.get("organization") or user
         if user is None or owner != user:
             raise RefusedError(403 if user else 401, message="You may not create repositories there")
-        name = f"{'spaces/' if body.get('type') == 'space' else ''}{owner}/{body['name']}"
+        kind = body.get("type") or "model"
+        name = f"{'' if kind == 'model' else f'{kind}s/'}{owner}/{body['name']}"
         exists = name in self.repositories
         if not exists:
             self.repositories[name] = Repository(bool(body.get("private")) or body.get("visibility") == "private")
@@ -102,15 +103,20 @@ class Hub:
     def info(self, user: str | None, name: str, revision: str = "main", **_: Any) -> Answer:
         sha, files = self.files(name, revision, user)
         private, siblings = self.repositories[name].private, [{"rfilename": path} for path in sorted(files)]
+        name = name.removeprefix("datasets/")
         return Answer({"id": name, "sha": sha, "private": private, "siblings": siblings, "tags": [], "downloads": 0})
 
-    def tree(self, user: str | None, name: str, revision: str, path: str = "", **_: Any) -> Answer:
+    def tree(self, user: str | None, name: str, revision: str, query: Any, path: str = "", **_: Any) -> Answer:
         found = sorted(self.files(name, revision, user)[1].items())
         inside = [(file, content) for file, content in found if file.startswith(f"{path}/" if path else "")]
         if path and not inside:
             raise RefusedError(404, "EntryNotFound", f"{path} does not exist")
-        about = [{"path": file, "size": len(content), "oid": etag(content)} for file, content in inside]
-        return Answer([{"type": "file", **one} for one in about])
+        about = {file: {"type": "file", "size": len(content), "oid": etag(content)} for file, content in inside}
+        if query.get("recursive", ["false"])[0].lower() == "false":
+            depth = len(path.split("/")) + 1 if path else 1
+            tops = {"/".join(file.split("/")[:depth]): one for file, one in about.items()}
+            about = {top: one if top in about else {**one, "type": "directory"} for top, one in tops.items()}
+        return Answer([{"path": file, **one} for file, one in about.items()])
 
     def branch(self, user: str | None, name: str, branch: str, **_: Any) -> Answer:
         repository = self.repository(name, user)
@@ -145,9 +151,9 @@ class Hub:
         return Answer(files[path], headers={"X-Repo-Commit": sha, "ETag": f'"{etag(files[path])}"'})
 
 
-NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
-# Of a Space, `spaces/` is part of the name.
-ANY = r"(?:models/)?(?P<name>(?:spaces/)?[^/]+/[^/]+)"
+# Of Spaces and data sets, the kind is part of the name.
+NAME, REVISION = r"(?P<name>(?:spaces/|datasets/)?[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+ANY = rf"(?:models/)?{NAME}"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", r"/api/repos/create", Hub.create),
     ("POST", r"/api/validate-yaml", Hub.validate),

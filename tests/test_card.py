@@ -63,7 +63,10 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_card_shows_what_the_files_say(directory):
     trained = {"options": {"objective": "citer-plus", "rounds": 2}, "labels": {"examples": 1234, "checker": "math"}}
-    trained["validation"] = {"questions": 99, "auc": 0.8765}
+    trained["labels"] |= {"name": "me/labels", "commit": "d" * 40, "dropped": [{"reason": "row 5: too long."}]}
+    trained["validation"] = {"questions": 99, "auc": 0.8765, "auc_ci": [0.8, 0.95], "learning_rate": 0.01}
+    ended = {"learning_rate": 0.01, "best_epoch": 4, "epochs": 9, "stopped_early": True}
+    trained |= {"trainings": [ended], "tokens": {"dropped": 7, "dropped_because": "beyond --rollouts"}}
     put(directory, provenance=trained | OF_CONFIDENCE, results=results({"confidence": None, "random": None}))
     (directory / "curve.png").write_bytes(b"")
     card = card_of(directory)
@@ -74,7 +77,10 @@ def test_the_card_shows_what_the_files_say(directory):
     assert "| 0.7654 | 21.0% | 88.0% | 83.0% to 93.0% |" in text and "78.0%" not in text
     assert "| SLM alone | 0.0% | 31.0% |" in text and "| LLM alone | 100.0% | 92.0% |" in text
     assert "(curve.png)" in text and "200 problems of `sha256:0123456789ab`, graded by `math`" in text
-    assert "1234 examples" in text and "AUC of 0.876" in text and "objective `citer-plus`, rounds: 2" in text
+    assert f"([me/labels](https://huggingface.co/datasets/me/labels) at `{'d' * 12}`)" in text
+    assert "epoch 4 of 9, where the training was stopped early" in text and "AUC of 0.876 (95 %: 0.800 to 0.9" in text
+    assert "1 examples were left out; the first: row 5: too long. 7 tokens were left out: beyond --rollouts." in text
+    assert "1234 examples" in text and "objective `citer-plus`, rounds: 2" in text
     assert f"[team/small](https://huggingface.co/team/small) at `{'a' * 12}`" in text
     assert 'name = "me/my-router"' in text and "router_threshold=0.75" in text and "title={{CITER}: Coll" in text
 

@@ -37,7 +37,8 @@ FLAGS = {
     "chat": f"{PAIR} --device-map --router-threshold --max-new-tokens --system",
     "playground": f"{PAIR} --device-map --host --port --max-new-tokens",
     "label": f"{PAIR} --device-map {DATA} --out --router-threshold --rollouts",
-    "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --learning-rate --epochs --seed",
+    "train": f"{PAIR} --device-map --labels --out --objective --rounds --checker --learning-rate --epochs --seed "
+    "--patience --report-to --labels-revision",
     "evaluate": f"{PAIR} --device-map {DATA} --out --baselines --compare --methods --shares --thresholds",
     "check": f"--slm --llm --device-map {DATA.replace(' --batch-tokens', '')} --minutes --json",
     "calibrate": f"{PAIR} --device-map {DATA} --llm-share --accuracy --write",
@@ -47,7 +48,7 @@ FLAGS = {
     "serve": f"{PAIR} --device-map --host --port --router-threshold --max-new-tokens --max-request-bytes "
     "--max-waiting --timeout --cache-implementation",
     "convert": "--slm --llm --out --router-threshold",
-    "push": "--private --create-pr --revision --commit-message --commit-description --tag --space",
+    "push": "--dataset --private --create-pr --revision --commit-message --commit-description --tag --space",
 }
 
 
@@ -260,7 +261,8 @@ def test_ctrl_c_at_the_prompt_leaves_the_chat_open(monkeypatch, capsys):
 # ---- label, train, evaluate, calibrate ----
 
 
-BASELINES = {"citer", "citer-s", "co-llm", "query", "confidence", "entropy", "random", "bild", "speculative"}
+TRAINED = {"citer", "acceptance", "citer-s", "co-llm", "query"}
+BASELINES = {*TRAINED, "confidence", "entropy", "random", "bild", "speculative"}
 
 
 @pytest.fixture(scope="module")

@@ -351,6 +351,56 @@ def test_a_space_shows_a_pushed_router(client, pushed):
     assert said["card"].items() >= {"sdk": "gradio", "app_file": "app.py", "models": ["me/shown"]}.items()
 
 
+LABELS = """
+    from datasets import load_dataset
+    from typer.testing import CliRunner
+
+    from citer_hf import DEMO_PAIR, label_preferences, train
+    from citer_hf.cli import app
+    from citer_hf.demo.demo import export
+    from citer_hf.hub import push
+
+    export(Path("problems.jsonl"), problems=8)
+    os.environ["HF_TOKEN"] = TOKEN
+    model = CiterForCausalLM.from_pretrained(DEMO_PAIR)
+    label_preferences(model, "problems.jsonl", "exact", "labels", max_new_tokens=12, router_threshold=0)
+    called = CliRunner().invoke(app, "push labels me/labels --dataset --tag maths".split())
+    said["command"] = [called.exit_code, called.stdout]
+    first = [load_dataset("me/labels", name).num_rows["train"] for name in (None, "questions")]
+    made = train(model, "me/labels", "trained", objective="acceptance", learning_rates=(1e-2,), epochs=1)
+    said["rows"], said["labels"] = first, made["labels"]
+    said["errors"] = [
+        error(lambda: push("labels", "me/x"), ValueError),
+        error(lambda: push("trained", "me/x", dataset=True), ValueError),
+        error(lambda: train(model, "me/nothing", "x")),
+        error(lambda: train(model, "me/labels", "x", labels_revision="no-such")),
+    ]
+    card = Path("labels/README.md")
+    card.write_text(card.read_text().replace("---\\n", "---\\nlicense: mit\\n", 1))
+    push("labels", "me/labels", dataset=True)
+    pinned = {"labels_revision": made["labels"]["commit"], "objective": "acceptance"}
+    made = train(model, "me/labels", "again", epochs=1, **pinned)
+    said["pinned"] = made["labels"]["commit"]
+"""
+
+
+def test_labels_are_a_data_set_from_which_a_router_is_trained(client):
+    said = client.run(LABELS, home="labels")
+    repository = client.hub.repositories["datasets/me/labels"]
+    first = uploaded(client, "datasets/me/labels")
+    assert said["command"] == [0, f"{client.hub.endpoint}/datasets/me/labels/commit/{first}\n"]
+    assert said["rows"] == [said["labels"]["counts"]["tokens"], 8]
+    assert (said["labels"]["name"], said["labels"]["commit"], said["pinned"]) == ("me/labels", first, first)
+    assert set(repository.commits[first]) - {".gitattributes"} == {
+        *("README.md", "labels.json", "data/train.parquet", "questions/train.parquet")
+    }
+    card, again = repository.commits[first]["README.md"].decode(), files(client, "datasets/me/labels")["README.md"]
+    assert 'load_dataset("me/labels", split' in card and "--labels me/labels" in card and "- maths\n" in card
+    assert b"license: mit" in again and b"- maths\n" in again and len(repository.commits) == 3
+    expected = ("Add --dataset to push labels", "holds no labels", "me/nothing is no directory here", "no-such")
+    assert all(part in message for part, message in zip(expected, said["errors"], strict=True))
+
+
 EXAMPLE = r"""
 import json, os, re
 from huggingface_hub import ModelCard

@@ -10,7 +10,7 @@ from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Verdict
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
-from citer_hf.training.labels import LLM_RIGHT, SLM_RIGHT, Labels
+from citer_hf.training.labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, Labels
 from tests.chat_pairs import CHARACTERS, character_tokenizer
 from tests.conftest import make_pair, random_prompts
 from tests.families import BOS, EOS, PAD
@@ -97,8 +97,8 @@ def made_up_labels(questions: int = 24, tokens: int = 20, hidden_size: int = 6, 
         top_logprobs=-torch.rand((count, 8), generator=generator).sort(dim=1).values.half(),
         case=case,
         reference_token=torch.full((count,), 4),
-        slm_token=torch.full((count,), 5),
-        llm_token=torch.full((count,), 4),
+        slm_token=torch.where(case == SLM_RIGHT, 4, 5),
+        llm_token=torch.where((case == BOTH_WRONG) & hard, 6, torch.where(case == BOTH_WRONG, 5, 4)),
         slm_logprob=-torch.rand(count, generator=generator),
         llm_logprob=-torch.rand(count, generator=generator),
         label=torch.where(case == 3, rollout, (case == SLM_RIGHT).long()),

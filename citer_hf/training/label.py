@@ -7,8 +7,9 @@
 3. Both are joined into Parquet with a card.
 """
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -20,14 +21,17 @@ from torch.nn.functional import cross_entropy
 
 from citer_hf import CiterForCausalLM
 from citer_hf.data.checkers import Checker, named
-from citer_hf.data.examples import DataOptions, read_examples
+from citer_hf.data.examples import DataOptions, Example, read_examples
 from citer_hf.data.tokens import Encoded, encode, show_prompt
 from citer_hf.evaluation import decode
+from citer_hf.evaluation.results import bootstrap_interval
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE, top_logprobs
 from citer_hf.runs import Work, arguments_of, option, provenance, sha256_of, work_in
 from citer_hf.scale.ray_work import Load, pool_of
 
 from .labels import BOTH_WRONG, LLM_RIGHT, SLM_RIGHT, TOP_LOGPROBS, Labels, tokenizer_sha256, write_labels
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,9 @@ def label_preferences(
     examples = read_examples(dataset, **reading, needs=("response", "answer"))
     decode.check_answers(check, examples)
     longest, end = model.config.max_position_embeddings, decode.end_tokens(model)
-    encoded = [encode(one, model.load_tokenizer(), longest, end, model.vocab_size) for one in examples]
-    show_prompt(model.load_tokenizer(), encoded[0].prompt_ids)
+    about = (model.load_tokenizer(), longest, end, model.vocab_size)
+    encoded, dropped = usable(examples, lambda one: encode(one, *about))
+    show_prompt(about[0], encoded[0].prompt_ids)
     # The longest first, which is the order of all work: memory that is too small shows at once.
     questions = sorted(encoded, key=lambda one: (-len(one.prompt_ids + one.response_ids), one.example.row))
     own = model.config.router_threshold
@@ -94,6 +99,7 @@ def label_preferences(
         "examples": len(questions),
         "data_sha256": sha256_of([[vars(one.example), one.prompt_ids, one.response_ids] for one in questions]),
         "tokenizer_sha256": tokenizer,
+        "dropped": dropped,
     }
     with work_in(out, arguments_of(info) | {"router": dict(model.config.router)}, pool_of(model, ray)) as work:
         policy = Policy(model, questions, check, threshold, max_new_tokens, settings.batch_tokens, work)
@@ -115,15 +121,34 @@ def label_preferences(
         made = rollout[rollout >= 0]
         info["counts"] = {
             "questions": len(questions),
+            "dropped_examples": len(dropped),
             "tokens": len(case),
             "cases": {one: int((case == one).sum()) for one in (SLM_RIGHT, LLM_RIGHT, BOTH_WRONG)},
+            # Beyond --rollouts.
+            "tokens_without_rollout": int(((case != SLM_RIGHT) & (rollout < 0)).sum()),
             "rollouts": len(made),
             "positive_rollouts": int(made.sum()) / max(len(made), 1),
             **{f"{role}_accuracy": fmean(correct) for role, correct in answers.items()},
+            **{f"{role}_accuracy_ci": bootstrap_interval(answers[role], seed=0) for role in answers},
         }
         if work.process == 0:
             write_labels(out, info, columns, questions, answers)
     return Labels.load(out)
+
+
+def usable(examples: Sequence[Example], encoding: Callable[[Example], Encoded]) -> tuple[list[Encoded], list[Any]]:
+    """Return the examples that the pair can take, and why others are left out; raise an error when that is all."""
+    encoded: list[Encoded] = []
+    dropped: list[dict[str, Any]] = []
+    for number, one in enumerate(examples, start=1):
+        try:
+            encoded.append(encoding(one))
+        except ValueError as error:
+            if number == len(examples) and not encoded:
+                raise
+            dropped.append({"id": one.id, "row": one.row, "reason": str(error)})
+            logger.warning("Left out: %s", error)
+    return encoded, dropped
 
 
 def joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -5,30 +5,38 @@ A directory of labels is a `datasets` repository: Parquet in `data/` (a row per 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
-from citer_hf import CiterForCausalLM
+from citer_hf import CiterForCausalLM, runs
 from citer_hf.data.examples import Example
 from citer_hf.data.tokens import Encoded
-from citer_hf.runs import REMOTE, atomic_write, base_models, import_extra, read_json, sha256_of, write_json
+from citer_hf.runs import LABELS, REMOTE, atomic_write, base_models, import_extra, read_json, sha256_of
 
 pa, pq = (import_extra(name, "train") for name in ("pyarrow", "pyarrow.parquet"))
 
-INFO = "labels.json"
 # Of a row group: bounds the memory for writing, and for looking at some rows.
 ROWS = 1 << 16
 CARD = Path(__file__).with_name("card.md")
 TOP_LOGPROBS = 8
+# Examples that were left out, on the card; `labels.json` has all.
+SHOWN = 10
 SLM_RIGHT, LLM_RIGHT, BOTH_WRONG = 1, 2, 3
 INTEGERS = ("position", "case", "reference_token", "slm_token", "llm_token", "label", "rollout", "llm_rollout")
 LOGPROBS = ("slm_logprob", "llm_logprob")
 VECTORS = ("hidden", "top_logprobs")
+# What labels may lack: an objective says whether it needs them.
+VERDICTS = ("llm_token", "label", "rollout", "llm_rollout", "llm_logprob")
+# An id of the Hub.
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_labels(
@@ -51,13 +59,15 @@ def write_labels(
         "example": [json.dumps(vars(one.example)) for one in questions],
     }
     _write(pa.table(asked), out / "questions" / "train.parquet")
+    left_out = [f"- `{one['id']}`: {one['reason']}" for one in info["dropped"]]
     card = CARD.read_text(encoding="utf-8").format(
         **info["counts"],
         router_threshold=info["options"]["router_threshold"],
-        made_with=json.dumps({key: value for key, value in info.items() if key != "counts"}, indent=2),
+        left_out="\n".join([*left_out[:SHOWN], "- ..."][: len(left_out)]) or "No example was left out.",
+        made_with=json.dumps({key: info[key] for key in info if key not in ("counts", "dropped")}, indent=2),
     )
     (out / "README.md").write_text(card, encoding="utf-8")
-    write_json(out / INFO, info)
+    runs.write_json(out / LABELS, info)
 
 
 def _array(values: torch.Tensor) -> Any:
@@ -95,15 +105,21 @@ class Labels:
     label: torch.Tensor  # 1: the SLM's token is good enough; 0: the LLM must write (cases 1, 2, and 3 by roll-outs)
     rollout: torch.Tensor  # 1: the answer is right when the SLM's token is taken and the policy goes on
     llm_rollout: torch.Tensor  # the same for the LLM's token, where the SLM's has failed
+    source: dict[str, Any] = field(default_factory=dict)  # name, and commit of the Hub
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Labels":
-        """Load a directory that `citer label` or `label_preferences` has made; else `FileNotFoundError`."""
-        directory = Path(directory)
-        if not (directory / INFO).is_file():
+    def load(cls, labels: str | Path, revision: str | None = None) -> "Labels":
+        """Load labels of `citer label` from their directory, or by their id from the Hub; else `FileNotFoundError`."""
+        directory = downloaded(labels, revision)
+        if not (directory / LABELS).is_file():
             todo = "If it was interrupted, run the same `citer label` again."
-            raise FileNotFoundError(f"labels: {directory} holds no labels of a finished `citer label`. {todo}")
+            raise FileNotFoundError(f"labels: {labels} holds no labels of a finished `citer label`. {todo}")
         tokens, asked = (pq.read_table(directory / folder) for folder in ("data", "questions"))
+        required = {*INTEGERS, *LOGPROBS, *VECTORS, "question"} - {*VERDICTS}
+        if missing := sorted(required - {*tokens.column_names}):
+            raise ValueError(f"labels: {labels} has no column {', '.join(missing)}. Make labels with `citer label`.")
+        for name in {*VERDICTS} - {*tokens.column_names}:
+            tokens = tokens.append_column(name, pa.nulls(len(tokens), pa.float32() if name in LOGPROBS else pa.int8()))
         numbers = {name: index for index, name in enumerate(asked["question"].to_pylist())}
         fields = zip(*(asked[name].to_pylist() for name in ("example", "prompt_ids", "reference_ids")), strict=True)
         questions = [Encoded(Example(**json.loads(example)), *ids) for example, *ids in fields]
@@ -113,7 +129,8 @@ class Labels:
         columns |= {name: values.reshape(len(tokens), -1) for name, values in flat.items()}
         return cls(
             directory=directory,
-            info=read_json(directory / INFO),
+            info=read_json(directory / LABELS),
+            source={"name": runs.anonymous(labels), "commit": directory.name if directory != Path(labels) else None},
             questions=questions,
             slm_correct=torch.tensor(asked["slm_correct"].to_pylist()),
             llm_correct=torch.tensor(asked["llm_correct"].to_pylist()),
@@ -136,6 +153,23 @@ class Labels:
                 f"labels: those in {self.directory} were not made with this pair's {', '.join(different)}. Give the "
                 "pair that was labelled, or make new labels with `citer label`."
             )
+
+
+def downloaded(labels: str | Path, revision: str | None) -> Path:
+    """Return the directory of labels, which may be those of a data set on the Hub at a commit."""
+    directory = Path(labels)
+    if directory.exists() or not REPO_ID.fullmatch(str(labels)):
+        if revision is not None:
+            raise ValueError(f"labels_revision: expected none for the directory {labels}, got {revision!r}.")
+        return directory
+    try:
+        files = [LABELS, "data/*.parquet", "questions/*.parquet"]
+        return Path(snapshot_download(str(labels), repo_type="dataset", revision=revision, allow_patterns=files))
+    except (HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"labels: {labels} is no directory here, and no data set on the Hub that can be loaded: {error} "
+            "Check the name, the revision and your token (`hf auth login`)."
+        ) from error
 
 
 def tokenizer_sha256(model: CiterForCausalLM) -> str:

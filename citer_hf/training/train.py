@@ -11,6 +11,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.hub import cached_file
 
@@ -31,11 +33,13 @@ from citer_hf.model.routers import build_router
 
 from .label import Policy
 from .labels import Labels
-from .objectives import OBJECTIVES, QUERY, Objective
+from .objectives import OBJECTIVES, QUERY, NothingToLearn, Objective
 
 logger = logging.getLogger(__name__)
 
 PROVENANCE = "provenance.json"
+# TensorBoard's files, where the Hub looks for them.
+LOGS = "runs"
 # A further round's roll-outs send this share of the tokens to the LLM: a policy that cannot finish an answer says
 # nothing about the token it began with.
 POLICY_SHARE = 1 / 3
@@ -44,15 +48,19 @@ POLICY_SHARE = 1 / 3
 LARGEST_LOG_ODDS = 12.0
 # The threshold to start with sends this share of the tokens that need the LLM there.
 RECALL = 0.95
-# The share of the questions that is held out, and how many epochs without a better loss on them end a training.
-HELD_OUT, PATIENCE = 0.125, 5
+# The share of the questions that is held out.
+HELD_OUT = 0.125
+# Resamples of the questions for an interval, and the ranks of scores that it tells apart.
+RESAMPLES, RANKS = 2000, 1000
+# Where training logs may go: libraries that `Trainer` knows, and that are installed on their own.
+LOGGERS = ("trackio", "tensorboard", "wandb")
 # Tokens in a batch of the training.
 BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
 class TrainOptions(runs.CommandOptions):
-    objective: str = runs.option("citer-plus", "citer-plus, citer (the paper's), citer-s or co-llm.", metavar="NAME")
+    objective: str = runs.option("citer-plus", "Or citer (the paper's), acceptance, citer-s, co-llm.", metavar="NAME")
     rounds: int = runs.option(1, "Before every further round, roll out again with the new router.", metavar="N", min=1)
     checker: str | Checker | None = runs.option(
         None, "Of further rounds. [default: that of the labels]", metavar="NAME"
@@ -61,7 +69,10 @@ class TrainOptions(runs.CommandOptions):
         (1e-3, 3e-3, 1e-2), "Those to try; the best by validation is kept.", metavar="X,...", flag="--learning-rate"
     )
     epochs: int = runs.option(25, "At most.", metavar="N", min=1)
+    patience: int = runs.option(5, "Epochs without a better validation loss that end a training.", "N", min=1)
     seed: int = runs.option(0, "Of everything that is drawn.")
+    labels_revision: str | None = runs.option(None, "Of labels on the Hub: branch, tag or commit.", metavar="NAME")
+    report_to: str = runs.option("none", f"Where training logs go: {', '.join(LOGGERS)} or none.", metavar="NAME,...")
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -69,10 +80,15 @@ class TrainOptions(runs.CommandOptions):
         super().__post_init__()
         if self.rounds > 1 and not OBJECTIVES[self.objective].relabelled:
             raise ValueError(f"rounds: {self.objective!r} makes no roll-outs, so that further rounds change nothing.")
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ValueError(f"report_to: expected some of {', '.join(LOGGERS)}, or none; got {name!r}.")
+            if name not in get_available_reporting_integrations():
+                raise ImportError(f"report_to: {name} is not installed: pip install {name}")
 
-
-class NothingToLearn(ValueError):  # noqa: N818 - says what there is
-    pass
+    @property
+    def loggers(self) -> list[str]:
+        return [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
 
 
 def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
@@ -83,7 +99,7 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
 
     Args:
         model: The pair that was labelled. It is not changed.
-        labels: Labels, or their directory.
+        labels: Labels, their directory, or the id of a data set on the Hub that `citer push --dataset` has written.
         out: Directory for the router, which does not exist yet or was interrupted.
         options: The fields of `TrainOptions`, such as `objective`.
 
@@ -95,11 +111,15 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
         FileExistsError, FileNotFoundError: when the directory holds something else, or there are no labels.
     """
     settings, out = TrainOptions(**options), Path(out)
-    labels = labels if isinstance(labels, Labels) else Labels.load(labels)
+    labels = labels if isinstance(labels, Labels) else Labels.load(labels, settings.labels_revision)
     labels.check_pair(model)
+    own = labels.info.get("checker", "")
+    if settings.rounds > 1 and settings.checker is None and ":" in own and labels.source.get("commit"):
+        raise ValueError(f"checker: the labels from the Hub name code, {own!r}. Give --checker {own} to run it.")
     name, check = named(settings.checker or labels.info["checker"]) if settings.rounds > 1 else (None, None)
     settings = replace(settings, checker=name)
     objective = OBJECTIVES[settings.objective]
+    objective.check(settings.objective, labels)
     divide(labels, objective, settings)
     with runs.work_in(out, {**vars(settings), "labels_sha256": runs.sha256_of(labels.info)}) as work:
         limits = (labels.info["options"]["max_new_tokens"], labels.info["options"]["batch_tokens"])
@@ -118,7 +138,7 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
             **runs.provenance(pair, settings),
             "objective": settings.objective,
             "rounds": settings.rounds,
-            "labels": {key: value for key, value in labels.info.items() if key not in ("versions", "counts")},
+            "labels": {**labels.source, **{key: labels.info[key] for key in labels.info if key != "versions"}},
             **found,
         }
         if work.process == 0:
@@ -130,8 +150,9 @@ def train(model: CiterForCausalLM, labels: Labels | str | Path, out: str | Path,
 def summary(made: Mapping[str, Any], out: str | Path) -> str:
     """Return what `train` found and where the router is, as text."""
     facts = made["validation"]
+    interval = "" if facts["auc"] is None else " (95 %: {:.4f} to {:.4f})".format(*facts["auc_ci"])
     return (
-        f"The router is in {out}; on {facts['questions']} held-out questions, its AUC is {facts['auc']}.\n"
+        f"The router is in {out}; on {facts['questions']} held-out questions, its AUC is {facts['auc']}{interval}.\n"
         f"Its threshold is {facts['router_threshold']:.4f}; `citer calibrate` finds the one for your budget."
     )
 
@@ -200,7 +221,7 @@ def train_router(
     # A dataset is a list of tokens, whose columns are taken from the tensors a batch at once.
     training, validation = (part.tolist() for part in parts)
     # 2. One training for every learning rate.
-    tried = []
+    tried, trainings = [], []
     for rate in settings.learning_rates:
         set_seed(settings.seed)
         router: Any = build_router(objective.router, labels.hidden.shape[1])
@@ -221,7 +242,9 @@ def train_router(
             load_best_model_at_end=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
-            report_to="none",
+            run_name=f"{folder.parents[1].name}, {folder.name}, learning rate {rate:g}",
+            project="citer",
+            report_to=settings.loggers,
             disable_tqdm=True,
             seed=settings.seed,
         )
@@ -231,11 +254,18 @@ def train_router(
             train_dataset=training,
             eval_dataset=validation,
             data_collator=lambda batch: {name: values[batch] for name, values in columns.items()},
-            callbacks=[EarlyStoppingCallback(PATIENCE)],
+            callbacks=[EarlyStoppingCallback(settings.patience)],
         )
         trainer.remove_callback(PrinterCallback)
+        if (board := trainer.pop_callback(TensorBoardCallback)) is not None:
+            # Beside the router: the directory of the training is removed at the end.
+            board.logging_dir = str(folder.parents[1] / LOGS / arguments.run_name)
+            trainer.add_callback(board)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place)) if place.is_dir() else None)
+        if "wandb" in settings.loggers:
+            import_module("wandb").finish()
         tried.append((trainer.state.best_metric, rate, router.cpu().eval(), trainer.state.log_history))
+        trainings.append(how_it_ended(rate, trainer.state.log_history, settings))
     # 3. The best one, for plain inputs, with scores that do not saturate.
     loss, rate, router, history = min(tried, key=lambda one: one[:2])
     with torch.no_grad():
@@ -248,7 +278,17 @@ def train_router(
         last.bias.mul_(shrink)
         scores = torch.sigmoid(router.log_odds(inputs))
     report = {"loss": loss, "learning_rate": rate, **report_on(scores, labels, label, parts[1])}
-    return router, {"validation": report, "history": history}
+    tokens: dict[str, Any] = {"training": len(training), "validation": len(validation)}
+    tokens["dropped"] = int((label < 0).sum())
+    tokens["dropped_because"] = "the labels do not tell which model is wanted there, such as beyond --rollouts"
+    return router, {"validation": report, "tokens": tokens, "trainings": trainings, "history": history}
+
+
+def how_it_ended(rate: float, history: Sequence[Mapping[str, Any]], settings: TrainOptions) -> dict[str, Any]:
+    """Return the best and the last epoch of a training, and whether it was stopped early."""
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    epochs = {"best_epoch": losses.index(min(losses)) + 1, "epochs": len(losses)}
+    return {"learning_rate": rate, "loss": min(losses), **epochs, "stopped_early": len(losses) < settings.epochs}
 
 
 def router_inputs(labels: Labels, objective: Objective) -> torch.Tensor:
@@ -281,16 +321,33 @@ def report_on(scores: torch.Tensor, labels: Labels, label: torch.Tensor, validat
     """Return how good scores of all tokens are, on the questions that were held out."""
     from sklearn.metrics import roc_auc_score
 
-    scores, label = scores[validation], label[validation]
-    auc, threshold, critical = None, 0.5, scores[label == 0].sort().values
+    scores, label, question = scores[validation], label[validation], labels.question[validation]
+    auc, interval, threshold, critical = None, None, 0.5, scores[label == 0].sort().values
     if 0 < len(critical) < len(scores):
         auc = round(float(roc_auc_score(label.numpy(), scores.numpy())), 4)
+        interval = auc_interval(scores, label, question)
     if len(critical):
         # The smallest that sends at least this share of the critical tokens to the LLM.
         last = critical[min(int(RECALL * len(critical)), len(critical) - 1)]
         threshold = float(torch.nextafter(last, torch.tensor(2.0)))
-    questions = len(torch.unique(labels.question[validation]))
-    return {"questions": questions, "tokens": len(scores), "auc": auc, "router_threshold": threshold}
+    found = {"questions": len(torch.unique(question)), "tokens": len(scores), "auc": auc, "auc_ci": interval}
+    return {**found, "router_threshold": threshold}
+
+
+def auc_interval(scores: torch.Tensor, label: torch.Tensor, question: torch.Tensor) -> list[float]:
+    """Return the 95 % bootstrap interval of the AUC; questions are drawn again, not tokens."""
+    # 1. How many tokens of either label each question has at each rank, [questions, ranks].
+    rank = scores.argsort().argsort() * RANKS // len(scores)
+    row, count = torch.unique(question, return_inverse=True)[1], len(torch.unique(question))
+    ones = torch.ones(len(scores))
+    of = [torch.zeros(count, RANKS).index_put_((row[at], rank[at]), ones[at], True) for at in (label == 0, label == 1)]
+    # 2. How often each question is drawn, [resamples, questions], and the pairs of tokens in the right order.
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(RESAMPLES, count).scatter_add_(1, drawn, torch.ones(drawn.shape))
+    critical, fine = (times @ one for one in of)
+    right = ((critical.cumsum(1) - critical / 2) * fine).sum(1) / (critical.sum(1) * fine.sum(1))
+    low, high = right.nanquantile(torch.tensor([0.025, 0.975])).tolist()
+    return [round(low, 4), round(high, 4)]
 
 
 # --- Routers to compare with in evaluations --------------------------------------------------------------------------
@@ -320,6 +377,7 @@ def baseline_routers(
                     if name in UNTRAINED:
                         routers[name] = build_router({"type": UNTRAINED[name]}, router_width(model.slm.config))
                     else:
+                        TRAINED[name].check(name, labels)
                         place, settings = Path(folder, name), TrainOptions(seed=seed)
                         routers[name], _ = train_router(labels, TRAINED[name], settings, place)
                 except NothingToLearn as error:

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import torch
 
+from citer_hf.evaluation.results import bootstrap_interval
 from citer_hf.training.label import Policy, label_preferences
 from citer_hf.training.labels import Labels
 from tests.families import EOS
@@ -16,6 +17,7 @@ from tests.repositories import contents
 from tests.training_data import THRESHOLD, has_letter, naive_outcome, task, task_pair
 
 NEW = 8
+TOO_LONG = {"id": "long", "prompt": "a", "response": "a" * 300, "answer": "b"}
 PAIRS = [("llama", "llama"), ("gpt2", "bloom"), ("mistral_sliding", "llama"), ("qwen2", "gemma2")]
 
 
@@ -109,6 +111,19 @@ def test_the_directory_is_a_dataset_with_a_card(llamas: tuple[Any, Labels], tmp_
     assert not (labels.directory / ".work").exists()
 
 
+def test_what_is_left_out_and_intervals_are_in_the_provenance_and_on_the_card(llamas, tmp_path, caplog) -> None:
+    model, everything = llamas
+    labels = label(model, tmp_path / "out", [TOO_LONG, *task(4)], rollouts=7)
+    assert [one.example.id for one in labels.questions] == [one.example.id for one in everything.questions]
+    (dropped,), counts = labels.info["dropped"], labels.info["counts"]
+    assert (dropped["id"], dropped["row"]) == ("long", 1) and "302 tokens exceed the context" in dropped["reason"]
+    assert counts["tokens_without_rollout"] == int((labels.case != 1).sum()) - 7 and counts["dropped_examples"] == 1
+    expected = bootstrap_interval(labels.llm_correct.tolist(), seed=0)
+    assert counts["llm_accuracy_ci"] == list(expected)
+    assert f"- `long`: {dropped['reason']}" in (labels.directory / "README.md").read_text()
+    assert dropped["reason"] in caplog.text
+
+
 def test_a_budget_is_spent_where_the_router_is_least_sure(llamas: tuple[Any, Labels], tmp_path: Path) -> None:
     model, everything = llamas
     some = label(model, tmp_path / "some", rollouts=7)
@@ -156,7 +171,7 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_p
         ({"rollouts": -1}, "rollouts: expected at least 0, got -1"),
         ({"router_threshold": 70}, "router_threshold: expected a number from 0 .* to 2"),
         ({"examples": [{"prompt": "a", "response": "b", "answer": ""}]}, "row 1.*answer"),
-        ({"examples": [*task(1), {"prompt": "a", "response": "a" * 300, "answer": "b"}]}, "row 2.*307"),
+        ({"examples": [TOO_LONG]}, "row 1.*302"),
         ({"examples": [{**task(1)[0], "answer": "a few"}], "checker": "math"}, "math finds no answer .* in row 1"),
     ],
 )

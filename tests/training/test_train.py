@@ -1,12 +1,18 @@
 """Training routers: objectives by hand, the weights that are kept, rounds, resuming, and what is refused."""
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pyarrow import parquet
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from citer_hf import CiterForCausalLM
 from citer_hf.evaluation.decode import with_router
@@ -28,6 +34,8 @@ EVERYWHERE = range(len(LABELS.case))
 def by_hand(name: str, labels: Labels, token: int) -> int:
     """What an objective wants of a token, written down from the method's description."""
     case, rollout, other = (int(getattr(labels, key)[token]) for key in ("case", "rollout", "llm_rollout"))
+    if name == "acceptance":
+        return int(labels.slm_token[token] == labels.llm_token[token])
     if name == "co-llm":
         return int(case == 1)
     if case == 1:
@@ -89,6 +97,68 @@ def test_a_router_learns_what_there_is_to_learn(tmp_path: Path, monkeypatch: pyt
     assert float(log_odds.abs().sort().values[int(0.9 * len(log_odds))]) == pytest.approx(4.0, rel=1e-4)
     text = module.summary(found, tmp_path)
     assert "held-out questions, its AUC is 0.9" in text and f"The router is in {tmp_path};" in text
+
+
+def test_provenance_tells_how_trainings_ended_and_how_sure_the_auc_is(tmp_path: Path) -> None:
+    settings = replace(QUICK, learning_rates=(0.3, 1e-2), epochs=12, patience=1)
+    labels = replace(LABELS, rollout=torch.where(LABELS.position % 4 == 0, -1, LABELS.rollout))
+    _, found = train_router(labels, OBJECTIVES["citer-plus"], settings, tmp_path / "work" / "round")
+    facts, tokens = found["validation"], found["tokens"]
+    assert [one["learning_rate"] for one in found["trainings"]] == [0.3, 1e-2]
+    wild = found["trainings"][0]
+    assert wild["stopped_early"] and wild["epochs"] == wild["best_epoch"] + 1 < 12
+    assert facts["loss"] == min(one["loss"] for one in found["trainings"])
+    assert facts["auc_ci"][0] <= facts["auc"] <= facts["auc_ci"][1] and facts["auc_ci"][0] < facts["auc_ci"][1]
+    dropped = int(((labels.case != 1) & (labels.rollout < 0)).sum())
+    assert (
+        tokens["dropped"] == dropped > 0 and sum(tokens[part] for part in ("training", "validation")) + dropped == 480
+    )
+
+
+@pytest.mark.parametrize("name", module.LOGGERS)
+def test_training_logs_go_where_they_are_asked_for(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "get_available_reporting_integrations", list)
+    with pytest.raises(ImportError, match=f"report_to: {name} is not installed: pip install {name}"):
+        replace(QUICK, report_to=name)
+    with pytest.raises(ValueError, match=r"report_to: expected some of trackio.*got 'paper'"):
+        replace(QUICK, report_to="paper")
+    seen: list[Any] = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+            seen.append((args.run_name, getattr(self, "logging_dir", None), logs))
+
+    monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: [name])
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, Recorder)
+    monkeypatch.setattr(module, "TensorBoardCallback", Recorder)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: seen.append("finished")))
+    work = tmp_path / "out" / ".work" / "round 1"
+    train_router(LABELS, OBJECTIVES["citer"], replace(QUICK, report_to=name, epochs=1), work)
+    run = "out, round 1, learning rate 0.01"
+    assert any(one[0] == run and "eval_loss" in one[2] for one in seen if one != "finished")
+    assert (seen[-1] == "finished") == (name == "wandb")
+    assert name != "tensorboard" or seen[0][1] == str(tmp_path / "out" / "runs" / run)
+
+
+@pytest.mark.parametrize(
+    ("objective", "column", "needs"),
+    [
+        ("acceptance", "llm_token", "the LLM's verdicts"),
+        ("co-llm", "llm_logprob", "the LLM's verdicts"),
+        ("citer-plus", "llm_rollout", "the LLM's verdicts"),
+        ("citer", "rollout", "roll-outs"),
+    ],
+)
+def test_labels_without_the_verdicts_of_an_objective_are_refused(labelled, tmp_path, objective, column, needs) -> None:
+    shutil.copytree(labelled[1].directory, tmp_path / "labels")
+    file = tmp_path / "labels" / "data" / "train.parquet"
+    parquet.write_table(parquet.read_table(file).drop_columns([column]), file)
+    with pytest.raises(ValueError, match=rf"objective '{objective}' needs {needs} \(column '{column}'\)"):
+        train(labelled[0], tmp_path / "labels", tmp_path / "out", objective=objective, **FEW)
+    parquet.write_table(parquet.read_table(file).drop_columns(["hidden"]), file)
+    with pytest.raises(ValueError, match="has no column hidden"):
+        Labels.load(tmp_path / "labels")
+    assert not (tmp_path / "out").exists()
 
 
 def interrupt(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
