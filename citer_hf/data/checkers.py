@@ -33,52 +33,91 @@ Checker = Callable[[str, Example], Verdict]
 
 NOTHING = Verdict(correct=False, extracted=None)
 
-# Scripts without white space between words: a number or a label stands right beside their letters.
+# Letters of scripts without spaces between words, which stand right beside a number or a label.
 DENSE = "\u0e00-\u0eff\u1000-\u11ff\u1780-\u17ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff"
-POWER = r" ?(?:\^|\*\*) ?(?:\{ ?-?\d{1,4} ?\}|-?\d{1,4}(?!\d))"
-# 1,234  1 234  12  3.5  3,5  .5; 1/2  2 1/2  \frac{1}{2}; 2^{10}  5 \times 10^3  5e3; 5%. A minus belongs to the number
+# One form for what is written in many, in this order; NFKC comes after the first four.
+BEFORE_NFKC = {
+    "[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+": r"^{\g<0>}",  # superscripts
+    "(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])": " ",  # 2½ is 2 1/2
+    "(?<=\\d)(?:\\{,\\}|\\\\,|\\\\!|['\u00a0\u2009\u202f])(?=\\d{3}(?!\\d))": "",  # 1{,}000  1\,000  1'000
+    r"\\!": "",
+}
+AFTER_NFKC = {
+    r"\+/-": r"\\pm ",
+    r"-\\?\$(?=\d)": "-",
+    r"\u221a\s*(\d+|\w|\([^()]*\))": r"\\sqrt{\1}",
+    r"(?<!\\)\\[()\[\]]": "$",
+    r"(?<=\d) ?[x\u00b7\u22c5] ?(?=10(?:\^|\*\*))": r"\\times ",
+    r"(?<=\d)(?: m| ?(?:[kcdm]m|ft|in))\^\{?[23]\}?": " ",  # areas and volumes
+    r"(?i)(?<=:\d\d) ?(?:\\text\{)? ?([ap])\.?m\b\.?\}?": r"\\text{\1m}",
+    r"(\\[cdt]?frac)\s*(?:(\w|\\pi)|\{([^{}]*)\})\s*(?:(\w|\\pi)|\{([^{}]*)\})": r"\1{\2\3}{\4\5}",
+    rf"(?<=[{DENSE}])(?=[-\w\\$])(?![{DENSE}])|(?<=[A-Za-z\d%])(?=[{DENSE}])": " ",
+}
+SIGNS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2044": "/",
+        "\u3002": ". ",
+        "\u3001": ", ",
+        "\u53c8": " ",
+        "~": " ",
+        "\u00d7": r"\times ",
+        "\u00b1": r"\pm ",
+    }
+    | {
+        "\u03c0": r"\pi ",
+        "\u221e": r"\infty ",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+        "\u2248": r"\approx ",
+        "\u00f7": r"\div ",
+    }
+)
+
+# 1,234  1 234  3.5  3,5  .5; 1/2  2 1/2  \frac{1}{2}; 2^{10}  5 \times 10^3  5e3; 5%. A minus belongs to the number
 # unless something to subtract from is before it.
+POWER = r" ?(?:\^|\*\*) ?(?:\{ ?-?\d{1,4} ?\}|-?\d{1,4}(?!\d))"
 NUMBER = re.compile(
     rf"(?<![\w.)}}\]^])(?<![\^_]\{{)-?(?:(?:\d+ ?)?\\[cdt]?frac\{{-?\d+\}}\{{\d+(?:{POWER})?\}}|\d+ \d+/\d+(?!\d)"
-    r"|(?:[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d/])|\d+,\d+(?![\d,])|\d+)?(?:\.\d+)?(?<=\d)(?: ?/ ?\d+(?![\d.]))?)"
-    rf"(?:{POWER})?(?: ?(?:\\times|\\cdot|\*|x) ?10(?:{POWER})|[eE][-+]?\d{{1,4}}(?!\d))?(?: ?(?:\\?%|per ?cent\b))?"
+    r"|(?:[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d/])|\d+,\d+(?![\d,])|\d+)?(?:\.\d+)?(?<=\d)"
+    rf"(?: ?/ ?\d+(?![\d.]))?)(?:{POWER})?(?: ?(?:\\times|\\cdot|\*) ?10(?:{POWER})|[eE][-+]?\d{{1,4}}(?!\d))?"
+    r"(?: ?(?:\\?%|per ?cent\b))?"
 )
-# What `_as_number` makes of a number: sign, whole part of a mixed number, fraction, powers, percent.
+# The same without LaTeX: sign, whole part of a mixed number, fraction, powers, percent.
 VALUE = re.compile(
     r"(-?) *(?:(\d+) +(?=\d+ */))?(-?[\d.]+)(?: */ *(\d+))?(?: *\^ *(-?\d+))?(?: *\* *10 *\^ *([-+]?\d+))? *(%?)"
 )
+UNIT = rf"(?<=[\d}}])(?: (?!pi\b)(?:[mgshL](?:/[sh])?|[A-Za-z]{{2}}[A-Za-z ./]*)| ?[{DENSE}]+)$"
+CLOCK = re.compile(r"0*(\d{1,2}(?::\d\d){1,2})(?:\\text\{([ap])m\})?", re.IGNORECASE)
 ATOM = (
-    r"\\(?:text|mathrm)\{[^{}]*\}|\\(?!text|mathrm|f?box)(?:[A-Za-z]+|[^A-Za-z\n])|[-+*/^_=<>\u2264\u2265\u221aπ\u221e(){}\[\]|%,;'\d\u00b0]"
+    r"\\(?:text|mathrm)\{[^{}]*\}|\\(?!text|mathrm|f?box)(?:[A-Za-z]+|[^A-Za-z\n])|[-+*/^_=<>(){}\[\]|%,;'\d\u00b0]"
     r"|[.:!](?=\S)|(?<![^\W\d_])[A-Za-z](?![^\W\d_]| +\w)"
 )
 # A formula, in dollars or bare, and the signs that make it more than some numbers.
 FORMULA = re.compile(rf"\$\$?(?P<inside>(?:(?:{ATOM})\s*)+)\$\$?|(?![\^_,;}}\])])(?:(?:{ATOM}) *)+")
-WHOLE = re.compile(r"[=^\u221aπ]|\\[^$%]|\d:\d")
+WHOLE = re.compile(r"[=^]|\\[^$%]|\d:\d|\di\b")
 EQUALS = re.compile(r"(?<![<>!])=|\\approx|\\(?:implies|Rightarrow)(?![a-z])")
-CLOCK = re.compile(r"0*(\d{1,2}(?::\d\d){1,2})(?:\\text\{([ap])m\})?", re.IGNORECASE)
 # Seconds that math-verify may take to parse or to compare: SymPy would work on `10^{10^{10}}` for ever.
 SECONDS = 10
-TOLERANCE = 1e-5
-SIGNS = str.maketrans(
-    {"\u2212": "-", "\u2044": "/", "\u3002": ". ", "\u3001": ", ", "\u00d7": r"\times ", "\u00b1": r"\pm "}
-)
-# After the text of a choice.
-AFTER = (
-    rf"[\"'\u201d\u2019\u300d\u300f*_]*\s*(?:$|[.!;]|,? (?:because|since|not)\b|, *[{DENSE}]"
-    r"|です|だ|입니다|이다|예요|ครับ|ค่ะ)"
-)
+
 CALLED = re.compile(
     r"(?:(?:answer|(?:correct|right|best) (?:option|choice)|respuesta|resposta|risposta|réponse|antwort|ответ"
-    r"|đáp án)[\s*_]*(?:is|=|es|est|é|è|ist|lautet|là|:)(?!\w)|(?:答案|答え|正解|정답|คำตอบ)\s*"
-    r"(?:应该|應該|就)?[是为為选選は은]?(?:คือ)?|(?<!不)[选選]择?)\s*:?\s*(?=(?P<said>[^\n]*))",
+    r"|đáp án)[\s*_]*(?:is|=|es|est|é|è|ist|lautet|là|:)(?!\w)|(?:答案|答え|正解|정답|ค.{1,2}ตอบ)\s*"
+    r"(?:应该|應該|就)?[是为為选選は은]?(?:คือ)?|(?<!不)[选選]择?)\s*:?\s*(?=(?P<said>[^\n]{0,400}))",
     re.IGNORECASE,
 )
-HASHES = re.compile(r"####(?![ *]*\d+[.:] +\S)(?=(?P<said>[^\n]*\d[^\n]*))")
+HASHES = re.compile(r"####(?![ *]*\d+[.:] +\S)[ *]*(?=(?P<said>[-$€£¥(\\.\d][^\n]*))")
 # Where a model runs on after its answer: a token that ends a turn, or the next question.
 NEXT = re.compile(
-    r"<(?:\|(?:im_end|im_start|endoftext|end_of_text|eot_id|end)\||/s|eos|pad|end_of_turn)>|^[\W_]*(?:question|q|problem|exercise"
-    r"|instruction|user|human|frage|pregunta|pergunta|domanda|вопрос|问题|题目|問題|質問|문제|질문|คำถาม|โจทย์)[ *_]*\d*[*_ ]*:",
+    r"<(?:\|(?:im_start|im_end|eot_id|end[^|>\s]*)\||/s|eos|pad|end_of_turn)>|^[^\w\n]{0,9}(?:question|q|problem|exercise"
+    r"|instruction|input|user|human|frage|pregunta|pergunta|domanda|вопрос|问题|题目|問題|質問|문제|질문|โจทย์|ค.{1,2}ถาม)"
+    r"[ *_]*\d*[ *_]*:",
     re.IGNORECASE | re.MULTILINE,
+)
+# What may follow the text of a choice, so that it is the choice.
+AFTER = (
+    rf"[\"'\u201d\u2019\u300d\u300f\u300b*_]*\s*(?:$|[.!;]|,? (?:because|since|not)\b|, *[{DENSE}]"
+    r"|です|だ|입니다|이다|예요|ครับ|ค่ะ)"
 )
 
 
@@ -109,7 +148,7 @@ def named(checker: Checker | str) -> tuple[str, Checker]:
 
 def check_math(response: str, example: Example) -> Verdict:
     answer = answer_of("math", example)
-    answer = _plain(last_boxed(answer) or answer.rpartition("####")[2].strip())
+    answer = _plain(last_boxed(answer) or answer.rpartition("####")[2]).strip()
     right = _as_number(answer)
     for part in _parts(response, example):
         if right is None and normalized(_bare(answer)) in [normalized(said) for said in (part, *_called(part))]:
@@ -145,7 +184,7 @@ def chosen_label(text: str, choices: Choices) -> str | None:
     forms = {label: rf"(?:{re.escape(label)}|{_other_case(label)})(?!\w|['’]\w)" for label, _ in choices}
     boxed = last_boxed(text)
     for said in ([boxed] if boxed else []) + _called(text)[::-1]:
-        bare = _bare(said).lstrip(" *_$([{\"'`\u201c\u2018\u300c\u300e")
+        bare = _bare(said).lstrip(" *_$([{\"'`\u201c\u2018\u300c\u300e\u300a")
         for label, form in forms.items():
             if re.match(rf"(?i:option |choice )?\(?{form}", bare):
                 return label
@@ -155,7 +194,7 @@ def chosen_label(text: str, choices: Choices) -> str | None:
     if normalized(text) in by_text:
         return by_text[normalized(text)]
     for label, form in forms.items():
-        if re.fullmatch(rf"[\W_]*(?i:option |choice )?{form}[\W_]*", text):
+        if re.match(rf"[\W_]*(?i:option |choice )?{form}[^\w\n]*(?:\n|$)", text):
             return label
     listed = [
         label
@@ -165,7 +204,9 @@ def chosen_label(text: str, choices: Choices) -> str | None:
     if len(listed) == 1:
         return listed[0]
     labels = "|".join(re.escape(label) for label, _ in choices)
+    others = "|".join(re.escape(label.swapcase()) for label, _ in choices)
     alone = re.findall(rf"(?<![\w'’])(?:(?![AI] [a-z])(?:{labels})(?!\w|['’]\w)|(?i:{labels})\))", text)
+    alone = alone or re.findall(rf"(?<![\w'’])(?![ai]\b)(?:{others})(?!\w|['’]\w)", text)
     cased = {form: label for label, _ in choices for form in (label.swapcase(), label)}
     return cased[alone[-1].rstrip(")")] if alone else None
 
@@ -215,7 +256,7 @@ def same_expression(answer: str, given: str) -> bool:
     if not math_verify.verify(right, found, numeric_precision=1000, timeout_seconds=seconds):
         return False
     values = [one for one in (*right, *found) if one.is_number and one.is_comparable]
-    return len(values) < 2 or bool(abs(values[0] - values[1]) <= abs(values[0]) * TOLERANCE)
+    return len(values) < 2 or bool(abs(values[0] - values[1]) <= abs(values[0]) * 1e-5)
 
 
 def answer_of(checker: str, example: Example) -> str:
@@ -231,7 +272,7 @@ def _parts(response: str, example: Example) -> list[str]:
 
 def _called(text: str) -> list[str]:
     """Return what is said to be the answer, each time to the end of its line."""
-    return [match["said"] for match in CALLED.finditer(text)]
+    return [match["said"] for match in CALLED.finditer(text)][-20:]
 
 
 def _bare(text: str) -> str:
@@ -272,39 +313,35 @@ def _in_formula(found: re.Match[str], number: bool, place: int) -> str | None:
 
 def _same(answer: str, given: str) -> bool:
     """Compare exactly what is a plain number or a time, and leave anything else to math-verify."""
-    numbers = _as_number(answer), _as_number(given)
-    if numbers[0] and numbers[1]:
-        (right, percent), (value, percents) = numbers
-        return value == right or (
-            percent != percents and value / (100 if percents else 1) == right / (100 if percent else 1)
-        )
+    right, value = _as_number(answer), _as_number(given)
+    if right and value:
+        return right[0] == value[0] or right[1] == value[1]
     times = CLOCK.fullmatch(answer.strip()), CLOCK.fullmatch(given.strip())
     if times[0] and times[1]:
         halves = {time[2].lower() for time in times if time and time[2]}
         return times[0][1] == times[1][1] and len(halves) < 2
-    return given == answer or same_expression(answer, given)
+    # No answer is longer, and math-verify needs its time.
+    return given == answer or (len(given) <= 500 and same_expression(answer, given))
 
 
 def _plain(text: str) -> str:
-    r"""Return a text with one form of digits, signs, fractions and spaces, and with spaces beside DENSE."""
-    text = re.sub("[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", r"^{\g<0>}", text)
-    text = re.sub(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e])", " ", text)
-    text = re.sub("(?<=\\d)(?:\\{,\\}|\\\\,|\\\\!|[\u00a0\u2009\u202f])(?=\\d{3})", "", text).replace("\\!", "")
-    text = unicodedata.normalize("NFKC", text).translate(SIGNS).replace("+/-", r"\pm ")
-    text = re.sub(r"(?<!\\)\\[()\[\]]", "$", text)
-    text = re.sub(r"(?<=\d)(?: m| ?(?:[kcdm]m|ft|in))\^\{?[23]\}?", " ", text)
-    text = re.sub(r"(?i)(?<=:\d\d) ?(?:\\text\{)? ?([ap])\.?m\b\.?\}?", r"\\text{\1m}", text)
+    """Return a text in which numbers and formulas have one form."""
+    for pattern, form in BEFORE_NFKC.items():
+        text = re.sub(pattern, form, text)
+    text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
-    text = re.sub(r"(\\[cdt]?frac)\s*(?:(\w)|\{([^{}]*)\})\s*(?:(\w)|\{([^{}]*)\})", r"\1{\2\3}{\4\5}", text)
-    return re.sub(rf"(?<=[{DENSE}])(?=[-\w\\$])(?![{DENSE}])|(?<=[A-Za-z\d%])(?=[{DENSE}])", " ", text)
+    for pattern, form in AFTER_NFKC.items():
+        text = re.sub(pattern, form, text)
+    return text
 
 
-def _as_number(text: str) -> tuple[Fraction, bool] | None:
-    """Return the value of a text that is one plain number alone, exactly, and whether it is in percent; or None."""
-    found = NUMBER.fullmatch(text.replace("\\$", "").replace("$", "").strip().rstrip(".").strip())
+def _as_number(text: str) -> tuple[Fraction, Fraction] | None:
+    """Return the exact value of a plain number, percent as written and as a share; None for anything else."""
+    text = re.sub(UNIT, "", _bare(text).replace("\\$", "").replace("$", "").strip().rstrip(" ."))
+    found = NUMBER.fullmatch(text.strip())
     plain = re.sub(r"\\[cdt]?frac\{(-?\d+)\}\{(.+?)\}(?=[^}]|$)", r" \1/\2", found[0] if found else "")
     plain = re.sub(r"(?<=\d)[ ,](?=\d{3}(?![\d/]))(?<!\b0,)", "", plain)
-    plain = re.sub(r"\\times|\\cdot|x", "*", plain.replace("**", "^"))
+    plain = re.sub(r"\\times|\\cdot", "*", plain.replace("**", "^"))
     plain = re.sub(r" ?per ?cent", "%", plain).replace("e", "*10^").replace("E", "*10^")
     parts = VALUE.fullmatch(re.sub(r"[{}\\]", "", plain).strip())
     if parts is None:
@@ -316,4 +353,5 @@ def _as_number(text: str) -> tuple[Fraction, bool] | None:
     except (ZeroDivisionError, ValueError):
         # Divided by zero, or with more digits than Python reads.
         return None
-    return -value if sign else value, bool(percent)
+    value = -value if sign else value
+    return value, value / 100 if percent else value
