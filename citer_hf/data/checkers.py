@@ -53,26 +53,14 @@ AFTER_NFKC = {
     r"(\\[cdt]?frac)\s*(?:(\w|\\pi)|\{([^{}]*)\})\s*(?:(\w|\\pi)|\{([^{}]*)\})": r"\1{\2\3}{\4\5}",
     rf"(?<=[{DENSE}])(?=[-\w\\$])(?![{DENSE}])|(?<=[A-Za-z\d%])(?=[{DENSE}])": " ",
 }
-SIGNS = str.maketrans(
-    {
-        "\u2212": "-",
-        "\u2044": "/",
-        "\u3002": ". ",
-        "\u3001": ", ",
-        "\u53c8": " ",
-        "~": " ",
-        "\u00d7": r"\times ",
-        "\u00b1": r"\pm ",
-    }
-    | {
-        "\u03c0": r"\pi ",
-        "\u221e": r"\infty ",
-        "\u2264": r"\le ",
-        "\u2265": r"\ge ",
-        "\u2248": r"\approx ",
-        "\u00f7": r"\div ",
-    }
-)
+TEX = ["times", "pm", "pi", "infty", "le", "ge", "approx", "div"]
+SIGNS = {
+    ord(sign): rf"\{name} " for sign, name in zip("\u00d7\u00b1\u03c0\u221e\u2264\u2265\u2248\u00f7", TEX, strict=True)
+}
+SIGNS |= {
+    ord(sign): form
+    for sign, form in zip("\u2212\u2044\u3002\u3001\u53c8~", ["-", "/", ". ", ", ", " ", " "], strict=True)
+}
 
 # 1,234  1 234  3.5  3,5  .5; 1/2  2 1/2  \frac{1}{2}; 2^{10}  5 \times 10^3  5e3; 5%. A minus belongs to the number
 # unless something to subtract from is before it.
@@ -179,9 +167,13 @@ CHECKERS: dict[str, Checker] = {"math": check_math, "choice": check_choice, "exa
 
 def chosen_label(text: str, choices: Choices) -> str | None:
     """Return the label of the choice that a text in `_plain` form names."""
-    by_text = {normalized(_plain(choice)): label for label, choice in choices}
+    by_text = {normalized(_plain(choice)): label for label, choice in choices if normalized(choice)}
     # "A" before a word is an article, and "I" is whoever speaks; so they are in the other case.
-    forms = {label: rf"(?:{re.escape(label)}|{_other_case(label)})(?!\w|['’]\w)" for label, _ in choices}
+    speech = {"A": r"(?! \w)", "I": r"(?! \w)"}
+    cases = {
+        label: rf"{re.escape(label)}|{re.escape(label.swapcase())}{speech.get(label, '')}" for label, _ in choices
+    }
+    forms = {label: rf"(?:{either})(?!\w|['’]\w)" for label, either in cases.items()}
     boxed = last_boxed(text)
     for said in ([boxed] if boxed else []) + _called(text)[::-1]:
         bare = _bare(said).lstrip(" *_$([{\"'`\u201c\u2018\u300c\u300e\u300a")
@@ -196,23 +188,16 @@ def chosen_label(text: str, choices: Choices) -> str | None:
     for label, form in forms.items():
         if re.match(rf"[\W_]*(?i:option |choice )?{form}[^\w\n]*(?:\n|$)", text):
             return label
+    of = r"(?<!\w){}[\W_]+(?i:{})"
     listed = [
-        label
-        for choice, label in by_text.items()
-        if re.search(rf"(?<!\w){forms[label]}[\W_]+(?i:{re.escape(choice)})", text)
+        label for choice, label in by_text.items() if re.search(of.format(forms[label], re.escape(choice)), text)
     ]
     if len(listed) == 1:
         return listed[0]
-    labels = "|".join(re.escape(label) for label, _ in choices)
-    others = "|".join(re.escape(label.swapcase()) for label, _ in choices)
-    alone = re.findall(rf"(?<![\w'’])(?:(?![AI] [a-z])(?:{labels})(?!\w|['’]\w)|(?i:{labels})\))", text)
-    alone = alone or re.findall(rf"(?<![\w'’])(?![ai]\b)(?:{others})(?!\w|['’]\w)", text)
-    cased = {form: label for label, _ in choices for form in (label.swapcase(), label)}
-    return cased[alone[-1].rstrip(")")] if alone else None
-
-
-def _other_case(label: str) -> str:
-    return re.escape(label.swapcase()) + (r"(?! \w)" if label in ("A", "I") else "")
+    labels, others = ("|".join(re.escape(one) for one in some) for some in (forms, map(str.swapcase, forms)))
+    alone = re.findall(rf"(?<![\w'’])(?:(?![AI] [a-z])({labels})(?!\w|['’]\w)|({labels}|{others})\))", text)
+    alone = alone or re.findall(rf"(?<![\w'’])(?![ai]\b)({others})()(?!\w|['’]\w)", text)
+    return next((label for label in forms if alone and label.casefold() == "".join(alone[-1]).casefold()), None)
 
 
 def normalized(text: str) -> str:
