@@ -79,7 +79,7 @@ UNIT = rf"(?<=[\d}}])(?: (?!pi\b)(?:[mgshL](?:/[sh])?|[A-Za-z]{{2}}[A-Za-z ./]*)
 CLOCK = re.compile(r"0*(\d{1,2}(?::\d\d){1,2})(?:\\text\{([ap])m\})?", re.IGNORECASE)
 ATOM = (
     r"\\(?:text|mathrm)\{[^{}]*\}|\\(?!text|mathrm|f?box)(?:[A-Za-z]+|[^A-Za-z\n])|[-+*/^_=<>(){}\[\]|%,;'\d\u00b0]"
-    r"|[.:!](?=\S)|(?<![^\W\d_])[A-Za-z](?![^\W\d_]| +\w)"
+    r"|[.:!](?=\S)|(?<![^\W\d_])[A-Za-z](?![^\W\d_]| +\w|'\w)"
 )
 # A formula, in dollars or bare, and the signs that make it more than some numbers.
 FORMULA = re.compile(rf"\$\$?(?P<inside>(?:(?:{ATOM})\s*)+)\$\$?|(?![\^_,;}}\])])(?:(?:{ATOM}) *)+")
@@ -141,7 +141,7 @@ def check_math(response: str, example: Example) -> Verdict:
     for part in _parts(response, example):
         if right is None and normalized(_bare(answer)) in [normalized(said) for said in (part, *_called(part))]:
             return Verdict(correct=True, extracted=answer)
-        given = _given(part, number=right is not None)
+        given = _given(part, number=bool(right or CLOCK.fullmatch(answer)))
         if given:
             return Verdict(_same(answer, given), given)
     return NOTHING
@@ -237,8 +237,9 @@ def same_expression(answer: str, given: str) -> bool:
     seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
     read = partial(math_verify.parse, parsing_timeout=seconds, fallback_mode="no_fallback")
     right, found = read(f"${answer}$"), read(given if "$" in given else f"${given}$")
-    # math-verify rounds: numbers below its precision are 0 for it, and floats have six decimals.
-    if not math_verify.verify(right, found, numeric_precision=1000, timeout_seconds=seconds):
+    # math-verify rounds: numbers below its precision are 0 for it, and floats have some decimals.
+    digits = max([6, *map(len, re.findall(r"\.(\d+)", answer))])
+    if not math_verify.verify(right, found, digits, 1000, timeout_seconds=seconds):
         return False
     values = [one for one in (*right, *found) if one.is_number and one.is_comparable]
     return len(values) < 2 or bool(abs(values[0] - values[1]) <= abs(values[0]) * 1e-5)
@@ -252,7 +253,7 @@ def answer_of(checker: str, example: Example) -> str:
 
 def _parts(response: str, example: Example) -> list[str]:
     """Return a response without its prompt, cut where it runs on to something else."""
-    return NEXT.split(_plain(response.removeprefix(example.prompt or "")))
+    return NEXT.split(_plain(response.removeprefix(example.prompt or "").rpartition("</think>")[2]))
 
 
 def _called(text: str) -> list[str]:
@@ -275,7 +276,7 @@ def _given(text: str, number: bool) -> str | None:
     for said in [marked["said"]] if marked else _called(text)[::-1]:
         found = FORMULA.match(said.lstrip(" *_:\"'(")) or FORMULA.match(said.lstrip(" *_:\"'($€£¥₩₹฿"))
         # A sentence that goes on to compute says its result at its end.
-        if found and (marked or "=" not in found.string[found.end() :]):
+        if found and (marked or not re.search(r"=|\b(?:more|less|fewer|times)\b", found.string[found.end() :])):
             given = _in_formula(found, number, 0)
             if given:
                 return given
@@ -292,7 +293,10 @@ def _in_formula(found: re.Match[str], number: bool, place: int) -> str | None:
     if number and not (found["inside"] or WHOLE.search(formula)):
         numbers = [match[0] for match in NUMBER.finditer(found.string, *found.span())]
         return re.sub(r"(?<=\d),(?=\d+$)(?!\d{3}$)", ".", numbers[place]) if numbers else None
-    given = EQUALS.split(formula)[-1].strip(" .,;:*") if number else formula
+    if number:
+        formula = EQUALS.split(formula)[-1]
+        formula = formula.split(", ")[0] if place == 0 else formula
+    given = formula.strip(" .,;:*")
     return given if re.search(r"\w", given) else None
 
 

@@ -68,9 +68,17 @@ def test_math_leaves_anything_else_to_math_verify() -> None:
 
 # Answer, responses that give it, responses that do not.
 JUDGED: list[tuple[str, list[str], list[str]]] = [
-    ("18", ["#### 18\n\nQuestion: Tom has 3. #### 3", "#### 18 dollars per day, 7 days a week"], ["#### 8"]),
+    ("18", ["#### 18\n\nQuestion: Tom has 3. #### 3", "#### 18 dollars per day, 7 days a week"], ["#### 8, 18"]),
     ("18", ["18<|im_end|>\n<|im_start|>user\n5?", "\\boxed{18}\n\n**Problem 2:** \\boxed{3}"], ["5"]),
-    ("18", ["The answer is 18 euros, 7 days a week.", "#### 1. First\n3\n#### 2. So 18", "18\n\nQ: 3+3?\nA: 6"], []),
+    (
+        "18",
+        [
+            "The answer is 18 euros, 7 days a week.",
+            "#### 1. First\n3\n#### 2. So 18",
+            "<think>The answer is 5?</think>18",
+        ],
+        [],
+    ),
     ("3", ["#### $3.00"], ["#### 18\n\nQuestion: 1 + 2? #### 3", "The answer is 18.\n\n问题：3。", "x = 1, 3", "2:3"]),
     ("x\n#### 1,800", ["#### 1800", "so 1 800", "1\u202f800", "It is 1800."], ["800", "18"]),
     ("3/4", [r"\frac34", r"$\dfrac34$", r"\(\frac{3}{4}\)", r"\[\tfrac 3 4\]", "0.75", "75%"], ["34", "4/3", "3"]),
