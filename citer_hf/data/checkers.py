@@ -241,7 +241,7 @@ def same_expression(answer: str, given: str) -> bool:
     digits = max([6, *map(len, re.findall(r"\.(\d+)", answer))])
     if not math_verify.verify(right, found, digits, 1000, timeout_seconds=seconds):
         return False
-    values = [one for one in (*right, *found) if one.is_number and one.is_comparable]
+    values = [one for one in (*right, *found) if getattr(one, "is_number", False) and one.is_comparable]
     return len(values) < 2 or bool(abs(values[0] - values[1]) <= abs(values[0]) * 1e-5)
 
 
