@@ -66,6 +66,62 @@ def test_math_leaves_anything_else_to_math_verify() -> None:
     assert math("no idea", "x + 1") == math("", "None") == Verdict(False, None)
 
 
+# Answer, responses that give it, responses that do not.
+JUDGED: list[tuple[str, list[str], list[str]]] = [
+    ("18", ["#### 18\n\nQuestion: Tom has 3. #### 3", "#### 18 dollars per day, 7 days a week"], ["#### 8, 18"]),
+    ("18", ["18<|im_end|>\n<|im_start|>user\n5?", "\\boxed{18}\n\n**Problem 2:** \\boxed{3}"], ["5"]),
+    (
+        "18",
+        [
+            "The answer is 18 euros, 7 days a week.",
+            "#### 1. First\n3\n#### 2. So 18",
+            "<think>The answer is 5?</think>18",
+        ],
+        [],
+    ),
+    (
+        "3",
+        ["#### 9/3 = 3, 7 days"],
+        ["#### 18\n\nQ: 1 + 2? #### 3", "The answer is 18.\n\n问题：3。", "x = 1, 3", "2:3"],
+    ),
+    ("x\n#### 1,800", ["#### 1800", "so 1 800", "1\u202f800", "It is 1800."], ["800", "18"]),
+    ("3/4", [r"\frac34", r"$\dfrac34$", r"\(\frac{3}{4}\)", r"\[\tfrac 3 4\]", "0.75", "75%"], ["34", "4/3", "3"]),
+    (r"\dfrac{9}{7}", [r"$\dfrac{9}{7}$", "9/7", "1 2/7", r"1\frac27"], [r"$\dfrac{7}{9}$", "97", "2/7"]),
+    ("5/2", ["2 1/2", "2½ cups", r"$2\frac{1}{2}$", "2又1/2", r"\boxed{2 \tfrac12}"], ["1/2", "-2 1/2", "2 1/3", "2"]),
+    ("10^5", ["100000", "10⁵", r"10^{5}", "1e5", "100,000", r"\boxed{10^5}"], ["10", "5", "10^6", r"10^{-5}"]),
+    ("5000", [r"5 \times 10^3", "5 × 10³", "5 · 10^3", "5*10^3 m/s", "5 km² or 5e3"], ["5", "3", "10^3", "5e4"]),
+    ("18", ["答案是18。", "答えは18です。", "정답은18입니다", "คำตอบคือ18ครับ", "18 m^2"], ["18i"]),
+    (
+        "18",
+        ["3个和15个，答案是18。", "3個と15個で、１８個です。", "答案是18元，每天7元", "الجواب ١٨"],
+        ["有18个，答案是3"],
+    ),
+    ("18", ["3개와 15개, 18개입니다.", "มี 3 ลูก รวม18ลูก"], ["18个里，答えは15です。"]),
+    ("-5", ["答案是-5。", "答えは－５度", "\u22125°C", "-$5"], ["答案是5。", "10-5", r"\pm 5", r"x = \pm 5"]),
+    (r"\boxed{n=1,2,3}", ["n=1,2,3", "So n = 1, 2, 3.", "$n=3,2,1$", "1, 2 and 3"], ["n=2,3,4", "n=3", "1,2"]),
+    ("(3,4)", ["so (3, 4).", r"\boxed{(3,4)}"], ["(4,3)", "[3,4]", "4", "(3,5)"]),
+    ("1:00", ["1:00", "at 01:00 pm.", "$1:00$", "下午1：00"], ["12:00", "11:00", r"\boxed{12:00}", "1", "0:60"]),
+    ("2021", ["2021", "in 2021."], [r"\pm 2021", "±2021", r"\boxed{\pm 2021}", "+/- 2021", "-2021"]),
+    (r"\pm 2021", ["±2021", r"$\pm 2021$", "2021 and -2021"], ["2021", "-2021", r"\pm 2022"]),
+    (r"1+\frac1e", [r"1+\frac1e", r"so $1+e^{-1}$", "1 + 1/e"], [r"1-\frac1e", "1", "1 - 1/e"]),
+    ("5", ["x = 5", "a 5", "It is 5 m.", r"$\sqrt{25}$"], [r"$\sqrt{5}$", "5π", r"5\sqrt2", "5 ± 5", "e^5", "x^5"]),
+    (r"\frac{1}{2^{98}}", [r"\frac{1}{2^{98}}", r"2^{-98}", r"\boxed{0.5^{98}}"], [r"\frac{1}{2^{99}}", "0"]),
+    ("10^{-21}", ["10^{-21}", "1e-21", r"$\sqrt{10^{-42}}$"], ["10^{-20}", "0", r"\boxed{10^{-22}}"]),
+    ("x=2^{-98}", ["x=2^{-98}"], ["x=2^{-99}", "y=2^{-98}"]),
+    ("e^{-51}", ["e^{-51}", r"$\frac{1}{e^{51}}$"], [r"\boxed{e^{-50}}", "0"]),
+    ("50%", ["50%", "50", "0.5", "1/2", "50 percent", r"$50\%$", "50％です"], ["0.5%", "5%", "5000"]),
+    ("18 dollars", ["18", r"\boxed{18\text{ dollars}}", r"\boxed{18元}", "18 dollars"], ["17 dollars"]),
+    ("Monday", ["Monday", "The answer is Monday.", r"\boxed{\text{Monday}}"], ["Tuesday", "not Monday"]),
+]
+
+
+@needs_math_verify
+@pytest.mark.parametrize(("answer", "right", "wrong"), JUDGED)
+def test_math_knows_an_answer_in_any_form_and_no_near_miss(answer: str, right: list[str], wrong: list[str]) -> None:
+    judged = {response: math(response, answer).correct for response in right + wrong}
+    assert judged == dict.fromkeys(right, True) | dict.fromkeys(wrong, False)
+
+
 @needs_math_verify
 def test_what_sympy_never_finishes_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkers, "SECONDS", 1)
@@ -95,6 +151,32 @@ def test_a_checker_that_is_not_there_is_explained_at_once(monkeypatch: pytest.Mo
         ("D", [r"\boxed{water}"]),
         ("A", ["a dog", "A dog"]),
         ("C", ["I think it is C."]),
+        ("B", ["b", "b)", "(b)", "b.", "b: the moon", "**b**", "b is right", "So it is (b).", "Answer: b)"]),
+        (
+            "B",
+            [
+                "答案是B",
+                "答案选Ｂ。",
+                "故选B",
+                "答えはBです",
+                "정답은B입니다",
+                "คำตอบคือBครับ",
+                "Die Antwort ist b)",
+                "B选项",
+            ],
+        ),
+        (
+            "B",
+            [
+                "B</s>",
+                "B\n\nQuestion: next?\nAnswer: A",
+                "b) the moon, unlike A",
+                "答案是The moon，因为",
+                "B\n\nA is wrong",
+            ],
+        ),
+        ("D", ["答案是water", "答案是“water”，因为", "The answer is water because", "答えはwaterです"]),
+        (None, ["The answer is waterfall", "答案是watery", "a cat sat", "I ate", "答案是E"]),
         (None, ["The answer is the moon, or not", "Bees", "a cat", "E", ""]),
     ],
 )

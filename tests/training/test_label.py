@@ -116,7 +116,7 @@ def test_what_is_left_out_and_intervals_are_in_the_provenance_and_on_the_card(ll
     labels = label(model, tmp_path / "out", [TOO_LONG, *task(4)], rollouts=7)
     assert [one.example.id for one in labels.questions] == [one.example.id for one in everything.questions]
     (dropped,), counts = labels.info["dropped"], labels.info["counts"]
-    assert (dropped["id"], dropped["row"]) == ("long", 1) and "302 tokens exceed the context" in dropped["reason"]
+    assert (dropped["id"], dropped["row"]) == ("long", 1) and "307 tokens exceed the context" in dropped["reason"]
     assert counts["tokens_without_rollout"] == int((labels.case != 1).sum()) - 7 and counts["dropped_examples"] == 1
     expected = bootstrap_interval(labels.llm_correct.tolist(), seed=0)
     assert counts["llm_accuracy_ci"] == list(expected)
@@ -171,7 +171,7 @@ def test_an_interrupted_run_is_resumed_without_repeating_work(llamas: Any, tmp_p
         ({"rollouts": -1}, "rollouts: expected at least 0, got -1"),
         ({"router_threshold": 70}, "router_threshold: expected a number from 0 .* to 2"),
         ({"examples": [{"prompt": "a", "response": "b", "answer": ""}]}, "row 1.*answer"),
-        ({"examples": [TOO_LONG]}, "row 1.*302"),
+        ({"examples": [TOO_LONG]}, "row 1.*307"),
         ({"examples": [{**task(1)[0], "answer": "a few"}], "checker": "math"}, "math finds no answer .* in row 1"),
     ],
 )
