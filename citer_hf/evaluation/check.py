@@ -218,8 +218,7 @@ class Check:
         # Two equally likely tokens have a confidence of one half, and of the entropy this score.
         entropy = 1 - math.log(2) / math.log(model.vocab_size)
         # A veto takes tokens back, which not every cache can do.
-        cache = CiterCache(model.config)
-        veto = VETO if decoding.keeps_slots(cache.slm) and decoding.keeps_slots(cache.llm) else 0.0
+        veto = VETO if decoding.takes_back(model) else 0.0
         found.append(Contender(LOSSLESS, partial(own.citer, Setting(LOSSLESS, LLM_ALONE, veto=0.0))))
         for kind, threshold in (("confidence", CONFIDENCE), ("entropy", entropy)):
             setting = Setting(f"threshold {threshold:.3g}, veto {veto:g}", threshold, veto=veto)

@@ -91,7 +91,7 @@ def median(pair: Any, prompts: list[list[int]], args: argparse.Namespace) -> dic
 
 def round_trips(prompt: list[int], args: argparse.Namespace) -> dict[str, float]:
     """Return how much longer a sequence takes with a round trip than without, for steps of the LLM, in turns."""
-    found = {}
+    found: dict[str, float] = {}
     with served() as (url, added):
         pair = pair_of(url)
         measured(pair, [prompt], args.max_new_tokens)
