@@ -1,8 +1,7 @@
-"""Nothing in a step but attention grows with the text; long runs keep their speed."""
+"""Nothing in a step but attention grows with the text, and no memory with the number of texts."""
 
 import gc
 import os
-import statistics
 import time
 from typing import Any
 
@@ -94,27 +93,24 @@ SEGMENTS = 12
 
 
 @pytest.mark.slow
-def test_throughput_does_not_fall_and_memory_does_not_grow():
-    """Runs for `CITER_SOAK_SECONDS` of processor time: other work on the machine does not slow that down much."""
+def test_memory_does_not_grow():
+    """Runs for `CITER_SOAK_SECONDS` of processor time."""
     model = make_pair(hidden_size=48)
     process = psutil.Process()
     # The first segment warms up.
     segment = float(os.environ.get("CITER_SOAK_SECONDS", "24")) / (SEGMENTS + 1)
 
-    def write() -> tuple[float, int]:
-        """Return tokens per second of one segment, and the memory of the process after it."""
-        tokens, texts, began = 0, 0, time.process_time()
+    def write() -> int:
+        """Return the memory of the process after one segment."""
+        texts, began = 0, time.process_time()
         while time.process_time() - began < segment:
             for lengths in ((9,), (3, 12, 7, 5)):
                 batch = left_padded(random_prompts(lengths, seed=texts))
                 model.generate(**batch, max_new_tokens=60, do_sample=True, eos_token_id=None)
-                tokens += 60 * len(lengths)
             texts += 1
-        seconds = time.process_time() - began
         gc.collect()
-        return tokens / seconds, process.memory_info().rss
+        return process.memory_info().rss
 
     write()
-    throughput, memory = zip(*(write() for _ in range(SEGMENTS)), strict=True)
-    assert statistics.median(throughput[-4:]) > 0.85 * statistics.median(throughput[:4])
+    memory = [write() for _ in range(SEGMENTS)]
     assert memory[-1] - memory[0] < 8 * 2**20
