@@ -30,8 +30,9 @@ def dials_of(model: Any, quality: Any) -> dict[str, float]:
         raise ValueError(f"quality: this pair is not calibrated. Run `{COMMAND} {wanted:g} --write`.")
     for part, now in pair_of(model).items():
         made_for = saved["pair"][part]
-        # A part without a name, or without weights on this machine, is known by the other.
-        if any(made_for[key] and now[key] and made_for[key] != now[key] for key in now):
+        # By its name where it has one, whatever its precision; or else by its weights, where they are on this machine.
+        key = "name" if made_for["name"] and now["name"] else "weights"
+        if made_for[key] and now[key] and made_for[key] != now[key]:
             raise ValueError(
                 f"quality: this pair was calibrated with another {part}: {made_for['name'] or 'one without a name'}. "
                 f"Run `{COMMAND} {wanted:g} --write` for it as it is now."
@@ -62,7 +63,8 @@ def pair_of(model: Any) -> dict[str, dict[str, str]]:
         }
         for role, base in (("SLM", model.slm), ("LLM", model.llm))
     }
-    return parts | {"router": {"name": model.config.router["type"], "weights": digest_of([model.router])}}
+    kind = model.config.router["type"]
+    return parts | {"router": {"name": "", "weights": f"{kind} {digest_of([model.router])}"}}
 
 
 def name_of(base: Any) -> str:
