@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 
 from citer_hf import CiterForCausalLM
 from citer_hf.model.compat import cache_argument
+from citer_hf.model.configuration import table_size
 from citer_hf.model.modeling import SlmOutput, keep
 from citer_hf.model.schedule import Pace
 
@@ -190,7 +191,7 @@ class Decoders:
         slm, llm = self.model.slm, self.model.llm
         found = [Contender(ALONE, partial(self.alone, llm)), Contender(SLM, partial(self.alone, slm))]
         if assisted:
-            by_slm = partial(self.alone, llm, assistant_model=slm, cache_implementation=None)
+            by_slm = partial(self.alone, llm, cache_implementation=None, **self.assistance())
             found.append(Contender(ASSISTED, by_slm))
             if hasattr(llm.generation_config, "assistant_ensemble_weight"):
                 found.append(Contender(ENSEMBLE, partial(by_slm, assistant_ensemble_weight=ENSEMBLE_WEIGHT)))
@@ -204,6 +205,14 @@ class Decoders:
     @cached_property
     def forced(self) -> ForcedPair:
         return ForcedPair(copy.deepcopy(self.model.config), self.model.slm, self.model.llm, ForcedRouter()).eval()
+
+    def assistance(self) -> dict[str, Any]:
+        """Return the keywords with which the SLM assists the LLM in transformers' `generate`."""
+        model = self.model
+        # transformers takes tables of different sizes for those of different tokenizers.
+        same = table_size(model.slm.config) == table_size(model.llm.config)
+        both = () if same else ("tokenizer", "assistant_tokenizer")
+        return {"assistant_model": model.slm, **dict.fromkeys(both, model.load_tokenizer())}
 
     def alone(self, model: PreTrainedModel, batch: Batch, **keywords: Any) -> Output:
         prompt, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)

@@ -210,9 +210,7 @@ class Check:
         # Tokens that one model alone has are never generated.
         beyond = {role: list(range(model.vocab_size, table_size(getattr(model, role).config))) for role in ROLES}
         slm, llm = (partial(own.alone, getattr(model, role), suppress_tokens=beyond[role] or None) for role in ROLES)
-        # transformers takes tables of different sizes for those of different tokenizers.
-        both = ("tokenizer", "assistant_tokenizer") if any(beyond.values()) else ()
-        assisted = partial(llm, assistant_model=model.slm, **dict.fromkeys(both, model.load_tokenizer()))
+        assisted = partial(llm, **own.assistance())
         first = partial(by_server, own) if getattr(model.llm, "is_remote", False) else llm
         found = [Contender(ALONE, first), Contender(SLM, slm), Contender(ASSISTED, assisted)]
         # Two equally likely tokens have a confidence of one half, and of the entropy this score.
