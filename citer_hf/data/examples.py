@@ -394,7 +394,8 @@ def as_call(call: Any) -> Any:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
+        arguments = json.loads(function["arguments"].strip() or "null")
+    except (ValueError, RecursionError):
         return call
+    arguments = {} if arguments is None else arguments
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

@@ -2,14 +2,14 @@
 
 import copy
 import inspect
-import json
 from typing import Any
 
 import torch
 from jinja2 import Environment, meta
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
-from .schema import CalledTool, ChatRequest, CompletionRequest, Message, Request, RequestError, refusal
+from ..data.examples import as_call
+from .schema import ChatRequest, CompletionRequest, Message, Request, RequestError, refusal
 
 # A request may not set these by way of `chat_template_kwargs`: they are the function's, not the template's.
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
@@ -87,21 +87,9 @@ def for_template(message: Message) -> dict[str, Any]:
     # OpenAI's newer name, which templates do not know.
     role = "system" if message.role == "developer" else message.role
     if message.tool_calls:
-        found["tool_calls"] = [called(one) for one in message.tool_calls]
+        calls = [one.model_dump(exclude={"id"} if one.id is None else None) for one in message.tool_calls]
+        found["tool_calls"] = list(map(as_call, calls))
     return {"role": role, "content": text_of(message), **found}
-
-
-def called(tool: CalledTool) -> dict[str, Any]:
-    """Return a call with its arguments as a mapping, which templates expect, or as text where they are broken."""
-    arguments: Any = tool.function.arguments
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments) if arguments.strip() else None
-        except (ValueError, RecursionError):
-            parsed = arguments
-        arguments = {} if parsed is None else parsed if isinstance(parsed, dict) else arguments
-    function = {"name": tool.function.name, "arguments": arguments}
-    return {**({} if tool.id is None else {"id": tool.id}), "type": "function", "function": function}
 
 
 def text_prompts(tokenizer: Any, request: CompletionRequest, vocabulary: int) -> list[list[int]]:
