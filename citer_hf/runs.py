@@ -28,6 +28,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.hub import cached_file
 
 from . import __version__
+from .model.quality import sample_of
 from .model.references import file_keywords
 from .model.routers import as_threshold
 
@@ -306,8 +307,7 @@ def sample_sha256(model: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         if tensor.device.type != "meta":
-            flat = tensor.detach().reshape(-1)
-            digest.update(str(flat[:: max(flat.numel() // 32, 1)].to(torch.bfloat16).cpu().tolist()).encode())
+            digest.update(str(sample_of(tensor, 32)).encode())
     return digest.hexdigest()
 
 

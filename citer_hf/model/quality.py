@@ -79,7 +79,11 @@ def digest_of(modules: Iterable[nn.Module]) -> str:
     if not weights or any(one.device.type == "meta" for one in weights):
         return ""
     for weight in weights:
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // 64, 1)].to(torch.bfloat16)
-        digest.update(f"{tuple(weight.shape)} {sample.cpu().tolist()}".encode())
+        digest.update(f"{tuple(weight.shape)} {sample_of(weight, 64)}".encode())
     return digest.hexdigest()[:16]
+
+
+def sample_of(weight: torch.Tensor, count: int) -> list[float]:
+    """Return about so many numbers of a weight, the same in whatever precision and place it is loaded."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(flat.numel() // count, 1)].to(torch.bfloat16).cpu().tolist()
