@@ -14,12 +14,14 @@ from transformers.utils import logging
 from citer_hf import runs
 from citer_hf.data.checkers import Checker, named
 from citer_hf.data.examples import Example
+from citer_hf.model.cache import CiterCache
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.quality import as_quality, pair_of, with_setting
 from citer_hf.model.routers import LLM_ALONE, SLM_ALONE
+from citer_hf.model.slots import takes_back
 from citer_hf.terminal import table
 
-from .decode import Alone, DecodeOptions, decode, encode_prompts, score_outputs, takes_back, threshold_for_share
+from .decode import Alone, DecodeOptions, check_answers, decode, encode_prompts, score_outputs, threshold_for_share
 from .evaluate import Evaluation, Graded
 from .results import Point, bootstrap_interval
 
@@ -182,6 +184,7 @@ def calibrate(
     if out is not None and Path(out).exists():
         raise FileExistsError(f"out: {out} exists. Give a directory that does not exist yet.")
     prompts, check = encode_prompts(model, examples), None if checker is None else named(checker)[1]
+    check_answers(check, examples)
     if len(examples) < FEW:
         logger.warning(f"examples: {len(examples)} problems say little; see the interval. Give at least {FEW}.")
     trials = _Trials(Evaluation(model, examples, prompts, check, settings, runs.Work(None, {})))
@@ -287,7 +290,7 @@ class _Search:
     def __init__(self, trials: _Trials):
         self.trials, self.run = trials, trials.run
         self.searched, self.fresh = slice(0, None, 2), slice(1 if len(trials.llm) > 1 else 0, None, 2)
-        self.vetoes = VETOES if takes_back(self.run.model) else VETOES[:1]
+        self.vetoes = VETOES if takes_back(CiterCache(self.run.model.config)) else VETOES[:1]
         self.seconds: dict[tuple[float, float], list[float]] = {}
         self.llm_seconds: list[float] = []
         if not any(one.correct for one in trials.llm):

@@ -28,6 +28,7 @@ from citer_hf.model.configuration import table_size
 from citer_hf.model.modeling import CiterForCausalLM
 from citer_hf.model.references import ROLES, NotAPairError, base_config, split_keywords
 from citer_hf.model.routers import LLM_ALONE, ROUTERS, Router
+from citer_hf.model.slots import takes_back
 
 from . import decode as decoding
 from .results import bootstrap_interval
@@ -74,8 +75,9 @@ def check(slm: Any, llm: Any, examples: Any, checker: Checker | str | None = Non
     loading = {key: value for key, value in options.items() if key not in own}
     if not (isinstance(examples, Sequence) and all(isinstance(one, Example) for one in examples)):
         examples = read_examples(examples)
-    for example in examples if checker is not None else []:
-        answer_of(named(checker or "")[0], example)
+    name, judge = ("", None) if checker is None else named(checker)
+    for example in examples if judge is not None else []:
+        answer_of(name, example)
     if not examples:
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
     found: dict[str, Any] = {"pair": {"fits": True, "reason": None}, "rows": [], "notes": []}
@@ -98,13 +100,11 @@ def check(slm: Any, llm: Any, examples: Any, checker: Checker | str | None = Non
     except NotAPairError as error:
         found["pair"] = {"fits": False, "reason": str(error)}
         return found | {"advice": f"no: the two do not make a pair. {error}"}
-    if model.load_tokenizer() is None:
-        raise ValueError("slm, llm: neither has a tokenizer. Save one beside a model: tokenizer.save_pretrained(...).")
     prompts, ends = decoding.encode_prompts(model.eval(), examples), decoding.end_tokens(model)
     with contenders.greedy_without_end(model):
         for part in (model, model.slm, model.llm):
             part.generation_config.eos_token_id = ends or None
-        judge, deadline = None if checker is None else named(checker)[1], began + 60 * settings.minutes
+        deadline = began + 60 * settings.minutes
         return found | Check(model, examples, prompts, judge, settings, deadline).measure(free)
 
 
@@ -216,7 +216,7 @@ class Check:
         # Two equally likely tokens have a confidence of one half, and of the entropy this score.
         entropy = 1 - math.log(2) / math.log(model.vocab_size)
         # A veto takes tokens back, which not every cache can do.
-        veto = VETO if decoding.takes_back(model) else 0.0
+        veto = VETO if takes_back(CiterCache(model.config)) else 0.0
         found.append(Contender(LOSSLESS, partial(own.citer, Setting(LOSSLESS, LLM_ALONE, veto=0.0))))
         for kind, threshold in (("confidence", CONFIDENCE), ("entropy", entropy)):
             setting = Setting(f"threshold {threshold:.3g}, veto {veto:g}", threshold, veto=veto)

@@ -24,7 +24,7 @@ from citer_hf.model.sampling import Stops
 from citer_hf.model.schedule import Pace
 from citer_hf.model.sequence import Sequence as Text
 from citer_hf.model.sequence import Settled
-from citer_hf.model.slots import keeps_slots
+from citer_hf.model.slots import takes_back
 from citer_hf.runs import CommandOptions, note, option
 
 Alone = Literal["slm", "llm"]
@@ -85,9 +85,10 @@ def decode(
     if alone == "llm" and getattr(model.llm, "is_remote", False):
         return completed(model, prompts, most, ends)
     began, pair = time.perf_counter(), only(model, alone) if alone else model
-    if takes_back(pair):
+    cache = CiterCache(pair.config)
+    if takes_back(cache):
         slots, pace = slots_for(max(lengths), batch_tokens), model.pace if paced and not alone else Pace(CALL_RATIO)
-        engine = Engine(pair, min(slots, len(prompts)), CiterCache(pair.config), pace=pace)
+        engine = Engine(pair, min(slots, len(prompts)), cache, pace=pace)
         for one in sequences:
             engine.submit(one)
         engine.run()
@@ -107,12 +108,6 @@ def decode(
         )
         for one in sequences
     ]
-
-
-def takes_back(model: CiterForCausalLM) -> bool:
-    """Return True if both models can take tokens back, which drafts and vetoes need."""
-    cache = CiterCache(model.config)
-    return keeps_slots(cache.slm) and keeps_slots(cache.llm)
 
 
 def completed(
@@ -174,7 +169,7 @@ def encode_prompts(model: CiterForCausalLM, examples: Sequence[Example]) -> list
         raise ValueError("examples: expected at least one, got none. Is the file empty?")
     tokenizer, limit = model.load_tokenizer(), model.config.max_position_embeddings
     if tokenizer is None:
-        raise ValueError("model: neither base model came with a tokenizer. Save one beside the LLM.")
+        raise ValueError("slm, llm: neither has a tokenizer. Save one beside a model: tokenizer.save_pretrained(...).")
     prompts = [encode(replace(example, response=None), tokenizer, limit).prompt_ids for example in examples]
     show_prompt(tokenizer, prompts[0])
     return prompts

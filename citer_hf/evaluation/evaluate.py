@@ -177,9 +177,6 @@ class Evaluation:
     options: DecodeOptions
     work: runs.Work
 
-    def __post_init__(self) -> None:
-        decoding.check_answers(self.checker, self.examples)
-
     @cached_property
     def costs(self) -> dict[str, ModelCost]:
         return {"slm": cost_of_model(self.model.slm), "llm": cost_of_model(self.model.llm)}

@@ -13,7 +13,7 @@ from .engine import CHUNK, Engine
 from .routers import as_threshold, as_veto
 from .sampling import Choice, Stops, default_generator, looks_at_one_sequence, processors_of
 from .sequence import Sequence
-from .slots import keeps_slots
+from .slots import takes_back
 
 # Keywords of `_sample` and of `forward` that the engine understands.
 KNOWN_KEYWORDS = {"attention_mask", "logits_to_keep", "position_ids", "use_cache", "streamer", "synced_gpus", CACHE}
@@ -36,7 +36,7 @@ def why_not_decoded(model: Any, call: Call) -> str:
     cache, batch = kwargs.get(CACHE), len(prompt)
     if cache is None or kwargs.get("use_cache") is False:
         return "there is no cache"
-    if not (keeps_slots(cache.slm) and keeps_slots(cache.llm)):
+    if not takes_back(cache):
         return "the cache of a model, or one of its layers, cannot take tokens back"
     if settings.output_attentions or settings.output_hidden_states:
         return "hidden states or attentions are asked for, token by token"

@@ -196,6 +196,11 @@ def keeps_slots(cache: Any) -> bool:
     return bool(cache.layers) and all(type(layer) is SlotLayer for layer in cache.layers)
 
 
+def takes_back(cache: Any) -> bool:
+    """Return True if a pair can take tokens of both models back, which drafts and vetoes need."""
+    return keeps_slots(cache.slm) and keeps_slots(cache.llm)
+
+
 @dataclass(frozen=True)
 class Masks:
     """Makes the attention masks that a model wants."""

@@ -17,7 +17,7 @@ from ..model.cache import CiterCache
 from ..model.compat import is_out_of_memory
 from ..model.engine import CHUNK, Engine
 from ..model.sequence import Sequence, Settled
-from ..model.slots import keeps_slots
+from ..model.slots import takes_back
 from .answers import Answer, Finished
 from .schema import INTERNAL, RequestError
 
@@ -94,7 +94,7 @@ class Worker:
         """Serve until the thread ends."""
         cache = CiterCache(self.model.config)
         engine: Engine | None = None
-        if keeps_slots(cache.slm) and keeps_slots(cache.llm):
+        if takes_back(cache):
             engine = Engine(self.model, self.slots, cache, self.capacity, self.chunk, self.model.pace, work)
         while not self._closed:
             self._last_step = time.monotonic()
